@@ -1,0 +1,100 @@
+"""Principal components as a linear encoder."""
+
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ddcl_lightning.backbones.base import Backbone, Tokens
+from ddcl_lightning.backbones.identity import as_tokens
+from ddcl_lightning.batch import Batch, inputs, mask
+
+
+class PCABackbone(Backbone):
+    """A linear map fitted by principal component analysis of the training data, frozen unless told otherwise.
+
+    A trainable one is a linear encoder *initialised* by PCA: after the first step it is no longer a PCA, and its
+    representation says so.
+
+    Args:
+        in_features: F, dimension of the data.
+        num_components: D, components to keep, at most F; also ``embed_dim``.
+        whiten: Give every component unit variance.
+        trainable: Let the encoder's optimizer move the map after the fit.
+
+    Attributes:
+        fitted: Boolean buffer, saved with the state: a resumed run is not fitted again.
+        explained_variance_ratio: Buffer, share of the variance that the kept components hold; 0 before the fit.
+
+    Raises:
+        ValueError: If the sizes do not fit each other.
+        RuntimeError: If run before the fit.
+    """
+
+    fitted: Tensor
+    explained_variance_ratio: Tensor
+
+    def __init__(
+        self, in_features: int, num_components: int, whiten: bool = False, trainable: bool = False
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_components <= in_features:
+            raise ValueError(
+                f"num_components must be in [1, in_features = {in_features}]; got {num_components}."
+            )
+        self.in_features, self.num_components, self.embed_dim = in_features, num_components, num_components
+        self.whiten, self.trainable = whiten, trainable
+        self.weight = nn.Parameter(torch.zeros(num_components, in_features), requires_grad=trainable)
+        self.bias = nn.Parameter(torch.zeros(num_components), requires_grad=trainable)
+        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("explained_variance_ratio", torch.zeros(()))
+
+    def needs_fit(self) -> bool:
+        """Whether the components are still missing."""
+        return not bool(self.fitted)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Set the components from a sample ``(N, F)`` or ``(N, T, F)``; padding is not known here and must be zero-free.
+
+        Raises:
+            ValueError: If there are fewer samples than components or a value is not finite.
+        """
+        rows = as_tokens(x, self.in_features).reshape(-1, self.in_features).to("cpu", torch.float64)
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("x must be finite to fit a PCA; got NaN or infinity. Clean the data.")
+        if len(rows) < self.num_components:
+            raise ValueError(
+                f"x must hold at least num_components = {self.num_components} rows to fit a PCA; got {len(rows)}."
+            )
+        # The full solver is deterministic, so every process and every run gets the same signs.
+        pca = PCA(self.num_components, whiten=self.whiten, svd_solver="full").fit(rows.numpy())
+        weight = torch.from_numpy(pca.components_)
+        if self.whiten:
+            deviation = torch.from_numpy(pca.explained_variance_).sqrt().unsqueeze(1)
+            # A component without variance (a constant pixel) would otherwise be blown up to noise.
+            floor = 1e-6 * deviation.max()
+            weight = weight / deviation.clamp(min=float(floor))
+        self.weight.copy_(weight)
+        self.bias.copy_(-weight @ torch.from_numpy(pca.mean_))
+        self.explained_variance_ratio.fill_(float(pca.explained_variance_ratio_.sum()))
+        self.fitted.fill_(True)
+
+    def forward(self, batch: Batch) -> Tokens:
+        """Components ``(B, T, num_components)`` of the batch's ``x``, with its ``mask``."""
+        if self.needs_fit():
+            raise RuntimeError(
+                "PCABackbone is not fitted. Trainer.fit does it on the training data; outside of it call "
+                "backbone.fit(x) with a sample of inputs, or load a checkpoint."
+            )
+        x = as_tokens(inputs(batch), self.in_features)
+        return Tokens(linear(x.to(self.weight.dtype), self.weight, self.bias), mask(batch))
+
+    def extra_repr(self) -> str:
+        if not bool(self.fitted):
+            state = "not fitted yet"
+        elif self.trainable:
+            state = "linear encoder initialised by PCA, trainable: no longer a PCA once trained"
+        else:
+            state = f"frozen PCA, {float(self.explained_variance_ratio):.1%} of the variance kept"
+        return f"in_features={self.in_features}, num_components={self.num_components}, whiten={self.whiten}; {state}"

@@ -1,0 +1,161 @@
+"""The bank of prototypes: the one stateful piece that every head, and every callback, is about."""
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.functional import (
+    BankOutput,
+    nearest_prototype,
+    prototype_attention,
+    prototype_attention_reference,
+)
+
+
+class PrototypeBank(nn.Module):
+    """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
+
+    Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
+    and watched.
+
+    Args:
+        num_prototypes: K, prototypes per head, at least 1.
+        dim: d, dimension of one head's prototypes.
+        num_heads: H, independent banks; tokens carry ``H * d`` values.
+        temperature: Initial T > 0, in units of squared distance, for all heads.
+        detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
+
+    Attributes:
+        prototypes: Parameter ``(H, K, d)``.
+        temperature: Buffer ``(H,)``, saved with the state.
+        initialized: Boolean buffer, saved with the state: whether the prototypes were set from data.
+
+    Raises:
+        ValueError: If a size is below 1 or the temperature is not positive.
+    """
+
+    temperature: Tensor
+    initialized: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        dim: int,
+        *,
+        num_heads: int = 1,
+        temperature: float = 1.0,
+        detach_assignments: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_prototypes", num_prototypes), ("dim", dim), ("num_heads", num_heads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        self.num_prototypes, self.dim, self.num_heads = num_prototypes, dim, num_heads
+        self.detach_assignments = detach_assignments
+        self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
+        self.register_buffer("temperature", torch.ones(num_heads))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.set_temperature(temperature)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> BankOutput:
+        """Assign tokens and return their soft centroids.
+
+        Args:
+            tokens: ``(*, H * d)``, usually ``(B, T, H * d)``.
+            mask: ``(*)`` boolean, True for valid tokens.
+            need_weights: Return the assignments too; this stores them, where the default call does not.
+
+        Returns:
+            Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
+            ``(N, H * d)``) or None.
+
+        Raises:
+            ValueError: If a shape does not fit, or (in eager mode on a CPU, where looking costs nothing) if no token
+                is valid or the terms are not finite; the message says which input is to blame.
+        """
+        heads, flat_mask = self.split_heads(tokens, mask)
+        attend = prototype_attention_reference if need_weights else prototype_attention
+        output = attend(
+            heads, self.prototypes, self.temperature, flat_mask, detach_assignments=self.detach_assignments
+        )
+        if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
+            self._require_finite(output, heads, flat_mask)
+        lead = tokens.shape[:-1]
+        weights = output.weights
+        if weights is not None:
+            weights = weights.unflatten(1, lead).movedim(0, len(lead) - 1)
+        return BankOutput(output.centroids.transpose(0, 1).reshape(tokens.shape), output.terms, weights)
+
+    def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
+        width = self.num_heads * self.dim
+        if tokens.shape[-1] != width:
+            raise ValueError(
+                f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "
+                "Project them, or build the bank for their dimension."
+            )
+        if mask is not None and mask.shape != tokens.shape[:-1]:
+            raise ValueError(
+                f"mask must have the shape of tokens without the last dimension, {tuple(tokens.shape[:-1])}; "
+                f"got {tuple(mask.shape)}."
+            )
+        heads = tokens.reshape(-1, self.num_heads, self.dim).transpose(0, 1)
+        flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
+        return heads, flat_mask
+
+    def codes(self, tokens: Tensor) -> Tensor:
+        """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
+        heads, _ = self.split_heads(tokens)
+        return nearest_prototype(heads, self.prototypes).transpose(0, 1).unflatten(0, tokens.shape[:-1])
+
+    @torch.no_grad()
+    def set_prototypes(self, prototypes: Tensor) -> None:
+        """Copy ``(H, K, d)`` values in and mark the bank initialised."""
+        if prototypes.shape != self.prototypes.shape:
+            raise ValueError(
+                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}."
+            )
+        if not bool(torch.isfinite(prototypes).all()):
+            raise ValueError("prototypes must be finite; got NaN or infinity.")
+        self.prototypes.copy_(prototypes)
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def set_temperature(self, temperature: float | Tensor) -> None:
+        """Set T for all heads (a float) or per head (``(H,)``), in units of squared distance."""
+        value = torch.as_tensor(temperature, dtype=self.temperature.dtype, device=self.temperature.device)
+        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != self.num_heads):
+            raise ValueError(
+                f"temperature must be one value or one per head, ({self.num_heads},); got {tuple(value.shape)}."
+            )
+        if not bool((value > 0).all() and torch.isfinite(value).all()):
+            raise ValueError(
+                f"temperature must be finite and > 0, in units of squared distance; got {value.tolist()}."
+            )
+        self.temperature.copy_(value.expand_as(self.temperature))
+
+    def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
+        if bool(torch.isfinite(output.terms.loss).all()):
+            return
+        if mask is not None and not bool(mask.any()):
+            raise ValueError(
+                "mask leaves no valid token in the batch, so the loss has no mean. Drop empty samples from the data."
+            )
+        if tokens.numel() == 0:
+            raise ValueError(f"tokens must hold at least one token; got shape {tuple(tokens.shape)}.")
+        valid = tokens if mask is None else tokens[mask]
+        if not bool(torch.isfinite(valid).all()):
+            raise ValueError(
+                "tokens must be finite; got NaN or infinity among the valid ones. Check the data, or lower rho or clip "
+                "gradients if the encoder diverged."
+            )
+        if not bool(torch.isfinite(self.prototypes).all()):
+            raise ValueError(
+                "prototypes became NaN or infinite. Lower lr_prototypes, clip gradients, or restart from a checkpoint."
+            )
+        raise ValueError(
+            f"the loss terms overflow {output.terms.loss.dtype} (temperature {self.temperature.tolist()}, largest token "
+            f"entry {float(valid.abs().max()):.3g}). Standardise the tokens or raise the temperature."
+        )
+
+    def extra_repr(self) -> str:
+        return f"num_prototypes={self.num_prototypes}, dim={self.dim}, num_heads={self.num_heads}"

@@ -1,0 +1,67 @@
+"""The few collective operations that the layers and callbacks need; each is the identity in a single process."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together, 1 where torch.distributed is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over processes whose backward sums the gradients over processes, as the chain rule asks."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Differentiable sum of ``value`` over processes, same shape."""
+    if world_size() == 1:
+        return value
+    reduced: Tensor = _AllReduceSum.apply(value)  # type: ignore[no-untyped-call]
+    return reduced
+
+
+def max_over_processes(value: Tensor) -> Tensor:
+    """Element-wise maximum over processes, without gradient, same shape."""
+    if world_size() > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, in rank order, on every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """The value of the first process, on every process."""
+    if world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that computes on behalf of all."""
+    return world_size() == 1 or dist.get_rank() == 0

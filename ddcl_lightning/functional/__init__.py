@@ -1,0 +1,44 @@
+"""The mathematics of DDCL-Attention as pure functions: no state, no Lightning.
+
+Shapes follow one convention: ``tokens`` are ``(..., N, d)``, ``prototypes`` ``(..., K, d)``, ``mask`` ``(..., N)`` with
+True for valid tokens, and the leading dimensions (usually one, the heads) are shared.
+"""
+
+from ddcl_lightning.functional.assignment import (
+    BankOutput,
+    Decomposition,
+    nearest_prototype,
+    prototype_attention,
+    prototype_attention_reference,
+    soft_assign,
+)
+from ddcl_lightning.functional.critical import critical_temperature, prototype_critical_temperatures
+from ddcl_lightning.functional.decomposition import DecompositionErrors, decompose, decomposition_errors
+from ddcl_lightning.functional.diagnostics import (
+    AssignmentStatistics,
+    Separation,
+    assignment_statistics,
+    log_barrier,
+    separation,
+    total_variance,
+)
+
+__all__ = [
+    "AssignmentStatistics",
+    "BankOutput",
+    "Decomposition",
+    "DecompositionErrors",
+    "Separation",
+    "assignment_statistics",
+    "critical_temperature",
+    "decompose",
+    "decomposition_errors",
+    "log_barrier",
+    "nearest_prototype",
+    "prototype_attention",
+    "prototype_attention_reference",
+    "prototype_critical_temperatures",
+    "separation",
+    "soft_assign",
+    "total_variance",
+]

@@ -1,0 +1,81 @@
+"""Argument checks, masked means and chunking shared by the functional modules."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # entries of one N x K block in the streamed functions: 32 MiB in float64
+
+
+def check_shapes(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> None:
+    """Raise a ValueError that names the argument unless the shapes fit the convention of this package."""
+    if tokens.dim() < 2 or prototypes.dim() < 2:
+        raise ValueError(
+            "tokens and prototypes must have at least 2 dimensions, (..., N, d) and (..., K, d); "
+            f"got {tuple(tokens.shape)} and {tuple(prototypes.shape)}. Add the missing dimension with unsqueeze."
+        )
+    if tokens.shape[-1] != prototypes.shape[-1]:
+        raise ValueError(
+            "tokens and prototypes must share their last dimension d; got tokens with "
+            f"d = {tokens.shape[-1]} and prototypes with d = {prototypes.shape[-1]}. Project the tokens or change the "
+            "prototype dimension."
+        )
+    if tokens.shape[:-2] != prototypes.shape[:-2]:
+        raise ValueError(
+            "tokens and prototypes must share their leading dimensions; got "
+            f"{tuple(tokens.shape[:-2])} and {tuple(prototypes.shape[:-2])}. Flatten batch and time into N, expand heads."
+        )
+    if not tokens.is_floating_point():
+        raise TypeError(f"tokens must be floating point; got {tokens.dtype}. Convert with tokens.float().")
+    check_mask(tokens, mask)
+
+
+def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
+    """Raise unless ``mask`` is None or boolean with the shape of ``tokens`` without its last dimension."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool().")
+    if mask.shape != tokens.shape[:-1]:
+        raise ValueError(
+            f"mask must have the shape of tokens without its last dimension, {tuple(tokens.shape[:-1])}; "
+            f"got {tuple(mask.shape)}."
+        )
+
+
+def temperature_like(temperature: float | Tensor, reference: Tensor) -> Tensor:
+    """Temperature as a tensor that broadcasts against ``(..., N, d)``; a float is checked, a tensor is trusted."""
+    if isinstance(temperature, Tensor):
+        value = temperature.to(device=reference.device, dtype=reference.dtype)
+        return value.reshape(*value.shape, 1, 1) if value.dim() else value
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, in units of squared distance; got {temperature}.")
+    return torch.as_tensor(temperature, device=reference.device, dtype=reference.dtype)
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """Float32 for half precisions, else the widest of the inputs: sums of squares never run in 8 or 11 bits."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def zero_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens with the padded rows set to zero, so that not even a NaN there can leak into a product."""
+    return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of ``values`` ``(..., N)`` over the valid tokens, ``(...)``; NaN where no token is valid."""
+    if mask is None:
+        return values.mean(-1)
+    return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
+
+
+def token_chunks(num_tokens: int, row_elements: int) -> Iterator[slice]:
+    """Slices over the token dimension that bound one block to ``CHUNK_ELEMENTS`` entries."""
+    step = max(1, CHUNK_ELEMENTS // max(1, row_elements))
+    for start in range(0, num_tokens, step):
+        yield slice(start, min(start + step, num_tokens))

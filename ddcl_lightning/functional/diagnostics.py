@@ -1,0 +1,154 @@
+"""Signals of a bank's health: separation (eq. 8), entropy and usage (eq. 9), and the repulsion that keeps both up."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional._common import (
+    CHUNK_ELEMENTS,
+    accumulation_dtype,
+    check_mask,
+    check_shapes,
+    masked_mean,
+    token_chunks,
+    zero_padding,
+)
+from ddcl_lightning.functional.assignment import _log_assign
+
+
+class Separation(NamedTuple):
+    """Distances between the prototypes of a bank, in units of distance, shape ``(...)`` each.
+
+    Attributes:
+        minimum: ``Delta = min_{j<k} ||p_j - p_k||`` (eq. 8); infinite for a bank of one prototype.
+        mean: Mean pairwise distance; NaN for a bank of one prototype.
+        closest: Indices of the closest pair, ``(..., 2)`` int64.
+    """
+
+    minimum: Tensor
+    mean: Tensor
+    closest: Tensor
+
+
+class AssignmentStatistics(NamedTuple):
+    """Summary of the soft and hard assignments of valid tokens.
+
+    Attributes:
+        entropy: ``H = -mean_n sum_k q_nk ln q_nk`` in [0, ln K] nats (eq. 9), ``(...)``.
+        mass: Mean soft assignment per prototype, ``(..., K)``, sums to 1.
+        counts: Tokens whose nearest prototype is k, ``(..., K)`` int64.
+    """
+
+    entropy: Tensor
+    mass: Tensor
+    counts: Tensor
+
+
+@torch.no_grad()
+def separation(prototypes: Tensor) -> Separation:
+    """Smallest and mean distance between prototypes (eq. 8), in float64 and by rows, so that large banks fit.
+
+    Args:
+        prototypes: ``(..., K, d)``.
+
+    Returns:
+        Minimum and mean ``(...)`` and the closest pair ``(..., 2)``.
+    """
+    p = prototypes.detach().to(torch.float64)
+    size = p.shape[-2]
+    lead = p.shape[:-2]
+    minimum = p.new_full(lead, math.inf)
+    total = p.new_zeros(lead)
+    closest = torch.zeros(*lead, 2, dtype=torch.int64, device=p.device)
+    index = torch.arange(size, device=p.device)
+    for rows in token_chunks(size, max(1, p[..., 0].numel())):
+        distances = torch.cdist(p[..., rows, :], p, compute_mode="donot_use_mm_for_euclid_dist")
+        upper = index.unsqueeze(0) > index[rows].unsqueeze(1)  # every pair once, no prototype with itself
+        total += distances.masked_fill(~upper, 0.0).sum((-1, -2))
+        value, flat = distances.masked_fill(~upper, math.inf).flatten(-2).min(-1)
+        pair = torch.stack([flat // size + rows.start, flat % size], -1)
+        closest = torch.where((value < minimum).unsqueeze(-1), pair, closest)
+        minimum = torch.minimum(minimum, value)
+    pairs = size * (size - 1) // 2
+    return Separation(minimum, total / pairs if pairs else torch.full_like(total, math.nan), closest)
+
+
+@torch.no_grad()
+def assignment_statistics(
+    tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None = None
+) -> AssignmentStatistics:
+    """Entropy, mean soft assignment and hard counts, streamed over tokens.
+
+    Args:
+        tokens: ``(..., N, d)``.
+        prototypes: ``(..., K, d)``.
+        temperature: ``T > 0`` in units of squared distance.
+        mask: ``(..., N)`` boolean, True for valid tokens.
+
+    Returns:
+        Statistics in float32 or wider; NaN entropy and mass where no token is valid.
+    """
+    check_shapes(tokens, prototypes, mask)
+    dtype = accumulation_dtype(tokens, prototypes)
+    p = prototypes.to(dtype)
+    size = p.shape[-2]
+    entropy = p.new_zeros(p.shape[:-2])
+    mass = p.new_zeros(p.shape[:-1])
+    counts = torch.zeros(p.shape[:-1], dtype=torch.int64, device=p.device)
+    with torch.autocast(tokens.device.type, enabled=False):
+        for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
+            valid = None if mask is None else mask[..., part]
+            log_q = _log_assign(zero_padding(tokens[..., part, :].to(dtype), valid), p, temperature)
+            q = zero_padding(log_q.exp(), valid)
+            # 0 * -inf would be NaN where an assignment underflows.
+            entropy -= torch.special.xlogy(q, log_q.exp()).sum((-1, -2))
+            mass += q.sum(-2)
+            hard = torch.nn.functional.one_hot(log_q.argmax(-1), size)
+            counts += (hard if valid is None else hard * valid.unsqueeze(-1)).sum(-2)
+    count = torch.full_like(entropy, tokens.shape[-2]) if mask is None else mask.sum(-1).to(dtype)
+    return AssignmentStatistics(entropy / count, mass / count.unsqueeze(-1), counts)
+
+
+@torch.no_grad()
+def total_variance(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared distance of valid tokens to their mean, the trace of the covariance, ``(...)`` in float64.
+
+    Args:
+        tokens: ``(..., N, d)``.
+        mask: ``(..., N)`` boolean, True for valid tokens.
+    """
+    check_mask(tokens, mask)
+    z = zero_padding(tokens.to(torch.float64), mask)
+    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
+    return masked_mean((z - mean.unsqueeze(-2)).square().sum(-1), mask)
+
+
+def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Log-barrier repulsion ``-mean_{j<k} ln(||p_j - p_k||^2 / scale^2)``: infinite where two prototypes meet.
+
+    The paper's free energy (eq. 15) needs a repulsion of this kind for its global result; the plain loss has
+    none at coinciding prototypes.
+
+    Args:
+        prototypes: ``(..., K, d)``; K must be at least 2.
+        scale: Length that makes the barrier zero, a float or ``(...)``; it shifts the value, not the gradient.
+
+    Returns:
+        ``(...)``, float32 or wider. Costs ``K^2 d``: meant for banks of up to a few thousand prototypes.
+
+    Raises:
+        ValueError: If there are fewer than two prototypes.
+    """
+    size = prototypes.shape[-2]
+    if size < 2:
+        raise ValueError(f"prototypes must hold at least 2 prototypes for a repulsion; got K = {size}.")
+    if size * size > 64 * CHUNK_ELEMENTS:
+        raise ValueError(f"log_barrier stores K^2 distances; got K = {size}. Use it with at most 16,384 prototypes.")
+    p = prototypes.to(accumulation_dtype(prototypes))
+    first, second = torch.triu_indices(size, size, offset=1, device=p.device)
+    squared = (p[..., first, :] - p[..., second, :]).square().sum(-1)
+    tiny = torch.finfo(squared.dtype).tiny
+    barrier = -squared.clamp(min=tiny).log().mean(-1)
+    return barrier + 2 * torch.as_tensor(scale, dtype=p.dtype, device=p.device).log()

@@ -1,0 +1,123 @@
+"""Finding prototype banks inside any module, and looking at what passes through them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.functional import BankOutput, Decomposition
+
+
+def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
+    """All prototype banks inside ``module`` by their qualified names, each once, in order of registration."""
+    return {name: bank for name, bank in module.named_modules() if isinstance(bank, PrototypeBank)}
+
+
+def require_banks(module: nn.Module, caller: str) -> dict[str, PrototypeBank]:
+    """The same, with an error that names the caller where there is none."""
+    banks = find_banks(module)
+    if not banks:
+        raise ValueError(
+            f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or any "
+            "module that holds a PrototypeBank) as an attribute, or remove the callback."
+        )
+    return banks
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one forward call of a bank saw and returned; tensors are detached, prototypes and T copied at the call.
+
+    Attributes:
+        tokens: ``(H, N, d)``.
+        mask: ``(H, N)`` boolean or None.
+        prototypes: ``(H, K, d)``.
+        temperature: ``(H,)``.
+        terms: The terms that the call returned, ``(H,)`` each.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    prototypes: Tensor
+    temperature: Tensor
+    terms: Decomposition
+
+    def valid_tokens(self) -> Tensor:
+        """Tokens without padding, ``(H, M, d)``."""
+        return self.tokens if self.mask is None else self.tokens[:, self.mask[0]]
+
+
+Observer = Callable[[str, Observation], None]
+
+
+class BankProbe:
+    """Calls an observer on every forward of the given banks while armed; costs nothing otherwise.
+
+    Args:
+        banks: Banks by name.
+        observer: Called with the name and the observation.
+        training_only: Ignore forwards of banks in evaluation mode.
+    """
+
+    def __init__(
+        self, banks: Mapping[str, PrototypeBank], observer: Observer, *, training_only: bool = False
+    ) -> None:
+        self.armed = False
+        self._observer, self._training_only = observer, training_only
+        self._handles: list[RemovableHandle] = [
+            bank.register_forward_hook(self._hook(name), with_kwargs=True) for name, bank in banks.items()
+        ]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(
+            bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
+        ) -> None:
+            if not self.armed or (self._training_only and not bank.training):
+                return
+            tokens, mask = bank_inputs(bank, args, kwargs)
+            heads, flat_mask = bank.split_heads(tokens.detach(), mask)
+            terms = Decomposition(*(term.detach() for term in output.terms))
+            self._observer(
+                name,
+                Observation(
+                    heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms
+                ),
+            )
+
+        return hook
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> "BankProbe":
+        self.armed = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def bank_inputs(
+    bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens and mask of a call of ``bank.forward``, however they were passed."""
+    bound = inspect.signature(type(bank).forward).bind(bank, *args, **kwargs).arguments
+    tokens: Tensor = bound["tokens"]
+    mask: Tensor | None = bound.get("mask")
+    return tokens, mask
+
+
+def all_tokens(observation: Observation) -> Tensor:
+    """Valid tokens ``(M, H, d)`` on the CPU in float32: one row per token, the heads side by side."""
+    return observation.valid_tokens().transpose(0, 1).to("cpu", torch.float32)
