@@ -1,1 +1,23 @@
-"""x."""
+"""Lightning callbacks for any LightningModule that holds a prototype bank."""
+
+from ddcl_lightning.callbacks.assignment_writer import AssignmentWriter
+from ddcl_lightning.callbacks.collapse_warning import CollapseError, CollapseWarning
+from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck, DecompositionViolationError
+from ddcl_lightning.callbacks.fit_summary import FitSummary
+from ddcl_lightning.callbacks.kmeans_initialization import KMeansInitialization
+from ddcl_lightning.callbacks.prototype_figures import PrototypeFigures
+from ddcl_lightning.callbacks.ratio_guard import RatioGuard
+from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
+
+__all__ = [
+    "AssignmentWriter",
+    "CollapseError",
+    "CollapseWarning",
+    "DecompositionCheck",
+    "DecompositionViolationError",
+    "FitSummary",
+    "KMeansInitialization",
+    "PrototypeFigures",
+    "RatioGuard",
+    "TemperatureAnnealing",
+]

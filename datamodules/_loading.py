@@ -91,9 +91,7 @@ class ResumableDataLoader(DataLoader[Batch]):
         # Lightning calls iter() before it sets the epoch, when workers would already fetch in the order of
         # epoch 0.
         sampler = self.sampler
-        if not isinstance(
-            sampler, EpochSampler
-        ):  # Trainer(overfit_batches=...) puts a sequential one in its place
+        if not isinstance(sampler, EpochSampler):  # Trainer(overfit_batches=...) puts another in its place
             yield from super().__iter__()
             return
         first = self._take_first_batch(sampler.epoch)
@@ -243,8 +241,8 @@ def stratified_mask(y: Tensor, fraction: float, seed: int) -> Tensor:
     """Mark ``fraction`` of each class at random, rounded, and never a whole class; ``(N,)`` bool."""
     generator = np.random.default_rng(seed)
     mask = torch.zeros(len(y), dtype=torch.bool)
-    for label in y.unique():
-        rows = torch.nonzero(y == label).flatten()
+    for label in np.unique(y.numpy()):
+        rows = torch.nonzero(y == int(label)).flatten()
         count = min(round(fraction * len(rows)), len(rows) - 1)
         mask[rows[generator.permutation(len(rows))[:count]]] = True
     return mask

@@ -68,19 +68,16 @@ def _altitudes(low: float, high: float) -> Range:
     return Range(EARTH_RADIUS_KM + low, EARTH_RADIUS_KM + high)
 
 
-# RCS: median and standard deviation of the logarithm in the catalogue of April 2017 under label_regimes; for
-# HEO over its orbits of Molniya type (inclination 60 to 68 degrees).
+# Every noise-free object is in its regime by label_regimes. RCS: median and standard deviation of the
+# logarithm in the catalogue of April 2017 under the same labels; HEO: inclinations of 60 to 68 degrees alone.
 POPULATIONS = (
-    # Below some 300 km drag clears the orbit within weeks; inclinations from Cape Canaveral's to
-    # sun-synchronous.
-    Regime(_altitudes(300, 2000), Range(0.0, 0.02), Range(28.0, 100.0), 0.022, 2.26),
+    # Drag clears lower orbits within weeks. Inclinations from Cape Canaveral's latitude to sun-synchronous.
+    Regime(_altitudes(300, 1900), Range(0.0, 0.01), Range(28.0, 100.0), 0.022, 2.26),
     # Navigation shells: GLONASS (19,100 km, 64.8 degrees), GPS (20,200 km, 55), Galileo (23,222 km, 56).
     Regime(_altitudes(19000, 23300), Range(0.0, 0.02), Range(50.0, 65.0), 2.2, 1.86),
-    # The IADC protected region around the geostationary radius of 42,164 km; uncontrolled objects drift up to
-    # 15 degrees.
-    Regime(Range(42164 - 200, 42164 + 200), Range(0.0, 0.01), Range(0.0, 15.0), 11.6, 1.91),
-    # Molniya: half a sidereal day (26,600 km), near the critical inclination of 63.4 degrees, where the
-    # apogee stays put.
+    # Around the geostationary radius of 42,164 km; objects without control drift up to 15 degrees.
+    Regime(Range(42164 - 100, 42164 + 100), Range(0.0, 0.002), Range(0.0, 15.0), 11.6, 1.91),
+    # Molniya: half a sidereal day, near the inclination of 63.4 degrees at which the apogee stays in place.
     Regime(Range(26600 - 500, 26600 + 500), Range(0.6, 0.75), Range(61.0, 66.0), 7.0, 1.41),
 )
 

@@ -1,1 +1,44 @@
-"""x."""
+"""PyTorch Lightning training for prototype readout heads (DDCL-Attention).
+
+The layer is :class:`DDCLAttention`, a plain module; :class:`DDCLReadoutModule` trains it on any backbone, and the callbacks
+in ``ddcl_lightning.callbacks`` attach to any LightningModule that holds one.
+"""
+
+from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput
+from ddcl_lightning.backbones import Backbone, IdentityBackbone, PCABackbone, Tokens
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.functional import BankOutput, Decomposition
+from ddcl_lightning.heads import DDCLReadout, Head, ReadoutOutput
+from ddcl_lightning.metrics import ClusteringMetrics
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.optim import TokenNormalized
+from ddcl_lightning.probe import find_banks
+from ddcl_lightning.rates import two_timescale_groups
+from ddcl_lightning.scale import EmbeddingScale
+from ddcl_lightning.tasks import Classification, Clustering, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "BankOutput",
+    "Classification",
+    "Clustering",
+    "ClusteringMetrics",
+    "DDCLAttention",
+    "DDCLAttentionOutput",
+    "DDCLReadout",
+    "DDCLReadoutModule",
+    "Decomposition",
+    "EmbeddingScale",
+    "Head",
+    "IdentityBackbone",
+    "PCABackbone",
+    "PrototypeBank",
+    "ReadoutOutput",
+    "Task",
+    "TokenNormalized",
+    "Tokens",
+    "find_banks",
+    "two_timescale_groups",
+]

@@ -164,10 +164,12 @@ def test_overfitting_one_batch_still_works() -> None:
     assert [rows for _, rows in batches] == [list(range(6)), list(range(6, 12))] * EPOCHS
 
 
-def loader(seed: int = 0, rows: int = ROWS, batch_size: int = BATCH_SIZE) -> ResumableDataLoader:
+def loader(
+    seed: int = 0, rows: int = ROWS, batch_size: int = BATCH_SIZE, processes: int = 1, rank: int = 0
+) -> ResumableDataLoader:
     index = torch.arange(rows)
     data = LabelledTensors(index.unsqueeze(1).float(), index % 2, index)
-    sampler = EpochSampler(data, num_replicas=1, rank=0, seed=seed)
+    sampler = EpochSampler(data, num_replicas=processes, rank=rank, seed=seed)
     return ResumableDataLoader(data, batch_size=batch_size, sampler=sampler)
 
 
@@ -196,7 +198,20 @@ def test_state_is_used_once_and_only_for_its_epoch() -> None:
     assert sorted(row for rows in drain(third) for row in rows) == list(range(ROWS))
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"rows": ROWS + 1}, {"batch_size": BATCH_SIZE - 1}])
+def test_every_process_resumes_its_own_share() -> None:
+    whole = [drain(loader(processes=2, rank=rank)) for rank in range(2)]
+    assert sorted(row for batches in whole for rows in batches for row in rows) == list(range(ROWS))
+    first = loader(processes=2, rank=0)
+    next(iter(first))
+    for rank in range(2):  # the checkpoint of the first process serves all
+        resumed = loader(processes=2, rank=rank)
+        resumed.load_state_dict(first.state_dict())
+        assert drain(resumed) == whole[rank][1:]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"rows": ROWS + 1}, {"batch_size": BATCH_SIZE - 1}, {"processes": 2}]
+)
 def test_another_order_is_refused_in_the_middle_of_an_epoch(changed: dict[str, int]) -> None:
     first = loader()
     next(iter(first))

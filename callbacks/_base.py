@@ -1,0 +1,91 @@
+"""What the callbacks share: finding the banks, and looking at them every so many batches."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.probe import BankProbe, Observation, require_banks
+
+
+def log_name(bank_name: str, signal: str) -> str:
+    """Name under which a bank's signal is logged: ``ddcl/<signal>`` and, below it, where the bank sits."""
+    return f"ddcl/{signal}/{bank_name}" if bank_name else f"ddcl/{signal}"
+
+
+class BankCallback(Callback):
+    """Looks at what passes through every bank in the first of each ``every_n_batches`` training batches.
+
+    Between these batches nothing is read, copied or synchronised. Variants write :meth:`observe`.
+
+    Args:
+        every_n_batches: Interval, at least 1.
+
+    Raises:
+        ValueError: If the interval is below 1 or the module holds no bank.
+    """
+
+    def __init__(self, every_n_batches: int) -> None:
+        if every_n_batches < 1:
+            raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}.")
+        self.every_n_batches = every_n_batches
+        self._batches = 0
+        self._seen: dict[str, Observation] = {}
+        self._banks: dict[str, PrototypeBank] = {}
+        self._probe: BankProbe | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the banks."""
+        self._banks = require_banks(pl_module, type(self).__name__)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start to look."""
+        self._probe = BankProbe(self._banks, self._seen.__setitem__, training_only=True)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Arm the probe if this batch is due."""
+        assert self._probe is not None
+        self._probe.armed = self._batches % self.every_n_batches == 0
+        self._batches += 1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hand over what was seen."""
+        if self._seen:
+            seen = dict(self._seen)
+            self._seen.clear()
+            self.observe(trainer, pl_module, seen)
+
+    def observe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]
+    ) -> None:
+        """Read the observations of one batch, by the name of the bank."""
+        raise NotImplementedError
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop to look."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop to look."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None
+        self._seen.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of batches seen, so that a resumed run looks at the same ones."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the count."""
+        self._batches = state_dict["batches"]

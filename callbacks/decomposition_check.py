@@ -1,0 +1,116 @@
+"""The decomposition L_q = L_OLS + V, checked by a check that can fail."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ddcl_lightning.callbacks._base import BankCallback, log_name
+from ddcl_lightning.functional import DecompositionErrors, decomposition_errors
+from ddcl_lightning.probe import Observation
+
+# Relative to the energy of the batch; measured worst cases over random problems are in docs/measurements.md.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+class DecompositionViolationError(RuntimeError):
+    """The terms that a layer trained with do not satisfy the decomposition."""
+
+
+class DecompositionCheck(BankCallback):
+    """Compares the loss terms of every bank with the decomposition from its definitions in float64 (eq. 3).
+
+    ``L_q`` is recomputed from pairwise distances, ``L_OLS`` from the centroids and ``V`` from the spread of prototypes
+    around them, each on its own, for the very tokens of the batch, and held against the terms that entered the loss.
+    A wrong softmax, padding inside a mean, assignments that do not sum to one or a NaN make it fail.
+
+    Args:
+        every_n_batches: Interval between checks; nothing is read in between.
+        on_violation: ``"raise"`` stops the run, ``"warn"`` goes on and counts.
+        tolerance: Largest error relative to the energy of the batch; by default 1e-12 for float64 and 1e-5 for
+            float32 and for half precisions, whose terms are computed in float32.
+
+    Attributes:
+        checks: Checks made so far.
+        violations: Checks that failed so far.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        DecompositionViolationError: On a violation, with ``on_violation="raise"``.
+    """
+
+    def __init__(
+        self,
+        every_n_batches: int = 50,
+        on_violation: Literal["raise", "warn"] = "raise",
+        tolerance: float | None = None,
+    ) -> None:
+        super().__init__(every_n_batches)
+        if on_violation not in ("raise", "warn"):
+            raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}.")
+        if tolerance is not None and not 0 < tolerance < 1:
+            raise ValueError(f"tolerance must be in (0, 1), relative to the energy; got {tolerance}.")
+        self.on_violation, self.tolerance = on_violation, tolerance
+        self.checks = self.violations = 0
+
+    def observe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]
+    ) -> None:
+        """Check the terms of one batch."""
+        for name, observed in seen.items():
+            errors = decomposition_errors(
+                observed.tokens, observed.prototypes, observed.temperature, observed.terms, observed.mask
+            )
+            self.checks += 1
+            failures = find_violations(errors, observed.terms.loss.dtype, self.tolerance)
+            pl_module.log(log_name(name, "decomposition_error"), max(errors.identity, errors.loss))
+            if failures:
+                self.violations += 1
+                self._report(name, trainer, failures)
+
+    def _report(self, name: str, trainer: pl.Trainer, failures: list[str]) -> None:
+        message = (
+            f"decomposition violated at step {trainer.global_step} in bank {name!r}: {'; '.join(failures)}. The terms that "
+            "entered the loss are not those of eq. 3 for these tokens: check a changed softmax, the mask, or "
+            "arithmetic in too low a precision."
+        )
+        if self.on_violation == "raise":
+            raise DecompositionViolationError(message)
+        rank_zero_warn(message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts of checks and violations."""
+        return {**super().state_dict(), "checks": self.checks, "violations": self.violations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the counts."""
+        super().load_state_dict(state_dict)
+        self.checks, self.violations = state_dict["checks"], state_dict["violations"]
+
+
+def find_violations(
+    errors: DecompositionErrors, dtype: torch.dtype, tolerance: float | None = None
+) -> list[str]:
+    """What is wrong with a decomposition, one phrase per term; empty where nothing is.
+
+    Args:
+        errors: Errors from :func:`~ddcl_lightning.functional.decomposition_errors`.
+        dtype: Precision in which the trained terms were computed.
+        tolerance: Largest error relative to the energy; by default that of the precision.
+    """
+    allowed = TOLERANCES[dtype] if tolerance is None else tolerance
+    # Rounding of the logits moves loss between L_OLS and V in proportion to energy / T; their sum does not feel it.
+    split = allowed * max(1.0, errors.sharpness)
+    limits = {
+        "|L_q - (L_OLS + V)| from the definitions": (errors.identity, TOLERANCES[torch.float64]),
+        "L_q against the trained value": (errors.loss, allowed),
+        "L_OLS against the trained value": (errors.ols, split),
+        "V against the trained value": (errors.variance, split),
+        "|sum_k q - 1|": (errors.rows, max(allowed, TOLERANCES[torch.float64])),
+    }
+    return [
+        f"{name}: relative error {error:.3g} > {limit:.3g}"
+        for name, (error, limit) in limits.items()
+        if not error <= limit  # a NaN is a violation
+    ]

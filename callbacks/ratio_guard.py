@@ -1,0 +1,69 @@
+"""rho < 1 for projects that bring their own optimizers."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ddcl_lightning.probe import require_banks
+from ddcl_lightning.rates import live_ratio, parameter_ids
+
+
+class RatioGuard(Callback):
+    """Checks at every batch that the encoder's rate stays below the prototypes' (Theorem 1), and logs the ratio.
+
+    For modules with one optimizer whose parameter groups separate prototypes from the rest
+    (:func:`~ddcl_lightning.two_timescale_groups` makes them), or with two optimizers.
+
+    Args:
+        max_ratio: Largest ``rho = lr_encoder / lr_prototypes``, in (0, 1]; rho must stay below it.
+        ignore: Prefixes of parameter names that are neither encoder nor prototypes (a classifier, say).
+        on_violation: ``"raise"`` or ``"warn"`` (once per run).
+
+    Raises:
+        ValueError: If an argument is out of its range.
+        RuntimeError: On a violation, with ``on_violation="raise"``.
+    """
+
+    def __init__(
+        self,
+        max_ratio: float = 1.0,
+        ignore: tuple[str, ...] | list[str] = (),
+        on_violation: Literal["raise", "warn"] = "raise",
+    ) -> None:
+        if not 0 < max_ratio <= 1:
+            raise ValueError(f"max_ratio must be in (0, 1]; got {max_ratio}.")
+        if on_violation not in ("raise", "warn"):
+            raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}.")
+        self.max_ratio, self.ignore, self.on_violation = max_ratio, tuple(ignore), on_violation
+        self._warned = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the rates with which this batch will step."""
+        fast = parameter_ids(bank.prototypes for bank in require_banks(pl_module, "RatioGuard").values())
+        slow = parameter_ids(
+            parameter
+            for name, parameter in pl_module.named_parameters()
+            if parameter.requires_grad and id(parameter) not in fast and not name.startswith(self.ignore)
+        )
+        ratio = live_ratio(trainer.optimizers, fast, slow)
+        if ratio is None:
+            return
+        pl_module.log("rho", ratio)
+        if ratio >= self.max_ratio:
+            self._report(trainer, ratio)
+
+    def _report(self, trainer: pl.Trainer, ratio: float) -> None:
+        message = (
+            f"rho = lr_encoder / lr_prototypes is {ratio:.3g} at step {trainer.global_step} and must stay below "
+            f"{self.max_ratio:g} (Theorem 1). Give the prototypes their own parameter group with a larger rate: "
+            "torch.optim.Adam(two_timescale_groups(self, lr_prototypes=1e-2, rho=0.1))."
+        )
+        if self.on_violation == "raise":
+            raise RuntimeError(message)
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(message)

@@ -1,0 +1,5 @@
+"""``python -m ddcl_lightning`` is ``ddcl``."""
+
+from ddcl_lightning.cli import main
+
+main()

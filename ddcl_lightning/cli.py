@@ -1,0 +1,140 @@
+"""The ``ddcl`` command: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, and ``recipes``."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from ddcl_lightning import backbones, datamodules, heads, tasks  # noqa: F401 - short class names need them imported
+from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
+from ddcl_lightning.cli_errors import explain
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class DDCLCommandLine(LightningCLI):
+    """LightningCLI with a summary after ``fit``, a table after ``predict``, and errors that start with the key."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, visible under ``--print_config``."""
+        parser.add_lightning_class_args(FitSummary, "summary")
+        parser.add_lightning_class_args(AssignmentWriter, "predictions")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and say in the first line which key is wrong and what was probably meant."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
+            name = next((word for word in given if word in SUBCOMMANDS), None)
+            raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; a refused argument is one line, not a traceback."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise SystemExit(_fail(str(error))) from error
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Words after ``ddcl``, or a config as a dict; by default those of the process.
+    """
+    if args is not None and not isinstance(args, list):
+        _run(args)
+        return
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["recipes"]:
+        _recipes(words[1:])
+        return
+    try:
+        words = resolve_configs(words)
+    except ValueError as error:
+        raise SystemExit(_fail(str(error))) from None
+    with _arguments_of_process(words):
+        _run(None)
+
+
+def resolve_configs(words: list[str]) -> list[str]:
+    """Replace the names of shipped recipes after ``--config`` by their paths; files come first.
+
+    Raises:
+        ValueError: If a config is neither a file nor a recipe.
+    """
+    resolved = list(words)
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        if equals:
+            resolved[place] = f"{option}={_config_path(value)}"
+        elif place + 1 < len(words):
+            resolved[place + 1] = _config_path(words[place + 1])
+    return resolved
+
+
+def _config_path(value: str) -> str:
+    # Several lines are a config written out on the command line.
+    return value if Path(value).is_file() or "\n" in value else str(find_recipe(value))
+
+
+def _run(args: ArgsType) -> None:
+    strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    DDCLCommandLine(
+        DDCLReadoutModule,
+        pl.LightningDataModule,
+        subclass_mode_data=True,
+        seed_everything_default=42,
+        auto_configure_optimizers=False,  # the module makes its own two
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
+        args=args,
+    )
+
+
+def _recipes(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="ddcl recipes", description="List the shipped recipes, or copy one to change it."
+    )
+    commands = parser.add_subparsers(dest="command")
+    copy = commands.add_parser("copy", help="copy a recipe into a folder")
+    copy.add_argument("name", help="name of the recipe")
+    copy.add_argument("folder", nargs="?", default=".", help="where to; by default here")
+    given = parser.parse_args(words)
+    if given.command == "copy":
+        try:
+            print(copy_recipe(given.name, given.folder))
+        except (ValueError, OSError) as error:
+            raise SystemExit(_fail(str(error))) from None
+        return
+    paths = recipe_paths()
+    width = max(map(len, paths), default=0)
+    for name, path in paths.items():
+        print(f"{name:<{width}}  {describe(path)}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _arguments_of_process(words: list[str]) -> Iterator[None]:
+    """LightningCLI warns about arguments that are passed while the process has its own."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,77 @@
+"""Every use of a private field of Lightning, in one place; ``tests/test_compat.py`` fails when one of them changes."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch.utils.data import DataLoader
+
+from ddcl_lightning.batch import Batch
+
+
+def count_one_step(optimizers: Sequence[LightningOptimizer]) -> None:
+    """Let only the first of several optimizers advance ``trainer.global_step``.
+
+    Under manual optimization Lightning counts the step of every optimizer (its issue 17958), so with two of them
+    ``max_steps``, checkpoint intervals and names run at double speed. It sets the counting hooks anew for each batch,
+    so call this before every step.
+    """
+    for optimizer in optimizers[1:]:
+        optimizer._on_before_step = do_nothing_closure
+        optimizer._on_after_step = do_nothing_closure
+
+
+def align_logger_step(trainer: pl.Trainer) -> None:
+    """Make loggers count optimizer steps, as ``global_step`` does, where the module accumulates gradients itself.
+
+    Call at the end of every training batch; Lightning adds one to the count right after.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = max(trainer.global_step - 1, 0)
+
+
+def given_by_cli() -> bool:
+    """Whether LightningCLI is constructing a module right now, with the config's plain data as hyperparameters."""
+    return _given_hyperparameters.get() is not None
+
+
+def train_batches(trainer: pl.Trainer) -> Iterator[Batch]:
+    """One pass over the training batches of this process, before or between the batches of training.
+
+    The trainer's own iterators, the state of its loaders and the global random state stay as they are.
+    """
+    trainer.fit_loop.setup_data()  # no effect where it has run; needed in on_fit_start
+    loaders = apply_to_collection(trainer.train_dataloader, DataLoader, _independent_loader)
+    with isolate_rng():
+        for batch, batch_idx, _ in CombinedLoader(loaders, "max_size_cycle"):
+            if batch_idx >= trainer.num_training_batches:
+                return
+            yield batch
+
+
+def _independent_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
+    """A copy with its own place in the data; a persistent worker pool belongs to the training loop."""
+    clone = copy.copy(loader)
+    clone._iterator = None
+    return clone
+
+
+@contextmanager
+def silent_logging(module: pl.LightningModule) -> Iterator[None]:
+    """Make ``self.log`` and ``self.log_dict`` of a module do nothing: its training step runs outside of the loop."""
+    module.__dict__["log"] = module.__dict__["log_dict"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del module.__dict__["log"], module.__dict__["log_dict"]
+
+
+def to_device(trainer: pl.Trainer, batch: Batch) -> Batch:
+    """A batch on the module's device, through all of its transfer hooks."""
+    return trainer.strategy.batch_to_device(batch)

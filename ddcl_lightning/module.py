@@ -1,0 +1,335 @@
+"""The LightningModule: any backbone, any head, any task, stepped on two time scales."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric, MetricCollection
+
+from ddcl_lightning import compat
+from ddcl_lightning.backbones.base import Backbone
+from ddcl_lightning.batch import Batch, index, inputs
+from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
+from ddcl_lightning.rates import LRSchedule, check_ratio, check_schedule, live_ratio, lr_factor, parameter_ids
+from ddcl_lightning.reservoir import Reservoir
+from ddcl_lightning.tasks.base import Task
+
+FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
+
+
+class DDCLReadoutModule(pl.LightningModule):
+    """Trains a backbone, a readout head and a task with two optimizers and one backward pass.
+
+    The prototypes are the fast subsystem and the encoder the slow one (Theorem 1): ``rho`` is the ratio of their
+    rates, and the encoder's rate is derived from it, so an unstable pair cannot be written by accident. What
+    belongs to the task (a classifier, a decoder) steps with the encoder's optimizer at its own rate.
+
+    rho < 1 slows a collapse down; it does not prevent it. An encoder that trains on the quantisation loss
+    alone lowers it by shrinking its embeddings at any ratio, so such a head bounds their scale unless told otherwise.
+
+    Args:
+        backbone: Batch to tokens.
+        head: Tokens to readout.
+        task: Readout and batch to losses and metrics.
+        lr_prototypes: Rate of the prototypes, > 0.
+        rho: ``lr_encoder / lr_prototypes`` in [0, 1); at most 0.1 is the rule of thumb. 0 freezes the encoder.
+        lr_task: Rate of the task's parameters, > 0; by default ``lr_prototypes``.
+        prototype_optimizer: ``"Adam"``, ``"SGD"``, any other class of ``torch.optim``, a dotted path to one, or
+            ``"TokenNormalized"`` (:class:`~ddcl_lightning.optim.TokenNormalized`).
+        prototype_optimizer_args: Its arguments other than ``lr``. Prototypes get no weight decay unless it says so.
+        encoder_optimizer: The same for encoder and task.
+        encoder_optimizer_args: Its arguments other than ``lr``.
+        lr_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: one factor for all rates.
+        warmup_steps: Steps of linear warm-up, for all rates.
+        gradient_clip_val: Largest norm of all gradients together, > 0; None does not clip. Joint, because clipping each
+            optimizer on its own would change the ratio of their steps.
+        accumulate_grad_batches: Batches per optimizer step, at least 1.
+        allow_unstable: Accept rho >= 1, with a warning: for ablations.
+        check_finite: Stop at the first loss that is NaN or infinite. On a GPU it waits for each step's loss.
+
+    Raises:
+        ValueError: If an argument is out of its range, or ``lr`` is given twice.
+        RuntimeError: During training, if the live ratio of the rates leaves [0, 1).
+        FloatingPointError: During training, if the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        task: Task,
+        lr_prototypes: float = 1e-2,
+        rho: float = 0.1,
+        lr_task: float | None = None,
+        prototype_optimizer: str = "Adam",
+        prototype_optimizer_args: dict[str, Any] | None = None,
+        encoder_optimizer: str = "Adam",
+        encoder_optimizer_args: dict[str, Any] | None = None,
+        lr_schedule: LRSchedule = "constant",
+        warmup_steps: int = 0,
+        gradient_clip_val: float | None = None,
+        accumulate_grad_batches: int = 1,
+        allow_unstable: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__()
+        # Under the CLI these are the config's plain data; outside of it modules must not be pickled into checkpoints.
+        modules = () if compat.given_by_cli() else ("backbone", "head", "task")
+        self.save_hyperparameters(ignore=modules)
+        self.automatic_optimization = False
+
+        for name, value in (("lr_prototypes", lr_prototypes), ("lr_task", lr_task)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and > 0; got {value}.")
+        check_ratio(rho, allow_unstable=allow_unstable)
+        check_schedule(lr_schedule, warmup_steps)
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be > 0, or None not to clip; got {gradient_clip_val}.")
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1; got {accumulate_grad_batches}.")
+        if rho >= 1:
+            pl.utilities.rank_zero_warn(
+                f"rho = {rho} >= 1 is outside of the stable range (Theorem 1): expect prototypes to lag the encoder."
+            )
+        self.lr_prototypes, self.rho = lr_prototypes, rho
+        self.lr_task = lr_prototypes if lr_task is None else lr_task
+        self.prototype_optimizer = OptimizerSpec(
+            "prototype_optimizer", prototype_optimizer, prototype_optimizer_args, weight_decay=0.0
+        )
+        self.encoder_optimizer = OptimizerSpec("encoder_optimizer", encoder_optimizer, encoder_optimizer_args)
+        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+        self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
+        self.allow_unstable, self.check_finite = allow_unstable, check_finite
+
+        self.backbone, self.head, self.task = backbone, head, task
+        head.build(backbone.embed_dim)
+        task.build(head)
+        if rho == 0:
+            backbone.requires_grad_(False)
+            for parameter in head.embedding_parameters():
+                parameter.requires_grad_(False)
+        if task.unsupervised and self.parameter_groups()["encoder"]:
+            head.bound_scale()
+        self.stage_metrics = nn.ModuleDict(
+            {stage: nn.ModuleDict(_metric_keys(task.metrics())) for stage in ("val", "test")}
+        )
+
+    # Forward ------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> ReadoutOutput:
+        """The readout of a batch as the data loader yields it."""
+        tokens, mask = self.backbone(batch)
+        readout: ReadoutOutput = self.head(tokens, mask)
+        return readout
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One backward pass; every ``accumulate_grad_batches`` batches, one step of every optimizer."""
+        losses = self.task.losses(self(batch), batch)
+        loss = losses["loss"]
+        if self.check_finite and not bool(torch.isfinite(loss)):
+            parts = {name: float(value) for name, value in losses.items()}
+            raise FloatingPointError(
+                f"the training loss is not finite at step {self.trainer.global_step}: {parts}. Check the data for "
+                "NaN, lower lr_prototypes or rho, set gradient_clip_val, or raise the temperature."
+            )
+        self.manual_backward(loss / self._window_size(batch_idx))
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, on_step=True)
+        if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
+            self._step_optimizers()
+        return loss.detach()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Keep the loggers' step equal to ``global_step``."""
+        compat.align_logger_step(self.trainer)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses and metrics on validation data."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses and metrics on test data."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Assignments ``(B, H, K)``, the data set's ``index`` ``(B,)`` where known, and what the task adds."""
+        readout = self(batch)
+        columns: dict[str, Tensor] = {}
+        position = index(batch)
+        if position is not None:
+            columns["index"] = position
+        if readout.assignments is not None:
+            columns["assignments"] = readout.assignments
+        return {**columns, **self.task.predict(readout, batch)}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole validation set."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the whole test set."""
+        self._log_metrics("test")
+
+    # Set-up -------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Refuse set-ups under which two manual optimizers do not work."""
+        if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"strategy {type(self.trainer.strategy).__name__} does not work with two manual optimizers; use "
+                "strategy='ddp', or attach the callbacks to a module with one optimizer and two_timescale_groups."
+            )
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise ValueError(
+                f"precision {self.trainer.precision!r} rescales the two optimizers' gradients differently, which "
+                "changes rho; use precision='bf16-mixed' or '32-true'."
+            )
+
+    def on_fit_start(self) -> None:
+        """Fit a backbone that needs the training data, on the same sample in every process."""
+        # Assignments far from a prototype underflow into denormal numbers, which a CPU multiplies ten times slower.
+        self._flush_denormal = torch.set_flush_denormal(True)
+        if self.backbone.needs_fit():
+            reservoir = Reservoir(FIT_SAMPLES)
+            for batch in compat.train_batches(self.trainer):
+                reservoir.add(inputs(batch))
+            self.backbone.fit(reservoir.gather())
+
+    def on_fit_end(self) -> None:
+        """Restore the arithmetic of the process."""
+        torch.set_flush_denormal(False)
+
+    def on_train_start(self) -> None:
+        """Fix the length that the schedule runs over."""
+        steps = math.ceil(self.trainer.num_training_batches / self.accumulate_grad_batches)
+        epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
+        by_epochs = math.inf if epochs is None or epochs < 0 else epochs * steps
+        self._total_steps = min(by_epochs, math.inf if limit < 0 else limit)
+        lr_factor(self.lr_schedule, self.warmup_steps, self._total_steps, self.warmup_steps)  # refuse early
+
+    # Optimizers ---------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by role: ``prototypes``, ``encoder`` (they move what a bank sees) and ``task``."""
+        fast = [p for p in self.head.prototype_parameters() if p.requires_grad]
+        moving = [*self.backbone.parameters(), *self.head.embedding_parameters()]
+        slow = [p for p in moving if p.requires_grad and self.rho > 0]
+        known = parameter_ids([*self.head.prototype_parameters(), *moving])
+        rest = [
+            p
+            for part in (self.head, self.task)
+            for p in part.parameters()
+            if p.requires_grad and id(p) not in known
+        ]
+        return {"prototypes": fast, "encoder": slow, "task": rest}
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """One optimizer for the prototypes and one for encoder and task, where they have something to train."""
+        groups = self.parameter_groups()
+        optimizers: list[Optimizer] = []
+        if groups["prototypes"]:
+            fast = self.prototype_optimizer.create(
+                [{"params": groups["prototypes"], "lr": self.lr_prototypes, "name": "prototypes"}]
+            )
+            if isinstance(fast, TokenNormalized):
+                fast.watch(self.head)
+            optimizers.append(fast)
+        rates = {"encoder": self.rho * self.lr_prototypes, "task": self.lr_task}
+        slow = [
+            {"params": groups[name], "lr": rate, "name": name} for name, rate in rates.items() if groups[name]
+        ]
+        if slow:
+            optimizers.append(self.encoder_optimizer.create(slow))
+        if not optimizers:
+            raise ValueError(
+                "nothing to train: the head has no prototypes, the encoder is frozen and the task has no parameters."
+            )
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["base_lr"] = group["set_lr"] = group["lr"]
+        return optimizers
+
+    def _window_size(self, batch_idx: int) -> int:
+        """Batches in the accumulation window of this batch; the last one of an epoch may be shorter."""
+        size, batches = self.accumulate_grad_batches, self.trainer.num_training_batches
+        if not math.isfinite(batches):
+            return size
+        start = batch_idx - batch_idx % size
+        return int(min(size, batches - start))
+
+    def _step_optimizers(self) -> None:
+        found = self.optimizers()
+        optimizers: list[LightningOptimizer] = found if isinstance(found, list) else [found]
+        self._require_ratio(optimizers)
+        self._apply_schedule(optimizers)
+        if self.gradient_clip_val is not None:
+            # Gradients are not scaled here: precisions that scale them are refused in setup.
+            nn.utils.clip_grad_norm_(self._gradient_parameters(optimizers), self.gradient_clip_val)
+        compat.count_one_step(optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    def _require_ratio(self, optimizers: list[LightningOptimizer]) -> None:
+        """Check the ratio of the rates as they stand, whoever set them."""
+        groups = self.parameter_groups()
+        fast, slow = parameter_ids(groups["prototypes"]), parameter_ids(groups["encoder"])
+        ratio = live_ratio([optimizer.optimizer for optimizer in optimizers], fast, slow)
+        if ratio is None:
+            return
+        if ratio >= 1 and not self.allow_unstable:
+            raise RuntimeError(
+                f"rho = lr_encoder / lr_prototypes reached {ratio:.3g} at step {self.trainer.global_step}, but must stay "
+                "below 1: something changed the rates in the optimizers' param_groups. Change them by one factor, or use "
+                "the module's lr_schedule."
+            )
+        self.log("rho", ratio)
+
+    def _apply_schedule(self, optimizers: list[LightningOptimizer]) -> None:
+        factor = lr_factor(self.lr_schedule, self.trainer.global_step, self._total_steps, self.warmup_steps)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            if group["lr"] != group["set_lr"] and group["set_lr"] > 0:
+                group["base_lr"] *= group["lr"] / group["set_lr"]  # somebody rescaled it: keep their factor
+            group["lr"] = group["set_lr"] = group["base_lr"] * factor
+            self.log(f"lr/{group['name']}", group["lr"])
+
+    def _gradient_parameters(self, optimizers: list[LightningOptimizer]) -> list[nn.Parameter]:
+        """Parameters that step along their gradients; the token-normalised step does not use them."""
+        return [
+            parameter
+            for optimizer in optimizers
+            if not isinstance(optimizer.optimizer, TokenNormalized)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+
+    # Evaluation ---------------------------------------------------------------------------------
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        readout = self(batch)
+        size = readout.pooled.shape[0]
+        losses = self.task.losses(readout, batch)
+        self.log_dict({f"{stage}/{name}": value for name, value in losses.items()}, batch_size=size)
+        self.task.update_metrics(self._metrics(stage), readout, batch)
+
+    def _metrics(self, stage: str) -> Mapping[str, Metric | MetricCollection]:
+        held = self.stage_metrics[stage]
+        assert isinstance(held, nn.ModuleDict)
+        return {key.removeprefix("metric_"): metric for key, metric in held.items()}  # type: ignore[misc]
+
+    def _log_metrics(self, stage: str) -> None:
+        for prefix, metric in self._metrics(stage).items():
+            values = metric.compute()
+            self.log_dict({f"{stage}/{prefix}{name}": value.float() for name, value in values.items()})
+            metric.reset()
+
+
+def _metric_keys(metrics: Mapping[str, Metric | MetricCollection]) -> dict[str, nn.Module]:
+    # A ModuleDict takes no empty key, and a single head's metrics have no prefix.
+    return {f"metric_{name}": metric for name, metric in metrics.items()}

@@ -1,0 +1,183 @@
+"""Optimizers for two time scales: by name in a recipe, and the token-normalised prototype step."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.distributed import max_over_processes, sum_over_processes
+from ddcl_lightning.functional._common import token_chunks
+from ddcl_lightning.functional.assignment import _log_assign
+from ddcl_lightning.probe import BankProbe, Observation, find_banks
+
+
+class TokenNormalized(Optimizer):
+    """Moves every prototype towards its own tokens with one time constant, however little mass it holds.
+
+    A gradient step moves a prototype in proportion to the mass of tokens assigned to it, so one that the encoder
+    leaves behind stops moving: a dead code. Here responsibilities are normalised over *tokens*,
+    ``w_kn = softmax_n(ln q_nk)``, and ``p_k <- p_k + lr (sum_n w_kn z_n - p_k)``: the fast subsystem of
+    the two time scales taken literally. In log space nothing underflows, so a prototype without mass goes to the
+    tokens it is nearest to. Statistics add up over accumulated batches and over processes.
+
+    It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
+    prototypes through it.
+
+    Args:
+        params: Prototype parameters of banks.
+        lr: Share of the way to go per step, in (0, 1].
+
+    Raises:
+        ValueError: If the rate is out of range.
+        RuntimeError: At a step without a forward pass in training mode since the last, or without ``watch``.
+    """
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        if not 0 < lr <= 1:
+            raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
+        super().__init__(params, {"lr": lr})
+        self._statistics: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._probe: BankProbe | None = None
+        self._banks: dict[str, PrototypeBank] = {}
+
+    def watch(self, module: nn.Module) -> "TokenNormalized":
+        """Follow the banks in ``module`` whose prototypes are optimised here; returns self."""
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        self._banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in mine}
+        if len(self._banks) < len(mine):
+            raise ValueError(
+                f"TokenNormalized optimises {len(mine)} parameters but only {len(self._banks)} of them are prototypes of "
+                f"a bank in {type(module).__name__}. Give it prototype parameters only."
+            )
+        if self._probe is not None:
+            self._probe.close()
+        self._probe = BankProbe(self._banks, self._accumulate, training_only=True)
+        self._probe.armed = True
+        return self
+
+    @torch.no_grad()
+    def _accumulate(self, name: str, seen: Observation) -> None:
+        key = self._banks[name].prototypes
+        new, old = _token_means(seen), self._statistics.get(key)
+        self._statistics[key] = new if old is None else _merge(old, new)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Move the prototypes; see the class."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for prototypes in group["params"]:
+                if self._probe is None:
+                    raise RuntimeError("TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it.")
+                if prototypes not in self._statistics:
+                    raise RuntimeError(
+                        "TokenNormalized needs a forward pass in training mode before each step. Check that the "
+                        "bank is used by the training step and that the module is in training mode."
+                    )
+                target = _reduce(self._statistics.pop(prototypes))
+                prototypes.lerp_(target.to(prototypes.dtype), group["lr"])
+        return loss
+
+
+def _token_means(seen: Observation) -> tuple[Tensor, Tensor]:
+    """Log mass ``(H, K)`` and responsibility-weighted token means ``(H, K, d)``, streamed over tokens."""
+    tokens = seen.valid_tokens().to(torch.promote_types(seen.tokens.dtype, torch.float32))
+    prototypes = seen.prototypes.to(tokens.dtype)
+    total: tuple[Tensor, Tensor] | None = None
+    with torch.autocast(tokens.device.type, enabled=False):
+        for part in token_chunks(tokens.shape[1], prototypes[..., 0].numel()):
+            log_q = _log_assign(tokens[:, part], prototypes, seen.temperature).mT
+            chunk = log_q.logsumexp(-1), log_q.softmax(-1) @ tokens[:, part]
+            total = chunk if total is None else _merge(total, chunk)
+    assert total is not None
+    return total
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    mass = torch.logaddexp(first[0], second[0])
+    share = (second[0] - mass).exp().unsqueeze(-1)
+    return mass, torch.lerp(first[1], second[1], share)
+
+
+def _reduce(statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """Means over all processes, weighted by mass; the largest mass is taken out so that nothing underflows."""
+    log_mass, mean = statistics
+    weight = (log_mass - max_over_processes(log_mass)).exp().unsqueeze(-1)
+    return sum_over_processes(weight * mean) / sum_over_processes(weight)
+
+
+class OptimizerSpec:
+    """Name and arguments of an optimizer whose rates are set by the module.
+
+    Args:
+        argument: Name of the argument that it came from, for errors.
+        name: A class of ``torch.optim``, ``"TokenNormalized"``, or a dotted path to an Optimizer.
+        arguments: Arguments of the class other than ``params`` and ``lr``.
+        weight_decay: Default weight decay, for classes that have one; None keeps the class's own.
+
+    Raises:
+        ValueError: If the class is unknown, an argument is, or ``lr`` is among them.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        weight_decay: float | None = None,
+    ) -> None:
+        self.optimizer_class = _find(argument, name)
+        self.arguments = dict(arguments or {})
+        if "lr" in self.arguments:
+            raise ValueError(
+                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from lr_prototypes, "
+                "rho and lr_task. Set those instead."
+            )
+        known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
+        for key in self.arguments:
+            if key not in known:
+                raise ValueError(f"{argument}_args has no argument {key!r}{_nearest(key, known)}")
+        if weight_decay is not None and "weight_decay" in known:
+            self.arguments.setdefault("weight_decay", weight_decay)
+
+    def create(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """An optimizer over parameter groups that carry their own ``lr``."""
+        largest = max(group["lr"] for group in groups)
+        # Not every class has a default rate; the groups' own take precedence.
+        return self.optimizer_class(groups, lr=largest, **self.arguments)
+
+
+def _find(argument: str, name: str) -> type[Optimizer]:
+    if name == "TokenNormalized":
+        return TokenNormalized
+    found: object = getattr(torch.optim, name, None)
+    if found is None and "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
+        names = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+        raise ValueError(
+            f"{argument} must name a class of torch.optim, 'TokenNormalized' or a dotted path to an Optimizer; "
+            f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
+        )
+    if "closure" in inspect.signature(found.step).parameters and found is torch.optim.LBFGS:
+        raise ValueError(f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD.")
+    return found
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f". Did you mean {close[0]!r}?" if close else "."

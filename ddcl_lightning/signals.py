@@ -1,0 +1,108 @@
+"""The signals of a bank's health, read off one look at it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional import (
+    assignment_statistics,
+    critical_temperature,
+    separation,
+    total_variance,
+)
+from ddcl_lightning.probe import Observation
+
+
+@dataclass(frozen=True)
+class HeadSignals:
+    """Health of one head of a bank; plain numbers.
+
+    Attributes:
+        delta_min: Smallest distance between two prototypes (eq. 8).
+        delta_mean: Mean distance between prototypes.
+        closest: The pair at the smallest distance.
+        scale: Root mean squared distance of the tokens to their mean.
+        temperature: T.
+        critical: T_c of the tokens.
+        entropy: H in nats (eq. 9).
+        num_prototypes: K.
+        mass: Mean soft assignment, K numbers.
+        counts: Tokens nearest to each prototype, K numbers.
+    """
+
+    delta_min: float
+    delta_mean: float
+    closest: tuple[int, int]
+    scale: float
+    temperature: float
+    critical: float
+    entropy: float
+    num_prototypes: int
+    mass: Tensor
+    counts: Tensor
+
+    @property
+    def relative_separation(self) -> float:
+        """Delta over the scale of the tokens."""
+        return self.delta_min / self.scale if self.scale > 0 else math.nan
+
+    @property
+    def temperature_ratio(self) -> float:
+        """T / T_c; above 1 the bank collapses towards the mean."""
+        return self.temperature / self.critical if self.critical > 0 else math.inf
+
+    @property
+    def entropy_ratio(self) -> float:
+        """H / ln K, 1 for uniform assignments; NaN for a single prototype."""
+        return self.entropy / math.log(self.num_prototypes) if self.num_prototypes > 1 else math.nan
+
+    def scalars(self) -> dict[str, float]:
+        """What goes to a logger."""
+        return {
+            "delta_min": self.delta_min,
+            "delta_mean": self.delta_mean,
+            "delta_relative": self.relative_separation,
+            "embedding_scale": self.scale,
+            "temperature_ratio": self.temperature_ratio,
+            "entropy": self.entropy,
+            "entropy_ratio": self.entropy_ratio,
+        }
+
+
+@torch.no_grad()
+def read_signals(
+    seen: Observation, detach_assignments: bool = False, recent_tokens: Tensor | None = None
+) -> list[HeadSignals]:
+    """Signals of each head from one observation.
+
+    Args:
+        seen: What a forward call of the bank saw.
+        detach_assignments: The bank's own setting, on which T_c depends.
+        recent_tokens: Valid tokens ``(H, M, d)`` of this and earlier batches, for a steadier T_c and scale; by default
+            this batch's.
+
+    Returns:
+        One entry per head. T_c is 0 and T / T_c infinite where the tokens have no variance.
+    """
+    tokens = seen.valid_tokens() if recent_tokens is None else recent_tokens
+    apart = separation(seen.prototypes)
+    use = assignment_statistics(seen.tokens, seen.prototypes, seen.temperature, seen.mask)
+    critical = critical_temperature(tokens, detach_assignments=detach_assignments)
+    scale = total_variance(tokens).sqrt()
+    return [
+        HeadSignals(
+            delta_min=float(apart.minimum[head]),
+            delta_mean=float(apart.mean[head]),
+            closest=(int(apart.closest[head, 0]), int(apart.closest[head, 1])),
+            scale=float(scale[head]),
+            temperature=float(seen.temperature[head]),
+            critical=float(critical[head]),
+            entropy=float(use.entropy[head]),
+            num_prototypes=seen.prototypes.shape[1],
+            mass=use.mass[head].cpu(),
+            counts=use.counts[head].cpu(),
+        )
+        for head in range(seen.prototypes.shape[0])
+    ]
