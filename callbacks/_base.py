@@ -60,9 +60,7 @@ class BankCallback(Callback):
             self._seen.clear()
             self.observe(trainer, pl_module, seen)
 
-    def observe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]
-    ) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Read the observations of one batch, by the name of the bank."""
         raise NotImplementedError
 
@@ -70,9 +68,7 @@ class BankCallback(Callback):
         """Stop to look."""
         self._close()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop to look."""
         self._close()
 

@@ -108,7 +108,9 @@ def assignment_table(outputs: dict[str, Tensor], top: int, first_index: int = 0)
         data[f"prototype_{rank + 1}"] = prototypes[..., rank].flatten().cpu().numpy()
         data[f"weight_{rank + 1}"] = weights[..., rank].flatten().cpu().numpy()
     for name, value in columns.items():
-        data[name] = value.cpu().repeat_interleave(heads).float().numpy() if value.is_floating_point() else (
-            value.cpu().repeat_interleave(heads).numpy()
+        data[name] = (
+            value.cpu().repeat_interleave(heads).float().numpy()
+            if value.is_floating_point()
+            else (value.cpu().repeat_interleave(heads).numpy())
         )
     return pd.DataFrame(data)

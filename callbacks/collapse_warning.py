@@ -86,9 +86,7 @@ class CollapseWarning(BankCallback):
         self.reported: list[str] = []
         self._watches: dict[tuple[str, int], _Watch] = {}
 
-    def observe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]
-    ) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Read, log and judge the signals of one batch."""
         messages = []
         for name, observed in seen.items():

@@ -54,9 +54,7 @@ class DecompositionCheck(BankCallback):
         self.on_violation, self.tolerance = on_violation, tolerance
         self.checks = self.violations = 0
 
-    def observe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]
-    ) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Check the terms of one batch."""
         for name, observed in seen.items():
             errors = decomposition_errors(
@@ -89,9 +87,7 @@ class DecompositionCheck(BankCallback):
         self.checks, self.violations = state_dict["checks"], state_dict["violations"]
 
 
-def find_violations(
-    errors: DecompositionErrors, dtype: torch.dtype, tolerance: float | None = None
-) -> list[str]:
+def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: float | None = None) -> list[str]:
     """What is wrong with a decomposition, one phrase per term; empty where nothing is.
 
     Args:

@@ -123,9 +123,7 @@ class FitSummary(Callback):
             (torch.cat(features), torch.cat(truths), torch.cat(clusters) if clusters else None, torch.cat(tokens))
         )
         stacked = torch.cat([row[3] for row in rows]).transpose(0, 1)[:, :MAX_SAMPLES]
-        whole = Observation(
-            stacked, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), seen[name].terms
-        )
+        whole = Observation(stacked, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), seen[name].terms)
         return _Evaluation(
             features=torch.cat([row[0] for row in rows]),
             labels=torch.cat([row[1] for row in rows]),

@@ -35,9 +35,7 @@ class PrototypeFigures(BankCallback):
         self._history: dict[str, list[dict[str, float]]] = {}
         self._latest: dict[str, tuple[Observation, list[HeadSignals]]] = {}
 
-    def observe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]
-    ) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Remember one point of the curves."""
         for name, observed in seen.items():
             signals = read_signals(observed, self._banks[name].detach_assignments)
@@ -86,5 +84,3 @@ class PrototypeFigures(BankCallback):
 
 def _label(name: str, head: int, heads: int) -> str:
     return f"{name}/head{head}" if heads > 1 else name
-
-

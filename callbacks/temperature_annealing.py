@@ -66,9 +66,7 @@ class TemperatureAnnealing(Callback):
         if per not in ("epoch", "step"):
             raise ValueError(f"per must be 'epoch' or 'step'; got {per!r}.")
         if not callable(schedule) and schedule not in ("exponential", "linear", "cosine"):
-            raise ValueError(
-                f"schedule must be 'exponential', 'linear', 'cosine' or a callable; got {schedule!r}."
-            )
+            raise ValueError(f"schedule must be 'exponential', 'linear', 'cosine' or a callable; got {schedule!r}.")
         if tau is not None and (schedule != "exponential" or not tau > 0):
             raise ValueError(f"tau must be > 0 and belongs to schedule='exponential'; got {tau} with {schedule!r}.")
         if duration is not None and not duration > 0:
@@ -95,9 +93,7 @@ class TemperatureAnnealing(Callback):
         if missing and self.unit == "critical":
             for name in execution_order(trainer, pl_module, banks):
                 if name in missing:
-                    tokens = collect_tokens(
-                        trainer, pl_module, name, banks[name], max_tokens=REFERENCE_TOKENS
-                    )
+                    tokens = collect_tokens(trainer, pl_module, name, banks[name], max_tokens=REFERENCE_TOKENS)
                     self.set_reference(trainer, name, banks[name], tokens)
         self._apply(trainer, banks)
 
@@ -193,9 +189,7 @@ class TemperatureAnnealing(Callback):
         for position in range(count):
             value = self.value(position)
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"schedule must give finite temperatures > 0; got {value} at {self.per} {position}."
-                )
+                raise ValueError(f"schedule must give finite temperatures > 0; got {value} at {self.per} {position}.")
             if value > previous * (1 + 1e-9):
                 raise ValueError(
                     f"schedule must not increase; it goes from {previous:.6g} to {value:.6g} at {self.per} {position}."

@@ -231,9 +231,7 @@ class TensorDataModule(pl.LightningDataModule):
 
     def _require_data(self) -> LabelledTensors:
         if self._data is None:
-            raise RuntimeError(
-                f"{type(self).__name__} must be set up before it gives loaders; call setup() first."
-            )
+            raise RuntimeError(f"{type(self).__name__} must be set up before it gives loaders; call setup() first.")
         return self._data
 
 
@@ -251,6 +249,4 @@ def stratified_mask(y: Tensor, fraction: float, seed: int) -> Tensor:
 def check_at_least(name: str, value: int, minimum: int) -> None:
     """Raise a ValueError that names the argument unless ``value`` is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(
-            f"{name} must be an integer of at least {minimum}; got {value!r}. Pass {minimum} or more."
-        )
+        raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}. Pass {minimum} or more.")

@@ -172,9 +172,7 @@ def read_catalogue(path: str | Path) -> Catalogue:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"catalogue must be an existing .csv or .csv.gz file; got {path}. Correct the path."
-        )
+        raise FileNotFoundError(f"catalogue must be an existing .csv or .csv.gz file; got {path}. Correct the path.")
     try:
         table = pd.read_csv(path, low_memory=False)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, gzip.BadGzipFile) as error:
@@ -190,13 +188,9 @@ def read_catalogue(path: str | Path) -> Catalogue:
     numbers["rcs_m2"] = numbers["rcs_m2"].where(np.isfinite(numbers["rcs_m2"]) & (numbers["rcs_m2"] > 0))
     valid = np.isfinite(numbers.drop(columns="rcs_m2")).all(axis=1)
     valid &= (numbers["semi_major_axis_km"] > 0) & (numbers["period_min"] > 0)
-    valid &= numbers["eccentricity"].between(0, 1, inclusive="left") & numbers["inclination_deg"].between(
-        0, 180
-    )
+    valid &= numbers["eccentricity"].between(0, 1, inclusive="left") & numbers["inclination_deg"].between(0, 180)
     if not valid.any():
-        raise ValueError(
-            f"catalogue must hold at least one row of valid elements; {path} holds none. Check its units."
-        )
+        raise ValueError(f"catalogue must hold at least one row of valid elements; {path} holds none. Check its units.")
     kept = numbers[valid]
     orbit = ("perigee_km", "apogee_km", "eccentricity", "inclination_deg")
     labels = label_regimes(*(kept[column].to_numpy() for column in orbit))

@@ -88,9 +88,7 @@ class DebrisDataModule(TensorDataModule):
         if other not in ("drop", "keep"):
             raise ValueError(f"other must be 'drop' or 'keep'; got {other!r}. Choose one of them.")
         if missing_rcs not in ("impute", "drop"):
-            raise ValueError(
-                f"missing_rcs must be 'impute' or 'drop'; got {missing_rcs!r}. Choose one of them."
-            )
+            raise ValueError(f"missing_rcs must be 'impute' or 'drop'; got {missing_rcs!r}. Choose one of them.")
         self.num_per_class = num_per_class
         self.noise = noise
         self.catalogue = catalogue

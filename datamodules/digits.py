@@ -24,9 +24,7 @@ class DigitsDataModule(TensorDataModule):
     feature_names = tuple(f"pixel_{row}_{column}" for row in range(8) for column in range(8))
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(
-        self, batch_size: int = 256, val_fraction: float = 0.0, seed: int = 42, num_workers: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int = 256, val_fraction: float = 0.0, seed: int = 42, num_workers: int = 0) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers)
 
     def load(self) -> tuple[Tensor, Tensor]:

@@ -95,9 +95,7 @@ class DDCLAttention(nn.Module):
         )
         self.output_projection = nn.Linear(width, embed_dim, bias=False) if output_projection else None
 
-    def forward(
-        self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False
-    ) -> DDCLAttentionOutput:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> DDCLAttentionOutput:
         """Read tokens out through the bank.
 
         Args:

@@ -74,9 +74,7 @@ class PrototypeBank(nn.Module):
         """
         heads, flat_mask = self.split_heads(tokens, mask)
         attend = prototype_attention_reference if need_weights else prototype_attention
-        output = attend(
-            heads, self.prototypes, self.temperature, flat_mask, detach_assignments=self.detach_assignments
-        )
+        output = attend(heads, self.prototypes, self.temperature, flat_mask, detach_assignments=self.detach_assignments)
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
         lead = tokens.shape[:-1]
@@ -128,9 +126,7 @@ class PrototypeBank(nn.Module):
                 f"temperature must be one value or one per head, ({self.num_heads},); got {tuple(value.shape)}."
             )
         if not bool((value > 0).all() and torch.isfinite(value).all()):
-            raise ValueError(
-                f"temperature must be finite and > 0, in units of squared distance; got {value.tolist()}."
-            )
+            raise ValueError(f"temperature must be finite and > 0, in units of squared distance; got {value.tolist()}.")
         self.temperature.copy_(value.expand_as(self.temperature))
 
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:

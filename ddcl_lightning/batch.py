@@ -10,11 +10,7 @@ Batch = Any  # whatever the data loader yields; the functions below read the usu
 def inputs(batch: Batch) -> Tensor:
     """The input tensor of a batch: ``batch["x"]``, the first of a pair, or the tensor itself."""
     value = (
-        batch.get("x")
-        if isinstance(batch, dict)
-        else batch[0]
-        if isinstance(batch, (tuple, list)) and batch
-        else batch
+        batch.get("x") if isinstance(batch, dict) else batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     )
     if not isinstance(value, Tensor):
         raise TypeError(

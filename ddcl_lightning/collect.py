@@ -32,9 +32,7 @@ def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapp
         if len(order) == len(banks):
             raise _Reached
 
-    handles = [
-        bank.register_forward_hook(lambda *_, name=name: note(name)) for name, bank in banks.items()
-    ]
+    handles = [bank.register_forward_hook(lambda *_, name=name: note(name)) for name, bank in banks.items()]
     try:
         for batch in train_batches(trainer):
             _run_step(trainer, module, batch, update_scales=False)

@@ -30,9 +30,7 @@ def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
 
     curve(top, "delta_mean", "mean distance between prototypes", "tab:blue")
     curve(top, "delta_min", "Delta, smallest distance", "tab:red")
-    top.plot(
-        steps, [point["embedding_scale"] for point in points], ":", color="gray", label="spread of the embeddings"
-    )
+    top.plot(steps, [point["embedding_scale"] for point in points], ":", color="gray", label="spread of the embeddings")
     top.set_ylim(bottom=0)
     top.set_ylabel("distance")
     top.set_title(f"Health of {title}", loc="left")
@@ -121,9 +119,7 @@ def draw_usage(counts: Tensor, mass: Tensor, title: str) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("prototypes, by use")
     axis.set_ylabel("share of the last batch's tokens")
-    axis.set_title(
-        f"{title}: {size - dead} of {size} prototypes used, perplexity {perplexity:.1f}", loc="left"
-    )
+    axis.set_title(f"{title}: {size - dead} of {size} prototypes used, perplexity {perplexity:.1f}", loc="left")
     axis.legend(fontsize="small", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure

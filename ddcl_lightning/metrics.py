@@ -234,35 +234,25 @@ def _check_indices(name: str, values: Tensor, size: int, size_name: str, lowest:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {values.dtype}. Take the argmax or use .long().")
     if values.dim() != 1:
-        raise ValueError(
-            f"{name} must have one dimension, (N,); got shape {tuple(values.shape)}. Use .flatten()."
-        )
+        raise ValueError(f"{name} must have one dimension, (N,); got shape {tuple(values.shape)}. Use .flatten().")
     if not len(values):
         return
     low, high = (int(v) for v in values.aminmax())
     if high >= size:
-        raise ValueError(
-            f"{name} must be below {size_name}={size}; got {high}. Raise {size_name} or remap the values."
-        )
+        raise ValueError(f"{name} must be below {size_name}={size}; got {high}. Raise {size_name} or remap the values.")
     if lowest is not None and low < lowest:
-        raise ValueError(
-            f"{name} must be at least {lowest}; got {low}. Leave out the samples that have no cluster."
-        )
+        raise ValueError(f"{name} must be at least {lowest}; got {low}. Leave out the samples that have no cluster.")
 
 
 def _as_matrix(counts: Tensor) -> npt.NDArray[np.int64]:
     if counts.dim() != 2:
-        raise ValueError(
-            f"counts must have shape (K, C); got {tuple(counts.shape)}. Build it with count_matrix()."
-        )
+        raise ValueError(f"counts must have shape (K, C); got {tuple(counts.shape)}. Build it with count_matrix().")
     return _as_numpy(counts)
 
 
 def _as_sizes(counts: Tensor) -> npt.NDArray[np.int64]:
     if counts.dim() not in (1, 2):
-        raise ValueError(
-            f"counts must have shape (K, C) or (K,); got {tuple(counts.shape)}. Sum the other dimensions."
-        )
+        raise ValueError(f"counts must have shape (K, C) or (K,); got {tuple(counts.shape)}. Sum the other dimensions.")
     sizes: npt.NDArray[np.int64] = _as_numpy(counts).reshape(counts.shape[0], -1).sum(axis=1)
     return sizes
 

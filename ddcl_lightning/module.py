@@ -222,10 +222,7 @@ class DDCLReadoutModule(pl.LightningModule):
         slow = [p for p in moving if p.requires_grad and self.rho > 0]
         known = parameter_ids([*self.head.prototype_parameters(), *moving])
         rest = [
-            p
-            for part in (self.head, self.task)
-            for p in part.parameters()
-            if p.requires_grad and id(p) not in known
+            p for part in (self.head, self.task) for p in part.parameters() if p.requires_grad and id(p) not in known
         ]
         return {"prototypes": fast, "encoder": slow, "task": rest}
 
@@ -241,9 +238,7 @@ class DDCLReadoutModule(pl.LightningModule):
                 fast.watch(self.head)
             optimizers.append(fast)
         rates = {"encoder": self.rho * self.lr_prototypes, "task": self.lr_task}
-        slow = [
-            {"params": groups[name], "lr": rate, "name": name} for name, rate in rates.items() if groups[name]
-        ]
+        slow = [{"params": groups[name], "lr": rate, "name": name} for name, rate in rates.items() if groups[name]]
         if slow:
             optimizers.append(self.encoder_optimizer.create(slow))
         if not optimizers:

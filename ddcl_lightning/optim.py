@@ -77,7 +77,9 @@ class TokenNormalized(Optimizer):
         for group in self.param_groups:
             for prototypes in group["params"]:
                 if self._probe is None:
-                    raise RuntimeError("TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it.")
+                    raise RuntimeError(
+                        "TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it."
+                    )
                 if prototypes not in self._statistics:
                     raise RuntimeError(
                         "TokenNormalized needs a forward pass in training mode before each step. Check that the "
@@ -174,7 +176,9 @@ def _find(argument: str, name: str) -> type[Optimizer]:
             f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
         )
     if "closure" in inspect.signature(found.step).parameters and found is torch.optim.LBFGS:
-        raise ValueError(f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD.")
+        raise ValueError(
+            f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD."
+        )
     return found
 
 

@@ -65,9 +65,7 @@ class BankProbe:
         training_only: Ignore forwards of banks in evaluation mode.
     """
 
-    def __init__(
-        self, banks: Mapping[str, PrototypeBank], observer: Observer, *, training_only: bool = False
-    ) -> None:
+    def __init__(self, banks: Mapping[str, PrototypeBank], observer: Observer, *, training_only: bool = False) -> None:
         self.armed = False
         self._observer, self._training_only = observer, training_only
         self._handles: list[RemovableHandle] = [
@@ -75,9 +73,7 @@ class BankProbe:
         ]
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(
-            bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
-        ) -> None:
+        def hook(bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput) -> None:
             if not self.armed or (self._training_only and not bank.training):
                 return
             tokens, mask = bank_inputs(bank, args, kwargs)
@@ -85,9 +81,7 @@ class BankProbe:
             terms = Decomposition(*(term.detach() for term in output.terms))
             self._observer(
                 name,
-                Observation(
-                    heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms
-                ),
+                Observation(heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms),
             )
 
         return hook
@@ -108,9 +102,7 @@ class BankProbe:
         self.close()
 
 
-def bank_inputs(
-    bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
+def bank_inputs(bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Tokens and mask of a call of ``bank.forward``, however they were passed."""
     bound = inspect.signature(type(bank).forward).bind(bank, *args, **kwargs).arguments
     tokens: Tensor = bound["tokens"]

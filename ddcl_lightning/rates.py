@@ -52,9 +52,7 @@ def two_timescale_groups(
     slow = [p for p in module.parameters() if id(p) not in known and p.requires_grad]
     groups = [{"params": fast, "lr": lr_prototypes, "weight_decay": 0.0, "name": "prototypes"}]
     if slow and rho > 0:
-        groups.append(
-            {"params": slow, "lr": rho * lr_prototypes, "weight_decay": weight_decay, "name": "encoder"}
-        )
+        groups.append({"params": slow, "lr": rho * lr_prototypes, "weight_decay": weight_decay, "name": "encoder"})
     return groups
 
 

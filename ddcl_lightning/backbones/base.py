@@ -40,5 +40,5 @@ class Backbone(nn.Module, ABC):
         """Whether ``fit`` must be called before ``forward``."""
         return False
 
-    def fit(self, x: Tensor) -> None:  # noqa: B027 - most backbones have nothing to fit
+    def fit(self, x: Tensor) -> None:
         """Learn from a sample of inputs ``(N, *)``; called once, never on a resumed run."""

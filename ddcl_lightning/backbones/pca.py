@@ -34,14 +34,10 @@ class PCABackbone(Backbone):
     fitted: Tensor
     explained_variance_ratio: Tensor
 
-    def __init__(
-        self, in_features: int, num_components: int, whiten: bool = False, trainable: bool = False
-    ) -> None:
+    def __init__(self, in_features: int, num_components: int, whiten: bool = False, trainable: bool = False) -> None:
         super().__init__()
         if not 1 <= num_components <= in_features:
-            raise ValueError(
-                f"num_components must be in [1, in_features = {in_features}]; got {num_components}."
-            )
+            raise ValueError(f"num_components must be in [1, in_features = {in_features}]; got {num_components}.")
         self.in_features, self.num_components, self.embed_dim = in_features, num_components, num_components
         self.whiten, self.trainable = whiten, trainable
         self.weight = nn.Parameter(torch.zeros(num_components, in_features), requires_grad=trainable)

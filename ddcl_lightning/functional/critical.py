@@ -17,9 +17,7 @@ EXACT_ELEMENTS = 1 << 25  # entries of all K per-prototype covariances, 256 MiB 
 
 
 @torch.no_grad()
-def critical_temperature(
-    tokens: Tensor, mask: Tensor | None = None, *, detach_assignments: bool = False
-) -> Tensor:
+def critical_temperature(tokens: Tensor, mask: Tensor | None = None, *, detach_assignments: bool = False) -> Tensor:
     """Temperature above which a collapsed bank is attracting, in units of squared distance.
 
     Args:

@@ -53,14 +53,14 @@ class Head(nn.Module, ABC):
 
     pooled_dim: int
 
-    def build(self, embed_dim: int) -> None:  # noqa: B027 - a head that knows its sizes has nothing to build
+    def build(self, embed_dim: int) -> None:
         """Create what depends on the backbone's ``embed_dim``; called once, before the optimizers exist."""
 
     @abstractmethod
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
         """Read out ``(B, T, embed_dim)`` tokens with mask ``(B, T)``, True for valid tokens."""
 
-    def bound_scale(self) -> None:  # noqa: B027 - heads without prototypes cannot be shrunk into
+    def bound_scale(self) -> None:
         """Bound the scale of the embeddings if the user left the choice open.
 
         The module calls it when an encoder is trained without a task loss, the case where embeddings shrink.

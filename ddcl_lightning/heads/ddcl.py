@@ -91,9 +91,7 @@ class DDCLReadout(Head):
             detach_assignments=self.detach_assignments,
         )
         centroid, histogram = self.attention.output_dim, self.num_heads * self.num_prototypes
-        self.pooled_dim = {"centroid": centroid, "histogram": histogram, "both": centroid + histogram}[
-            self.pooling
-        ]
+        self.pooled_dim = {"centroid": centroid, "histogram": histogram, "both": centroid + histogram}[self.pooling]
 
     def bound_scale(self) -> None:
         """Standardise the embeddings per dimension, if ``embedding_scale`` is ``"auto"``."""

@@ -20,7 +20,7 @@ class Task(nn.Module, ABC):
 
     unsupervised: bool = False
 
-    def build(self, head: Head) -> None:  # noqa: B027 - a task without parameters has nothing to build
+    def build(self, head: Head) -> None:
         """Create what depends on the head (a classifier on ``head.pooled_dim``, say); called once."""
 
     @abstractmethod
@@ -31,7 +31,7 @@ class Task(nn.Module, ABC):
         """New metrics for one evaluation stage, by name; the module keeps one set per stage."""
         return {}
 
-    def update_metrics(  # noqa: B027 - a task without metrics has nothing to update
+    def update_metrics(
         self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
     ) -> None:
         """Feed the metrics with one batch."""

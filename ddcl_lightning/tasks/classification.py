@@ -44,9 +44,7 @@ class Classification(Task):
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}.")
         if class_weights is not None and len(class_weights) != num_classes:
-            raise ValueError(
-                f"class_weights must have num_classes = {num_classes} entries; got {len(class_weights)}."
-            )
+            raise ValueError(f"class_weights must have num_classes = {num_classes} entries; got {len(class_weights)}.")
         self.num_classes, self.quantization_weight = num_classes, quantization_weight
         self.label_smoothing = label_smoothing
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)

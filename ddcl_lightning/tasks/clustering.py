@@ -38,9 +38,7 @@ class Clustering(Task):
         """Read the number of clusters from the head's last bank."""
         banks = list(find_banks(head).values())
         if not banks:
-            raise ValueError(
-                f"Clustering needs a head with prototypes; got {type(head).__name__}. Use DDCLReadout."
-            )
+            raise ValueError(f"Clustering needs a head with prototypes; got {type(head).__name__}. Use DDCLReadout.")
         self._sizes = [banks[-1].num_prototypes] * banks[-1].num_heads
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:

@@ -129,9 +129,7 @@ def table() -> pd.DataFrame:
         (26560.0, 0.74, 63.4, 40.0, 8.0, 718.0, 500.0, 39860.0),
         (42471.0, 0.0002, 5.0, 50.0, 4.0, 1452.0, 36086.0, 36100.0),
     ]
-    columns = (
-        "semi_major_axis_km eccentricity inclination_deg raan_deg rcs_m2 period_min perigee_km apogee_km"
-    )
+    columns = "semi_major_axis_km eccentricity inclination_deg raan_deg rcs_m2 period_min perigee_km apogee_km"
     return pd.concat([pd.DataFrame(rows, columns=columns.split())] * 2, ignore_index=True)
 
 
@@ -161,9 +159,7 @@ def test_missing_rcs_is_imputed_or_dropped(tmp_path: Path) -> None:
     assert imputed.num_missing_rcs == 2
     assert len(rows["x"]) == 8
     raw = rows["x"][:, 4] * imputed.feature_std[4] + imputed.feature_mean[4]
-    assert raw[0].item() == pytest.approx(
-        8.0
-    )  # median of 2, 2, 8, 8, 10, 10; torch takes the lower of the middle two
+    assert raw[0].item() == pytest.approx(8.0)  # median of 2, 2, 8, 8, 10, 10; torch takes the lower of the middle two
     dropped = DebrisDataModule(catalogue=path, missing_rcs="drop")
     assert whole(dropped)["y"].tolist() == [1, 2, 3, 1, 2, 3]
     assert dropped.num_missing_rcs == 2

@@ -137,16 +137,11 @@ def test_workers_that_fetch_ahead_change_nothing(tmp_path: Path, step: int) -> N
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"every_n_train_steps": 0, "every_n_epochs": 1, "save_on_train_epoch_end": end}
-        for end in (True, False)
-    ],
+    [{"every_n_train_steps": 0, "every_n_epochs": 1, "save_on_train_epoch_end": end} for end in (True, False)],
 )
 def test_resuming_between_epochs_starts_the_next_one_in_full(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = fit([every_step(tmp_path, **options)], limit_val_batches=1.0, num_sanity_val_steps=0)
-    resumed = fit(
-        [], checkpoint=tmp_path / f"step={BATCHES}.ckpt", limit_val_batches=1.0, num_sanity_val_steps=0
-    )
+    resumed = fit([], checkpoint=tmp_path / f"step={BATCHES}.ckpt", limit_val_batches=1.0, num_sanity_val_steps=0)
     assert [rows for _, rows in resumed] == [rows for _, rows in whole[BATCHES:]]
 
 
@@ -209,9 +204,7 @@ def test_every_process_resumes_its_own_share() -> None:
         assert drain(resumed) == whole[rank][1:]
 
 
-@pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"rows": ROWS + 1}, {"batch_size": BATCH_SIZE - 1}, {"processes": 2}]
-)
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"rows": ROWS + 1}, {"batch_size": BATCH_SIZE - 1}, {"processes": 2}])
 def test_another_order_is_refused_in_the_middle_of_an_epoch(changed: dict[str, int]) -> None:
     first = loader()
     next(iter(first))
