@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.probe import BankProbe, Observation, require_banks
@@ -14,10 +15,19 @@ def log_name(bank_name: str, signal: str) -> str:
     return f"ddcl/{signal}/{bank_name}" if bank_name else f"ddcl/{signal}"
 
 
+def starts_anew(trainer: pl.Trainer, stage: str) -> bool:
+    """Whether ``setup`` is called for a run that continues no earlier one of this trainer.
+
+    What a callback remembers of another run would mislead it. A checkpoint is restored after ``setup``.
+    """
+    return stage == "fit" and trainer.current_epoch == 0 and trainer.global_step == 0
+
+
 class BankCallback(Callback):
     """Looks at what passes through every bank in the first of each ``every_n_batches`` training batches.
 
-    Between these batches nothing is read, copied or synchronised. Variants write :meth:`observe`.
+    Between these batches nothing is read, copied or synchronised. Where a batch calls a bank several times, the last
+    call counts. Variants write :meth:`observe`, and :meth:`forget` where they remember more than the count of batches.
 
     Args:
         every_n_batches: Interval, at least 1.
@@ -31,17 +41,28 @@ class BankCallback(Callback):
             raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}.")
         self.every_n_batches = every_n_batches
         self._batches = 0
+        self._due = self._reads = 0  # batches of this run
         self._seen: dict[str, Observation] = {}
         self._banks: dict[str, PrototypeBank] = {}
         self._probe: BankProbe | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the banks."""
+        """Forget an earlier run."""
+        if starts_anew(trainer, stage):
+            self._batches = 0
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what is remembered of an earlier run."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
         self._banks = require_banks(pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to look."""
-        self._probe = BankProbe(self._banks, self._seen.__setitem__, training_only=True)
+        self._due = self._reads = 0
+        self._probe = BankProbe(self._banks, self._seen.__setitem__)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -54,10 +75,14 @@ class BankCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand over what was seen."""
+        """Hand over what was seen; validation, which may follow, is not looked at."""
+        assert self._probe is not None
+        self._due += self._probe.armed
+        self._probe.armed = False
         if self._seen:
             seen = dict(self._seen)
             self._seen.clear()
+            self._reads += 1
             self.observe(trainer, pl_module, seen)
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
@@ -65,8 +90,14 @@ class BankCallback(Callback):
         raise NotImplementedError
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop to look."""
+        """Stop to look, and say so if there was nothing to see."""
         self._close()
+        if self._due and not self._reads:
+            rank_zero_warn(
+                f"{type(self).__name__} saw no call of {', '.join(self._banks)} in {self._due} training batches, so it "
+                "has looked at nothing. It sees calls of the module (bank(tokens, mask), not bank.forward), and none "
+                "from inside of a compiled module: compile the backbone only."
+            )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop to look."""

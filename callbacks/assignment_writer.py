@@ -1,24 +1,31 @@
 """Predictions as a table: for every sample its strongest prototypes."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ddcl_lightning.distributed import gather_objects, is_first_process
 
 
-class AssignmentWriter(Callback):
+class AssignmentWriter(BasePredictionWriter):
     """Writes what ``predict`` finds: one row per sample (and head), its top prototypes and their weights.
 
-    Columns: ``index`` (place in the data set), ``head`` where there are several, ``prototype_1``, ``weight_1``,
-    ``prototype_2``, ... by falling weight, and what the task predicts.
+    Columns: ``dataloader`` where there are several, ``index`` (place in the data set), ``head`` where there are
+    several, ``prototype_1``, ``weight_1``, ``prototype_2``, ... by falling weight, and what the task predicts.
+
+    ``predict_step`` must return a dict of tensors: ``assignments`` ``(B, H, K)`` where there are prototypes, and
+    columns ``(B,)``. A sample's place is its ``index`` ``(B,)`` among them, or else what the loader's sampler drew;
+    a loader without a sampler is counted through.
 
     Args:
         path: ``.csv`` or ``.parquet`` file; None writes nothing. Parquet needs ``pip install ddcl-lightning[parquet]``.
@@ -26,45 +33,57 @@ class AssignmentWriter(Callback):
 
     Raises:
         ValueError: If an argument is out of its range. Path and format are checked before prediction starts.
+        TypeError: During prediction, if ``predict_step`` returns something else.
     """
 
     def __init__(self, path: str | None = "assignments.csv", top: int = 3) -> None:
+        super().__init__("batch")
         if top < 1:
             raise ValueError(f"top must be at least 1 prototype per row; got {top}.")
         if path is not None and Path(path).suffix not in (".csv", ".parquet"):
             raise ValueError(f"path must end in .csv or .parquet; got {path!r}.")
         self.path, self.top = path, top
         self._tables: list[pd.DataFrame] = []
-        self._rows = 0
+        self._counted: dict[int, int] = {}  # samples so far, by loader
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out now, not after the work, whether the file can be written."""
+        self._tables, self._counted = [], {}
         if self.path is None:
             return
         if self.path.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
             raise ValueError(
-                "path ends in .parquet but pyarrow is not installed. Run pip install 'ddcl-lightning[parquet]', or write "
-                "a .csv file."
+                "path ends in .parquet but pyarrow is not installed. Run pip install 'ddcl-lightning[parquet]', or "
+                "write a .csv file."
             )
         folder = Path(self.path).parent
         if not folder.is_dir():
             raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
-        self._tables, self._rows = [], 0
 
-    def on_predict_batch_end(
+    def write_on_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        dataloader_idx: int,
     ) -> None:
         """Turn one batch into rows."""
         if self.path is None:
             return
-        table = assignment_table(outputs, self.top, first_index=self._rows)
-        self._rows += len(table)
+        if not (isinstance(prediction, dict) and prediction and all(map(torch.is_tensor, prediction.values()))):
+            raise TypeError(
+                "predict_step must return a dict of tensors, 'assignments' (B, H, K) and columns (B,), for "
+                f"AssignmentWriter; got {type(prediction).__name__}. Return one (the layer gives assignments for "
+                "need_weights=True), or set path to None."
+            )
+        size, done = len(next(iter(prediction.values()))), self._counted.get(dataloader_idx, 0)
+        self._counted[dataloader_idx] = done + size
+        places = torch.tensor(batch_indices) if batch_indices else torch.arange(done, done + size)
+        table = assignment_table({"index": places, **prediction}, self.top)
+        table.insert(0, "dataloader", dataloader_idx)
         self._tables.append(table)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,11 +91,15 @@ class AssignmentWriter(Callback):
         if self.path is None:
             return
         tables = [table for part in gather_objects(self._tables) for table in part]
-        if not is_first_process():
+        self._tables = []
+        if not is_first_process() or not tables:
             return
-        keys = ["index", "head"] if tables and "head" in tables[0] else ["index"]
+        table = pd.concat(tables)
+        keys = ["dataloader", "index"] + ["head"] * ("head" in table)
         # A sampler that pads the last batch of a process repeats samples.
-        table = pd.concat(tables).drop_duplicates(keys).sort_values(keys)
+        table = table.drop_duplicates(keys).sort_values(keys)
+        if table["dataloader"].nunique() == 1:
+            table = table.drop(columns="dataloader")
         if self.path.endswith(".parquet"):
             table.to_parquet(self.path, index=False)
         else:
@@ -84,33 +107,33 @@ class AssignmentWriter(Callback):
         rank_zero_info(f"Wrote {len(table)} rows to {self.path}.")
 
 
-def assignment_table(outputs: dict[str, Tensor], top: int, first_index: int = 0) -> pd.DataFrame:
+def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:
     """Rows of one batch from what ``predict_step`` returns.
 
     Args:
-        outputs: ``assignments`` ``(B, H, K)``, optionally ``index`` ``(B,)``, and columns ``(B,)``.
+        outputs: ``index`` ``(B,)``, ``assignments`` ``(B, H, K)`` or none, and columns ``(B,)``, or ``(B, C)`` for C of
+            them.
         top: Prototypes per row; at most K are written.
-        first_index: Index of the first sample where the batch has none.
     """
-    columns = {name: value for name, value in outputs.items() if name not in ("assignments", "index")}
-    assignments = outputs.get("assignments")
-    size = len(next(iter(outputs.values())))
-    position = outputs.get("index", torch.arange(first_index, first_index + size))
-    data: dict[str, Any] = {"index": position.cpu().numpy()}
-    if assignments is None:
-        return pd.DataFrame(data | {name: value.cpu().numpy() for name, value in columns.items()})
-    heads = assignments.shape[1]
-    weights, prototypes = assignments.float().topk(min(top, assignments.shape[2]), dim=-1)
-    data = {"index": position.cpu().repeat_interleave(heads).numpy()}
-    if heads > 1:
-        data["head"] = torch.arange(heads).repeat(size).numpy()
-    for rank in range(weights.shape[-1]):
-        data[f"prototype_{rank + 1}"] = prototypes[..., rank].flatten().cpu().numpy()
-        data[f"weight_{rank + 1}"] = weights[..., rank].flatten().cpu().numpy()
-    for name, value in columns.items():
-        data[name] = (
-            value.cpu().repeat_interleave(heads).float().numpy()
-            if value.is_floating_point()
-            else (value.cpu().repeat_interleave(heads).numpy())
-        )
-    return pd.DataFrame(data)
+    rest = {name: _to_numpy(value) for name, value in outputs.items() if name != "assignments"}
+    columns = {"index": rest.pop("index")}
+    heads = 1
+    if "assignments" in outputs:
+        size, heads, prototypes = outputs["assignments"].shape
+        columns["index"] = columns["index"].repeat(heads)
+        if heads > 1:
+            columns["head"] = np.tile(np.arange(heads), size)
+        weights, codes = outputs["assignments"].float().topk(min(top, prototypes), dim=-1)
+        for rank in range(weights.shape[-1]):
+            columns[f"prototype_{rank + 1}"] = _to_numpy(codes[..., rank].flatten())
+            columns[f"weight_{rank + 1}"] = _to_numpy(weights[..., rank].flatten())
+    for name, value in rest.items():
+        parts = {name: value} if value.ndim == 1 else {f"{name}_{i}": part for i, part in enumerate(value.T)}
+        columns |= {part_name: part.repeat(heads) for part_name, part in parts.items()}
+    return pd.DataFrame(columns)
+
+
+def _to_numpy(value: Tensor) -> "npt.NDArray[Any]":
+    # NumPy has no bfloat16.
+    array: npt.NDArray[Any] = (value.float() if value.is_floating_point() else value).cpu().numpy()
+    return array

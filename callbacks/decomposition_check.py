@@ -54,6 +54,10 @@ class DecompositionCheck(BankCallback):
         self.on_violation, self.tolerance = on_violation, tolerance
         self.checks = self.violations = 0
 
+    def forget(self) -> None:
+        """Count anew."""
+        self.checks = self.violations = 0
+
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Check the terms of one batch."""
         for name, observed in seen.items():
@@ -69,8 +73,8 @@ class DecompositionCheck(BankCallback):
 
     def _report(self, name: str, trainer: pl.Trainer, failures: list[str]) -> None:
         message = (
-            f"decomposition violated at step {trainer.global_step} in bank {name!r}: {'; '.join(failures)}. The terms that "
-            "entered the loss are not those of eq. 3 for these tokens: check a changed softmax, the mask, or "
+            f"decomposition violated at step {trainer.global_step} in bank {name!r}: {'; '.join(failures)}. The terms "
+            "that entered the loss are not those of eq. 3 for these tokens: check a changed softmax, the mask, or "
             "arithmetic in too low a precision."
         )
         if self.on_violation == "raise":

@@ -1,43 +1,53 @@
 """The table at the end of fit."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from ddcl_lightning.batch import Batch, labels
+from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
-from ddcl_lightning.compat import to_device
+from ddcl_lightning.compat import to_device, train_batches
 from ddcl_lightning.distributed import gather_objects, is_first_process
+from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.kmeans import initial_prototypes
 from ddcl_lightning.metrics import ClusteringMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.probe import BankProbe, Observation, find_banks
+from ddcl_lightning.probe import BankProbe, Observation, all_tokens, find_banks
+from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.signals import HeadSignals, read_signals
 
 MAX_SAMPLES = 65_536
+MAX_TOKENS = 65_536  # for the signals of the bank
+_Result = TypeVar("_Result")
+METRICS = ("acc", "nmi", "ari", "usage", "perplexity")
 
 
 @dataclass
 class _Evaluation:
-    """One pass over the evaluation data; rows are samples, the same order everywhere."""
+    """One pass over the evaluation data; rows are samples, first of one process and then of all."""
 
     features: Tensor  # (M, D): mean token of each sample as the backbone gives it
     labels: Tensor  # (M,), -1 where unknown
-    clusters: Tensor | None  # (M, H)
-    signals: list[HeadSignals]
+    clusters: Tensor  # (M, H), with H = 0 where the head gives no assignments
+    sample: Reservoir
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))  # (H, N, d): sample of what the last bank saw
 
 
 class FitSummary(Callback):
-    """Prints, when ``fit`` ends, how the readout stands beside k-means on the same features.
+    """Prints, when ``fit`` ends, how the readout of a DDCLReadoutModule stands beside k-means on the same features.
 
-    The rows are computed in one pass over the validation data (the training data where there is none), on the weights of
-    the last step, not of the best one. Every sample's k-means feature is the mean of its tokens as the backbone gives
-    them; where the encoder was trained, k-means on the features before training stands beside it.
+    The rows are computed in one pass over the validation data (the training data where there is none), on the
+    weights of the last step, not of the best one. Every sample's k-means feature is the mean of its tokens as the
+    backbone gives them; where the encoder was trained, k-means on the features before training stands beside it.
+    Whatever goes wrong here is a warning: it never costs a run.
 
     Args:
         enabled: Whether to run at all.
@@ -56,6 +66,12 @@ class FitSummary(Callback):
         self.rows: dict[str, dict[str, float]] = {}
         self._before: dict[str, float] | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        self.table, self.rows = "", {}
+        if starts_anew(trainer, stage):
+            self._before = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cluster the features of an encoder that is about to change."""
         if not self._applies(pl_module) or self._before is not None:
@@ -63,7 +79,8 @@ class FitSummary(Callback):
         assert isinstance(pl_module, DDCLReadoutModule)
         if pl_module.parameter_groups()["encoder"]:
             found = self._evaluate(trainer, pl_module)
-            self._before = self._kmeans(pl_module, found) if is_first_process() else {}
+            if found is not None and is_first_process():
+                self._before = self._try(lambda: self._kmeans(pl_module, found))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and print."""
@@ -71,76 +88,61 @@ class FitSummary(Callback):
             return
         assert isinstance(pl_module, DDCLReadoutModule)
         found = self._evaluate(trainer, pl_module)
-        if not is_first_process():
-            return
-        if found.clusters is not None:
-            heads = found.clusters.shape[1]
-            for head in range(heads):
-                label = "prototypes (last step)" + (f", head {head}" if heads > 1 else "")
-                size = found.signals[head].num_prototypes
-                self.rows[label] = _agreement(found.clusters[:, head], found.labels, size)
-        if self._before is not None:
-            self.rows["k-means, features before training"] = self._before
-        trained = " after training" if self._before is not None else ""
-        self.rows[f"k-means, features{trained}"] = self._kmeans(pl_module, found)
-        self.table = self._format(trainer, found)
-        print(self.table)
+        if found is not None and is_first_process():
+            self.table = self._try(lambda: self._fill(trainer, pl_module, found)) or ""
+            if self.table:
+                print(self.table)
 
     def _applies(self, module: pl.LightningModule) -> bool:
         return self.enabled and isinstance(module, DDCLReadoutModule) and bool(find_banks(module.head))
 
-    def _kmeans(self, module: DDCLReadoutModule, found: _Evaluation) -> dict[str, float]:
-        size = list(find_banks(module.head).values())[-1].num_prototypes
+    def _try(self, work: Callable[[], _Result]) -> _Result | None:
+        """The result, or None and a warning: a finished run must not end in an error of its summary."""
         try:
-            centers = initial_prototypes(found.features, size, num_restarts=self.num_restarts)
-        except ValueError:  # fewer distinct samples than prototypes: no baseline, but the run keeps its table
-            return {}
-        clusters = torch.cdist(found.features.double(), centers).argmin(1)
-        return _agreement(clusters, found.labels, size)
+            return work()
+        except Exception as error:
+            rank_zero_warn(f"FitSummary left out a part, the run is not affected: {type(error).__name__}: {error}")
+            return None
 
-    @torch.no_grad()
-    def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation:
-        was_training = module.training
-        module.eval()
-        name, bank = list(find_banks(module).items())[-1]
-        seen: dict[str, Observation] = {}
-        features, truths, clusters, tokens = [], [], [], []
-        with BankProbe({name: bank}, seen.__setitem__):
-            for batch in _batches(trainer):
-                batch = to_device(trainer, batch)
-                values, mask = module.backbone(batch)
-                readout = module.head(values, mask)
-                features.append(_mean_token(values, mask))
-                truth = labels(batch)
-                truths.append(torch.full((len(values),), -1) if truth is None else truth.cpu())
-                if readout.assignments is not None:
-                    clusters.append(readout.assignments.argmax(-1).cpu())
-                tokens.append(seen[name].valid_tokens().cpu().transpose(0, 1))
-                if sum(map(len, features)) >= MAX_SAMPLES:
-                    break
-        module.train(was_training)
-        rows = gather_objects(
-            (torch.cat(features), torch.cat(truths), torch.cat(clusters) if clusters else None, torch.cat(tokens))
-        )
-        stacked = torch.cat([row[3] for row in rows]).transpose(0, 1)[:, :MAX_SAMPLES]
-        whole = Observation(stacked, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), seen[name].terms)
-        return _Evaluation(
-            features=torch.cat([row[0] for row in rows]),
-            labels=torch.cat([row[1] for row in rows]),
-            clusters=torch.cat([row[2] for row in rows]) if clusters else None,
-            signals=read_signals(whole, bank.detach_assignments),
-        )
+    def _fill(self, trainer: pl.Trainer, module: DDCLReadoutModule, found: _Evaluation) -> str:
+        bank = list(find_banks(module).values())[-1]
+        for head in range(found.clusters.shape[1]):
+            label = "prototypes (last step)" + (f", head {head}" if bank.num_heads > 1 else "")
+            self.rows[label] = _agreement(found.clusters[:, head], found.labels, bank.num_prototypes)
+        if self._before is not None:
+            self.rows["k-means, features before training"] = self._before
+        trained = " after training" if module.parameter_groups()["encoder"] else ""
+        self.rows[f"k-means, features{trained}"] = self._kmeans(module, found)
+        terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
+        look = Observation(found.tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
+        return self._format(trainer, read_signals(look, bank.detach_assignments))
 
-    def _format(self, trainer: pl.Trainer, found: _Evaluation) -> str:
-        names = ("acc", "nmi", "ari", "usage", "perplexity")
+    def _kmeans(self, module: DDCLReadoutModule, found: _Evaluation) -> dict[str, float]:
+        size = list(find_banks(module).values())[-1].num_prototypes
+        if len(torch.unique(found.features, dim=0)) < size:
+            return {}  # no baseline, but the table stands
+        centers = initial_prototypes(found.features, size, num_restarts=self.num_restarts)
+        return _agreement(torch.cdist(found.features.double(), centers).argmin(1), found.labels, size)
+
+    def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation | None:
+        """The pass of all processes; None where one of them failed, so that none waits for another."""
+        part = self._try(lambda: _run_pass(trainer, module))
+        if any(gather_objects(part is None)) or part is None:
+            return None
+        rows = zip(*gather_objects((part.features, part.labels, part.clusters)), strict=True)
+        part.features, part.labels, part.clusters = map(torch.cat, rows)
+        part.tokens = part.sample.gather().transpose(0, 1)
+        return part
+
+    def _format(self, trainer: pl.Trainer, signals: list[HeadSignals]) -> str:
         width = max(map(len, self.rows)) + 2
-        lines = ["", " " * width + "".join(f"{name.upper() if len(name) == 3 else name:>12}" for name in names)]
+        lines = ["", " " * width + "".join(f"{name.upper() if len(name) == 3 else name:>12}" for name in METRICS)]
         for label, values in self.rows.items():
-            cells = (f"{values[name]:>12.3f}" if name in values else f"{'-':>12}" for name in names)
+            cells = (f"{values[name]:>12.3f}" if name in values else f"{'-':>12}" for name in METRICS)
             lines.append(f"{label:<{width}}" + "".join(cells))
         lines.append("")
-        for head, now in enumerate(found.signals):
-            prefix = f"head {head}: " if len(found.signals) > 1 else ""
+        for head, now in enumerate(signals):
+            prefix = f"head {head}: " if len(signals) > 1 else ""
             lines.append(
                 f"{prefix}Delta {now.delta_min:.4g} (mean {now.delta_mean:.4g}), embeddings' spread {now.scale:.4g}, "
                 f"H / ln K {now.entropy_ratio:.3f}, T / T_c {now.temperature_ratio:.3g}"
@@ -163,10 +165,39 @@ class FitSummary(Callback):
         self._before = state_dict["before"]
 
 
+def _run_pass(trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation:
+    """Features, labels, clusters and tokens of the evaluation data of this process."""
+    name, bank = list(find_banks(module).items())[-1]
+    modes = {child: child.training for child in module.modules()}
+    seen: dict[str, Observation] = {}
+    sample = Reservoir(MAX_TOKENS)
+    features, truths, clusters = [], [], []
+    module.eval()
+    try:
+        with torch.no_grad(), isolate_rng(), BankProbe({name: bank}, seen.__setitem__):
+            for batch in _batches(trainer):
+                batch = to_device(trainer, batch)
+                with trainer.precision_plugin.val_step_context():
+                    values, mask = module.backbone(batch)
+                    readout = module.head(values, mask)
+                features.append(_mean_token(values, mask))
+                truths.append(_class_labels(batch, len(values)))
+                if readout.assignments is not None:
+                    clusters.append(readout.assignments.argmax(-1).cpu())
+                sample.add(all_tokens(seen[name]))
+                if sum(map(len, features)) >= MAX_SAMPLES:
+                    break
+    finally:
+        for child, training in modes.items():
+            child.training = training
+    no_clusters = [torch.empty(sum(map(len, features)), 0, dtype=torch.int64)]
+    return _Evaluation(torch.cat(features), torch.cat(truths), torch.cat(clusters or no_clusters), sample)
+
+
 def _batches(trainer: pl.Trainer) -> Iterator[Batch]:
     loaders = trainer.val_dataloaders
     if loaders is None:
-        yield from trainer.train_dataloader or ()
+        yield from train_batches(trainer)
         return
     for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
         yield from loader
@@ -179,10 +210,17 @@ def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
     return (values.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)).float().cpu()
 
 
+def _class_labels(batch: Batch, size: int) -> Tensor:
+    """One class per sample, ``(B,)``; -1 where there is none, or a target of another kind."""
+    truth = labels(batch)
+    if truth is None or truth.dim() != 1 or truth.is_floating_point():
+        return torch.full((size,), -1)
+    return truth.cpu().long()
+
+
 def _agreement(clusters: Tensor, truth: Tensor, num_clusters: int) -> dict[str, float]:
-    known = truth >= 0
-    metric = ClusteringMetrics(num_clusters, int(truth.max()) + 1 if bool(known.any()) else 1)
+    labelled = bool((truth >= 0).any())
+    metric = ClusteringMetrics(num_clusters, int(truth.max()) + 1 if labelled else 1)
     metric.update(clusters, truth)
-    names = ("acc", "nmi", "ari", "usage", "perplexity") if bool(known.any()) else ("usage", "perplexity")
     values = metric.compute()
-    return {name: float(values[name]) for name in names}
+    return {name: float(values[name]) for name in (METRICS if labelled else METRICS[3:])}

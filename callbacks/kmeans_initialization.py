@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
@@ -11,6 +12,7 @@ from ddcl_lightning.collect import collect_tokens, execution_order
 from ddcl_lightning.distributed import broadcast_object, is_first_process
 from ddcl_lightning.kmeans import InitMethod, initial_prototypes
 from ddcl_lightning.probe import require_banks
+from ddcl_lightning.seeding import resolve_seed
 
 
 class KMeansInitialization(Callback):
@@ -19,18 +21,19 @@ class KMeansInitialization(Callback):
     The module's own training step runs over its own training loader, transforms, masks and all, up to the bank;
     a bounded uniform sample of the valid tokens is clustered, head by head, on the first process and sent to the
     others. Banks are done in the order in which the step calls them, so that a second level sees what the first
-    one really gives. A bank that is initialised already (a resumed or loaded run) is left alone.
+    one really gives. A bank that is initialised already (a resumed or loaded run) is left alone. The pass leaves no
+    trace: loaders, random state, modes and buffers stay as they were.
 
     Args:
         method: ``"kmeans"`` (k-means++, best of ``num_restarts``) or ``"farthest_point"``.
         num_restarts: Runs of k-means per head.
         max_tokens: Size of the sample over all processes.
-        seed: Seed of sample and clustering.
-        progress: Show progress bars.
+        seed: Seed of sample and clustering; by default that of ``seed_everything``.
+        progress: Show progress bars, where the trainer does.
 
     Raises:
-        ValueError: If an argument is out of its range; at the start of training, if no bank is found, the loader is empty,
-            or there are fewer distinct tokens than prototypes.
+        ValueError: If an argument is out of its range; at the start of training, if no bank is found, the loader is
+            empty, or there are fewer distinct tokens than prototypes.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class KMeansInitialization(Callback):
         method: InitMethod = "kmeans",
         num_restarts: int = 10,
         max_tokens: int = 65_536,
-        seed: int = 0,
+        seed: int | None = None,
         progress: bool = True,
     ) -> None:
         if method not in ("kmeans", "farthest_point"):
@@ -47,33 +50,27 @@ class KMeansInitialization(Callback):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
         self.method, self.num_restarts, self.max_tokens = method, num_restarts, max_tokens
-        self.seed, self.progress = seed, progress
+        self.seed, self.progress = resolve_seed(seed), progress
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a module without banks before anything runs."""
-        if stage == "fit":
-            require_banks(pl_module, type(self).__name__)
+        require_banks(pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Initialise the banks that are not."""
         banks = require_banks(pl_module, type(self).__name__)
         if all(bool(bank.initialized) for bank in banks.values()):
             return
+        progress = self.progress and trainer.progress_bar_callback is not None
         annealing = [callback for callback in trainer.callbacks if isinstance(callback, TemperatureAnnealing)]  # type: ignore[attr-defined]
         for name in execution_order(trainer, pl_module, banks):
             bank = banks[name]
             if bool(bank.initialized):
                 continue
             tokens = collect_tokens(
-                trainer,
-                pl_module,
-                name,
-                bank,
-                max_tokens=self.max_tokens,
-                seed=self.seed,
-                progress=self.progress,
+                trainer, pl_module, name, bank, max_tokens=self.max_tokens, seed=self.seed, progress=progress
             )
-            bank.set_prototypes(self._prototypes(name, bank, tokens))
+            bank.set_prototypes(self._prototypes(name, bank, tokens, progress))
             for callback in annealing:
                 # The next bank's tokens depend on this one's temperature, so it is set now.
                 callback.set_reference(trainer, name, bank, tokens)
@@ -82,28 +79,29 @@ class KMeansInitialization(Callback):
                 f"{tokens.shape[1]} tokens."
             )
 
-    def _prototypes(self, name: str, bank: PrototypeBank, tokens: torch.Tensor) -> torch.Tensor:
+    def _prototypes(self, name: str, bank: PrototypeBank, tokens: Tensor, progress: bool) -> Tensor:
         """Clustered on one process; an error there is an error everywhere, or the others would wait for ever."""
-        result: torch.Tensor | ValueError | None = None
+        result: Tensor | ValueError | None = None
         if is_first_process():
             try:
-                heads = [
-                    initial_prototypes(
-                        head,
-                        bank.num_prototypes,
-                        method=self.method,
-                        num_restarts=self.num_restarts,
-                        seed=self.seed,
-                        progress=self.progress,
-                        description=f"{self.method} of {name}",
-                    )
-                    for head in tokens
-                ]
-                result = torch.stack(heads).float()
+                result = torch.stack(
+                    [
+                        initial_prototypes(
+                            head,
+                            bank.num_prototypes,
+                            method=self.method,
+                            num_restarts=self.num_restarts,
+                            seed=self.seed,
+                            progress=progress,
+                            description=f"{self.method} of {name}",
+                        )
+                        for head in tokens
+                    ]
+                )
             except ValueError as error:
-                result = error
+                result = ValueError(f"bank {name!r} cannot be initialised: {error}")
         result = broadcast_object(result)
         if isinstance(result, ValueError):
             raise result
         assert result is not None
-        return result.to(bank.prototypes.device)
+        return result.to(bank.prototypes)

@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from ddcl_lightning.callbacks._base import BankCallback
@@ -13,14 +12,17 @@ from ddcl_lightning.figures import draw_bank, draw_history, draw_usage
 from ddcl_lightning.probe import Observation
 from ddcl_lightning.signals import HeadSignals, read_signals
 
+MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
+
 
 class PrototypeFigures(BankCallback):
     """Draws every ``every_n_epochs``: signals over time, the bank over the embeddings, and the use of prototypes.
 
-    Figures go to TensorBoard; with another logger, or none, they are written as PNG files below the run's folder.
+    Figures go to TensorBoard; with another logger, or none, they are written as PNG files to the folder ``figures``
+    in that of the run.
 
     Args:
-        every_n_epochs: Interval between figures; the last epoch is drawn too.
+        every_n_epochs: Interval between figures; the end of training is drawn too.
         every_n_batches: Interval between the readings that the curves consist of.
 
     Raises:
@@ -34,6 +36,11 @@ class PrototypeFigures(BankCallback):
         self.every_n_epochs = every_n_epochs
         self._history: dict[str, list[dict[str, float]]] = {}
         self._latest: dict[str, tuple[Observation, list[HeadSignals]]] = {}
+        self._drawn_at = -1
+
+    def forget(self) -> None:
+        """Start new curves."""
+        self._history, self._latest, self._drawn_at = {}, {}, -1
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Remember one point of the curves."""
@@ -42,35 +49,39 @@ class PrototypeFigures(BankCallback):
             self._latest[name] = (observed, signals)
             for head, values in enumerate(signals):
                 point = {"step": float(trainer.global_step), **values.scalars()}
-                self._history.setdefault(_label(name, head, len(signals)), []).append(point)
+                curve = self._history.setdefault(_label(name, head, len(signals)), [])
+                curve.append(point)
+                if len(curve) > MAX_POINTS:
+                    del curve[1::2]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, if this epoch is due."""
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if last or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._draw(trainer)
 
-    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw where it ended, however it ended."""
+        super().on_train_end(trainer, pl_module)
+        if self._drawn_at != trainer.global_step:
+            self._draw(trainer)
+
     def _draw(self, trainer: pl.Trainer) -> None:
+        self._drawn_at = trainer.global_step
+        directory = trainer.log_dir  # asks the first process, so every process has to
+        if not trainer.is_global_zero:
+            return
+        folder = Path(directory or trainer.default_root_dir) / "figures"
         for name, (observed, signals) in self._latest.items():
             tokens = observed.valid_tokens()
             for head, values in enumerate(signals):
                 label = _label(name, head, len(signals))
-                curves = self._history[label]
-                self._emit(trainer, f"signals/{label}", draw_history(curves, label))
-                bank = draw_bank(tokens[head].float().cpu(), observed.prototypes[head].float().cpu(), label)
-                self._emit(trainer, f"bank/{label}", bank)
-                self._emit(trainer, f"usage/{label}", draw_usage(values.counts, values.mass, label))
-
-    def _emit(self, trainer: pl.Trainer, name: str, figure: Figure) -> None:
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for logger in boards:
-            logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
-        if not boards:
-            folder = Path(trainer.log_dir or trainer.default_root_dir) / "figures"
-            folder.mkdir(parents=True, exist_ok=True)
-            stem = f"{name.replace('/', '_')}-epoch={trainer.current_epoch:04d}.png"
-            figure.savefig(folder / stem, dpi=120)
+                figures = {
+                    "signals": draw_history(self._history[label], label),
+                    "bank": draw_bank(tokens[head].float().cpu(), observed.prototypes[head].float().cpu(), label),
+                    "usage": draw_usage(values.counts, values.mass, label),
+                }
+                for kind, figure in figures.items():
+                    _emit(trainer, figure, f"{kind}/{label}", folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""
@@ -84,3 +95,12 @@ class PrototypeFigures(BankCallback):
 
 def _label(name: str, head: int, heads: int) -> str:
     return f"{name}/head{head}" if heads > 1 else name
+
+
+def _emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
+    boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    for logger in boards:
+        logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
+    if not boards:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name.replace('/', '_')}-step={trainer.global_step:06d}.png", dpi=120)

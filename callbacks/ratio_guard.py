@@ -5,7 +5,9 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
+from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import require_banks
 from ddcl_lightning.rates import live_ratio, parameter_ids
 
@@ -14,7 +16,9 @@ class RatioGuard(Callback):
     """Checks at every batch that the encoder's rate stays below the prototypes' (Theorem 1), and logs the ratio.
 
     For modules with one optimizer whose parameter groups separate prototypes from the rest
-    (:func:`~ddcl_lightning.two_timescale_groups` makes them), or with two optimizers.
+    (:func:`~ddcl_lightning.two_timescale_groups` makes them), or with two optimizers. Every trainable parameter that is
+    no prototype counts as encoder unless ``ignore`` names it; a :class:`~ddcl_lightning.DDCLReadoutModule`, which
+    checks itself, knows which of its parameters are.
 
     Args:
         max_ratio: Largest ``rho = lr_encoder / lr_prototypes``, in (0, 1]; rho must stay below it.
@@ -22,7 +26,7 @@ class RatioGuard(Callback):
         on_violation: ``"raise"`` or ``"warn"`` (once per run).
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range or the module holds no bank.
         RuntimeError: On a violation, with ``on_violation="raise"``.
     """
 
@@ -38,18 +42,29 @@ class RatioGuard(Callback):
             raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}.")
         self.max_ratio, self.ignore, self.on_violation = max_ratio, tuple(ignore), on_violation
         self._warned = False
+        self._fast: set[int] = set()
+        self._slow: list[nn.Parameter] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell prototypes from encoder."""
+        self._warned = False
+        self._fast = parameter_ids(bank.prototypes for bank in require_banks(pl_module, "RatioGuard").values())
+        if isinstance(pl_module, DDCLReadoutModule):
+            self._slow = pl_module.parameter_groups()["encoder"]
+            return
+        self._slow = [
+            parameter
+            for name, parameter in pl_module.named_parameters()
+            if id(parameter) not in self._fast and not name.startswith(self.ignore)
+        ]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Check the rates with which this batch will step."""
-        fast = parameter_ids(bank.prototypes for bank in require_banks(pl_module, "RatioGuard").values())
-        slow = parameter_ids(
-            parameter
-            for name, parameter in pl_module.named_parameters()
-            if parameter.requires_grad and id(parameter) not in fast and not name.startswith(self.ignore)
-        )
-        ratio = live_ratio(trainer.optimizers, fast, slow)
+        # Which parameters train may change on the way: encoders are unfrozen.
+        slow = parameter_ids(parameter for parameter in self._slow if parameter.requires_grad)
+        ratio = live_ratio(trainer.optimizers, self._fast, slow)
         if ratio is None:
             return
         pl_module.log("rho", ratio)

@@ -10,13 +10,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.callbacks._base import log_name
+from ddcl_lightning.callbacks._base import log_name, starts_anew
 from ddcl_lightning.collect import collect_tokens, execution_order
 from ddcl_lightning.functional import critical_temperature
 from ddcl_lightning.probe import require_banks
 
 Schedule = Literal["exponential", "linear", "cosine"]
 REFERENCE_TOKENS = 16_384  # enough for a covariance of a few thousand dimensions
+MAX_TRIED = 100_000  # positions at which a callable is tried before training; beyond, every step checks itself
 
 
 class TemperatureAnnealing(Callback):
@@ -25,18 +26,20 @@ class TemperatureAnnealing(Callback):
     A temperature means something only against the spread of the tokens. By default both ends are fractions of the
     critical temperature ``T_c = 4 lambda_max(Cov(z))`` (``2 lambda_max`` with detached assignments), measured per
     head on the tokens that reach the bank when training starts: above 1 the bank collapses towards the mean, whatever
-    the learning rates; far below it assignments are hard. Learning rates or data in other units change nothing.
+    the learning rates; far below it assignments are hard. Data in other units change nothing.
 
     Args:
-        start: First temperature, > 0.
+        start: First temperature, > 0; not used by a callable.
         end: Last temperature, > 0 and at most ``start``; the floor ``T_min`` of the exponential schedule.
         unit: ``"critical"``: fractions of T_c. ``"absolute"``: squared distances.
-        schedule: ``"exponential"`` (``max(end, start exp(-e / tau))``, the paper's), ``"linear"``, ``"cosine"``, or a callable
-            from the position e (in epochs or steps) to a temperature in the same unit, which must not increase.
-        per: Count e in ``"epoch"`` s or in optimizer ``"step"`` s.
-        tau: Time constant of the exponential schedule; by default such that it reaches ``end`` after 80 % of
+        schedule: ``"exponential"`` (``max(end, start exp(-e / tau))``, the paper's), ``"linear"``, ``"cosine"``, or a
+            callable from the position e to a temperature in the same unit, which must not increase.
+        per: Count e in epochs (``"epoch"``) or in optimizer steps (``"step"``; a batch after which several optimizers
+            step counts as one).
+        tau: Time constant of the exponential schedule, in the unit of e; by default such that it reaches ``end`` after
             ``duration``.
-        duration: Epochs or steps until ``end``; by default the length of the run.
+        duration: Epochs or steps until ``end``; by default the length of the run, for the exponential schedule
+            80 % of it.
 
     Raises:
         ValueError: If the schedule increases or an argument is out of its range; at the start of training, if the
@@ -73,29 +76,35 @@ class TemperatureAnnealing(Callback):
             raise ValueError(f"duration must be > 0 {per}s; got {duration}.")
         self.start, self.end, self.unit, self.schedule = start, end, unit, schedule
         self.per, self.tau, self.duration = per, tau, duration
+        self._banks: dict[str, PrototypeBank] = {}
+        self._step_before = 0
+        self._forget()
+
+    def _forget(self) -> None:
         self._references: dict[str, list[float]] = {}  # T_c of each head, by bank
         self._length: float | None = None
+        self._steps = 0
         self._last = math.inf
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module without banks and a callable that increases, before anything runs."""
-        if stage != "fit":
-            return
-        require_banks(pl_module, type(self).__name__)
+        """Forget an earlier run."""
+        if starts_anew(trainer, stage):
+            self._forget()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
+        self._banks = require_banks(pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the critical temperature of banks that nobody has measured, and set the temperature."""
-        banks = require_banks(pl_module, type(self).__name__)
-        if self._length is None:
-            self._length = self._run_length(trainer)
-            self._refuse_increase()
-        missing = [name for name in banks if name not in self._references]
+        self._fix_length(trainer)
+        missing = {name: bank for name, bank in self._banks.items() if name not in self._references}
         if missing and self.unit == "critical":
-            for name in execution_order(trainer, pl_module, banks):
+            for name in execution_order(trainer, pl_module, self._banks):
                 if name in missing:
-                    tokens = collect_tokens(trainer, pl_module, name, banks[name], max_tokens=REFERENCE_TOKENS)
-                    self.set_reference(trainer, name, banks[name], tokens)
-        self._apply(trainer, banks)
+                    tokens = collect_tokens(trainer, pl_module, name, missing[name], max_tokens=REFERENCE_TOKENS)
+                    self.set_reference(trainer, name, missing[name], tokens)
+        self._apply(trainer)
 
     def set_reference(self, trainer: pl.Trainer, name: str, bank: PrototypeBank, tokens: Tensor) -> None:
         """Take T_c of a bank from a sample of its tokens, ``(H, N, d)``, and set its temperature."""
@@ -107,45 +116,53 @@ class TemperatureAnnealing(Callback):
                     "encoder: it maps everything to one point."
                 )
             self._references[name] = critical.tolist()
-        if self._length is None:
-            self._length = self._run_length(trainer)
+        self._fix_length(trainer)
         self._set(name, bank, self.value(self._position(trainer)))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the temperature of the epoch."""
         if self.per == "epoch":
-            self._apply(trainer, require_banks(pl_module, type(self).__name__))
+            self._apply(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the temperature of the step."""
-        banks = require_banks(pl_module, type(self).__name__)
+        self._step_before = trainer.global_step
         if self.per == "step":
-            self._apply(trainer, banks)
-        if batch_idx % max(1, trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            for name, bank in banks.items():
-                pl_module.log(log_name(name, "temperature"), bank.temperature.mean())
+            self._apply(trainer)
+        for name, bank in self._banks.items():
+            pl_module.log(log_name(name, "temperature"), bank.temperature.mean())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step; ``trainer.global_step`` counts that of every optimizer under manual optimization."""
+        self._steps += trainer.global_step > self._step_before
 
     def value(self, position: float) -> float:
         """Temperature at a position (epochs or steps from the start), in the callback's unit."""
         if callable(self.schedule):
             return float(self.schedule(position))
-        length = self.duration if self.duration is not None else self._length
         if self.schedule == "exponential":
-            tau = self.tau
-            if tau is None:
-                assert length is not None
-                if self.end == self.start:
-                    return self.start
-                tau = 0.8 * length / math.log(self.start / self.end)
-            return max(self.end, self.start * math.exp(-position / tau))
+            return max(self.end, self.start * math.exp(-position / self._time_constant()))
+        length = self.duration if self.duration is not None else self._length
         assert length is not None
-        progress = min(1.0, position / max(length - 1, 1e-12))
+        progress = min(1.0, position / (length - 1)) if length > 1 else float(position > 0)
         share = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.end + (self.start - self.end) * share
 
-    def _apply(self, trainer: pl.Trainer, banks: dict[str, PrototypeBank]) -> None:
+    def _time_constant(self) -> float:
+        if self.tau is not None:
+            return self.tau
+        if self.end == self.start:
+            return math.inf
+        if self.duration is not None:
+            return self.duration / math.log(self.start / self.end)
+        assert self._length is not None
+        return 0.8 * self._length / math.log(self.start / self.end)
+
+    def _apply(self, trainer: pl.Trainer) -> None:
         value = self.value(self._position(trainer))
         if value > self._last * (1 + 1e-9):
             raise ValueError(
@@ -153,7 +170,7 @@ class TemperatureAnnealing(Callback):
                 f"{self.per} {self._position(trainer):g}."
             )
         self._last = value
-        for name, bank in banks.items():
+        for name, bank in self._banks.items():
             self._set(name, bank, value)
 
     def _set(self, name: str, bank: PrototypeBank, value: float) -> None:
@@ -163,30 +180,27 @@ class TemperatureAnnealing(Callback):
             bank.set_temperature(value * torch.tensor(self._references[name]))
 
     def _position(self, trainer: pl.Trainer) -> float:
-        return float(trainer.current_epoch if self.per == "epoch" else trainer.global_step)
+        return float(trainer.current_epoch if self.per == "epoch" else self._steps)
 
-    def _needs_length(self) -> bool:
-        free = self.schedule == "exponential" and self.tau is not None
-        return self.duration is None and not free and not callable(self.schedule)
-
-    def _run_length(self, trainer: pl.Trainer) -> float:
-        steps = trainer.estimated_stepping_batches
-        per_epoch = max(1.0, float(trainer.num_training_batches))
-        length = float(steps) if self.per == "step" else math.ceil(steps / per_epoch)
-        if not math.isfinite(length) and self._needs_length():
+    def _fix_length(self, trainer: pl.Trainer) -> None:
+        """Take the length of the run where it starts; a resumed run keeps that of the first."""
+        if self._length is not None:
+            return
+        length = run_length(trainer, self.per)
+        free = callable(self.schedule) or self.tau is not None or self.duration is not None
+        if math.isinf(length) and not free:
             raise ValueError(
-                "the length of the run is unknown, so the temperature schedule has no end. Set max_epochs or max_steps, or "
-                "give TemperatureAnnealing a duration (or a tau)."
+                "the length of the run is unknown, so the temperature schedule has no end. Set max_epochs or "
+                "max_steps, or give TemperatureAnnealing a duration (or a tau)."
             )
-        return length
+        self._length = length
+        self._refuse_increase()
 
     def _refuse_increase(self) -> None:
         """A callable is tried at every position that the run can reach, up to a bound."""
         assert self._length is not None
-        reach = self.duration or self._length
-        count = int(min(reach, 100_000)) + 1 if math.isfinite(reach) else 1000
         previous = math.inf
-        for position in range(count):
+        for position in range(int(min(self._length, MAX_TRIED))):
             value = self.value(position)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"schedule must give finite temperatures > 0; got {value} at {self.per} {position}.")
@@ -197,9 +211,29 @@ class TemperatureAnnealing(Callback):
             previous = value
 
     def state_dict(self) -> dict[str, Any]:
-        """Critical temperatures and the length of the run, so that a resumed schedule is the same one."""
-        return {"references": self._references, "length": self._length}
+        """Critical temperatures, the length of the run and the steps done: a resumed schedule is the same one."""
+        return {"references": self._references, "length": self._length, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         self._references, self._length = dict(state_dict["references"]), state_dict["length"]
+        self._steps = state_dict["steps"]
+
+
+def run_length(trainer: pl.Trainer, per: Literal["epoch", "step"]) -> float:
+    """Epochs or optimizer steps of a run, as far as its limits tell; infinite where they do not.
+
+    Under manual optimization a module may accumulate gradients itself: its ``accumulate_grad_batches`` counts, if any.
+    """
+    module = trainer.lightning_module
+    window = trainer.accumulate_grad_batches
+    if not module.automatic_optimization:
+        window = int(getattr(module, "accumulate_grad_batches", 1))
+    batches = trainer.num_training_batches
+    steps = math.ceil(batches / window) if math.isfinite(batches) else math.inf
+    epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
+    if per == "step":
+        return float(min(epochs * steps, limit))
+    whole = math.ceil(limit / steps) if math.isfinite(limit) and math.isfinite(steps) else math.inf
+    return float(min(epochs, whole))

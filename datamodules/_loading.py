@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ddcl_lightning.seeding import resolve_seed
+
 Batch = dict[str, Tensor]
 
 
@@ -137,7 +139,7 @@ class TensorDataModule(pl.LightningDataModule):
     Args:
         batch_size: Rows per batch and process, at least 1.
         val_fraction: Part of each class that is held out, in [0, 1).
-        seed: Seed of the split and of the training order.
+        seed: Seed of the split and of the training order; None takes that of ``seed_everything``.
         num_workers: Worker processes per loader; 0 is fastest for tensors in memory.
 
     Attributes:
@@ -153,10 +155,9 @@ class TensorDataModule(pl.LightningDataModule):
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
 
-    def __init__(self, batch_size: int, val_fraction: float, seed: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, val_fraction: float, seed: int | None, num_workers: int) -> None:
         super().__init__()
         check_at_least("batch_size", batch_size, 1)
-        check_at_least("seed", seed, 0)
         check_at_least("num_workers", num_workers, 0)
         if not 0 <= val_fraction < 1:
             raise ValueError(
@@ -164,7 +165,7 @@ class TensorDataModule(pl.LightningDataModule):
             )
         self.batch_size = batch_size
         self.val_fraction = val_fraction
-        self.seed = seed
+        self.seed = resolve_seed(seed)
         self.num_workers = num_workers
         self._data: LabelledTensors | None = None
         self._train_rows = self._held_out_rows = torch.empty(0, dtype=torch.int64)

@@ -53,7 +53,8 @@ class DebrisDataModule(TensorDataModule):
         val_fraction: Part of each class that is held out for validation and test, in [0, 1). With 0,
             validation and test run over the training set: the protocol of deep clustering, where labels take
             no part in training.
-        seed: Seed of the synthetic objects, the split and the training order, at least 0.
+        seed: Seed of the synthetic objects, the split and the training order, at least 0; by default that of
+            ``seed_everything``.
         num_workers: Worker processes per loader; 0 is fastest for tensors in memory.
 
     Attributes:
@@ -78,7 +79,7 @@ class DebrisDataModule(TensorDataModule):
         other: Literal["drop", "keep"] = "drop",
         missing_rcs: Literal["impute", "drop"] = "impute",
         val_fraction: float = 0.0,
-        seed: int = 42,
+        seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers)

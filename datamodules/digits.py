@@ -17,14 +17,16 @@ class DigitsDataModule(TensorDataModule):
         val_fraction: Part of each class that is held out for validation and test, in [0, 1). With 0,
             validation and test run over the training set: the protocol of deep clustering, where labels take
             no part in training.
-        seed: Seed of the split and of the training order, at least 0.
+        seed: Seed of the split and of the training order, at least 0; by default that of ``seed_everything``.
         num_workers: Worker processes per loader; 0 is fastest for tensors in memory.
     """
 
     feature_names = tuple(f"pixel_{row}_{column}" for row in range(8) for column in range(8))
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(self, batch_size: int = 256, val_fraction: float = 0.0, seed: int = 42, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 256, val_fraction: float = 0.0, seed: int | None = None, num_workers: int = 0
+    ) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers)
 
     def load(self) -> tuple[Tensor, Tensor]:

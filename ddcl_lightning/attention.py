@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.functional._common import check_mask, zero_padding
 from ddcl_lightning.scale import EmbeddingScale, ScaleMode
 
 
@@ -78,6 +79,13 @@ class DDCLAttention(nn.Module):
         if residual and not output_projection:
             raise ValueError("output_projection must not be False with residual=True: eq. 5 adds C W_o to the input.")
 
+        bank = PrototypeBank(
+            num_prototypes,
+            prototype_dim,
+            num_heads=num_heads,
+            temperature=temperature,
+            detach_assignments=detach_assignments,
+        )
         width = num_heads * prototype_dim
         self.embed_dim, self.residual = embed_dim, residual
         self.output_dim = embed_dim if output_projection else width
@@ -86,13 +94,7 @@ class DDCLAttention(nn.Module):
             self.input_projection = nn.Linear(embed_dim, width, bias=False)
             nn.init.orthogonal_(self.input_projection.weight)
         self.scale = EmbeddingScale(width, embedding_scale)
-        self.bank = PrototypeBank(
-            num_prototypes,
-            prototype_dim,
-            num_heads=num_heads,
-            temperature=temperature,
-            detach_assignments=detach_assignments,
-        )
+        self.bank = bank
         self.output_projection = nn.Linear(width, embed_dim, bias=False) if output_projection else None
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> DDCLAttentionOutput:
@@ -100,8 +102,8 @@ class DDCLAttention(nn.Module):
 
         Args:
             tokens: ``(B, T, embed_dim)``; any leading dimensions work.
-            mask: ``(B, T)`` boolean, True for valid tokens. Padding takes no part in any mean and comes out as zero
-                (as its input, with a residual).
+            mask: ``(B, T)`` boolean, True for valid tokens. Padding takes no part in any mean or gradient and comes
+                out as zero.
             need_weights: Return the assignments, which stores them.
 
         Returns:
@@ -114,6 +116,9 @@ class DDCLAttention(nn.Module):
             raise ValueError(
                 f"tokens must have last dimension embed_dim = {self.embed_dim}; got shape {tuple(tokens.shape)}."
             )
+        check_mask(tokens, mask)
+        # A NaN left in the padding would reach the gradients of the projection, as 0 * NaN.
+        tokens = zero_padding(tokens, mask)
         embedded = tokens if self.input_projection is None else self.input_projection(tokens)
         output = self.bank(self.scale(embedded, mask), mask, need_weights)
         result = output.centroids

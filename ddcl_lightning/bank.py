@@ -80,7 +80,7 @@ class PrototypeBank(nn.Module):
         lead = tokens.shape[:-1]
         weights = output.weights
         if weights is not None:
-            weights = weights.unflatten(1, lead).movedim(0, len(lead) - 1)
+            weights = weights.reshape(self.num_heads, *lead, -1).movedim(0, max(len(lead) - 1, 0))
         return BankOutput(output.centroids.transpose(0, 1).reshape(tokens.shape), output.terms, weights)
 
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -103,7 +103,7 @@ class PrototypeBank(nn.Module):
     def codes(self, tokens: Tensor) -> Tensor:
         """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
         heads, _ = self.split_heads(tokens)
-        return nearest_prototype(heads, self.prototypes).transpose(0, 1).unflatten(0, tokens.shape[:-1])
+        return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:
@@ -149,9 +149,10 @@ class PrototypeBank(nn.Module):
                 "prototypes became NaN or infinite. Lower lr_prototypes, clip gradients, or restart from a checkpoint."
             )
         raise ValueError(
-            f"the loss terms overflow {output.terms.loss.dtype} (temperature {self.temperature.tolist()}, largest token "
-            f"entry {float(valid.abs().max()):.3g}). Standardise the tokens or raise the temperature."
+            f"the loss terms overflow {output.terms.loss.dtype} (temperature {self.temperature.tolist()}, largest "
+            f"token entry {float(valid.abs().max()):.3g}). Standardise the tokens or raise the temperature."
         )
 
     def extra_repr(self) -> str:
+        """Sizes, for ``print``."""
         return f"num_prototypes={self.num_prototypes}, dim={self.dim}, num_heads={self.num_heads}"

@@ -1,26 +1,36 @@
 """Running the real forward pass of any LightningModule up to a bank, to sample the tokens that reach it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from tqdm.auto import tqdm
 
 from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.batch import Batch
 from ddcl_lightning.compat import silent_logging, to_device, train_batches
 from ddcl_lightning.distributed import is_first_process
 from ddcl_lightning.probe import bank_inputs
 from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.scale import EmbeddingScale
 
+# Their output in evaluation mode, before any training, is not what a bank will see.
+BATCH_STATISTICS = (EmbeddingScale, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-class _Reached(Exception):
-    """Ends a training step at the bank whose tokens are wanted."""
+
+class _Reached(BaseException):
+    """Ends a training step at the bank whose tokens are wanted; no ``except Exception`` on the way may stop it."""
 
 
 def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapping[str, PrototypeBank]) -> list[str]:
     """Names of the banks in the order in which a training step first calls them.
+
+    Banks that the first step does not call are left out, with a warning.
 
     Raises:
         ValueError: If the loader is empty or the training step calls none of them.
@@ -34,18 +44,25 @@ def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapp
 
     handles = [bank.register_forward_hook(lambda *_, name=name: note(name)) for name, bank in banks.items()]
     try:
-        for batch in train_batches(trainer):
-            _run_step(trainer, module, batch, update_scales=False)
-            break
-        else:
-            raise ValueError("the training data loader is empty. Check the data set and drop_last.")
+        with _without_trace(module):
+            batches = train_batches(trainer)  # restores the random state when it is left
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError("the training data loader is empty. Check the data set and drop_last.")
+            _run_step(trainer, module, batch, 0)
     finally:
         for handle in handles:
             handle.remove()
+    missing = [name for name in banks if name not in order]
     if not order:
         raise ValueError(
-            f"the training step of {type(module).__name__} called none of its prototype banks {list(banks)}, "
-            "so there are no tokens to start them from."
+            f"the training step of {type(module).__name__} called none of its prototype banks {missing} before its "
+            "backward pass, so there are no tokens to start them from. Call them as modules, bank(tokens, mask)."
+        )
+    if missing:
+        rank_zero_warn(
+            f"the first training step of {type(module).__name__} did not call {', '.join(missing)} before its backward "
+            "pass; what starts from the tokens of a bank leaves these as they are."
         )
     return list(order)
 
@@ -62,7 +79,9 @@ def collect_tokens(
 ) -> torch.Tensor:
     """A uniform sample of the valid tokens that reach a bank in one pass over the training data.
 
-    Modules run in evaluation mode (no dropout), except embedding scales, which learn their statistics on the way.
+    Modules run in evaluation mode (no dropout), except those that normalise by the statistics of the batch, which run
+    as they will in training. Weights, buffers, modes, the loaders and the random state stay as they were. A
+    stream of unknown length is read until the sample is full.
 
     Args:
         trainer: A trainer inside ``fit``.
@@ -89,39 +108,61 @@ def collect_tokens(
         raise _Reached
 
     total = trainer.num_training_batches
+    endless = math.isinf(total)
     handle = bank.register_forward_pre_hook(stop_at_bank, with_kwargs=True)
     try:
-        batches = tqdm(
-            train_batches(trainer),
-            desc=f"tokens of {name}",
-            total=int(total) if total != float("inf") else None,
-            disable=not (progress and is_first_process()),
-            leave=False,
-        )
-        for batch in batches:
-            _run_step(trainer, module, batch, update_scales=True)
+        with _without_trace(module):
+            batches = tqdm(
+                train_batches(trainer),
+                desc=f"tokens of {name}",
+                total=None if endless else int(total),
+                disable=not (progress and is_first_process()),
+                leave=False,
+            )
+            for number, batch in enumerate(batches):
+                _run_step(trainer, module, batch, number)
+                full = reservoir.seen >= reservoir.capacity
+                if endless and trainer.strategy.reduce_boolean_decision(full, all=True):
+                    break
     finally:
         handle.remove()
     return reservoir.gather().transpose(0, 1).contiguous()
 
 
-def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: object, *, update_scales: bool) -> None:
-    """One training step without gradients that a hook may end early."""
-    was_training = {child: child.training for child in module.modules()}
+@contextmanager
+def _without_trace(module: pl.LightningModule) -> Iterator[None]:
+    """Let training steps run that are no training: no gradients, no dropout, no logging, everything put back after."""
+    modes = {child: child.training for child in module.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    buffers = [
+        (child, name, buffer, buffer.clone()) for child in modes for name, buffer in child.named_buffers(recurse=False)
+    ]
     module.eval()
-    if update_scales:
-        for child in module.modules():
-            if isinstance(child, EmbeddingScale):
-                child.train()
+    for child, training in modes.items():
+        if isinstance(child, BATCH_STATISTICS):
+            child.train(training)
     try:
-        with torch.no_grad(), silent_logging(module), trainer.precision_plugin.train_step_context():
-            module.training_step(to_device(trainer, batch), 0)
+        with torch.no_grad(), silent_logging(module):
+            yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)  # a step that ended early may have left an optimizer toggled
+        for child, name, buffer, value in buffers:
+            setattr(child, name, buffer.copy_(value))
+
+
+def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+    """One training step that a hook may end early."""
+    batch = to_device(trainer, batch)
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    try:
+        with trainer.precision_plugin.train_step_context():
+            module.training_step(*((batch, batch_idx) if takes_index else (batch,)))
     except _Reached:
         pass
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
-        # A manual step went past the last bank to its backward pass, which has no graph here.
-    finally:
-        for child, training in was_training.items():
-            child.training = training
+        # A manual step went past the bank to its backward pass, which has no graph here.

@@ -22,7 +22,7 @@ class _AllReduceSum(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient
@@ -32,7 +32,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
     """Differentiable sum of ``value`` over processes, same shape."""
     if world_size() == 1:
         return value
-    reduced: Tensor = _AllReduceSum.apply(value)  # type: ignore[no-untyped-call]
+    reduced: Tensor = _AllReduceSum.apply(value)
     return reduced
 
 

@@ -1,10 +1,12 @@
 """Figures of a prototype bank. Each function returns a matplotlib Figure and touches no global state."""
 
+import math
 from collections.abc import Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
 from ddcl_lightning.functional import nearest_prototype
@@ -21,31 +23,37 @@ def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
             ``temperature_ratio``.
         title: Name of the bank.
     """
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     steps = [point["step"] for point in points]
 
-    def curve(axis: "object", key: str, label: str, color: str) -> None:
-        axis.plot(steps, [point[key] for point in points], label=label, color=color)  # type: ignore[attr-defined]
+    def curve(axis: Axes, key: str, label: str, color: str, style: str = "-") -> None:
+        values = [point[key] for point in points]
+        if not any(math.isfinite(value) for value in values):
+            label += "\n(undefined here)"
+        marker = "o" if len(points) < 20 else ""
+        axis.plot(steps, values, label=label, color=color, linestyle=style, marker=marker, markersize=4)
 
-    curve(top, "delta_mean", "mean distance between prototypes", "tab:blue")
-    curve(top, "delta_min", "Delta, smallest distance", "tab:red")
-    top.plot(steps, [point["embedding_scale"] for point in points], ":", color="gray", label="spread of the embeddings")
+    curve(top, "delta_mean", "mean distance\nbetween prototypes", "tab:blue")
+    curve(top, "delta_min", "Delta, the smallest", "tab:red")
+    curve(top, "embedding_scale", "spread of the\nembeddings", "gray", ":")
     top.set_ylim(bottom=0)
     top.set_ylabel("distance")
     top.set_title(f"Health of {title}", loc="left")
     curve(middle, "entropy_ratio", "H / ln K", "tab:purple")
-    middle.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="uniform: assignments say nothing")
+    middle.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="uniform: assignments\nsay nothing")
     middle.set_ylim(0, 1.08)
     middle.set_ylabel("entropy of assignments")
     curve(bottom, "temperature_ratio", "T / T_c", "tab:orange")
-    bottom.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="above: the bank collapses")
+    bottom.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="above: the bank\ncollapses")
     bottom.set_yscale("log")
-    bottom.set_ylabel("temperature / critical")
+    bottom.yaxis.set_major_formatter("{x:g}")
+    bottom.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))
+    bottom.set_ylabel("T / T_c, log scale")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     bottom.set_xlabel("optimizer step")
     for axis in (top, middle, bottom):
-        axis.legend(loc="best", fontsize="small", frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
+        _finish(axis)
     return figure
 
 
@@ -65,31 +73,26 @@ def draw_bank(tokens: Tensor, prototypes: Tensor, title: str) -> Figure:
     share = float(singular[:2].square().sum() / singular.square().sum().clamp(min=1e-30))
     points, centers = (shown - mean) @ plane.T, (prototypes - mean) @ plane.T
 
-    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
     axis = figure.subplots()
     axis.scatter(points[:, 0], points[:, 1], c=codes % 20, cmap="tab20", vmin=0, vmax=19, s=7, alpha=0.55, linewidths=0)
+    axis.scatter([], [], c="gray", s=20, label="token, in the colour\nof its prototype")
     used = torch.bincount(codes, minlength=len(prototypes)) > 0
-    axis.scatter(
-        centers[used, 0], centers[used, 1], marker="o", s=170, c="white", edgecolors="black", label="prototype"
-    )
-    if bool((~used).any()):
-        axis.scatter(
-            centers[~used, 0],
-            centers[~used, 1],
-            marker="X",
-            s=150,
-            c="red",
-            edgecolors="black",
-            label="prototype nearest to none of these tokens",
-        )
-    if len(prototypes) <= MAX_LABELS:
+    numbered = len(prototypes) <= MAX_LABELS
+    for chosen, edge, label in (
+        (used, "black", "prototype"),
+        (~used, "red", "prototype nearest to\nnone of these tokens"),
+    ):
+        if bool(chosen.any()):
+            x, y = centers[chosen].T
+            axis.scatter(x, y, s=170 if numbered else 30, c="white", edgecolors=edge, linewidths=1.5, label=label)
+    if numbered:
         for number, (x, y) in enumerate(centers.tolist()):
             axis.annotate(str(number), (x, y), ha="center", va="center", fontsize=8, weight="bold")
-    axis.set_title(f"{title}: {len(prototypes)} prototypes over {len(shown)} tokens", loc="left")
+    axis.set_title(f"{title}: K = {len(prototypes)} prototypes over {len(shown)} tokens", loc="left")
     axis.set_xlabel(f"first principal component (both: {share:.0%} of the variance)")
     axis.set_ylabel("second principal component")
-    axis.legend(loc="best", fontsize="small")
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis)
     return figure
 
 
@@ -107,19 +110,24 @@ def draw_usage(counts: Tensor, mass: Tensor, title: str) -> Figure:
     dead = int((counts == 0).sum())
     probabilities = share[share > 0]
     perplexity = float((-(probabilities * probabilities.log()).sum()).exp())
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     axis = figure.subplots()
-    axis.bar(range(size), share[order], color="tab:blue", label="nearest prototype (hard)", width=0.85)
-    axis.plot(range(size), mass[order], "o", color="tab:orange", markersize=4, label="mean assignment (soft)")
+    axis.bar(range(size), share[order].tolist(), color="tab:blue", alpha=0.6, label="nearest prototype\n(hard)")
+    axis.plot(range(size), mass[order].tolist(), "o", color="black", markersize=3, label="mean assignment\n(soft)")
     axis.axhline(1 / size, color="black", linewidth=0.8, linestyle="--", label="even use")
     if size <= MAX_LABELS:
         axis.set_xticks(range(size), [str(int(k)) for k in order], fontsize=8)
-        axis.set_xlabel("prototype, by use")
+        axis.set_xlabel("number of the prototype, sorted by use")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("prototypes, by use")
+        axis.set_xlabel("rank of the prototype by use")
     axis.set_ylabel("share of the last batch's tokens")
     axis.set_title(f"{title}: {size - dead} of {size} prototypes used, perplexity {perplexity:.1f}", loc="left")
-    axis.legend(fontsize="small", frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
+    _finish(axis)
     return figure
+
+
+def _finish(axis: Axes) -> None:
+    """Put the legend beside the data, where it hides nothing."""
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class TokenNormalized(Optimizer):
         self._banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in mine}
         if len(self._banks) < len(mine):
             raise ValueError(
-                f"TokenNormalized optimises {len(mine)} parameters but only {len(self._banks)} of them are prototypes of "
-                f"a bank in {type(module).__name__}. Give it prototype parameters only."
+                f"TokenNormalized optimises {len(mine)} parameters but only {len(self._banks)} of them are prototypes "
+                f"of a bank in {type(module).__name__}. Give it prototype parameters only."
             )
         if self._probe is not None:
             self._probe.close()
@@ -94,13 +94,11 @@ def _token_means(seen: Observation) -> tuple[Tensor, Tensor]:
     """Log mass ``(H, K)`` and responsibility-weighted token means ``(H, K, d)``, streamed over tokens."""
     tokens = seen.valid_tokens().to(torch.promote_types(seen.tokens.dtype, torch.float32))
     prototypes = seen.prototypes.to(tokens.dtype)
-    total: tuple[Tensor, Tensor] | None = None
+    total = prototypes.new_full(prototypes.shape[:-1], -torch.inf), torch.zeros_like(prototypes)
     with torch.autocast(tokens.device.type, enabled=False):
         for part in token_chunks(tokens.shape[1], prototypes[..., 0].numel()):
             log_q = _log_assign(tokens[:, part], prototypes, seen.temperature).mT
-            chunk = log_q.logsumexp(-1), log_q.softmax(-1) @ tokens[:, part]
-            total = chunk if total is None else _merge(total, chunk)
-    assert total is not None
+            total = _merge(total, (log_q.logsumexp(-1), log_q.softmax(-1) @ tokens[:, part]))
     return total
 
 
@@ -138,12 +136,12 @@ class OptimizerSpec:
         *,
         weight_decay: float | None = None,
     ) -> None:
-        self.optimizer_class = _find(argument, name)
+        self.optimizer_class: Callable[..., Optimizer] = _find(argument, name)
         self.arguments = dict(arguments or {})
         if "lr" in self.arguments:
             raise ValueError(
-                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from lr_prototypes, "
-                "rho and lr_task. Set those instead."
+                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from "
+                "lr_prototypes, rho and lr_task. Set those instead."
             )
         known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
         for key in self.arguments:
@@ -175,7 +173,7 @@ def _find(argument: str, name: str) -> type[Optimizer]:
             f"{argument} must name a class of torch.optim, 'TokenNormalized' or a dotted path to an Optimizer; "
             f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
         )
-    if "closure" in inspect.signature(found.step).parameters and found is torch.optim.LBFGS:
+    if issubclass(found, torch.optim.LBFGS):
         raise ValueError(
             f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD."
         )

@@ -24,8 +24,8 @@ def require_banks(module: nn.Module, caller: str) -> dict[str, PrototypeBank]:
     banks = find_banks(module)
     if not banks:
         raise ValueError(
-            f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or any "
-            "module that holds a PrototypeBank) as an attribute, or remove the callback."
+            f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or "
+            "any module that holds a PrototypeBank) as an attribute, or remove the callback."
         )
     return banks
 

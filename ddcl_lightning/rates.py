@@ -1,4 +1,4 @@
-"""Learning rates on two time scales: the ratio rho and its check, parameter groups that keep it, one schedule for all."""
+"""Learning rates on two time scales: the ratio rho and its check, parameter groups that keep it, and one schedule."""
 
 import math
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
         raise ValueError(f"rho = lr_encoder / lr_prototypes must be finite and >= 0; got {rho}.")
     if rho >= 1 and not allow_unstable:
         raise ValueError(
-            f"rho = lr_encoder / lr_prototypes must be < 1 for prototypes to follow the encoder (Theorem 1; at most 0.1 "
-            f"is the rule of thumb); got {rho}. Lower rho, or set allow_unstable=True for an ablation."
+            f"rho = lr_encoder / lr_prototypes must be < 1 for prototypes to follow the encoder (Theorem 1; at most "
+            f"0.1 is the rule of thumb); got {rho}. Lower rho, or set allow_unstable=True for an ablation."
         )
 
 

@@ -1,14 +1,16 @@
 """A bound on the scale of embeddings, without which an unsupervised encoder shrinks everything."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.distributed import sum_over_processes
-from ddcl_lightning.functional._common import check_mask, zero_padding
+from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
 
-ScaleMode = Literal["none", "per_dimension", "total"]
+ScaleMode = Literal["none", "per_dimension", "total", "whiten"]
+
+SMALLEST_VARIANCE = 1e-24  # tokens below it count as constant; its power -3/2, a gradient, must fit float32
 
 
 class EmbeddingScale(nn.Module):
@@ -16,18 +18,27 @@ class EmbeddingScale(nn.Module):
 
     ``L_q`` falls when an encoder shrinks its embeddings, so under a pure quantisation loss every encoder that
     may do so does, whatever the ratio of the learning rates. Dividing by the standard deviation of the batch takes
-    that direction out of the gradient. Unlike batch normalisation it has no affine part (which could shrink
-    again), ignores padding, and sums its statistics over all processes.
+    that direction out of the gradient; but with every dimension at unit variance the loss still falls when all
+    dimensions become copies of one. Whitening takes that direction out too. Unlike batch normalisation there is no
+    affine part (which could shrink again), padding is ignored, and statistics are sums over all processes.
 
     Args:
         dim: Dimension D of the tokens.
-        mode: ``"per_dimension"`` gives every dimension unit variance; ``"total"`` divides by one number, so that
-            the mean variance is 1 and the geometry is kept; ``"none"`` does nothing.
+        mode: ``"whiten"`` makes the covariance the identity, by the rotation-free ``C^(-1/2)``;
+            ``"per_dimension"`` gives every dimension unit variance; ``"total"`` divides by one number, so that
+            the mean variance is 1 and the geometry is kept; ``"none"`` does nothing. Whitening needs batches of at least
+            ``2 D`` tokens; a smaller one (the last of an epoch) is scaled by the running statistics and gives the
+            encoder no gradient.
         momentum: Weight of the newest batch in the running statistics, in (0, 1]. The first batches are
             averaged evenly until that weight is reached.
 
+    Attributes:
+        mean: Running mean, ``(D,)``.
+        variance: Running variances ``(D,)``, or the running covariance ``(D, D)`` for ``"whiten"``.
+
     Raises:
-        ValueError: If the mode is unknown or the momentum out of range.
+        ValueError: If the mode is unknown or the momentum out of range; in training, if the very first batch is too
+            small to whiten.
     """
 
     mean: Tensor
@@ -42,7 +53,7 @@ class EmbeddingScale(nn.Module):
             raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
         self.dim, self.mode, self.momentum = dim, mode, momentum
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("variance", torch.eye(dim) if mode == "whiten" else torch.ones(dim))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -50,35 +61,81 @@ class EmbeddingScale(nn.Module):
         if self.mode == "none":
             return tokens
         check_mask(tokens, mask)
-        if self.training:
-            mean, variance = self._batch_statistics(tokens, mask)
+        tokens = zero_padding(tokens, mask)  # a NaN there would reach the gradients, as 0 * NaN
+        statistics = self._batch_statistics(tokens, mask) if self.training else None
+        if statistics is not None:
+            mean, variance = statistics
             self._update(mean.detach(), variance.detach())
         else:
             mean, variance = self.mean, self.variance
-        return ((tokens - mean) * self._inverse_deviation(variance)).to(tokens.dtype)
+            if self.training:
+                # Against constant statistics shrinking would pay. A zero gradient, not none: plain DDP wants one.
+                tokens = tokens.detach() + 0.0 * tokens
+        with torch.autocast(tokens.device.type, enabled=False):
+            scaled = self._apply_scale(tokens.to(variance.dtype) - mean, variance)
+        return scaled.to(tokens.dtype)
 
-    def _batch_statistics(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``(D,)`` over the valid tokens of all processes, in two passes for accuracy."""
-        flat = zero_padding(tokens, mask).reshape(-1, self.dim).to(self.mean.dtype)
+    def _batch_statistics(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Mean and (co)variance over the valid tokens of all processes, in two passes; None for too small a batch."""
+        flat = tokens.reshape(-1, self.dim).to(accumulation_dtype(tokens))
         keep = torch.ones_like(flat[:, :1]) if mask is None else mask.reshape(-1, 1).to(flat.dtype)
         sums = sum_over_processes(torch.cat([flat.sum(0), keep.sum(0)]))
         count = sums[-1].clamp(min=1.0)
+        if self.mode == "whiten" and int(count) < 2 * self.dim:
+            if int(self.num_batches) == 0:
+                raise ValueError(
+                    f"embedding_scale='whiten' needs batches of at least 2 D = {2 * self.dim} valid tokens; the first has "
+                    f"{int(count)}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
+                )
+            return None
         mean = sums[:-1] / count
-        variance = sum_over_processes(((flat - mean) * keep).square().sum(0)) / count
-        return mean, variance
+        centred = (flat - mean) * keep
+        with torch.autocast(tokens.device.type, enabled=False):
+            total = centred.mT @ centred if self.mode == "whiten" else centred.square().sum(0)
+        return mean, sum_over_processes(total) / count
 
-    def _inverse_deviation(self, variance: Tensor) -> Tensor:
-        """Factor ``(D,)`` or ``()``; the floor is relative, so that data in tiny units are scaled up all the same."""
+    def _apply_scale(self, centred: Tensor, variance: Tensor) -> Tensor:
+        """Scale centred tokens; the floors are relative, so that data in tiny units are scaled up all the same."""
+        if self.mode == "whiten":
+            floor = 1e-4 * variance.diagonal().mean() + SMALLEST_VARIANCE
+            eye = torch.eye(self.dim, dtype=variance.dtype, device=variance.device)
+            root: Tensor = _InverseSquareRoot.apply(variance + floor * eye)  # type: ignore[no-untyped-call]
+            return centred @ root
         average = variance.mean()
-        floor = 1e-5 * average + torch.finfo(variance.dtype).tiny
-        return (average if self.mode == "total" else variance).add(floor).rsqrt()
+        floor = 1e-5 * average + SMALLEST_VARIANCE
+        return centred * (average if self.mode == "total" else variance).add(floor).rsqrt()
 
     @torch.no_grad()
     def _update(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches += 1
-        weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(mean.dtype)
-        self.mean.lerp_(mean, weight)
-        self.variance.lerp_(variance, weight)
+        weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(self.mean.dtype)
+        self.mean.lerp_(mean.to(self.mean.dtype), weight)
+        self.variance.lerp_(variance.to(self.variance.dtype), weight)
 
     def extra_repr(self) -> str:
+        """Dimension and mode, for ``print``."""
         return f"{self.dim}, mode={self.mode!r}"
+
+
+class _InverseSquareRoot(torch.autograd.Function):
+    """``C^(-1/2)`` of a positive definite matrix, differentiable where eigenvalues coincide.
+
+    The derivative in the eigenbasis is the Daleckii-Krein formula, an entrywise product with the divided differences of
+    ``x^(-1/2)``, ``-1 / (a b (a + b))`` with a and b the square roots of two eigenvalues. Differentiating through the
+    eigenvectors instead would divide by differences of eigenvalues.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors / roots) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        roots, vectors = ctx.saved_tensors
+        row, column = roots.unsqueeze(-1), roots.unsqueeze(-2)
+        symmetric = 0.5 * (gradient + gradient.mT)
+        differences = -1 / (row * column * (row + column))
+        return vectors @ (differences * (vectors.mT @ symmetric @ vectors)) @ vectors.mT

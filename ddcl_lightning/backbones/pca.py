@@ -19,7 +19,7 @@ class PCABackbone(Backbone):
     Args:
         in_features: F, dimension of the data.
         num_components: D, components to keep, at most F; also ``embed_dim``.
-        whiten: Give every component unit variance.
+        whiten: Give every component unit variance; one without variance comes out as zero.
         trainable: Let the encoder's optimizer move the map after the fit.
 
     Attributes:
@@ -51,10 +51,13 @@ class PCABackbone(Backbone):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set the components from a sample ``(N, F)`` or ``(N, T, F)``; padding is not known here and must be zero-free.
+        """Set the components from a sample of inputs.
+
+        Args:
+            x: ``(N, F)`` or ``(N, T, F)``. It comes without a mask: padded rows would count as data.
 
         Raises:
-            ValueError: If there are fewer samples than components or a value is not finite.
+            ValueError: If there are fewer rows than components, a value is not finite or all rows are equal.
         """
         rows = as_tokens(x, self.in_features).reshape(-1, self.in_features).to("cpu", torch.float64)
         if not bool(torch.isfinite(rows).all()):
@@ -63,14 +66,15 @@ class PCABackbone(Backbone):
             raise ValueError(
                 f"x must hold at least num_components = {self.num_components} rows to fit a PCA; got {len(rows)}."
             )
+        if bool((rows == rows[0]).all()):
+            raise ValueError(f"x must vary to fit a PCA; got {len(rows)} equal rows. Check the data.")
         # The full solver is deterministic, so every process and every run gets the same signs.
         pca = PCA(self.num_components, whiten=self.whiten, svd_solver="full").fit(rows.numpy())
         weight = torch.from_numpy(pca.components_)
         if self.whiten:
             deviation = torch.from_numpy(pca.explained_variance_).sqrt().unsqueeze(1)
-            # A component without variance (a constant pixel) would otherwise be blown up to noise.
-            floor = 1e-6 * deviation.max()
-            weight = weight / deviation.clamp(min=float(floor))
+            # A component without variance (a constant pixel) holds rounding noise: scaled up it would drown the rest.
+            weight = torch.where(deviation > 1e-6 * deviation.max(), weight / deviation, 0.0)
         self.weight.copy_(weight)
         self.bias.copy_(-weight @ torch.from_numpy(pca.mean_))
         self.explained_variance_ratio.fill_(float(pca.explained_variance_ratio_.sum()))
@@ -78,7 +82,7 @@ class PCABackbone(Backbone):
 
     def forward(self, batch: Batch) -> Tokens:
         """Components ``(B, T, num_components)`` of the batch's ``x``, with its ``mask``."""
-        if self.needs_fit():
+        if not torch.compiler.is_compiling() and self.needs_fit():
             raise RuntimeError(
                 "PCABackbone is not fitted. Trainer.fit does it on the training data; outside of it call "
                 "backbone.fit(x) with a sample of inputs, or load a checkpoint."
@@ -87,9 +91,10 @@ class PCABackbone(Backbone):
         return Tokens(linear(x.to(self.weight.dtype), self.weight, self.bias), mask(batch))
 
     def extra_repr(self) -> str:
+        """Sizes and what the map is by now, for ``print``."""
         if not bool(self.fitted):
             state = "not fitted yet"
-        elif self.trainable:
+        elif self.weight.requires_grad:
             state = "linear encoder initialised by PCA, trainable: no longer a PCA once trained"
         else:
             state = f"frozen PCA, {float(self.explained_variance_ratio):.1%} of the variance kept"

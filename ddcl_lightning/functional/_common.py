@@ -24,7 +24,8 @@ def check_shapes(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> Non
     if tokens.shape[:-2] != prototypes.shape[:-2]:
         raise ValueError(
             "tokens and prototypes must share their leading dimensions; got "
-            f"{tuple(tokens.shape[:-2])} and {tuple(prototypes.shape[:-2])}. Flatten batch and time into N, expand heads."
+            f"{tuple(tokens.shape[:-2])} and {tuple(prototypes.shape[:-2])}. Flatten batch and time into N, and expand "
+            "heads."
         )
     if not tokens.is_floating_point():
         raise TypeError(f"tokens must be floating point; got {tokens.dtype}. Convert with tokens.float().")

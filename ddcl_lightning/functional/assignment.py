@@ -15,6 +15,9 @@ from ddcl_lightning.functional._common import (
     zero_padding,
 )
 
+# CUDA's memory-efficient kernel refuses float32 rows of another multiple, and the fallback stores the N x K matrix.
+ROW_ALIGNMENT = 4
+
 
 class Decomposition(NamedTuple):
     """The three terms of eq. 3, each a mean over valid tokens in units of squared distance, shape ``(...)``.
@@ -83,7 +86,8 @@ def prototype_attention(
     With the query ``[z, 1]``, the key ``[2 p, -||p||^2] / T`` and the value ``[p, ||p||^2]``, one
     ``scaled_dot_product_attention`` gives ``c = sum_k q_k p_k`` and ``e = sum_k q_k ||p_k||^2``; then
     ``L_OLS = ||z - c||^2`` and ``V = e - ||c||^2``. Tokens and prototypes are centred on the mean prototype
-    first, since ``V`` is a difference of large numbers when the data lie far from the origin.
+    first, since ``V`` is a difference of large numbers when the data lie far from the origin. (On a GPU, float64
+    has no fused kernel and stores the matrix after all.)
 
     Args:
         tokens: ``(..., N, d)``, any float dtype; half precisions are computed in float32.
@@ -108,26 +112,29 @@ def prototype_attention(
         p = prototypes.to(dtype) - center
         norms = p.square().sum(-1, keepdim=True)
 
-        query = pad(z, (0, 1), value=1.0)
+        query = torch.cat([z, torch.ones_like(z[..., :1])], -1)
         key = torch.cat([2 * p, -norms], -1) / temperature_like(temperature, p)
         if detach_assignments:
             query, key = query.detach(), key.detach()
-        value = torch.cat([p, norms], -1)
-        centroids, energy = _attend(query, key, value).split([p.shape[-1], 1], -1)
+        attended = _attend(query, key, torch.cat([p, norms], -1))
+        centroids, energy = attended[..., :-1], attended[..., -1]
 
         ols = (z - centroids).square().sum(-1)
         # Rounding can leave a hard assignment a hair below zero.
-        variance = (energy.squeeze(-1) - centroids.square().sum(-1)).clamp(min=0.0)
+        variance = (energy - centroids.square().sum(-1)).clamp(min=0.0)
         terms = _mean_terms(ols + variance, ols, variance, mask)
         centroids = zero_padding(centroids + center, mask)
     return BankOutput(centroids.to(tokens.dtype), terms, None)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Unscaled attention of ``(..., N, e)`` queries; the fused kernels want exactly four dimensions."""
-    lead = query.shape[:-2]
-    query, key, value = (x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
-    attended: Tensor = scaled_dot_product_attention(query, key, value, scale=1.0)
+    """Unscaled attention of ``(..., N, e)`` queries; the fused kernels want four dimensions and aligned rows."""
+    lead, width = query.shape[:-2], query.shape[-1]
+    filler = (0, -width % ROW_ALIGNMENT)
+    query, key, value = (
+        pad(x, filler).reshape(1, lead.numel(), x.shape[-2], width + filler[1]) for x in (query, key, value)
+    )
+    attended: Tensor = scaled_dot_product_attention(query, key, value, scale=1.0)[..., :width]
     return attended.reshape(*lead, *attended.shape[-2:])
 
 

@@ -17,8 +17,8 @@ class DecompositionErrors(NamedTuple):
     """Largest errors of a decomposition over the leading dimensions, as plain floats.
 
     All but ``rows`` are relative to the energy ``mean(||z - m||^2 + sum_k q_k ||p_k - m||^2)``, with ``m`` the mean
-    prototype: the scale against which finite precision rounds. An error relative to ``L_q`` itself says nothing once the
-    tokens sit on their prototypes and ``L_q`` goes to zero.
+    prototype: the scale against which finite precision rounds. An error relative to ``L_q`` itself says nothing once
+    the tokens sit on their prototypes and ``L_q`` goes to zero.
 
     Attributes:
         identity: ``|L_q - (L_OLS + V)|`` of the float64 terms.
@@ -135,6 +135,7 @@ def _decompose(
         z = zero_padding(tokens[..., part, :].to(torch.float64), valid)
         distances = _squared_distances(z, p)
         q = (-distances / value).softmax(-1) if weights is None else weights[..., part, :].to(torch.float64)
+        q = zero_padding(q, valid)
         centroids = q @ p
         keep = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device) if valid is None else valid.to(z.dtype)
         spread = (z - center).square().sum(-1) + (q * (p - center).square().sum(-1).unsqueeze(-2)).sum(-1)

@@ -102,8 +102,7 @@ def assignment_statistics(
             valid = None if mask is None else mask[..., part]
             log_q = _log_assign(zero_padding(tokens[..., part, :].to(dtype), valid), p, temperature)
             q = zero_padding(log_q.exp(), valid)
-            # 0 * -inf would be NaN where an assignment underflows.
-            entropy -= torch.special.xlogy(q, log_q.exp()).sum((-1, -2))
+            entropy += torch.special.entr(q).sum((-1, -2))  # -q ln q, and 0 where q underflows
             mass += q.sum(-2)
             hard = torch.nn.functional.one_hot(log_q.argmax(-1), size)
             counts += (hard if valid is None else hard * valid.unsqueeze(-1)).sum(-2)
@@ -126,20 +125,21 @@ def total_variance(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """Log-barrier repulsion ``-mean_{j<k} ln(||p_j - p_k||^2 / scale^2)``: infinite where two prototypes meet.
+    """Log-barrier repulsion ``-mean_{j<k} ln(||p_j - p_k||^2 / scale^2)``, which grows without bound as two meet.
 
     The paper's free energy (eq. 15) needs a repulsion of this kind for its global result; the plain loss has
-    none at coinciding prototypes.
+    none at coinciding prototypes. A pair that coincides exactly has no direction to part in: it enters with a large
+    finite value and no gradient.
 
     Args:
         prototypes: ``(..., K, d)``; K must be at least 2.
         scale: Length that makes the barrier zero, a float or ``(...)``; it shifts the value, not the gradient.
 
     Returns:
-        ``(...)``, float32 or wider. Costs ``K^2 d``: meant for banks of up to a few thousand prototypes.
+        ``(...)``, float32 or wider. Stores the ``K^2`` distances: meant for banks of up to a few thousand prototypes.
 
     Raises:
-        ValueError: If there are fewer than two prototypes.
+        ValueError: If there are fewer than two prototypes, or more than 16,384.
     """
     size = prototypes.shape[-2]
     if size < 2:
@@ -148,7 +148,6 @@ def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         raise ValueError(f"log_barrier stores K^2 distances; got K = {size}. Use it with at most 16,384 prototypes.")
     p = prototypes.to(accumulation_dtype(prototypes))
     first, second = torch.triu_indices(size, size, offset=1, device=p.device)
-    squared = (p[..., first, :] - p[..., second, :]).square().sum(-1)
-    tiny = torch.finfo(squared.dtype).tiny
-    barrier = -squared.clamp(min=tiny).log().mean(-1)
-    return barrier + 2 * torch.as_tensor(scale, dtype=p.dtype, device=p.device).log()
+    distances = torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist")[..., first, second]
+    mean_log = distances.clamp(min=torch.finfo(p.dtype).tiny).log().mean(-1)
+    return 2 * (torch.as_tensor(scale, dtype=p.dtype, device=p.device).log() - mean_log)

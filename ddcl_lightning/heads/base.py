@@ -30,7 +30,7 @@ class ReadoutOutput:
     regularization: Tensor | None = None
 
     def quantization_loss(self) -> Tensor:
-        """``L_q`` summed over levels (eq. 17) and heads, plus the regularisation; a scalar.
+        """``L_q`` summed over levels (eq. 17) and heads, a scalar; without the regularisation.
 
         Raises:
             ValueError: If the head has no prototypes.
@@ -40,8 +40,7 @@ class ReadoutOutput:
                 "the head returned no loss terms, so there is no quantisation loss to train on. Use a head with "
                 "prototypes (DDCLReadout), or set the task's quantization_weight to 0."
             )
-        loss = torch.stack([terms.loss.sum() for terms in self.levels]).sum()
-        return loss if self.regularization is None else loss + self.regularization
+        return torch.stack([terms.loss.sum() for terms in self.levels]).sum()
 
 
 class Head(nn.Module, ABC):

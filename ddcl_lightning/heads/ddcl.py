@@ -26,9 +26,10 @@ class DDCLReadout(Head):
             ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated.
             The last two store the assignments while training.
         residual: Add the tokens themselves to their mixtures (eq. 5).
-        embedding_scale: ``"none"``, ``"per_dimension"`` or ``"total"``, see
-            :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` bounds the scale (``"per_dimension"``) exactly when
-            an encoder is trained without a task loss, and does nothing otherwise.
+        embedding_scale: ``"none"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
+            :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a task
+            loss (of the four, the one that kept both the separation and the accuracy at every rho; see
+            docs/measurements.md), and does nothing otherwise.
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
         repulsion: Weight >= 0 of the log-barrier repulsion between prototypes.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
@@ -94,9 +95,9 @@ class DDCLReadout(Head):
         self.pooled_dim = {"centroid": centroid, "histogram": histogram, "both": centroid + histogram}[self.pooling]
 
     def bound_scale(self) -> None:
-        """Standardise the embeddings per dimension, if ``embedding_scale`` is ``"auto"``."""
+        """Whiten the embeddings, if ``embedding_scale`` is ``"auto"``."""
         if self.embedding_scale == "auto":
-            self.attention.scale = EmbeddingScale(self.attention.scale.dim, "per_dimension")
+            self.attention.scale = EmbeddingScale(self.attention.scale.dim, "whiten")
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The projection into the heads' spaces, where there is one."""

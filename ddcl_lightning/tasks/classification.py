@@ -60,15 +60,18 @@ class Classification(Task):
         return scores
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:
-        """Cross-entropy + lambda ``L_q``, and both beside it."""
+        """Cross-entropy + lambda ``L_q`` (+ the head's regularisation), and each of them beside it."""
         entropy = cross_entropy(
             self.logits(readout), self._labels(batch), self.class_weights, label_smoothing=self.label_smoothing
         )
-        if self.quantization_weight == 0:
-            return {"loss": entropy, "cross_entropy": entropy}
-        quantization = readout.quantization_loss()
-        loss = entropy + self.quantization_weight * quantization
-        return {"loss": loss, "cross_entropy": entropy, "quantization": quantization}
+        loss, parts = entropy, {"cross_entropy": entropy}
+        if self.quantization_weight > 0:
+            parts["quantization"] = readout.quantization_loss()
+            loss = loss + self.quantization_weight * parts["quantization"]
+        if readout.regularization is not None:
+            parts["regularization"] = readout.regularization
+            loss = loss + readout.regularization
+        return {"loss": loss, **parts}
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
         """Accuracy over samples and F1 averaged over classes."""
@@ -96,9 +99,14 @@ class Classification(Task):
         truth = labels(batch)
         if truth is None:
             raise ValueError("Classification needs labels: give the batch a tensor 'y', or make it a pair (x, y).")
+        if truth.dim() != 1 or truth.is_floating_point():
+            raise ValueError(
+                f"labels must be integers of shape (B,); got {truth.dtype} of shape {tuple(truth.shape)}. Convert them "
+                "with y.flatten().long()."
+            )
         if bool(((truth < 0) | (truth >= self.num_classes)).any()):
             raise ValueError(
                 f"labels must be in [0, num_classes = {self.num_classes}); got values from {int(truth.min())} to "
                 f"{int(truth.max())}. Set num_classes, or filter unlabelled samples."
             )
-        return truth
+        return truth.long()

@@ -42,9 +42,10 @@ class Clustering(Task):
         self._sizes = [banks[-1].num_prototypes] * banks[-1].num_heads
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:
-        """``L_q`` with its two parts, summed over levels and heads."""
+        """``L_q`` (+ the head's regularisation), and its two parts summed over levels and heads."""
+        loss = readout.quantization_loss()
         return {
-            "loss": readout.quantization_loss(),
+            "loss": loss if readout.regularization is None else loss + readout.regularization,
             "ols": torch.stack([terms.ols.sum() for terms in readout.levels]).sum(),
             "variance": torch.stack([terms.variance.sum() for terms in readout.levels]).sum(),
         }

@@ -1,0 +1,141 @@
+"""Separation, entropy, usage, variance and repulsion against their definitions."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional import (
+    assignment_statistics,
+    log_barrier,
+    nearest_prototype,
+    separation,
+    soft_assign,
+    total_variance,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 100])
+def test_separation_of_every_pair(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", chunk)
+    prototypes = normal(2, 30, 4)
+    prototypes[0, 25] = prototypes[0, 6] + 1e-9
+    prototypes[1, 29] = prototypes[1, 28] + 1e-3
+    apart = separation(prototypes.float() if chunk == 100 else prototypes)
+    for head in range(2):
+        pairs = {(j, k): float((prototypes[head, j] - prototypes[head, k]).norm()) for k in range(30) for j in range(k)}
+        nearest = min(pairs, key=pairs.__getitem__)
+        assert tuple(apart.closest[head].tolist()) == nearest
+        assert float(apart.mean[head]) == pytest.approx(sum(pairs.values()) / len(pairs), rel=1e-6)
+        assert float(apart.minimum[head]) == pytest.approx(pairs[nearest], rel=1e-3, abs=1e-7)
+
+
+def test_separation_by_hand() -> None:
+    apart = separation(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 0.0]]))
+    assert apart.minimum == 3
+    assert apart.mean == 4
+    assert apart.closest.tolist() == [0, 2]
+
+
+def test_separation_of_one_prototype() -> None:
+    apart = separation(torch.ones(2, 1, 3))
+    assert apart.minimum.tolist() == [math.inf, math.inf]
+    assert bool(apart.mean.isnan().all())
+    assert apart.closest.tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 20])
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_against_the_whole_matrix(chunk: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", chunk)
+    tokens, prototypes = normal(2, 40, 3), normal(2, 5, 3, seed=1)
+    mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(2)) < 0.5 if masked else None
+    q = soft_assign(tokens, prototypes, 0.8)
+    codes = nearest_prototype(tokens, prototypes)
+    junk = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    use = assignment_statistics(junk, prototypes, 0.8, mask)
+    for head in range(2):
+        rows = q[head] if mask is None else q[head][mask[head]]
+        hard = codes[head] if mask is None else codes[head][mask[head]]
+        torch.testing.assert_close(use.entropy[head], -(rows * rows.log()).sum(1).mean())
+        torch.testing.assert_close(use.mass[head], rows.mean(0))
+        assert torch.equal(use.counts[head], hard.bincount(minlength=5))
+
+
+def test_entropy_stays_between_zero_and_ln_k() -> None:
+    tokens, prototypes = normal(200, 4).float(), normal(9, 4, seed=1).float()
+    entropies = [float(assignment_statistics(tokens, prototypes, 10.0**e).entropy) for e in range(-9, 10)]
+    assert entropies == pytest.approx(sorted(entropies), rel=1e-6)  # it rises with the temperature
+    assert entropies[0] == 0.0  # hard: every other assignment underflows, and 0 ln 0 is 0
+    assert entropies[-1] == pytest.approx(math.log(9), rel=1e-6)
+    assert all(0 <= entropy <= math.log(9) * (1 + 1e-6) for entropy in entropies)
+    assert float(assignment_statistics(tokens, prototypes[:1], 1.0).entropy) == 0.0
+
+
+def test_mass_of_one_and_no_token() -> None:
+    tokens, prototypes = normal(6, 4).bfloat16(), normal(3, 4).bfloat16()
+    use = assignment_statistics(tokens, prototypes, 1.0)
+    assert use.mass.dtype == torch.float32
+    assert float(use.mass.sum()) == pytest.approx(1)
+    assert int(use.counts.sum()) == 6
+    nothing = assignment_statistics(tokens, prototypes, 1.0, torch.zeros(6, dtype=torch.bool))
+    assert bool(nothing.entropy.isnan())
+    assert not nothing.counts.any()
+
+
+def test_total_variance_is_the_trace_of_the_covariance() -> None:
+    tokens = normal(2, 50, 3) + 100
+    mask = torch.rand(2, 50, generator=torch.Generator().manual_seed(2)) < 0.5
+    expected = torch.stack([tokens[i][mask[i]].var(0, correction=0).sum() for i in range(2)])
+    junk = tokens.masked_fill(~mask.unsqueeze(-1), torch.inf)
+    torch.testing.assert_close(total_variance(junk, mask), expected)
+    torch.testing.assert_close(total_variance(tokens), tokens.var(1, correction=0).sum(-1))
+
+
+def test_log_barrier_is_minus_the_mean_log_of_squared_distances() -> None:
+    prototypes = normal(2, 5, 3).requires_grad_()
+    barrier = log_barrier(prototypes, scale=2.0)
+    pairs = [(j, k) for k in range(5) for j in range(k)]
+    squared = torch.stack([(prototypes[:, j] - prototypes[:, k]).square().sum(-1) for j, k in pairs])
+    expected = -(squared / 4).log().mean(0)
+    torch.testing.assert_close(barrier, expected)
+    weights = torch.tensor([1.0, -2.0])
+    actual_gradient, expected_gradient = (
+        torch.autograd.grad((value * weights).sum(), prototypes)[0] for value in (barrier, expected)
+    )
+    torch.testing.assert_close(actual_gradient, expected_gradient)
+    assert torch.autograd.gradcheck(log_barrier, (prototypes,))
+
+
+def test_log_barrier_pushes_apart_and_scale_only_shifts_it() -> None:
+    line = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    barrier = log_barrier(line)
+    barrier.backward()
+    assert barrier.item() == 0
+    assert line.grad is not None
+    assert line.grad.flatten().tolist() == [2.0, -2.0]  # descent moves the first down and the second up
+    assert log_barrier(line, torch.tensor(math.e)).item() == pytest.approx(2)
+    far = log_barrier(10 * line.detach())
+    assert float(far) == pytest.approx(-2 * math.log(10))
+    assert log_barrier(line.detach().half()).dtype == torch.float32
+
+
+def test_log_barrier_of_coinciding_prototypes_is_large_and_finite() -> None:
+    prototypes = torch.zeros(3, 2, requires_grad=True)
+    barrier = log_barrier(prototypes)
+    barrier.backward()
+    assert 100 < barrier.item() < math.inf
+    assert prototypes.grad is not None
+    assert not prototypes.grad.any()
+
+
+def test_log_barrier_refusals() -> None:
+    with pytest.raises(ValueError, match=r"at least 2 prototypes.*got K = 1"):
+        log_barrier(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="got K = 20000"):
+        log_barrier(torch.zeros(20000, 1))

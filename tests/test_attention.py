@@ -1,0 +1,199 @@
+"""The layer computes eq. 4 to 7, ignores padding, and survives compilation and export."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning import DDCLAttention
+from ddcl_lightning.functional import soft_assign
+
+
+def by_hand(layer: DDCLAttention, x: Tensor) -> Tensor:
+    """Soft centroids per head, concatenated (eq. 4, 6, 7)."""
+    embedded = x if layer.input_projection is None else x @ layer.input_projection.weight.T
+    heads = embedded.chunk(layer.bank.num_heads, -1)
+    centroids = []
+    for part, prototypes, temperature in zip(heads, layer.bank.prototypes, layer.bank.temperature, strict=True):
+        q = soft_assign(part.flatten(0, -2), prototypes, float(temperature))
+        centroids.append((q @ prototypes).unflatten(0, part.shape[:-1]))
+    return torch.cat(centroids, -1)
+
+
+def test_one_head_returns_the_soft_centroid() -> None:
+    layer, x = DDCLAttention(8, 5, temperature=0.7), torch.randn(2, 3, 8)
+    assert layer.input_projection is None
+    assert layer.output_projection is None
+    output = layer(x)
+    torch.testing.assert_close(output.tokens, by_hand(layer, x))
+    assert torch.equal(output.tokens, output.centroids)
+    assert layer.output_dim == 8
+
+
+def test_residual_adds_the_projected_centroid() -> None:
+    layer, x = DDCLAttention(8, 5, residual=True), torch.randn(2, 3, 8)
+    torch.testing.assert_close(layer(x).tokens, x + by_hand(layer, x) @ layer.output_projection.weight.T)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("prototype_dim", [None, 3])
+def test_several_heads(residual: bool, prototype_dim: int | None) -> None:
+    layer = DDCLAttention(8, 5, num_heads=4, prototype_dim=prototype_dim, residual=residual)
+    x = torch.randn(2, 3, 8)
+    output = layer(x, need_weights=True)
+    expected = by_hand(layer, x)
+    torch.testing.assert_close(output.centroids, expected)
+    assert output.centroids.shape == (2, 3, 4 * (prototype_dim or 2))
+    result = expected @ layer.output_projection.weight.T
+    torch.testing.assert_close(output.tokens, x + result if residual else result)
+    assert output.weights.shape == (2, 4, 3, 5)
+    assert output.terms.loss.shape == (4,)
+
+
+def test_output_projection_can_be_left_out() -> None:
+    layer = DDCLAttention(8, 5, num_heads=2, prototype_dim=3, output_projection=False)
+    output = layer(torch.randn(2, 3, 8))
+    assert output.tokens.shape == (2, 3, 6)
+    assert layer.output_dim == 6
+    assert layer.output_projection is None
+
+
+@pytest.mark.parametrize("prototype_dim", [2, 4])
+def test_projection_starts_orthogonal(prototype_dim: int) -> None:
+    weight = DDCLAttention(8, 5, num_heads=2, prototype_dim=prototype_dim).input_projection.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(2 * prototype_dim), atol=1e-5, rtol=0)
+
+
+def test_scale_is_applied_before_the_bank() -> None:
+    layer, x = DDCLAttention(8, 5, embedding_scale="per_dimension"), 100 + 9 * torch.randn(4, 6, 8)
+    scaled = (x - x.mean((0, 1))) / x.std((0, 1), correction=0)
+    torch.testing.assert_close(layer(x).centroids, by_hand(layer, scaled), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prototype_dim": 3},
+        {"embedding_scale": "per_dimension"},
+        {"embedding_scale": "total", "residual": True},
+        {"num_heads": 2, "residual": True},
+    ],
+    ids=str,
+)
+def test_padding_reaches_neither_output_nor_gradients(options: dict[str, object], junk: float) -> None:
+    layer = DDCLAttention(4, 5, **options)
+    mask = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    clean = torch.randn(3, 6, 4).masked_fill(~mask.unsqueeze(-1), 0.0)
+
+    def run(x: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        layer.zero_grad()
+        output = layer(x, mask)
+        (output.tokens.square().sum() + output.terms.loss.sum()).backward()
+        return [output.tokens, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+    expected = run(clean)
+    actual = run(clean.masked_fill(~mask.unsqueeze(-1), junk))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert not actual[0][~mask].any()
+    assert not actual[1][~mask].any()
+
+
+def test_state_round_trip_and_copies() -> None:
+    layer = DDCLAttention(8, 5, num_heads=2, embedding_scale="total", temperature=0.3)
+    x = torch.randn(4, 6, 8)
+    layer(x)  # running statistics
+    layer.eval()
+    twin = DDCLAttention(8, 5, num_heads=2, embedding_scale="total").eval()
+    twin.load_state_dict(layer.state_dict())
+    for other in (twin, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x).tokens, layer(x).tokens)
+
+
+def test_bfloat16_module() -> None:
+    layer = DDCLAttention(8, 5, num_heads=2, residual=True, embedding_scale="per_dimension").bfloat16()
+    output = layer(torch.randn(2, 300, 8, dtype=torch.bfloat16))
+    assert output.tokens.dtype == torch.bfloat16
+    output.terms.loss.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
+
+
+def test_autocast() -> None:
+    layer, x = DDCLAttention(8, 5, num_heads=2, embedding_scale="per_dimension"), torch.randn(2, 30, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    assert output.terms.loss.dtype == torch.float32
+    torch.testing.assert_close(output.terms.loss, layer(x).terms.loss, rtol=2e-2, atol=0)
+
+
+class Terms(nn.Module):
+    """A layer as exporters want it: tensors in, a tuple of tensors out."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.layer = DDCLAttention(8, 5, num_heads=2, residual=True, embedding_scale="per_dimension")
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        output = self.layer(x, mask, self.need_weights)
+        return (output.tokens, *output.terms, *([output.weights] if self.need_weights else []))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(b, t, 8, generator=g), torch.rand(b, t, generator=g) < 0.7) for b, t in ((3, 4), (5, 7))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_export_with_dynamic_batch(need_weights: bool) -> None:
+    module = Terms(need_weights).eval()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
+    program = torch.export.export(module, batches()[0], dynamic_shapes=(sizes, sizes))
+    for batch in batches():
+        torch.testing.assert_close(program.module()(*batch), module(*batch))
+
+
+@pytest.mark.slow
+def test_compile_with_dynamic_batch() -> None:
+    module = Terms(need_weights=False)
+    compiled = torch.compile(copy.deepcopy(module), dynamic=True, fullgraph=True)
+    for batch in batches():
+        expected, actual = module(*batch), compiled(*batch)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        for output in (expected, actual):
+            (output[0].square().mean() + output[1].sum()).backward()
+    gradients = [p.grad for p in compiled.parameters()]
+    torch.testing.assert_close(gradients, [p.grad for p in module.parameters()], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 0}, "embed_dim must be at least 1; got 0"),
+        ({"num_heads": 3}, "embed_dim must be divisible by num_heads; got 8 and 3"),
+        ({"num_heads": 0}, "got 8 and 0"),
+        ({"residual": True, "output_projection": False}, "output_projection must not be False with residual=True"),
+        ({"embedding_scale": "batch"}, "mode must be one of"),
+        ({"prototype_dim": 0}, "must be at least 1; got 0"),
+    ],
+)
+def test_refusals(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DDCLAttention(**{"embed_dim": 8, "num_prototypes": 5, **options})
+
+
+def test_refuses_tokens_and_masks_that_do_not_fit() -> None:
+    layer = DDCLAttention(8, 5, num_heads=2)
+    with pytest.raises(ValueError, match=r"embed_dim = 8; got shape \(2, 3, 7\)"):
+        layer(torch.randn(2, 3, 7))
+    with pytest.raises(ValueError, match=r"\(2, 3\); got \(2,\)"):
+        layer(torch.randn(2, 3, 8), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        layer(torch.randn(2, 3, 8), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        layer(torch.full((2, 3, 8), torch.nan))
