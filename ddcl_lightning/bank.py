@@ -137,7 +137,7 @@ class PrototypeBank(nn.Module):
                 "mask leaves no valid token in the batch, so the loss has no mean. Drop empty samples from the data."
             )
         if tokens.numel() == 0:
-            raise ValueError(f"tokens must hold at least one token; got shape {tuple(tokens.shape)}.")
+            raise ValueError("tokens must hold at least one token; got an empty batch. Drop it from the data.")
         valid = tokens if mask is None else tokens[mask]
         if not bool(torch.isfinite(valid).all()):
             raise ValueError(

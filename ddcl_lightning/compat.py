@@ -1,6 +1,7 @@
 """Every use of a private field of Lightning, in one place; ``tests/test_compat.py`` fails when one of them changes."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,14 @@ def align_logger_step(trainer: pl.Trainer) -> None:
     Call at the end of every training batch; Lightning adds one to the count right after.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = max(trainer.global_step - 1, 0)
+
+
+def accept_checkpoints_after_steps() -> None:
+    """Silence the advice to save weights from before the optimizer step in a manually optimised module.
+
+    A checkpoint at step n holds the weights after n steps, the optimizers' state that belongs to them, and resumes exactly.
+    """
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
 def given_by_cli() -> bool:

@@ -134,7 +134,7 @@ class DDCLReadoutModule(pl.LightningModule):
         losses = self.task.losses(self(batch), batch)
         loss = losses["loss"]
         if self.check_finite and not bool(torch.isfinite(loss)):
-            parts = {name: float(value) for name, value in losses.items()}
+            parts = {name: float(value.detach()) for name, value in losses.items()}
             raise FloatingPointError(
                 f"the training loss is not finite at step {self.trainer.global_step}: {parts}. Check the data for "
                 "NaN, lower lr_prototypes or rho, set gradient_clip_val, or raise the temperature."
@@ -194,7 +194,8 @@ class DDCLReadoutModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Fit a backbone that needs the training data, on the same sample in every process."""
         # Assignments far from a prototype underflow into denormal numbers, which a CPU multiplies ten times slower.
-        self._flush_denormal = torch.set_flush_denormal(True)
+        torch.set_flush_denormal(True)
+        compat.accept_checkpoints_after_steps()
         if self.backbone.needs_fit():
             reservoir = Reservoir(FIT_SAMPLES)
             for batch in compat.train_batches(self.trainer):

@@ -30,7 +30,9 @@ class DigitClassifier(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=3e-3)
+        prototypes = self.readout.bank.prototypes
+        rest = [parameter for parameter in self.parameters() if parameter is not prototypes]
+        return torch.optim.Adam([{"params": [prototypes], "lr": 1e-2}, {"params": rest}], lr=1e-3)
 
 
 def main(max_epochs: int = 15) -> pl.Trainer:

@@ -125,7 +125,7 @@ def test_blames_the_right_input(need_weights: bool) -> None:
     bad[0, 0, 0] = torch.inf
     assert "tokens must be finite" in message(bad)
     assert "no valid token in the batch" in message(tokens, torch.zeros_like(mask))
-    assert "at least one token; got shape (0, 5, 4)" in message(tokens[:0], None)
+    assert "at least one token; got an empty batch" in message(tokens[:0], None)
     assert "num_heads * dim = 4; got shape (2, 5, 3)" in message(tokens[..., :3], None)
     assert "(2, 5); got (2, 4)" in message(tokens, mask[:, :4])
     overflow = message(1e30 * tokens)

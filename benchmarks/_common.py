@@ -1,0 +1,59 @@
+"""What the benchmarks share: their options, and writing plain results that name no machine."""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import sklearn
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny version that only shows that the script runs")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the .json results"
+    )
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs", help="folder of the pictures")
+    return parser
+
+
+def versions() -> dict[str, str]:
+    """Versions that the figures depend on."""
+    return {"torch": torch.__version__, "lightning": lightning.__version__, "scikit-learn": sklearn.__version__}
+
+
+def save(folder: Path, name: str, result: dict[str, Any]) -> Path:
+    """Write ``folder/name.json`` at once, so that an interrupted run leaves the previous file whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"versions": versions(), **result}, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def load(folder: Path, name: str) -> dict[str, Any]:
+    """Read ``folder/name.json``; empty where there is none."""
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the deviation of a single value is 0."""
+    numbers = list(values)
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def plus_minus(values: Iterable[float], digits: int = 3) -> str:
+    """``mean ± s.d.`` as text."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"

@@ -1,0 +1,131 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+from toys import PROJECTS, QUIET, Project, fit, loader
+from torch import nn
+
+from ddcl_lightning.callbacks import (
+    CollapseWarning,
+    DecompositionCheck,
+    FitSummary,
+    KMeansInitialization,
+    PrototypeFigures,
+    RatioGuard,
+    TemperatureAnnealing,
+)
+from ddcl_lightning.callbacks._base import BankCallback
+from ddcl_lightning.probe import find_banks
+
+
+class Spy(BankCallback):
+    def __init__(self, every_n_batches=1):
+        super().__init__(every_n_batches)
+        self.steps = []
+
+    def observe(self, trainer, pl_module, seen):
+        self.steps.append((trainer.fit_loop.epoch_loop.total_batch_idx, sorted(seen)))
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_every_callback_attaches_to_any_project(name, tmp_path):
+    make, data = PROJECTS[name]
+    module = make()
+    callbacks = [
+        TemperatureAnnealing(),
+        KMeansInitialization(),
+        DecompositionCheck(every_n_batches=1),
+        CollapseWarning(every_n_batches=1),
+        PrototypeFigures(every_n_epochs=5),
+        RatioGuard(on_violation="warn") if name == "two_optimizers" else FitSummary(),
+    ]
+    trainer = fit(module, *callbacks, data=data(), default_root_dir=tmp_path)
+    banks = find_banks(module)
+    assert all(bool(bank.initialized) for bank in banks.values())
+    assert all(bool((bank.temperature != 1.0).all()) for bank in banks.values())
+    check = callbacks[2]
+    assert (check.checks, check.violations) == (12 * len(banks), 0)
+    logged = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("ddcl/")}
+    assert {"temperature", "delta_min", "delta_relative", "delta_trend", "temperature_ratio", "entropy"} <= logged
+    # Nothing stays behind.
+    assert not any(bank._forward_hooks or bank._forward_pre_hooks for bank in banks.values())
+
+
+def test_only_due_batches_are_observed_and_validation_never_is():
+    class Validated(Project):
+        def validation_step(self, batch, batch_idx):
+            self.layer.train()(self.tokens(batch))
+
+    spy = Spy(every_n_batches=4)
+    trainer = pl.Trainer(callbacks=[spy], max_epochs=2, num_sanity_val_steps=1, val_check_interval=1, **QUIET)
+    trainer.fit(Validated(), loader(), loader(16, shuffle=False))
+    assert [step for step, _ in spy.steps] == [0, 4, 8]
+
+
+def test_the_probe_costs_nothing_between_due_batches(monkeypatch):
+    looks = []
+    monkeypatch.setattr("ddcl_lightning.probe.bank_inputs", lambda *args: looks.append(1) or (args[1][0], None))
+    fit(Project(), Spy(every_n_batches=6))
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [Spy(), TemperatureAnnealing(), KMeansInitialization(), RatioGuard(), DecompositionCheck(), CollapseWarning()],
+)
+def test_a_module_without_a_bank_is_refused(callback):
+    module = Project()
+    module.layer = nn.Identity()
+    with pytest.raises(ValueError, match=f"{type(callback).__name__} found no PrototypeBank in Project"):
+        fit(module, callback)
+
+
+def test_a_callback_that_never_sees_a_call_says_so():
+    class Direct(Project):
+        def training_step(self, batch, batch_idx):
+            return self.layer.bank.forward(self.tokens(batch)).terms.loss.sum()
+
+    with pytest.warns(UserWarning, match="Spy saw no call of layer.bank in 12 training batches"):
+        fit(Direct(), Spy())
+
+
+def test_the_interval_survives_a_restart(tmp_path):
+    whole = Spy(every_n_batches=5)
+    fit(Project(), whole, data=loader(shuffle=False), max_epochs=3)
+    first, rest = Spy(every_n_batches=5), Spy(every_n_batches=5)
+    trainer = fit(Project(), first, data=loader(shuffle=False), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    fit(Project(), rest, data=loader(shuffle=False), max_epochs=3, ckpt_path=tmp_path / "one.ckpt")
+    assert first.steps + rest.steps == whole.steps
+
+
+def test_a_second_run_starts_anew_and_a_failed_one_leaves_no_hook():
+    spy = Spy(every_n_batches=100)
+    fit(Project(), spy, max_epochs=1)
+    fit(Project(), spy, max_epochs=1)
+    assert len(spy.steps) == 2
+
+    class Failing(Project):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("boom")
+
+    module = Failing()
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(module, Spy())
+    assert not module.layer.bank._forward_hooks
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_interval_must_be_positive(every):
+    with pytest.raises(ValueError, match="every_n_batches must be at least 1"):
+        Spy(every)
+
+
+def test_banks_in_evaluation_mode_are_seen():
+    class Frozen(Project):
+        def on_train_start(self):
+            self.layer.eval()
+
+    spy = Spy()
+    fit(Frozen(), spy, max_epochs=1)
+    assert len(spy.steps) == 6
+    assert torch.is_grad_enabled()

@@ -1,0 +1,235 @@
+import math
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import QUIET, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
+from torch.utils.data import DataLoader
+
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
+from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
+from ddcl_lightning.datamodules.digits import DigitsDataModule
+
+
+class Recorder(pl.Callback):
+    """Temperature in force during every batch; stands last, so that it sees what the others set."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.values.append(pl_module.layer.bank.temperature.clone())
+
+    def numbers(self):
+        return [float(value[0]) for value in self.values]
+
+
+def temperatures(module=None, data=None, max_epochs=5, trainer=None, **kwargs):
+    recorder = Recorder()
+    fit(
+        module or Project(),
+        TemperatureAnnealing(**kwargs),
+        recorder,
+        data=data,
+        max_epochs=max_epochs,
+        **(trainer or {}),
+    )
+    return recorder.numbers()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # 8, then 8 exp(-e / tau) with tau = 0.8 * 5 / ln 8, which reaches the floor of 1 at e = 4
+        ("exponential", [8.0, 8 * 8**-0.25, 8 * 8**-0.5, 8 * 8**-0.75, 1.0]),
+        ("linear", [8.0, 6.25, 4.5, 2.75, 1.0]),
+        ("cosine", [8.0, 1 + 3.5 * (1 + math.sqrt(0.5)), 4.5, 1 + 3.5 * (1 - math.sqrt(0.5)), 1.0]),
+        (lambda epoch: 5.0 - epoch, [5.0, 4.0, 3.0, 2.0, 1.0]),
+    ],
+)
+def test_schedules_by_epoch(schedule, expected):
+    values = temperatures(start=8.0, end=1.0, unit="absolute", schedule=schedule)
+    assert values == pytest.approx(np.repeat(expected, 6).tolist(), rel=1e-6)
+
+
+def test_the_papers_exponential_with_tau_and_floor():
+    values = temperatures(start=8.0, end=2.0, unit="absolute", tau=2.0)
+    assert values[::6] == pytest.approx([max(2.0, 8 * math.exp(-epoch / 2)) for epoch in range(5)], rel=1e-6)
+
+
+def test_duration_ends_the_schedule_early():
+    for schedule in ("exponential", "linear"):
+        values = temperatures(start=8.0, end=1.0, unit="absolute", schedule=schedule, duration=2)[::6]
+        assert values[0] == 8.0
+        assert values[2:] == pytest.approx([1.0] * 3)
+
+
+def test_by_step_it_falls_with_every_batch_and_ends_with_the_run():
+    values = temperatures(start=8.0, end=1.0, unit="absolute", schedule="linear", per="step", max_epochs=2)
+    assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
+
+
+def test_steps_of_two_manual_optimizers_count_once():
+    values = temperatures(
+        TwoOptimizers(), start=8.0, end=1.0, unit="absolute", schedule="linear", per="step", max_epochs=2
+    )
+    assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
+
+
+def test_accumulated_batches_share_a_step_and_do_not_shorten_the_epochs():
+    kwargs = {"start": 8.0, "end": 1.0, "unit": "absolute", "schedule": "linear", "max_epochs": 4}
+    by_step = temperatures(per="step", trainer={"accumulate_grad_batches": 3}, **kwargs)
+    assert by_step == pytest.approx(np.repeat(np.linspace(8, 1, 8), 3).tolist())
+    by_epoch = temperatures(trainer={"accumulate_grad_batches": 3}, **kwargs)
+    assert by_epoch == pytest.approx(np.repeat(np.linspace(8, 1, 4), 6).tolist())
+
+
+def test_max_steps_bounds_the_length():
+    kwargs = {"start": 8.0, "end": 1.0, "unit": "absolute", "schedule": "linear", "max_epochs": 100}
+    assert temperatures(per="step", trainer={"max_steps": 8}, **kwargs)[-1] == pytest.approx(1.0)
+    assert temperatures(trainer={"max_steps": 18}, **kwargs)[::6] == pytest.approx([8.0, 4.5, 1.0])
+
+
+def test_streams_without_length():
+    data = DataLoader(Stream(96), batch_size=16)
+    values = temperatures(data=data, start=8.0, end=1.0, unit="absolute", schedule="linear", max_epochs=3)
+    assert sorted(set(values), reverse=True) == pytest.approx([8.0, 4.5, 1.0])
+    with pytest.raises(ValueError, match="length of the run is unknown"):
+        temperatures(data=data, per="step", max_epochs=3)
+    assert temperatures(data=data, per="step", duration=4, start=8.0, end=1.0, unit="absolute")[4] == 1.0
+
+
+def test_fractions_of_the_critical_temperature():
+    x, _ = blobs()
+    critical = 4 * np.linalg.eigvalsh(np.cov(x.numpy().T, bias=True))[-1]
+    assert temperatures(start=0.1, end=0.1)[0] == pytest.approx(0.1 * critical, rel=1e-5)
+    detached = temperatures(Project(detach_assignments=True), start=0.1, end=0.1)[0]
+    assert detached == pytest.approx(0.05 * critical, rel=1e-5)
+
+    class InOtherUnits(Project):
+        def tokens(self, batch):
+            return 10 * super().tokens(batch)
+
+    assert temperatures(InOtherUnits(), start=0.1, end=0.1)[0] == pytest.approx(10 * critical, rel=1e-5)
+
+
+def test_every_head_has_its_own_critical_temperature():
+    module = Project(num_heads=2)
+    with torch.no_grad():
+        module.layer.input_projection.weight.copy_(torch.eye(4))
+    fit(module, TemperatureAnnealing(start=0.5, end=0.5), max_epochs=1)
+    covariances = [np.cov(blobs()[0].numpy()[:, part].T, bias=True) for part in (slice(0, 2), slice(2, 4))]
+    expected = [2 * np.linalg.eigvalsh(covariance)[-1] for covariance in covariances]
+    assert module.layer.bank.temperature.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_order_of_the_callbacks_does_not_matter(first):
+    module, callbacks = TwoLevels(), [TemperatureAnnealing(), KMeansInitialization()]
+    fit(module, *(callbacks if first else callbacks[::-1]), max_epochs=1)
+    reference = callbacks[0].state_dict()["references"]
+    assert reference["layer.bank"][0] > reference["top.bank"][0] > 0
+    other = TwoLevels()
+    both = [KMeansInitialization(), TemperatureAnnealing()]
+    fit(other, *both, max_epochs=1)
+    assert both[1].state_dict()["references"] == reference
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"start": 1.0, "end": 2.0}, "must not increase"),
+        ({"start": 0.0}, "start must be a finite temperature > 0"),
+        ({"start": math.inf}, "start must be a finite temperature > 0"),
+        ({"end": math.nan}, "end must be a finite temperature > 0"),
+        ({"unit": "kelvin"}, "unit must be"),
+        ({"per": "year"}, "per must be"),
+        ({"schedule": "step"}, "schedule must be"),
+        ({"tau": 0.0}, "tau must be > 0"),
+        ({"tau": 1.0, "schedule": "linear"}, "belongs to schedule='exponential'"),
+        ({"duration": 0}, "duration must be > 0"),
+    ],
+)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        TemperatureAnnealing(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [(lambda e: 1.0 + e, "goes from 1 to 2 at epoch 1"), (lambda e: 1.0 - e, "finite temperatures > 0; got 0.0")],
+)
+def test_a_callable_that_increases_or_vanishes_is_refused_before_the_first_step(schedule, message):
+    module = Project()
+    with pytest.raises(ValueError, match=message):
+        fit(module, TemperatureAnnealing(schedule=schedule, unit="absolute"))
+    assert module.losses == []
+
+
+def test_a_callable_that_increases_later_is_caught_on_the_way():
+    changing = iter([4.0, 3.0, 4.0, 3.0, 3.5])  # tried twice, set at the start and in both epochs
+    with pytest.raises(ValueError, match="schedule went from 3 to 3.5"):
+        temperatures(schedule=lambda step: next(changing), per="epoch", unit="absolute", max_epochs=2)
+
+
+def test_tokens_without_variance_are_an_error():
+    class Constant(Project):
+        def tokens(self, batch):
+            return 0 * super().tokens(batch)
+
+    with pytest.raises(ValueError, match=r"tokens that reach bank 'layer.bank' have no variance"):
+        fit(Constant(), TemperatureAnnealing())
+
+
+def test_another_run_is_measured_anew():
+    annealing = TemperatureAnnealing(start=0.1, end=0.01)
+    fit(Project(), annealing, max_epochs=2)
+    first = annealing.state_dict()
+    assert first["length"] == 2
+    fit(Project(), annealing, data=loader(size=48), max_epochs=3)  # starts at the top again without an error
+    second = annealing.state_dict()
+    assert second["length"] == 3
+    assert second["references"] != first["references"]
+
+
+def digits_run(path, annealing, max_epochs=4, max_steps=-1, ckpt_path=None):
+    """Trains on the digits and returns the temperatures by step; a checkpoint after step 13, inside of epoch 1."""
+    pl.seed_everything(1, verbose=False)
+    module = DDCLReadoutModule(
+        PCABackbone(64, 8, trainable=True), DDCLReadout(6, num_heads=2), Clustering(), lr_prototypes=0.02, rho=0.1
+    )
+    seen = {}
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen[trainer.global_step] = pl_module.head.attention.bank.temperature.clone()
+
+    keep = ModelCheckpoint(dirpath=path, every_n_train_steps=13, save_top_k=-1)
+    trainer = pl.Trainer(
+        callbacks=[annealing, KMeansInitialization(), Watch(), keep],
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **{**QUIET, "enable_checkpointing": True},
+    )
+    trainer.fit(module, datamodule=DigitsDataModule(batch_size=256), ckpt_path=ckpt_path)
+    return seen, module
+
+
+@pytest.mark.parametrize("per", ["epoch", "step"])
+def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(per, tmp_path):
+    whole, module = digits_run(tmp_path, TemperatureAnnealing(per=per))
+    (checkpoint,) = tmp_path.glob("*step=13.ckpt")  # 8 batches an epoch: after the fifth of epoch 1
+    # A longer limit must not stretch the schedule of the run that it continues.
+    rest, resumed = digits_run(tmp_path, TemperatureAnnealing(per=per), 6, 32, checkpoint)
+    assert sorted(rest) == list(range(13, 32))
+    assert all(torch.equal(rest[step], whole[step]) for step in rest)
+    assert torch.equal(resumed.head.attention.bank.prototypes, module.head.attention.bank.prototypes)
+
+
+def test_the_temperature_is_logged():
+    trainer = fit(Project(), TemperatureAnnealing(start=3.0, end=3.0, unit="absolute"))
+    assert float(trainer.callback_metrics["ddcl/temperature/layer.bank"]) == 3.0

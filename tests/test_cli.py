@@ -1,0 +1,175 @@
+"""The ddcl command, run as a user would."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from ddcl_lightning.cli import main, resolve_configs
+from ddcl_lightning.recipes import recipe_paths
+
+QUICK = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.max_epochs=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The first line of the error that the command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    assert stop.value.code == 2
+    error: str = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert lines, error
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize("name", sorted(recipe_paths()))
+def test_every_recipe_fits_and_prints_its_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", name, *QUICK])
+    printed = capsys.readouterr().out
+    assert "k-means, features" in printed
+    assert "violations in" in printed
+    assert " 0 violations" in printed
+    header, row = printed.splitlines()[1:3]
+    assert header.split() == ["ACC", "NMI", "ARI", "usage", "perplexity"]
+    assert row.startswith("prototypes (last step)")
+    assert all(0 <= float(cell) for cell in row.split()[-5:])
+
+
+def test_validate_test_and_predict_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", "digits", *QUICK])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    common = ["--config", "digits", *QUICK, "--ckpt_path", str(checkpoint)]
+    main(["validate", *common])
+    main(["test", *common])
+    assert "test/acc" in capsys.readouterr().out
+    main(["predict", *common, "--predictions.path", "found.parquet", "--predictions.top", "2"])
+    table = pd.read_parquet("found.parquet")
+    assert list(table.columns) == ["index", "prototype_1", "weight_1", "prototype_2", "weight_2"]
+    assert table["index"].tolist() == list(range(1797))
+    assert (table["weight_1"] >= table["weight_2"]).all()
+    main(["predict", *common])
+    with open("assignments.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["prototype_1"]) for row in rows] == table["prototype_1"].tolist()
+
+
+def test_resumes_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    main(["fit", "--config", "digits", *QUICK])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    main(["fit", "--config", "digits", *QUICK[:-1], "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint)])
+    assert list(tmp_path.rglob("epoch=2-step=24.ckpt"))
+
+
+def test_print_config_shows_what_will_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "digits", "--model.rho=0.3", "--print_config"])
+    assert stop.value.code == 0
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["rho"] == 0.3
+    assert config["model"]["prototype_optimizer"] == "Adam"
+    assert config["model"]["head"]["init_args"]["embedding_scale"] == "auto"
+    assert config["summary"] == {"enabled": True, "num_restarts": 10}
+    assert config["predictions"] == {"path": "assignments.csv", "top": 3}
+    assert "optimizer" not in config
+
+
+def test_short_class_names_work(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.backbone=IdentityBackbone", "--model.backbone.in_features=64", "--data=DigitsDataModule"]
+    words += ["--model.head=DDCLReadout", "--model.head.num_prototypes=5", "--model.task=Clustering"]
+    main(["fit", *words, *QUICK])
+    assert "prototypes (last step)" in capsys.readouterr().out
+
+
+def test_classification_reports_its_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["--model.task=Classification", "--model.task.num_classes=10", "--data.val_fraction=0.2"]
+    main(["fit", "--config", "digits", *task, *QUICK[:-1], "--trainer.max_epochs=5"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("classifier val/acc"))
+    assert float(line.split()[-1]) > 0.6
+
+
+def test_recipes_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(recipe_paths())
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_recipe_is_copied_and_runs_from_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "copy", "digits"])
+    assert capsys.readouterr().out.strip() == "digits.yaml"
+    assert (tmp_path / "digits.yaml").read_text() == recipe_paths()["digits"].read_text()
+    main(["fit", "--config", "digits.yaml", *QUICK])
+    assert "digits.yaml exists already" in fails(capsys, "recipes", "copy", "digits")
+
+
+def test_config_takes_names_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {}\n")
+    shipped = str(recipe_paths()["digits"])
+    assert resolve_configs(["fit", "--config", "digits"]) == ["fit", "--config", shipped]
+    assert resolve_configs(["fit", "--config=digits.yaml"]) == ["fit", f"--config={shipped}"]
+    assert resolve_configs(["fit", "-c", "mine.yaml", "--model.rho", "digits"]) == [
+        *["fit", "-c", "mine.yaml", "--model.rho", "digits"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.lr_prototype", "3"], "unknown key 'model.lr_prototype'. Did you mean 'model.lr_prototypes'?"),
+        (["--trainer.max_epoch=3"], "unknown key 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?"),
+        (
+            ["--model.head.init_args.num_prototype", "3"],
+            "unknown argument 'num_prototype' of ddcl_lightning.heads.DDCLReadout. Did you mean 'num_prototypes'?",
+        ),
+        (
+            ["--data.batch_siz=3"],
+            "unknown argument 'batch_siz' of ddcl_lightning.datamodules.DigitsDataModule. Did you mean 'batch_size'?",
+        ),
+        (["--model.head=DDCLReadot"], "unknown class 'DDCLReadot' for model.head. Did you mean 'DDCLReadout'?"),
+        (["--model.rho", "much"], 'Parser key "model.rho":'),
+        (["--model.rho", "1.5"], "rho = lr_encoder / lr_prototypes must be < 1"),
+        (["--model.prototype_optimizer", "Adem"], "prototype_optimizer must name a class of torch.optim"),
+        (["--model.encoder_optimizer_args", "{lr: 0.1}"], "encoder_optimizer_args must not contain lr (got 0.1)"),
+        (["--predictions.path", "table.xlsx"], "path must end in .csv or .parquet; got 'table.xlsx'"),
+    ],
+)
+def test_wrong_words_are_named_in_the_first_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(capsys, "fit", "--config", "digits", *words).startswith(message)
+
+
+def test_unknown_keys_in_a_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = recipe_paths()["digits"].read_text()
+    (tmp_path / "a.yaml").write_text(text.replace("lr_prototypes:", "lr_protoypes:"))
+    assert fails(capsys, "fit", "--config", "a.yaml").endswith("Did you mean 'model.lr_prototypes'?")
+    (tmp_path / "b.yaml").write_text(text.replace("start: 0.1", "begin: 0.1"))
+    first = fails(capsys, "fit", "--config", "b.yaml")
+    assert first.startswith("unknown argument 'begin' of ddcl_lightning.callbacks.TemperatureAnnealing")
+
+
+def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, "fit", "--config", "digts").endswith("Did you mean 'digits'?")
+    assert "is neither a file nor a shipped recipe" in fails(capsys, "recipes", "copy", "nothing_like_it")
+
+
+@pytest.mark.slow
+def test_installed_command_and_module_run() -> None:
+    for command in (["-m", "ddcl_lightning"], ["-c", "from ddcl_lightning.cli import main; main()"]):
+        found = subprocess.run([sys.executable, *command, "recipes"], capture_output=True, text=True, check=True)
+        assert found.stdout.splitlines()[0].split()[0] in recipe_paths()
