@@ -74,7 +74,9 @@ class PrototypeBank(nn.Module):
         """
         heads, flat_mask = self.split_heads(tokens, mask)
         attend = prototype_attention_reference if need_weights else prototype_attention
-        output = attend(heads, self.prototypes, self.temperature, flat_mask, detach_assignments=self.detach_assignments)
+        # A copy, because a schedule may set the next temperature before the backward pass reads this one.
+        temperature = self.temperature.clone()
+        output = attend(heads, self.prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments)
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
         lead = tokens.shape[:-1]

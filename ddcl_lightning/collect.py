@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from tqdm.auto import tqdm
@@ -45,8 +46,7 @@ def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapp
     handles = [bank.register_forward_hook(lambda *_, name=name: note(name)) for name, bank in banks.items()]
     try:
         with _without_trace(module):
-            batches = train_batches(trainer)  # restores the random state when it is left
-            batch = next(batches, None)
+            batch = next(train_batches(trainer), None)
             if batch is None:
                 raise ValueError("the training data loader is empty. Check the data set and drop_last.")
             _run_step(trainer, module, batch, 0)
@@ -142,7 +142,8 @@ def _without_trace(module: pl.LightningModule) -> Iterator[None]:
         if isinstance(child, BATCH_STATISTICS):
             child.train(training)
     try:
-        with torch.no_grad(), silent_logging(module):
+        # The batches restore the random state only when they are read to the end.
+        with torch.no_grad(), isolate_rng(), silent_logging(module):
             yield
     finally:
         for child, training in modes.items():

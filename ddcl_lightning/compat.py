@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader
 
@@ -57,11 +57,14 @@ def train_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     """
     trainer.fit_loop.setup_data()  # no effect where it has run; needed in on_fit_start
     loaders = apply_to_collection(trainer.train_dataloader, DataLoader, _independent_loader)
-    with isolate_rng():
+    states = _collect_rng_states()
+    try:
         for batch, batch_idx, _ in CombinedLoader(loaders, "max_size_cycle"):
             if batch_idx >= trainer.num_training_batches:
                 return
             yield batch
+    finally:  # also where the caller stops early; Lightning's own isolate_rng does not restore then
+        _set_rng_states(states)
 
 
 def _independent_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":

@@ -64,7 +64,8 @@ def initial_prototypes(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # distinctness was checked above
             run.fit(points)
-        if best is None or run.inertia_ < best.inertia_:
+        # Restarts that end in the same optimum tie up to rounding; the first one wins, on every machine.
+        if best is None or run.inertia_ < best.inertia_ * (1 - 1e-6):
             best = run
     assert best is not None
     return torch.from_numpy(best.cluster_centers_)

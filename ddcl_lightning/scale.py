@@ -26,9 +26,9 @@ class EmbeddingScale(nn.Module):
         dim: Dimension D of the tokens.
         mode: ``"whiten"`` makes the covariance the identity, by the rotation-free ``C^(-1/2)``;
             ``"per_dimension"`` gives every dimension unit variance; ``"total"`` divides by one number, so that
-            the mean variance is 1 and the geometry is kept; ``"none"`` does nothing. Whitening needs batches of at least
-            ``2 D`` tokens; a smaller one (the last of an epoch) is scaled by the running statistics and gives the
-            encoder no gradient.
+            the mean variance is 1 and the geometry is kept; ``"none"`` does nothing. Whitening needs batches of at
+            least ``2 D`` tokens; a smaller one (the last of an epoch) is scaled by the running statistics and gives
+            the encoder no gradient.
         momentum: Weight of the newest batch in the running statistics, in (0, 1]. The first batches are
             averaged evenly until that weight is reached.
 
@@ -71,8 +71,9 @@ class EmbeddingScale(nn.Module):
             if self.training:
                 # Against constant statistics shrinking would pay. A zero gradient, not none: plain DDP wants one.
                 tokens = tokens.detach() + 0.0 * tokens
+        dtype = accumulation_dtype(tokens, variance)
         with torch.autocast(tokens.device.type, enabled=False):
-            scaled = self._apply_scale(tokens.to(variance.dtype) - mean, variance)
+            scaled = self._apply_scale(tokens.to(dtype) - mean.to(dtype), variance.to(dtype))
         return scaled.to(tokens.dtype)
 
     def _batch_statistics(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -84,8 +85,8 @@ class EmbeddingScale(nn.Module):
         if self.mode == "whiten" and int(count) < 2 * self.dim:
             if int(self.num_batches) == 0:
                 raise ValueError(
-                    f"embedding_scale='whiten' needs batches of at least 2 D = {2 * self.dim} valid tokens; the first has "
-                    f"{int(count)}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
+                    f"embedding_scale='whiten' needs batches of at least 2 D = {2 * self.dim} valid tokens; the first "
+                    f"has {int(count)}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
                 )
             return None
         mean = sums[:-1] / count
@@ -99,7 +100,7 @@ class EmbeddingScale(nn.Module):
         if self.mode == "whiten":
             floor = 1e-4 * variance.diagonal().mean() + SMALLEST_VARIANCE
             eye = torch.eye(self.dim, dtype=variance.dtype, device=variance.device)
-            root: Tensor = _InverseSquareRoot.apply(variance + floor * eye)  # type: ignore[no-untyped-call]
+            root: Tensor = _InverseSquareRoot.apply(variance + floor * eye)
             return centred @ root
         average = variance.mean()
         floor = 1e-5 * average + SMALLEST_VARIANCE
@@ -130,12 +131,14 @@ class _InverseSquareRoot(torch.autograd.Function):
         values, vectors = torch.linalg.eigh(matrix)
         roots = values.clamp(min=torch.finfo(values.dtype).tiny).sqrt()
         ctx.save_for_backward(roots, vectors)
-        return (vectors / roots) @ vectors.mT
+        inverse: Tensor = (vectors / roots) @ vectors.mT
+        return inverse
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         roots, vectors = ctx.saved_tensors
         row, column = roots.unsqueeze(-1), roots.unsqueeze(-2)
         symmetric = 0.5 * (gradient + gradient.mT)
         differences = -1 / (row * column * (row + column))
-        return vectors @ (differences * (vectors.mT @ symmetric @ vectors)) @ vectors.mT
+        to_matrix: Tensor = vectors @ (differences * (vectors.mT @ symmetric @ vectors)) @ vectors.mT
+        return to_matrix

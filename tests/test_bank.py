@@ -52,6 +52,16 @@ def test_detach_assignments_reaches_the_call() -> None:
     assert not torch.allclose(*gradients)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_temperature_may_change_between_forward_and_backward(need_weights: bool) -> None:
+    bank, tokens = PrototypeBank(6, 4), torch.randn(9, 4)
+    (expected,) = torch.autograd.grad(bank(tokens, None, need_weights).terms.loss.sum(), bank.prototypes)
+    loss = bank(tokens, None, need_weights).terms.loss.sum()
+    bank.set_temperature(9.0)
+    (actual,) = torch.autograd.grad(loss, bank.prototypes)
+    assert torch.equal(actual, expected)
+
+
 def test_state_round_trip() -> None:
     bank = PrototypeBank(6, 4, num_heads=2)
     bank.set_prototypes(torch.randn(2, 6, 4))

@@ -1,7 +1,6 @@
 """DDCLReadoutModule: two rates, one backward, one count of steps."""
 
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -324,9 +323,7 @@ def resumable_run(folder: Path, resume: Path | None, **module_kwargs: Any) -> tu
     checkpoint = ModelCheckpoint(dirpath=folder, every_n_train_steps=7, save_top_k=-1, filename="{step}")
     callbacks = [TemperatureAnnealing(per="step"), KMeansInitialization(num_restarts=1, progress=False), checkpoint]
     trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The dirpath has changed")
-        trainer.fit(module, datamodule=Digits(), ckpt_path=resume)
+    trainer.fit(module, datamodule=Digits(), ckpt_path=resume)
     return module, trainer
 
 

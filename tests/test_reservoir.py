@@ -1,12 +1,8 @@
 """The sample is uniform, bounded, and the same for the same rows."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from ddcl_lightning.reservoir import Reservoir
@@ -87,26 +83,3 @@ def test_refusals() -> None:
     empty.add(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="gave no valid token"):
         empty.gather()
-
-
-def _sample_on_two(rank: int, init_file: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        reservoir, rows = Reservoir(40), torch.arange(60.0).unsqueeze(1)
-        reservoir.add(rows[rank::2])
-        few = Reservoir(40)
-        if rank == 1:  # the other process has nothing to give
-            few.add(rows[:3])
-        torch.save((reservoir.gather(), few.gather()), f"{out}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_share_one_sample(tmp_path: Path) -> None:
-    mp.spawn(_sample_on_two, args=(str(tmp_path / "init"), str(tmp_path)), nprocs=2)
-    (first, few), (second, few_too) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second)
-    assert len(torch.unique(first)) == 40
-    assert torch.equal(few, few_too)
-    assert sorted(few.flatten().tolist()) == [0.0, 1.0, 2.0]

@@ -27,8 +27,8 @@ class DDCLReadout(Head):
             The last two store the assignments while training.
         residual: Add the tokens themselves to their mixtures (eq. 5).
         embedding_scale: ``"none"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
-            :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a task
-            loss (of the four, the one that kept both the separation and the accuracy at every rho; see
+            :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a
+            task loss (of the four, the one that kept both the separation and the accuracy at every rho; see
             docs/measurements.md), and does nothing otherwise.
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
         repulsion: Weight >= 0 of the log-barrier repulsion between prototypes.

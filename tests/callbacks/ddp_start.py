@@ -1,19 +1,27 @@
-"""Trains the two-level toy on 1 or 2 processes and saves the prototypes it starts and ends with."""
+"""Trains the two-level toy on 1 or 2 processes, saves the prototypes it starts and ends with, and predicts."""
 
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from toys import QUIET, TwoLevels, loader
+from torch.utils.data import DataLoader, TensorDataset
+from toys import QUIET, TwoLevels, blobs, loader
 
 from ddcl_lightning.callbacks import (
+    AssignmentWriter,
     CollapseWarning,
     DecompositionCheck,
     KMeansInitialization,
     PrototypeFigures,
     TemperatureAnnealing,
 )
+
+
+class Predicting(TwoLevels):
+    def predict_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
+        weights = self.layer(batch[0].unsqueeze(1), need_weights=True).weights
+        return {"assignments": weights.mean(2), "label": batch[1]}
 
 
 class Save(pl.Callback):
@@ -33,7 +41,7 @@ class Save(pl.Callback):
 
 
 def main(folder: str, devices: int) -> None:
-    module = TwoLevels(lr=1e-2)
+    module = Predicting(lr=1e-2)
     callbacks = [
         TemperatureAnnealing(),
         KMeansInitialization(),
@@ -42,15 +50,18 @@ def main(folder: str, devices: int) -> None:
         PrototypeFigures(every_n_epochs=1),
         Save(Path(folder) / str(devices)),
     ]
-    trainer = pl.Trainer(
-        callbacks=callbacks,
-        max_epochs=2,
-        devices=devices,
-        strategy="ddp_spawn" if devices > 1 else "auto",
-        default_root_dir=folder,
+    kwargs = {
         **QUIET,
-    )
-    trainer.fit(module, loader(batch_size=16 // devices))
+        "devices": devices,
+        "strategy": "ddp_fork" if devices > 1 else "auto",
+        "default_root_dir": folder,
+    }
+    pl.Trainer(callbacks=callbacks, max_epochs=2, **kwargs).fit(module, loader(batch_size=16 // devices))
+
+    writer = AssignmentWriter(f"{folder}/{devices}.csv")
+    data = DataLoader(TensorDataset(*blobs(size=41)), batch_size=8)  # does not divide by two
+    trainer = pl.Trainer(callbacks=[writer], **kwargs)
+    trainer.predict(module, data, return_predictions=False)
 
 
 if __name__ == "__main__":

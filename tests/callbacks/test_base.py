@@ -1,8 +1,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from toys import PROJECTS, QUIET, Project, fit, loader
 from torch import nn
+from toys import PROJECTS, QUIET, Project, fit, loader
 
 from ddcl_lightning.callbacks import (
     CollapseWarning,

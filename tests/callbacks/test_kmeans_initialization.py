@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
+from ddp_start import main
 from sklearn.cluster import KMeans
-from toys import Masked, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from toys import Masked, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 
 from ddcl_lightning import DDCLAttention
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
@@ -56,7 +58,9 @@ def test_the_real_forward_runs_encoder_transform_and_no_dropout():
     assert same_rows(start(module)["layer.bank.prototypes"][0], centers(2 * (blobs()[0] + 3)))
 
 
-@pytest.mark.xfail(strict=True, reason="compat.to_device leaves out on_before_batch_transfer; drop this when it does not")
+@pytest.mark.xfail(
+    strict=True, reason="compat.to_device leaves out on_before_batch_transfer; drop this when it does not"
+)
 def test_the_hook_before_the_transfer_runs_too():
     class Early(Project):
         def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -132,7 +136,7 @@ def test_levels_are_done_in_the_order_of_execution():
 def test_farthest_points_are_tokens_far_apart():
     found = start(Project(num_prototypes=6), method="farthest_point")["layer.bank.prototypes"][0]
     x, _ = blobs()
-    assert torch.cdist(found, x).min(1).values.max() < 1e-6
+    assert all(bool((x == row).all(1).any()) for row in found)
     labels = torch.cdist(found, centers(x)).argmin(1)
     assert set(labels.tolist()) == {0, 1, 2, 3}
 
@@ -145,21 +149,17 @@ def test_more_prototypes_than_distinct_points_is_an_error_that_names_the_bank():
 
 def test_tokens_that_are_not_finite_are_an_error():
     x = torch.full((48, 4), torch.nan)
+    x[:16] = 1.0  # not in the first batch, where the bank itself would say so
     with pytest.raises(ValueError, match=r"bank 'layer.bank' cannot be initialised: tokens must be finite"):
         start(Project(), data=DataLoader(TensorDataset(x, x), batch_size=16))
 
 
-def test_an_empty_loader_is_an_error():
-    class Empty(Project):
+def test_a_step_that_calls_no_bank_is_an_error():
+    class Blind(Project):
         def training_step(self, batch, batch_idx):
-            raise AssertionError
+            return self.tokens(batch).square().mean()
 
     with pytest.raises(ValueError, match="called none of its prototype banks"):
-
-        class Blind(Project):
-            def training_step(self, batch, batch_idx):
-                return self.tokens(batch).square().mean()
-
         start(Blind())
 
 
@@ -225,11 +225,17 @@ class Traced(Project):
         return super().training_step(batch, batch_idx)
 
 
+class Frozen(pl.Callback):
+    """Sets a mode that must survive."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.dropout.eval()
+
+
 def traced_run(callbacks, make_data, module=None):
     pl.seed_everything(3, verbose=False)
     module = module or Traced(dropout=0.1)
-    module.dropout.eval()  # a mode that must survive
-    fit(module, *callbacks, data=make_data())
+    fit(module, Frozen(), *callbacks, data=make_data())
     return module
 
 
@@ -343,10 +349,8 @@ def test_refusals(kwargs, message):
 def test_two_processes_start_from_the_bank_of_one(tmp_path):
     script = Path(__file__).with_name("ddp_start.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    for devices in ("1", "2"):
-        subprocess.run(
-            [sys.executable, str(script), str(tmp_path), devices], check=True, env=environment, timeout=240
-        )
+    main(str(tmp_path), 1)
+    subprocess.run([sys.executable, str(script), str(tmp_path), "2"], check=True, env=environment, timeout=240)
     alone, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     assert set(alone) == {"layer.bank.prototypes", "top.bank.prototypes"}
     for key, value in alone.items():
@@ -356,3 +360,7 @@ def test_two_processes_start_from_the_bank_of_one(tmp_path):
     ends = [torch.load(tmp_path / f"2-{rank}-end.pt") for rank in (0, 1)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
     assert not torch.equal(ends[0]["layer.bank.prototypes"], first["layer.bank.prototypes"])
+    # And they predict every sample once, each in its place.
+    table = pd.read_csv(tmp_path / "2.csv")
+    assert table["index"].tolist() == list(range(41))
+    assert table["label"].tolist() == blobs(size=41)[1].tolist()

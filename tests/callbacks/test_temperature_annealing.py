@@ -4,9 +4,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import QUIET, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 from torch.utils.data import DataLoader
+from toys import QUIET, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
@@ -206,14 +205,17 @@ def digits_run(path, annealing, max_epochs=4, max_steps=-1, ckpt_path=None):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen[trainer.global_step] = pl_module.head.attention.bank.temperature.clone()
 
-    keep = ModelCheckpoint(dirpath=path, every_n_train_steps=13, save_top_k=-1)
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 13 and ckpt_path is None:
+                trainer.save_checkpoint(path)
+
     trainer = pl.Trainer(
-        callbacks=[annealing, KMeansInitialization(), Watch(), keep],
+        callbacks=[annealing, KMeansInitialization(), Watch()],
         max_epochs=max_epochs,
         max_steps=max_steps,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        **{**QUIET, "enable_checkpointing": True},
+        **QUIET,
     )
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=256), ckpt_path=ckpt_path)
     return seen, module
@@ -221,10 +223,10 @@ def digits_run(path, annealing, max_epochs=4, max_steps=-1, ckpt_path=None):
 
 @pytest.mark.parametrize("per", ["epoch", "step"])
 def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(per, tmp_path):
-    whole, module = digits_run(tmp_path, TemperatureAnnealing(per=per))
-    (checkpoint,) = tmp_path.glob("*step=13.ckpt")  # 8 batches an epoch: after the fifth of epoch 1
+    checkpoint = tmp_path / "step=13.ckpt"  # 8 batches an epoch: after the fifth of epoch 1
+    whole, module = digits_run(checkpoint, TemperatureAnnealing(per=per))
     # A longer limit must not stretch the schedule of the run that it continues.
-    rest, resumed = digits_run(tmp_path, TemperatureAnnealing(per=per), 6, 32, checkpoint)
+    rest, resumed = digits_run(checkpoint, TemperatureAnnealing(per=per), 6, 32, checkpoint)
     assert sorted(rest) == list(range(13, 32))
     assert all(torch.equal(rest[step], whole[step]) for step in rest)
     assert torch.equal(resumed.head.attention.bank.prototypes, module.head.attention.bank.prototypes)

@@ -1,0 +1,329 @@
+"""How exactly the decomposition L_q = L_OLS + V holds, and whether its check notices what is broken.
+
+A million random problems, of every shape, scale, offset, temperature and mask, are solved by the fused layer in
+float64, float32 and bfloat16, and held against the float64 decomposition as ``DecompositionCheck`` does it. In a tenth
+of them the layer is then broken on purpose, in five ways.
+
+    python benchmarks/decomposition.py            # a few minutes on two cores
+    python benchmarks/decomposition.py --quick
+
+Writes ``decomposition.json``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _common import options, save
+from torch import Tensor
+from tqdm import tqdm
+
+from ddcl_lightning.callbacks.decomposition_check import TOLERANCES, find_violations
+from ddcl_lightning.functional import (
+    Decomposition,
+    DecompositionErrors,
+    decompose,
+    decomposition_errors,
+    prototype_attention,
+    soft_assign,
+)
+
+PROBLEMS = 1_000_000
+CHUNK = 2_000  # problems of one shape and precision
+LARGE_CHUNKS, LARGE_CHUNK = 60, 2  # and some of the size of a real batch
+BROKEN_EVERY = 10  # chunks
+NOTICEABLE = 1e-3  # a breakage that moves a term by this part of the energy
+FIELDS = DecompositionErrors._fields
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Problems:
+    """Problems of one shape: tokens ``(B, N, d)``, prototypes ``(B, K, d)``, temperature ``(B,)``, mask ``(B, N)``."""
+
+    tokens: Tensor
+    prototypes: Tensor
+    temperature: Tensor
+    mask: Tensor | None
+
+
+def draw(size: int, shape: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator) -> Problems:
+    """Random problems; every property but the shape differs within the chunk."""
+
+    def uniform(*sizes: int) -> Tensor:
+        return torch.rand(*sizes, generator=generator, dtype=torch.float64)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    tokens_per, prototypes_per, dim = shape
+    tokens = normal(size, tokens_per, dim) * 10 ** (uniform(size, 1, dim) * 2 - 1)  # anisotropic
+    prototypes = normal(size, prototypes_per, dim)
+    # Four kinds of banks: at random, at tokens (as after training), collapsed, and left behind by the encoder.
+    kind = (uniform(size, 1, 1) * 4).long()
+    picked = (uniform(size, prototypes_per) * tokens_per).long().unsqueeze(-1).expand(-1, -1, dim)
+    at_tokens = tokens.gather(1, picked) + prototypes * 10 ** (-4 * uniform(size, 1, 1))
+    collapsed = prototypes * 10 ** (-6 * uniform(size, 1, 1))
+    behind = prototypes + 10 * normal(size, 1, dim)
+    prototypes = torch.where(kind == 1, at_tokens, prototypes)
+    prototypes = torch.where(kind == 2, collapsed, torch.where(kind == 3, behind, prototypes))
+    # Half of the problems lie away from the origin, by up to 100 times the spread.
+    offset = normal(size, 1, dim) * 10 ** (4 * uniform(size, 1, 1) - 2) * (uniform(size, 1, 1) < 0.5)
+    scale = 10 ** (6 * uniform(size, 1, 1) - 3)
+    temperature = 10 ** (8 * uniform(size) - 4)
+    tokens, prototypes = (tokens + offset) * scale, (prototypes + offset) * scale
+    mask = None
+    if float(uniform(1)) < 0.5 and tokens_per > 1:
+        mask = uniform(size, tokens_per) < 0.2 + 0.8 * uniform(size, 1)
+        mask[:, 0] = True
+        zero = (uniform(size, 1) < 0.5) & ~mask  # padding is zero, or what a buffer happened to hold
+        tokens = tokens.masked_fill(zero.unsqueeze(-1), 0.0)
+    # Under mixed precision the tokens are in half precision and the prototypes are not.
+    narrow = torch.float32 if dtype == torch.bfloat16 and float(uniform(1)) < 0.5 else dtype
+    temperature = temperature.to(torch.promote_types(dtype, torch.float32))
+    return Problems(tokens.to(dtype), prototypes.to(narrow), temperature, mask)
+
+
+def solve(p: Problems) -> Decomposition:
+    """What the layer trains with."""
+    return prototype_attention(p.tokens, p.prototypes, p.temperature, p.mask).terms
+
+
+@torch.no_grad()
+def errors_of_each(p: Problems, trained: Decomposition, exact: Decomposition, energy: Tensor) -> Tensor:
+    """:func:`decomposition_errors` without the maximum over leading dimensions: ``(B, 7)``, columns as there."""
+    weights = soft_assign(p.tokens.double(), p.prototypes.double(), p.temperature.double())
+    rows = (weights.sum(-1) - 1).abs()
+    if p.mask is not None:
+        rows = rows.masked_fill(~p.mask, 0.0)
+    columns = [
+        (exact.loss - exact.ols - exact.variance).abs() / energy,
+        *((mine.double() - true).abs() / energy for mine, true in zip(trained, exact, strict=True)),
+        rows.amax(-1),
+        energy,
+        energy / p.temperature.double(),
+    ]
+    return torch.stack(columns, -1)
+
+
+@torch.no_grad()
+def energy_of_each(p: Problems) -> Tensor:
+    """The energy that errors are relative to, ``(B,)``; see :class:`DecompositionErrors`."""
+    tokens, prototypes = p.tokens.double(), p.prototypes.double()
+    weights = soft_assign(tokens, prototypes, p.temperature.double())
+    center = prototypes.mean(-2, keepdim=True)
+    spread = (tokens - center).square().sum(-1)
+    spread = spread + (weights @ (prototypes - center).square().sum(-1, keepdim=True)).squeeze(-1)
+    keep = torch.ones_like(spread) if p.mask is None else p.mask.double()
+    return ((spread * keep).sum(-1) / keep.sum(-1)).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def compare_with_library(p: Problems, trained: Decomposition, mine: Tensor) -> None:
+    """The vectorised errors of a problem must be those of the library; a difference is a bug of this script."""
+    mask = None if p.mask is None else p.mask[:1]
+    first = Decomposition(*(term[:1] for term in trained))
+    theirs = decomposition_errors(p.tokens[:1], p.prototypes[:1], p.temperature[:1], first, mask)
+    for name, one, other in zip(FIELDS, mine[0].tolist(), theirs, strict=True):
+        if abs(one - other) > 1e-6 * abs(other) + 1e-13:
+            raise AssertionError(f"{name} is {one} here and {other} in decomposition_errors.")
+
+
+# Breakages -----------------------------------------------------------------------------------------
+
+
+def plain_terms(p: Problems, weights: Tensor, centre_of_variance: Tensor | None = None) -> Decomposition:
+    """Terms from given assignments, in the precision of the layer; optionally with V around another point."""
+    center = p.prototypes.to(weights.dtype).mean(-2, keepdim=True)
+    z, prototypes = p.tokens.to(weights.dtype) - center, p.prototypes.to(weights.dtype) - center
+    centroids = weights @ prototypes
+    around = centroids if centre_of_variance is None else centre_of_variance
+    compute = "donot_use_mm_for_euclid_dist"
+    ols = (z - centroids).square().sum(-1)
+    variance = (weights * torch.cdist(around, prototypes, compute_mode=compute).square()).sum(-1)
+    keep = torch.ones_like(ols) if p.mask is None else p.mask.to(ols.dtype)
+    ols, variance = ((term * keep).sum(-1) / keep.sum(-1) for term in (ols, variance))
+    return Decomposition(ols + variance, ols, variance)
+
+
+def wrong_temperature(p: Problems) -> Decomposition:
+    """The layer uses a temperature 10 % too high."""
+    return prototype_attention(p.tokens, p.prototypes, 1.1 * p.temperature, p.mask).terms
+
+
+def mask_leak(p: Problems) -> Decomposition:
+    """Padding enters the means."""
+    return prototype_attention(p.tokens, p.prototypes, p.temperature).terms
+
+
+def rows_off(p: Problems) -> Decomposition:
+    """Assignments sum to 1.01."""
+    return plain_terms(p, 1.01 * soft_assign(p.tokens, p.prototypes, p.temperature))
+
+
+def wrong_centroid(p: Problems) -> Decomposition:
+    """V is taken around the mean of the prototypes, not around each token's soft centroid."""
+    weights = soft_assign(p.tokens, p.prototypes, p.temperature)
+    return plain_terms(p, weights, torch.zeros_like(p.tokens, dtype=weights.dtype))
+
+
+def not_a_number(p: Problems) -> Decomposition:
+    """One of the terms is NaN."""
+    terms = list(solve(p))
+    broken = int(p.temperature.sum() * 1e6) % 3
+    terms[broken] = torch.full_like(terms[broken], math.nan)
+    return Decomposition(*terms)
+
+
+BREAKAGES: dict[str, Callable[[Problems], Decomposition]] = {
+    "wrong temperature (1.1 T)": wrong_temperature,
+    "mask leak": mask_leak,
+    "rows sum to 1.01": rows_off,
+    "V around the wrong centroid": wrong_centroid,
+    "NaN": not_a_number,
+}
+
+
+# Accounting ----------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Errors of all problems of one precision."""
+
+    def __init__(self) -> None:
+        self.errors: list[Tensor] = []
+        self.losses: list[Tensor] = []
+        self.violations = 0
+        self.examples: list[str] = []
+        self.broken = {name: [0, 0, 0, 0] for name in BREAKAGES}  # tried, caught, noticeable, caught of these
+
+    def add(self, errors: Tensor, exact: Decomposition, dtype: torch.dtype) -> None:
+        """Count the problems of a chunk."""
+        for row in errors.tolist():
+            if failures := find_violations(DecompositionErrors(*row), dtype):
+                self.violations += 1
+                self.examples += failures[: max(0, 5 - len(self.examples))]
+        self.errors.append(errors)
+        self.losses.append(exact.loss)
+
+    def add_broken(self, name: str, errors: Tensor, dtype: torch.dtype) -> None:
+        """Count what is caught of a breakage."""
+        counts = self.broken[name]
+        for row in errors.tolist():
+            caught = bool(find_violations(DecompositionErrors(*row), dtype))
+            moved = not max(row[1:4]) <= NOTICEABLE or any(map(math.isnan, row[1:4]))
+            for place, true in enumerate((True, caught, moved, moved and caught)):
+                counts[place] += true
+
+    def summary(self) -> dict[str, Any]:
+        """Worst and 99.99th percentile of every error, and the tolerances that nothing would have violated."""
+        errors = torch.cat(self.errors)
+        losses = torch.cat(self.losses)
+        column = dict(zip(FIELDS, errors.unbind(-1), strict=True))
+        softened = column["sharpness"].clamp(min=1.0)
+        positive = losses > 0
+        relative = column["energy"][positive] / losses[positive]
+        shown = {
+            "identity / energy": column["identity"],
+            "L_q / energy": column["loss"],
+            "L_OLS / energy": column["ols"],
+            "V / energy": column["variance"],
+            "L_OLS / (energy max(1, energy / T))": column["ols"] / softened,
+            "V / (energy max(1, energy / T))": column["variance"] / softened,
+            "identity / L_q": column["identity"][positive] * relative,
+            "L_q / L_q": column["loss"][positive] * relative,
+        }
+        return {
+            "problems": len(errors),
+            "violations": self.violations,
+            "examples_of_violations": self.examples,
+            "sharpness": {"lowest": float(column["sharpness"].min()), "highest": float(column["sharpness"].max())},
+            "errors": {
+                name: {"worst": float(values.max()), "p99.99": percentile(values, 0.9999)}
+                for name, values in shown.items()
+            },
+            "broken": {
+                name: {"problems": tried, "caught": caught, "noticeable": moved, "caught_of_noticeable": both}
+                for name, (tried, caught, moved, both) in self.broken.items()
+            },
+        }
+
+
+def percentile(values: Tensor, share: float) -> float:
+    """Empirical percentile; ``torch.quantile`` refuses more than 16 million entries and interpolates."""
+    return float(values.sort().values[min(len(values) - 1, math.ceil(share * len(values)) - 1)])
+
+
+def random_shape(generator: torch.Generator) -> tuple[int, int, int]:
+    """N, K and d, each log-uniform up to 128, 64 and 64."""
+    shares = torch.rand(3, generator=generator).tolist()
+    n, k, d = (int(limit**share) for limit, share in zip((129, 65, 65), shares, strict=True))
+    return n, k, d
+
+
+def report(result: dict[str, Any]) -> None:
+    """The tables of ``docs/measurements.md``."""
+    names = list(result["precisions"])
+    first = result["precisions"][names[0]]
+    print(f"| relative error of, to | {' | '.join(f'{n} worst | {n} 99.99 %' for n in names)} |")
+    print("|" + "---|" * (1 + 2 * len(names)))
+    for key in first["errors"]:
+        found = [result["precisions"][name]["errors"][key] for name in names]
+        cells = (f"{one['worst']:.1e} | {one['p99.99']:.1e}" for one in found)
+        print(f"| {key} | {' | '.join(cells)} |")
+    for name in names:
+        one = result["precisions"][name]
+        print(f"{name}: {one['violations']} violations in {one['problems']} problems {one['examples_of_violations']}")
+    print(f"| broken | {' | '.join(f'{n}: all | {n}: noticeable' for n in names)} |")
+    print("|" + "---|" * (1 + 2 * len(names)))
+    for key in first["broken"]:
+        found = [result["precisions"][name]["broken"][key] for name in names]
+        shares = (
+            (one["caught"] / max(one["problems"], 1), one["caught_of_noticeable"] / max(one["noticeable"], 1))
+            for one in found
+        )
+        print(f"| {key} | {' | '.join(f'{a:.2%} | {b:.3%}' for a, b in shares)} |")
+
+
+def main() -> None:
+    arguments = options(__doc__).parse_args()
+    problems, size, large = (3_000, 100, 3) if arguments.quick else (PROBLEMS, CHUNK, LARGE_CHUNKS)
+    seed = 0
+    generator = torch.Generator().manual_seed(seed)
+    tallies = {name: Tally() for name in DTYPES}
+    chunks = math.ceil(problems / size)
+    for number in tqdm(range(chunks + large), desc="chunks", mininterval=5):
+        name = list(DTYPES)[number % len(DTYPES)]
+        dtype, tally = DTYPES[name], tallies[name]
+        torch.set_flush_denormal(number // len(DTYPES) % 2 == 1)  # as in fit, and as outside of it
+        if number < chunks:
+            p = draw(min(size, problems - number * size), random_shape(generator), dtype, generator)
+        else:
+            p = draw(LARGE_CHUNK, (512, 64, 16) if arguments.quick else (4096, 512, 64), dtype, generator)
+        trained = solve(p)
+        precision = trained.loss.dtype
+        exact, energy = decompose(p.tokens, p.prototypes, p.temperature, p.mask), energy_of_each(p)
+        errors = errors_of_each(p, trained, exact, energy)
+        compare_with_library(p, trained, errors)
+        tally.add(errors, exact, precision)
+        if number // len(DTYPES) % BROKEN_EVERY == 0:
+            for breakage, broken in BREAKAGES.items():
+                if broken is mask_leak and (p.mask is None or bool(p.mask.all())):
+                    continue
+                # A problem without padding has nothing to leak.
+                leaks = slice(None) if broken is not mask_leak else ~p.mask.all(-1)  # type: ignore[union-attr]
+                tally.add_broken(breakage, errors_of_each(p, broken(p), exact, energy)[leaks], precision)
+    torch.set_flush_denormal(False)
+    result = {
+        "seed": seed,
+        "tolerances": {str(dtype).removeprefix("torch."): value for dtype, value in TOLERANCES.items()},
+        "noticeable": NOTICEABLE,
+        "precisions": {name: tally.summary() for name, tally in tallies.items()},
+    }
+    save(arguments.output, "decomposition", result)
+    report(result)
+
+
+if __name__ == "__main__":
+    main()

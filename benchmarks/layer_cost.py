@@ -1,0 +1,217 @@
+"""What the layer costs beside two bare matrix products, in time and in memory.
+
+Forward and backward of a bank of K prototypes over N tokens (d = 64, float32; loss: mean square of the centroids plus
+L_q), fused as in training and written out plainly, eager and compiled, against ``tokens @ prototypes.T @ prototypes``
+with its backward. All cases take turns in one process and ratios are taken within a turn, for machines are noisy.
+
+Low temperatures make numbers too small to be normal, which a CPU multiplies slowly unless told to flush them to zero.
+``torch.set_flush_denormal`` tells the calling thread, and the worker threads which that one starts later: "caller" is
+what it does once the workers exist, "all threads" is what it does before the first parallel operation.
+
+    python benchmarks/layer_cost.py               # half an hour on two cores: keep them free
+    python benchmarks/layer_cost.py --quick
+
+Writes ``layer_cost.json``.
+"""
+
+import argparse
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from _common import options, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.functional import critical_temperature
+
+DIM = 64
+SIZES = tuple(itertools.product((4096, 32768), (64, 1024)))
+FRACTIONS = (0.1, 0.005)  # of the critical temperature
+FLUSHES = ("off", "caller", "all threads")
+MATMULS = "two matrix products"
+PATHS = ("fused", "fused, compiled", "plain", "plain, compiled")
+SECONDS, TURNS = 40.0, (3, 15)  # per size, temperature and path; fewest and most turns
+MEMORY_CASES = (MATMULS, "fused", "plain")
+
+Step = Callable[[], None]
+
+
+class Products(nn.Module):
+    """The two matrix products of the layer and nothing else."""
+
+    def __init__(self, prototypes: Tensor) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(prototypes.clone())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mean square of ``(N, d)`` outputs."""
+        return (tokens @ self.prototypes.T @ self.prototypes).square().mean()
+
+
+class Layer(nn.Module):
+    """A bank with a loss on everything that it returns."""
+
+    def __init__(self, prototypes: Tensor, temperature: float, plain: bool) -> None:
+        super().__init__()
+        self.plain = plain
+        self.bank = PrototypeBank(*prototypes.shape, temperature=temperature)
+        self.bank.set_prototypes(prototypes.unsqueeze(0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mean square of the centroids plus L_q."""
+        output = self.bank(tokens, need_weights=self.plain)
+        return output.centroids.square().mean() + output.terms.loss.sum()
+
+
+def problem(size: int, prototypes: int) -> tuple[Tensor, Tensor]:
+    """Tokens from as many clusters as there are prototypes, and prototypes near their centres."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(prototypes, DIM, generator=generator)
+    own = torch.randint(prototypes, (size,), generator=generator)
+    tokens = centres[own] + 0.5 * torch.randn(size, DIM, generator=generator)
+    return tokens, centres + 0.1 * torch.randn(prototypes, DIM, generator=generator)
+
+
+def steps(tokens: Tensor, prototypes: Tensor, fraction: float, names: tuple[str, ...]) -> dict[str, Step]:
+    """One forward and backward of each case."""
+    temperature = fraction * float(critical_temperature(tokens))
+
+    def step(name: str) -> Step:
+        plain = name.startswith("plain")
+        module = Products(prototypes) if name == MATMULS else Layer(prototypes, temperature, plain)
+        call: Callable[[Tensor], Tensor] = torch.compile(module) if name.endswith("compiled") else module
+        leaf = tokens.clone().requires_grad_()
+
+        def run() -> None:
+            leaf.grad = None
+            module.zero_grad()
+            call(leaf).backward()
+
+        return run
+
+    return {name: step(name) for name in names}
+
+
+def seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def measure(size: int, prototypes: int, fraction: float, budget: float, turns: tuple[int, int]) -> list[dict[str, Any]]:
+    """All cases of one size and temperature, in turns."""
+    tokens, bank = problem(size, prototypes)
+    # A thread that flushes before its first parallel operation has workers that flush; see above.
+    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as flushing:
+        cases = steps(tokens, bank, fraction, (MATMULS, *PATHS))
+
+        def timed(name: str, flush: str) -> float:
+            if flush == "all threads":
+                return flushing.submit(seconds, cases[name]).result()
+            torch.set_flush_denormal(flush == "caller")
+            try:
+                return seconds(cases[name])
+            finally:
+                torch.set_flush_denormal(False)
+
+        jobs = [(MATMULS, "off"), *itertools.product(PATHS, FLUSHES)]
+        times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
+        for job in jobs:
+            timed(*job)  # compile, start threads, fill caches
+        began = time.perf_counter()
+        for turn in range(turns[1]):
+            if turn >= turns[0] and time.perf_counter() - began > budget * len(PATHS):
+                break
+            for job in jobs:
+                times[job].append(timed(*job))
+    bare = times.pop((MATMULS, "off"))
+    common = {"tokens": size, "prototypes": prototypes, "temperature": fraction, "turns": len(bare)}
+    return [
+        {
+            **common,
+            "path": path,
+            "flush": flush,
+            "ratio": statistics.median(mine / theirs for mine, theirs in zip(values, bare, strict=True)),
+            "ratio_of_fastest": min(values) / min(bare),
+            "fastest_ms": 1e3 * min(values),
+            "fastest_matmuls_ms": 1e3 * min(bare),
+        }
+        for (path, flush), values in times.items()
+    ]
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far; kibibytes on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_of_this_process(name: str, size: int, prototypes: int) -> float:
+    """Memory in MiB that one forward and backward adds to that of the inputs."""
+    steps(*problem(256, 8), FRACTIONS[0], (name,))[name]()  # libraries and threads
+    step = steps(*problem(size, prototypes), FRACTIONS[0], (name,))[name]
+    before = peak_mib()
+    step()
+    return peak_mib() - before
+
+
+def memory(name: str, size: int, prototypes: int) -> float:
+    """The same in a fresh process, for the peak of a process never falls."""
+    command = [sys.executable, __file__, "--memory-of", name, str(size), str(prototypes)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def report(result: dict[str, Any]) -> None:
+    """The tables of ``docs/measurements.md``."""
+    found = {
+        tuple(row[key] for key in ("tokens", "prototypes", "temperature", "path", "flush")): row
+        for row in result["time"]
+    }
+    sizes = sorted({key[:3] for key in found}, key=lambda key: (key[0], key[1], -key[2]))
+    for flush in FLUSHES:
+        print(f"\nflushing: {flush}\n\n| N | K | T / T_c | {' | '.join(PATHS)} | matrix products, ms |")
+        print("|" + "---|" * (4 + len(PATHS)))
+        for size in sizes:
+            rows = [found[(*size, path, flush)] for path in PATHS]
+            cells = " | ".join(f"{row['ratio']:.2f}" for row in rows)
+            print(f"| {size[0]:,} | {size[1]:,} | {size[2]:g} | {cells} | {rows[0]['fastest_matmuls_ms']:.0f} |")
+    print(f"\nmemory, MiB\n\n| N | K | {' | '.join(MEMORY_CASES)} |")
+    print("|" + "---|" * (2 + len(MEMORY_CASES)))
+    for row in result["memory_mib"]:
+        cells = " | ".join(f"{row[name]:.0f}" for name in MEMORY_CASES)
+        print(f"| {row['tokens']:,} | {row['prototypes']:,} | {cells} |")
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        name, size, prototypes = arguments.memory_of
+        print(memory_of_this_process(name, int(size), int(prototypes)))
+        return
+    sizes, fractions, budget, turns = (SIZES, FRACTIONS, SECONDS, TURNS)
+    if arguments.quick:
+        sizes, fractions, budget, turns = ((256, 16),), (0.1,), 1.0, (1, 1)
+        global PATHS
+        PATHS = ("fused", "plain")  # a compilation takes longer than everything else
+    result: dict[str, Any] = {"dim": DIM, "threads": torch.get_num_threads(), "time": [], "memory_mib": []}
+    for size, prototypes in tqdm(sizes, desc="memory"):
+        row = {name: memory(name, size, prototypes) for name in MEMORY_CASES}
+        result["memory_mib"].append({"tokens": size, "prototypes": prototypes, **row})
+    for (size, prototypes), fraction in tqdm(list(itertools.product(sizes, fractions)), desc="time"):
+        result["time"] += measure(size, prototypes, fraction, budget, turns)
+        save(arguments.output, "layer_cost", result)
+    report(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+from toys import Masked, Project, fit
+
+from ddcl_lightning import bank as bank_module
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.callbacks import DecompositionCheck, DecompositionViolationError, KMeansInitialization
+from ddcl_lightning.callbacks.decomposition_check import find_violations
+from ddcl_lightning.functional import BankOutput, Decomposition, DecompositionErrors
+from ddcl_lightning.functional import prototype_attention as right
+from ddcl_lightning.functional import prototype_attention_reference as reference
+
+
+def wrong_temperature(tokens, prototypes, temperature, mask=None, **kwargs):
+    return right(tokens, prototypes, 1.05 * temperature, mask, **kwargs)
+
+
+def mask_leak(tokens, prototypes, temperature, mask=None, **kwargs):
+    # The wild padding would be noticed by anybody; a padded copy of a token is the mistake that hides.
+    tokens = torch.where(mask.unsqueeze(-1), tokens, tokens[:, :1])
+    return right(tokens, prototypes, temperature, None, **kwargs)
+
+
+def rows_not_one(tokens, prototypes, temperature, mask=None, **kwargs):
+    output = reference(tokens, prototypes, temperature, mask)
+    weights = 0.99 * output.weights  # as a dropout on the assignments would
+    centroids = weights @ prototypes
+    distances = torch.cdist(tokens, prototypes).square()
+    ols = (tokens - centroids).square().sum(-1).mean(-1)
+    variance = (weights * torch.cdist(centroids, prototypes).square()).sum(-1).mean(-1)
+    return BankOutput(centroids, Decomposition((weights * distances).sum(-1).mean(-1), ols, variance), None)
+
+
+def wrong_variance(tokens, prototypes, temperature, mask=None, **kwargs):
+    output = right(tokens, prototypes, temperature, mask, **kwargs)
+    loss, ols, variance = output.terms
+    return output._replace(terms=Decomposition(loss, ols + 0.01 * loss, variance - 0.01 * loss))
+
+
+def nan(tokens, prototypes, temperature, mask=None, **kwargs):
+    output = right(tokens, prototypes, temperature, mask, **kwargs)
+    return output._replace(terms=output.terms._replace(ols=output.terms.ols * math.nan))
+
+
+def low_precision(tokens, prototypes, temperature, mask=None, **kwargs):
+    output = right(tokens.bfloat16(), prototypes.bfloat16(), temperature, mask, **kwargs)
+    return output._replace(centroids=output.centroids.float())
+
+
+BREAKAGES = {
+    "temperature": (wrong_temperature, "L_q against the trained value"),
+    "mask": (mask_leak, "L_q against the trained value"),
+    "rows": (rows_not_one, "L_q against the trained value"),
+    "variance": (wrong_variance, "V against the trained value"),
+    "nan": (nan, "L_OLS against the trained value: relative error nan"),
+    "precision": (low_precision, "L_q against the trained value"),
+}
+
+
+def project(name=None):
+    # A temperature at which assignments are soft, so that every term counts.
+    return Masked(temperature=50.0) if name == "mask" else Project(temperature=50.0)
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_broken_layer_is_caught_during_training(name, monkeypatch):
+    broken, phrase = BREAKAGES[name]
+    monkeypatch.setattr(bank_module, "prototype_attention", broken)
+    with pytest.raises(DecompositionViolationError, match=r"violated at step 1 in bank 'layer.bank'.*" + phrase):
+        fit(project(name), KMeansInitialization(), DecompositionCheck(every_n_batches=1))
+
+
+def test_a_nan_in_the_loss_is_caught_where_the_bank_does_not_look(monkeypatch):
+    # On a GPU the bank does not wait for its own loss.
+    monkeypatch.setattr(PrototypeBank, "_require_finite", lambda *args: None)
+    monkeypatch.setattr(bank_module, "prototype_attention", lambda *args, **kwargs: _all_nan(right(*args, **kwargs)))
+    with pytest.raises(DecompositionViolationError, match="L_q against the trained value: relative error nan"):
+        fit(project(), DecompositionCheck(every_n_batches=1))
+
+
+def _all_nan(output):
+    return output._replace(terms=Decomposition(*(math.nan * term for term in output.terms)))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 20.0, 1e3])
+@pytest.mark.parametrize("make", [Project, Masked])
+def test_a_right_layer_passes(make, temperature):
+    check = DecompositionCheck(every_n_batches=1)
+    trainer = fit(make(temperature=temperature), KMeansInitialization(), check)
+    assert (check.checks, check.violations) == (12, 0)
+    assert float(trainer.callback_metrics["ddcl/decomposition_error/layer.bank"]) < 1e-5
+
+
+def test_a_right_layer_passes_in_double_precision_at_its_tighter_tolerance(monkeypatch):
+    check = DecompositionCheck(every_n_batches=1)
+    fit(project(), check, precision="64-true")
+    assert (check.checks, check.violations) == (12, 0)
+
+    def single(tokens, *args, **kwargs):
+        output = right(tokens.float(), *(value.float() for value in args[:2]), **kwargs)
+        return BankOutput(output.centroids.double(), Decomposition(*(term.double() for term in output.terms)), None)
+
+    monkeypatch.setattr(bank_module, "prototype_attention", single)
+    with pytest.raises(DecompositionViolationError):
+        fit(project(), check, precision="64-true")
+
+
+def test_a_warning_goes_on_and_counts(monkeypatch):
+    monkeypatch.setattr(bank_module, "prototype_attention", wrong_temperature)
+    check = DecompositionCheck(every_n_batches=4, on_violation="warn")
+    with pytest.warns(UserWarning, match="decomposition violated at step") as caught:
+        trainer = fit(project(), check)
+    assert [
+        str(warning.message).partition(" at step ")[2].split()[0]
+        for warning in caught
+        if "violated" in str(warning.message)
+    ] == [
+        "1",
+        "5",
+        "9",
+    ]
+    assert trainer.global_step == 12
+    assert (check.checks, check.violations) == (3, 3)
+
+
+def test_a_tolerance_of_ones_own(monkeypatch):
+    monkeypatch.setattr(bank_module, "prototype_attention", wrong_temperature)
+    check = DecompositionCheck(every_n_batches=1, tolerance=0.5)
+    fit(project(), check)
+    assert check.violations == 0
+
+
+def test_counts_survive_a_restart_and_not_another_run(tmp_path):
+    check = DecompositionCheck(every_n_batches=2)
+    fit(project(), check, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    resumed = DecompositionCheck(every_n_batches=2)
+    fit(project(), resumed, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    assert resumed.checks == 6
+    fit(project(), resumed, max_epochs=1)
+    assert resumed.checks == 3
+
+
+def test_every_error_has_its_limit():
+    fine = DecompositionErrors(0.0, 0.0, 0.0, 0.0, 0.0, energy=1.0, sharpness=1.0)
+    assert find_violations(fine, torch.float32) == []
+    for name in ("identity", "loss", "ols", "variance", "rows"):
+        for value in (1e-3, math.nan):
+            assert len(find_violations(fine._replace(**{name: value}), torch.float32)) == 1
+    # Rounding of the logits moves loss between L_OLS and V, and only there.
+    sharp = fine._replace(ols=1e-4, variance=1e-4, sharpness=100.0)
+    assert find_violations(sharp, torch.float32) == []
+    assert len(find_violations(sharp._replace(loss=1e-4), torch.float32)) == 1
+
+
+def test_the_tolerance_follows_the_precision_that_the_user_allows():
+    coarse = DecompositionErrors(0.0, 1e-3, 0.0, 0.0, 0.0, energy=1.0, sharpness=1.0)
+    before = torch.get_float32_matmul_precision()
+    try:
+        found = {}
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found[precision] = len(find_violations(coarse, torch.float32))
+        assert found == {"highest": 1, "high": 0, "medium": 0}
+        assert len(find_violations(coarse, torch.float64)) == 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"on_violation": "stop"}, "on_violation must be 'raise' or 'warn'"),
+        ({"tolerance": 0.0}, r"tolerance must be in \(0, 1\)"),
+        ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\)"),
+    ],
+)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DecompositionCheck(**kwargs)

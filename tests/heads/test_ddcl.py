@@ -1,0 +1,119 @@
+"""The readout pools what the layer returns, over valid tokens only."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddcl_lightning import DDCLReadout, ReadoutOutput
+from ddcl_lightning.functional import Decomposition, log_barrier
+from ddcl_lightning.heads.ddcl import Pooling
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(4, 6, generator=g) < 0.6
+    mask[:, 0] = True
+    return torch.randn(4, 6, 8, generator=g), mask
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("pooling", ["centroid", "histogram", "both"])
+def test_pools_by_hand(pooling: Pooling, residual: bool, masked: bool) -> None:
+    head = DDCLReadout(5, num_heads=2, prototype_dim=3, pooling=pooling, residual=residual, embed_dim=8).eval()
+    tokens, mask = batch()
+    valid = mask if masked else torch.ones_like(mask)
+    dirty = tokens.masked_fill(~valid.unsqueeze(-1), torch.nan)
+    readout = head(dirty, valid if masked else None)
+    layer = head.attention(tokens, valid, need_weights=True)
+    for i in range(4):
+        centroid = layer.tokens[i, valid[i]].mean(0)
+        histogram = layer.weights[i, :, valid[i]].mean(1)
+        torch.testing.assert_close(readout.assignments[i], histogram)
+        parts = {"centroid": [centroid], "histogram": [histogram.flatten()], "both": [centroid, histogram.flatten()]}
+        torch.testing.assert_close(readout.pooled[i], torch.cat(parts[pooling]))
+    assert readout.pooled.shape[1] == head.pooled_dim
+    assert len(readout.levels) == 1
+    torch.testing.assert_close(readout.quantization_loss(), layer.terms.loss.sum())
+
+
+@pytest.mark.parametrize("pooling", ["centroid", "histogram", "both"])
+def test_training_and_evaluation_pool_the_same(pooling: Pooling) -> None:
+    head = DDCLReadout(5, pooling=pooling, embed_dim=8)
+    trained = head(*batch())
+    evaluated = head.eval()(*batch())
+    assert (trained.assignments is None) == (pooling == "centroid")  # what is not needed is not stored
+    torch.testing.assert_close(trained.pooled, evaluated.pooled)
+    torch.testing.assert_close(trained.levels[0].loss, evaluated.levels[0].loss)
+    trained.pooled.sum().backward()
+    assert head.attention.bank.prototypes.grad is not None
+
+
+def test_every_parameter_takes_part() -> None:
+    for residual in (False, True):
+        head = DDCLReadout(5, num_heads=2, residual=residual, embed_dim=8)
+        readout = head(*batch())
+        (readout.pooled.sum() + readout.quantization_loss()).backward()
+        assert all(p.grad is not None for p in head.parameters())  # or plain DDP would wait for it
+
+
+def test_auto_scale_is_bound_on_request_only() -> None:
+    head = DDCLReadout(5, embed_dim=8)
+    assert head.attention.scale.mode == "none"
+    head.bound_scale()
+    assert head.attention.scale.mode == "whiten"
+    for chosen in ("none", "total", "per_dimension"):
+        head = DDCLReadout(5, embed_dim=8, embedding_scale=chosen)
+        head.bound_scale()
+        assert head.attention.scale.mode == chosen
+
+
+def test_parameters_by_role() -> None:
+    head = DDCLReadout(5, num_heads=2, residual=True, embed_dim=8)
+    assert [id(p) for p in head.prototype_parameters()] == [id(head.attention.bank.prototypes)]
+    assert [id(p) for p in head.embedding_parameters()] == [id(head.attention.input_projection.weight)]
+    assert DDCLReadout(5, embed_dim=8).embedding_parameters() == []
+
+
+def test_repulsion_is_the_weighted_barrier() -> None:
+    head = DDCLReadout(5, num_heads=2, repulsion=0.3, embed_dim=8)
+    readout = head(*batch())
+    torch.testing.assert_close(readout.regularization, 0.3 * log_barrier(head.attention.bank.prototypes).sum())
+    torch.testing.assert_close(readout.quantization_loss(), readout.levels[0].loss.sum())  # it is not part of L_q
+    assert DDCLReadout(5, embed_dim=8)(*batch()).regularization is None
+
+
+def test_build() -> None:
+    head = DDCLReadout(5, detach_assignments=True, temperature=0.3)
+    with pytest.raises(RuntimeError, match="does not know its input dimension"):
+        head(*batch())
+    head.build(8)
+    built = head.attention
+    assert built.bank.detach_assignments
+    assert built.bank.temperature.tolist() == [pytest.approx(0.3)]
+    head.build(8)
+    assert head.attention is built
+    with pytest.raises(ValueError, match="embed_dim of the head is 8 but the backbone gives 9"):
+        head.build(9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling": "max"}, "pooling must be one of"),
+        ({"repulsion": -1.0}, "repulsion must be >= 0; got -1.0"),
+        ({"repulsion": 1.0, "num_prototypes": 1}, "repulsion needs at least 2 prototypes; got num_prototypes = 1"),
+        ({"num_heads": 3}, "embed_dim must be divisible by num_heads"),
+        ({"embedding_scale": "batch"}, "mode must be one of"),
+    ],
+)
+def test_refusals(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DDCLReadout(**{"num_prototypes": 5, "embed_dim": 8, **options})
+
+
+def test_quantization_loss_sums_levels_and_heads() -> None:
+    levels = [Decomposition(torch.tensor(v), torch.tensor(v), torch.tensor(v)) for v in ([1.0, 2.0], [10.0])]
+    assert ReadoutOutput(torch.zeros(1), torch.zeros(1), levels).quantization_loss() == 13
+    with pytest.raises(ValueError, match="no quantisation loss to train on"):
+        ReadoutOutput(torch.zeros(1), torch.zeros(1)).quantization_loss()

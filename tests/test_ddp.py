@@ -1,0 +1,63 @@
+"""Two gloo processes train as one process does on the same global batches."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
+from ddcl_lightning.callbacks import CollapseWarning, DecompositionCheck, KMeansInitialization, TemperatureAnnealing
+from ddcl_lightning.datamodules import DebrisDataModule
+from tests.tiny import quiet_trainer
+
+
+# A centred embedding gives the bias of the encoder a gradient of zero, whose rounding Adam would blow up to whole steps.
+ENCODER = {"encoder_optimizer": "SGD"}
+
+
+class SaveState(pl.Callback):
+    """Writes each process's weights where the test can find them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        state = {**pl_module.state_dict(), "global_step": trainer.global_step}
+        torch.save(state, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+def train(folder: Path, processes: int, **kwargs: Any) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    module = DDCLReadoutModule(PCABackbone(6, 4, trainable=True), DDCLReadout(4), Clustering(4), **ENCODER, **kwargs)
+    callbacks = [
+        TemperatureAnnealing(),
+        KMeansInitialization(num_restarts=2, progress=False),
+        DecompositionCheck(every_n_batches=1),
+        CollapseWarning(every_n_batches=1, max_drop=1.0, min_separation=0.0),
+        SaveState(folder),
+    ]
+    parallel: dict[str, Any] = {} if processes == 1 else {"strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo")}
+    trainer = quiet_trainer(max_epochs=3, devices=processes, callbacks=callbacks, limit_val_batches=0, **parallel)
+    # 64 rows in batches of 32, or of 2 x 16: the sampler deals the same global batches.
+    trainer.fit(module, datamodule=DebrisDataModule(batch_size=32 // processes, num_per_class=16, seed=1))
+    return [torch.load(folder / f"{processes}-{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"gradient_clip_val": 1.0}, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}],
+    ids=["adam", "token_normalized"],
+)
+def test_two_processes_equal_one(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    (alone,) = train(tmp_path, 1, **kwargs)
+    first, second = train(tmp_path, 2, **kwargs)
+    assert alone["global_step"] == first["global_step"] == 6
+    for name, value in alone.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
+            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")

@@ -1,0 +1,154 @@
+"""Two processes over gloo do what one does on the joint batch: layers, samples and steps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from ddcl_lightning import EmbeddingScale, PrototypeBank, TokenNormalized
+from ddcl_lightning.distributed import (
+    broadcast_object,
+    gather_objects,
+    is_first_process,
+    max_over_processes,
+    sum_over_processes,
+    world_size,
+)
+from ddcl_lightning.reservoir import Reservoir
+from ddcl_lightning.scale import ScaleMode
+
+modes = pytest.mark.parametrize("mode", ["per_dimension", "total", "whiten"])
+
+
+def tokens_and_mask() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(8, 5, 3, generator=g, dtype=torch.float64), torch.rand(8, 5, generator=g) < 0.7
+
+
+def scaled_step(mode: ScaleMode, rank: int, processes: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Gradients of an encoder below the scale, averaged as DDP does, and the running statistics."""
+    torch.manual_seed(0)
+    encoder, scale = torch.nn.Linear(3, 2).double(), EmbeddingScale(2, mode).double()
+    x, mask = tokens_and_mask()
+    count = float(mask.sum()) / processes  # the joint loss is the mean of the processes'
+    x, mask = x[rank::processes], mask[rank::processes]
+    (((scale(encoder(x), mask) - 0.3).abs() * mask.unsqueeze(-1)).sum() / count).backward()
+    gradients = [sum_over_processes(p.grad) / processes for p in encoder.parameters() if p.grad is not None]
+    return gradients, dict(scale.state_dict())
+
+
+def token_normalized_step(rank: int, processes: int) -> Tensor:
+    torch.manual_seed(0)
+    bank = PrototypeBank(4, 3, temperature=0.02).double()
+    with torch.no_grad():
+        bank.prototypes[0, 3] = 60.0  # its mass underflows on both processes
+    optimizer = TokenNormalized([bank.prototypes], lr=0.4).watch(bank)
+    x, mask = tokens_and_mask()
+    share = slice(None) if processes == 1 else slice(0, 2) if rank == 0 else slice(2, None)  # of unequal sizes
+    bank(x[share], mask[share])
+    optimizer.step()
+    return bank.prototypes.detach()
+
+
+def shared_sample(rank: int, processes: int) -> tuple[Tensor, Tensor]:
+    rows, full, few = torch.arange(60.0).unsqueeze(1), Reservoir(40), Reservoir(40)
+    full.add(rows[rank::processes])
+    if rank == processes - 1:  # the other process has nothing to give
+        few.add(rows[:3])
+    return full.gather(), few.gather()
+
+
+def primitives(rank: int) -> dict[str, Any]:
+    value = torch.tensor([1.0 + rank, 5.0 - rank], requires_grad=True)
+    (sum_over_processes(value) * torch.tensor([1.0, 10.0 * (rank + 1)])).sum().backward()
+    return {
+        "world_size": world_size(),
+        "first": is_first_process(),
+        "sum": sum_over_processes(value).detach(),
+        "gradient": value.grad,
+        "max": max_over_processes(value).detach(),
+        "gathered": gather_objects({"rank": rank}),
+        "broadcast": broadcast_object(f"from {rank}"),
+        "value": value.detach(),
+    }
+
+
+def everything(rank: int, processes: int) -> dict[str, Any]:
+    return {
+        "per_dimension": scaled_step("per_dimension", rank, processes),
+        "total": scaled_step("total", rank, processes),
+        "whiten": scaled_step("whiten", rank, processes),
+        "step": token_normalized_step(rank, processes),
+        "sample": shared_sample(rank, processes),
+        "primitives": primitives(rank),
+    }
+
+
+def _run(rank: int, init_file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    try:
+        torch.save(everything(rank, 2), f"{out}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found; they are started once, because that is what takes the time."""
+    folder: Path = tmp_path_factory.mktemp("gloo")
+    mp.spawn(_run, args=(str(folder / "init"), str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.slow
+@modes
+def test_embedding_scale_equals_the_joint_batch(mode: ScaleMode, two: list[dict[str, Any]]) -> None:
+    gradients, state = scaled_step(mode, 0, 1)
+    for found in two:
+        torch.testing.assert_close(found[mode][0], gradients)
+        torch.testing.assert_close(found[mode][1], state)
+
+
+@pytest.mark.slow
+def test_token_normalized_equals_the_joint_batch(two: list[dict[str, Any]]) -> None:
+    expected = token_normalized_step(0, 1)
+    assert bool(expected.isfinite().all())
+    for found in two:
+        torch.testing.assert_close(found["step"], expected)
+
+
+@pytest.mark.slow
+def test_reservoirs_share_one_sample(two: list[dict[str, Any]]) -> None:
+    (full, few), (full_too, few_too) = (found["sample"] for found in two)
+    assert torch.equal(full, full_too)
+    assert len(torch.unique(full)) == 40
+    assert torch.equal(few, few_too)
+    assert sorted(few.flatten().tolist()) == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_collective_operations(two: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(found["primitives"] for found in two):
+        assert found["world_size"] == 2
+        assert found["first"] == (rank == 0)
+        assert found["sum"].tolist() == [3.0, 9.0]
+        assert found["max"].tolist() == [2.0, 5.0]
+        assert found["gradient"].tolist() == [2.0, 30.0]  # of the sum of both processes' losses
+        assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert found["broadcast"] == "from 0"
+        assert found["value"].tolist() == [1.0 + rank, 5.0 - rank]  # the inputs stay as they were
+
+
+def test_one_process_is_the_identity() -> None:
+    found = primitives(0)
+    assert found["world_size"] == 1
+    assert found["first"]
+    assert found["sum"].tolist() == found["max"].tolist() == [1.0, 5.0]
+    assert found["gradient"].tolist() == [1.0, 10.0]
+    assert found["gathered"] == [{"rank": 0}]
+    assert found["broadcast"] == "from 0"
