@@ -107,12 +107,14 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def measure(size: int, prototypes: int, fraction: float, budget: float, turns: tuple[int, int]) -> list[dict[str, Any]]:
+def measure(
+    size: int, prototypes: int, fraction: float, budget: float, turns: tuple[int, int], paths: tuple[str, ...]
+) -> list[dict[str, Any]]:
     """All cases of one size and temperature, in turns."""
     tokens, bank = problem(size, prototypes)
     # A thread that flushes before its first parallel operation has workers that flush; see above.
     with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as flushing:
-        cases = steps(tokens, bank, fraction, (MATMULS, *PATHS))
+        cases = steps(tokens, bank, fraction, (MATMULS, *paths))
 
         def timed(name: str, flush: str) -> float:
             if flush == "all threads":
@@ -123,13 +125,13 @@ def measure(size: int, prototypes: int, fraction: float, budget: float, turns: t
             finally:
                 torch.set_flush_denormal(False)
 
-        jobs = [(MATMULS, "off"), *itertools.product(PATHS, FLUSHES)]
+        jobs = [(MATMULS, "off"), *itertools.product(paths, FLUSHES)]
         times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
         for job in jobs:
             timed(*job)  # compile, start threads, fill caches
         began = time.perf_counter()
         for turn in range(turns[1]):
-            if turn >= turns[0] and time.perf_counter() - began > budget * len(PATHS):
+            if turn >= turns[0] and time.perf_counter() - began > budget * len(paths):
                 break
             for job in jobs:
                 times[job].append(timed(*job))
@@ -176,17 +178,19 @@ def report(result: dict[str, Any]) -> None:
         for row in result["time"]
     }
     sizes = sorted({key[:3] for key in found}, key=lambda key: (key[0], key[1], -key[2]))
+    paths = list(dict.fromkeys(row["path"] for row in result["time"]))
     for flush in FLUSHES:
-        print(f"\nflushing: {flush}\n\n| N | K | T / T_c | {' | '.join(PATHS)} | matrix products, ms |")
-        print("|" + "---|" * (4 + len(PATHS)))
+        print(f"\nflushing: {flush}\n\n| N | K | T / T_c | {' | '.join(paths)} | matrix products, ms |")
+        print("|" + "---|" * (4 + len(paths)))
         for size in sizes:
-            rows = [found[(*size, path, flush)] for path in PATHS]
+            rows = [found[(*size, path, flush)] for path in paths]
             cells = " | ".join(f"{row['ratio']:.2f}" for row in rows)
             print(f"| {size[0]:,} | {size[1]:,} | {size[2]:g} | {cells} | {rows[0]['fastest_matmuls_ms']:.0f} |")
-    print(f"\nmemory, MiB\n\n| N | K | {' | '.join(MEMORY_CASES)} |")
-    print("|" + "---|" * (2 + len(MEMORY_CASES)))
+    names = [name for name in MEMORY_CASES if name in result["memory_mib"][0]]
+    print(f"\nmemory, MiB\n\n| N | K | {' | '.join(names)} |")
+    print("|" + "---|" * (2 + len(names)))
     for row in result["memory_mib"]:
-        cells = " | ".join(f"{row[name]:.0f}" for name in MEMORY_CASES)
+        cells = " | ".join(f"{row[name]:.0f}" for name in names)
         print(f"| {row['tokens']:,} | {row['prototypes']:,} | {cells} |")
 
 
@@ -198,17 +202,22 @@ def main() -> None:
         name, size, prototypes = arguments.memory_of
         print(memory_of_this_process(name, int(size), int(prototypes)))
         return
-    sizes, fractions, budget, turns = (SIZES, FRACTIONS, SECONDS, TURNS)
-    if arguments.quick:
-        sizes, fractions, budget, turns = ((256, 16),), (0.1,), 1.0, (1, 1)
-        global PATHS
-        PATHS = ("fused", "plain")  # a compilation takes longer than everything else
+    sizes, fractions, budget, turns, paths, in_memory = SIZES, FRACTIONS, SECONDS, TURNS, PATHS, MEMORY_CASES
+    if arguments.quick:  # without what takes longest: compiling, and starting processes
+        sizes, fractions, budget, turns, paths, in_memory = (
+            ((256, 16),),
+            (0.1,),
+            1.0,
+            (1, 1),
+            ("fused", "plain"),
+            ("fused",),
+        )
     result: dict[str, Any] = {"dim": DIM, "threads": torch.get_num_threads(), "time": [], "memory_mib": []}
     for size, prototypes in tqdm(sizes, desc="memory"):
-        row = {name: memory(name, size, prototypes) for name in MEMORY_CASES}
+        row = {name: memory(name, size, prototypes) for name in in_memory}
         result["memory_mib"].append({"tokens": size, "prototypes": prototypes, **row})
     for (size, prototypes), fraction in tqdm(list(itertools.product(sizes, fractions)), desc="time"):
-        result["time"] += measure(size, prototypes, fraction, budget, turns)
+        result["time"] += measure(size, prototypes, fraction, budget, turns, paths)
         save(arguments.output, "layer_cost", result)
     report(result)
 

@@ -14,6 +14,8 @@ import logging
 import multiprocessing
 import re
 import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -244,8 +246,12 @@ def main() -> None:
     result.setdefault("baselines", baselines(seeds))
     done = {(row["scale"], row["rho"], row["seed"]) for row in result["runs"]}
     jobs = [(case, epochs) for case in cases if case not in done]
-    with multiprocessing.get_context("spawn").Pool(1 if arguments.quick else PROCESSES, prepare) as pool:
-        for row in tqdm(pool.imap_unordered(train_job, jobs), total=len(jobs), desc="runs", mininterval=10):
+    with ExitStack() as stack:
+        results: Iterable[dict[str, Any]] = map(train_job, jobs)
+        if not arguments.quick:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(PROCESSES, prepare))
+            results = pool.imap_unordered(train_job, jobs)
+        for row in tqdm(results, total=len(jobs), desc="runs", mininterval=10):
             result["runs"].append(row)
             result["runs"].sort(key=lambda one: (SCALES.index(one["scale"]), one["rho"], one["seed"]))
             save(arguments.output, "rho_ablation", result)

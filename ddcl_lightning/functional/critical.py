@@ -110,6 +110,7 @@ def _power_iteration(tokens: Tensor, weights: Tensor, mean: Tensor, iterations: 
     for _ in range(iterations):
         offset = (mean * vector).sum(-1, keepdim=True)
         response = weights * (vector @ tokens.mT - offset)
+        # The responses sum to zero but for rounding, which counts where the tokens lie far from the origin.
         product = response @ tokens - response.sum(-1, keepdim=True) * mean
         latest: Tensor = torch.linalg.vector_norm(product, dim=-1)
         vector = product / latest.clamp(min=torch.finfo(tokens.dtype).tiny).unsqueeze(-1)

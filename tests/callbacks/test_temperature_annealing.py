@@ -169,7 +169,7 @@ def test_a_callable_that_increases_or_vanishes_is_refused_before_the_first_step(
 
 def test_a_callable_that_increases_later_is_caught_on_the_way():
     changing = iter([4.0, 3.0, 4.0, 3.0, 3.5])  # tried twice, set at the start and in both epochs
-    with pytest.raises(ValueError, match="schedule went from 3 to 3.5"):
+    with pytest.raises(ValueError, match=r"schedule went from 3 to 3\.5"):
         temperatures(schedule=lambda step: next(changing), per="epoch", unit="absolute", max_epochs=2)
 
 

@@ -88,6 +88,7 @@ def test_power_iteration_agrees_with_eigenvalues(limit: str, monkeypatch: pytest
     torch.testing.assert_close(iterated, exact, rtol=1e-6, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert critical_temperature(torch.ones(5, 3)) == 0
+    torch.testing.assert_close(critical_temperature(tokens + 1e7), exact[0], rtol=1e-4, atol=0)
 
 
 def test_power_iteration_of_many_dimensions() -> None:

@@ -1,0 +1,58 @@
+"""The project's own promises: packaging, recipes, README."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ddcl_lightning.recipes import recipe_paths
+
+ROOT = Path(__file__).parents[1]
+if sys.version_info >= (3, 11):
+    import tomllib
+
+    PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+else:
+    PROJECT = {}
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
+def test_package_list_matches_the_folders() -> None:
+    setup = PROJECT["tool"]["setuptools"]
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for folder in ("ddcl_lightning", "callbacks", "datamodules", "recipes")
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    mapped = {folder: package for package, folder in setup["package-dir"].items()}
+    shipped = {mapped.get(name, name) for name in found}
+    assert shipped == set(setup["packages"])
+
+
+def test_recipes_name_shipped_classes() -> None:
+    """``class_path: callbacks.X`` works in the checkout and nowhere else."""
+    assert recipe_paths()
+    for path in recipe_paths().values():
+        text = path.read_text(encoding="utf-8")
+        paths = re.findall(r"class_path: (\S+)", text)
+        assert all(name.startswith(("ddcl_lightning.", "lightning.")) for name in paths), path.name
+        assert text.startswith("# "), f"{path.name} needs a first line that says what it does"
+        assert yaml.safe_load(text)["seed_everything"] == 42
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The first snippet's imports are not repeated in the others, so each runs on its own: it must import what it uses.
+    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {"__name__": "snippet"})
+
+
+def test_readme_names_every_recipe_and_callback() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    import ddcl_lightning.callbacks as callbacks
+
+    names = [*recipe_paths(), *(name for name in callbacks.__all__ if not name.endswith("Error"))]
+    assert [name for name in names if name not in readme] == []
