@@ -1,7 +1,7 @@
 """PyTorch Lightning training for prototype readout heads (DDCL-Attention).
 
-The layer is :class:`DDCLAttention`, a plain module; :class:`DDCLReadoutModule` trains it on any backbone, and the callbacks
-in ``ddcl_lightning.callbacks`` attach to any LightningModule that holds one.
+The layer is :class:`DDCLAttention`, a plain module; :class:`DDCLReadoutModule` trains it on any backbone, and the
+callbacks in ``ddcl_lightning.callbacks`` attach to any LightningModule that holds one.
 """
 
 from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput

@@ -50,10 +50,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
-    return [key for key in inspect.signature(getattr(importlib.import_module(module), name)).parameters]
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
 
 
 def _subclasses(base: type) -> Iterable[type]:
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         yield child
         yield from _subclasses(child)

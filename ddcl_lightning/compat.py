@@ -40,7 +40,7 @@ def align_logger_step(trainer: pl.Trainer) -> None:
 def accept_checkpoints_after_steps() -> None:
     """Silence the advice to save weights from before the optimizer step in a manually optimised module.
 
-    A checkpoint at step n holds the weights after n steps, the optimizers' state that belongs to them, and resumes exactly.
+    A checkpoint at step n holds the weights after n steps and the state of the optimizers that belongs to them.
     """
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 

@@ -58,8 +58,8 @@ class Reservoir:
                 "discard its only batch, and that the mask is True for valid tokens."
             )
         rows = torch.cat(parts)
-        # Ordered along one fixed direction: unlike an order of bytes or of the first column it hardly depends on rounding
-        # (a scale summed over processes rounds differently) nor on ties (pixels that are always zero).
+        # Ordered along one fixed direction: unlike an order of bytes or of the first column it hardly depends on
+        # rounding (a scale summed over processes rounds differently) nor on ties (pixels that are always zero).
         flat = rows.reshape(len(rows), -1).to(torch.float64)
         direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return rows[(flat @ direction).argsort(stable=True)]

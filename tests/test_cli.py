@@ -47,7 +47,7 @@ def test_every_recipe_fits_and_prints_its_table(name: str, capsys: pytest.Captur
     header, row = printed.splitlines()[1:3]
     assert header.split() == ["ACC", "NMI", "ARI", "usage", "perplexity"]
     assert row.startswith("prototypes (last step)")
-    assert all(0 <= float(cell) for cell in row.split()[-5:])
+    assert all(float(cell) >= 0 for cell in row.split()[-5:])
 
 
 def test_validate_test_and_predict_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,7 @@ from ddcl_lightning.callbacks import CollapseWarning, DecompositionCheck, KMeans
 from ddcl_lightning.datamodules import DebrisDataModule
 from tests.tiny import quiet_trainer
 
-
-# A centred embedding gives the bias of the encoder a gradient of zero, whose rounding Adam would blow up to whole steps.
+# Centred embeddings give the bias of the encoder a gradient of zero, whose rounding Adam would blow up to whole steps.
 ENCODER = {"encoder_optimizer": "SGD"}
 
 
@@ -39,7 +38,9 @@ def train(folder: Path, processes: int, **kwargs: Any) -> list[dict[str, Any]]:
         CollapseWarning(every_n_batches=1, max_drop=1.0, min_separation=0.0),
         SaveState(folder),
     ]
-    parallel: dict[str, Any] = {} if processes == 1 else {"strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo")}
+    parallel: dict[str, Any] = (
+        {} if processes == 1 else {"strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo")}
+    )
     trainer = quiet_trainer(max_epochs=3, devices=processes, callbacks=callbacks, limit_val_batches=0, **parallel)
     # 64 rows in batches of 32, or of 2 x 16: the sampler deals the same global batches.
     trainer.fit(module, datamodule=DebrisDataModule(batch_size=32 // processes, num_per_class=16, seed=1))
@@ -60,4 +61,6 @@ def test_two_processes_equal_one(tmp_path: Path, kwargs: dict[str, Any]) -> None
     for name, value in alone.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
-            torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                first[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )

@@ -36,7 +36,7 @@ from ddcl_lightning.callbacks import (
 from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
 from ddcl_lightning.kmeans import initial_prototypes
 from ddcl_lightning.recipes import find_recipe
-from tests.tiny import Blobs, LinearBackbone, clustering_module, loader, quiet_trainer
+from tests.tiny import LinearBackbone, clustering_module, loader, quiet_trainer
 
 TOKENS = torch.randn(2, 5, 4)
 NAN_TOKENS = TOKENS.clone().index_fill(1, torch.tensor([2]), math.nan)
@@ -54,17 +54,29 @@ def frozen_module(num_prototypes: int = 4) -> DDCLReadoutModule:
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # Layer and mathematics
     "nan_tokens": (lambda: LAYER(NAN_TOKENS), ValueError, "tokens must be finite; got NaN"),
-    "all_masked": (lambda: LAYER(TOKENS, torch.zeros(2, 5, dtype=torch.bool)), ValueError, "mask leaves no valid token"),
+    "all_masked": (
+        lambda: LAYER(TOKENS, torch.zeros(2, 5, dtype=torch.bool)),
+        ValueError,
+        "mask leaves no valid token",
+    ),
     "no_tokens": (lambda: LAYER(torch.empty(2, 0, 4)), ValueError, "at least one token; got an empty batch"),
     "wrong_dim": (lambda: LAYER(torch.randn(2, 5, 7)), ValueError, r"embed_dim = 4; got shape \(2, 5, 7\)"),
-    "wrong_mask_shape": (lambda: LAYER(TOKENS, torch.ones(5, 2, dtype=torch.bool)), ValueError, r"\(2, 5\); got \(5, 2\)"),
+    "wrong_mask_shape": (
+        lambda: LAYER(TOKENS, torch.ones(5, 2, dtype=torch.bool)),
+        ValueError,
+        r"\(2, 5\); got \(5, 2\)",
+    ),
     "float_mask": (lambda: LAYER(TOKENS, torch.ones(2, 5)), TypeError, "mask must be boolean.*mask.bool"),
     "integer_tokens": (
         lambda: F.prototype_attention(torch.ones(5, 4, dtype=torch.int64), torch.ones(3, 4), 1.0),
         TypeError,
         "tokens must be floating point; got torch.int64",
     ),
-    "temperature_zero": (lambda: DDCLAttention(4, 3, temperature=0.0), ValueError, "temperature must be finite and > 0"),
+    "temperature_zero": (
+        lambda: DDCLAttention(4, 3, temperature=0.0),
+        ValueError,
+        "temperature must be finite and > 0",
+    ),
     "temperature_negative": (lambda: F.soft_assign(TOKENS[0], torch.ones(3, 4), -1.0), ValueError, "> 0.*got -1.0"),
     "temperatures_per_head": (
         lambda: LAYER.bank.set_temperature(torch.ones(3)),
@@ -72,7 +84,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"one value or one per head, \(1,\); got \(3,\)",
     ),
     "no_prototypes": (lambda: PrototypeBank(0, 4), ValueError, "num_prototypes must be at least 1; got 0"),
-    "heads_do_not_divide": (lambda: DDCLAttention(10, 3, num_heads=4), ValueError, "divisible by num_heads; got 10 and 4"),
+    "heads_do_not_divide": (
+        lambda: DDCLAttention(10, 3, num_heads=4),
+        ValueError,
+        "divisible by num_heads; got 10 and 4",
+    ),
     "residual_without_projection": (
         lambda: DDCLAttention(4, 3, residual=True, output_projection=False),
         ValueError,
@@ -110,7 +126,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "rho_one": (lambda: clustering_module(rho=1.0), ValueError, "must be < 1.*got 1.0.*allow_unstable=True"),
     "rho_negative": (lambda: clustering_module(rho=-0.1), ValueError, ">= 0; got -0.1"),
     "rho_nan": (lambda: clustering_module(rho=math.nan), ValueError, ">= 0; got nan"),
-    "lr_zero": (lambda: clustering_module(lr_prototypes=0.0), ValueError, "lr_prototypes must be finite and > 0; got 0.0"),
+    "lr_zero": (
+        lambda: clustering_module(lr_prototypes=0.0),
+        ValueError,
+        "lr_prototypes must be finite and > 0; got 0.0",
+    ),
     "lr_twice": (
         lambda: clustering_module(prototype_optimizer_args={"lr": 1.0}),
         ValueError,
@@ -124,7 +144,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "lbfgs": (lambda: clustering_module(encoder_optimizer="LBFGS"), ValueError, "must not be LBFGS"),
     "share_above_one": (lambda: TokenNormalized([LAYER.bank.prototypes], lr=1.5), ValueError, r"in \(0, 1\].*got 1.5"),
-    "groups_without_bank": (lambda: two_timescale_groups(torch.nn.Linear(2, 2), 0.1), ValueError, "found none in Linear"),
+    "groups_without_bank": (
+        lambda: two_timescale_groups(torch.nn.Linear(2, 2), 0.1),
+        ValueError,
+        "found none in Linear",
+    ),
     "one_group_for_all": (
         lambda: fit_with_one_rate(),
         RuntimeError,
@@ -149,7 +173,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "schedule must not increase; it goes from 1 to 2 at epoch 1",
     ),
-    "temperature_start_zero": (lambda: TemperatureAnnealing(start=0.0), ValueError, "start must be a finite temperature"),
+    "temperature_start_zero": (
+        lambda: TemperatureAnnealing(start=0.0),
+        ValueError,
+        "start must be a finite temperature",
+    ),
     "annealing_without_end": (
         lambda: fit(frozen_module(), loader(), TemperatureAnnealing(), max_epochs=-1),
         ValueError,
@@ -160,7 +188,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "CollapseWarning found no PrototypeBank",
     ),
-    "check_every_zero": (lambda: DecompositionCheck(every_n_batches=0), ValueError, "every_n_batches must be at least 1"),
+    "check_every_zero": (
+        lambda: DecompositionCheck(every_n_batches=0),
+        ValueError,
+        "every_n_batches must be at least 1",
+    ),
     "unknown_action": (lambda: CollapseWarning(on_collapse="panic"), ValueError, "'warn', 'stop' or 'raise'"),  # type: ignore[arg-type]
     "figures_every_zero": (lambda: PrototypeFigures(every_n_epochs=0), ValueError, "every_n_epochs must be at least 1"),
     "ratio_guard_two": (lambda: RatioGuard(max_ratio=2.0), ValueError, r"max_ratio must be in \(0, 1\]; got 2.0"),
@@ -184,11 +216,19 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"labels must be in \[0, num_classes = 3\)",
     ),
-    "clustering_without_prototypes": (lambda: Clustering(4).build(HeadWithoutBank()), ValueError, "needs a head with prototypes"),
+    "clustering_without_prototypes": (
+        lambda: Clustering(4).build(HeadWithoutBank()),
+        ValueError,
+        "needs a head with prototypes",
+    ),
     "metric_without_samples": (lambda: empty_metric(), RuntimeError, "update"),
     "val_fraction_one": (lambda: DigitsDataModule(val_fraction=1.0), ValueError, r"in \[0, 1\); got 1.0"),
     "negative_noise": (lambda: DebrisDataModule(noise=-1.0), ValueError, "noise"),
-    "missing_catalogue": (lambda: DebrisDataModule(catalogue="nowhere.csv").setup(), (FileNotFoundError, ValueError), "nowhere.csv"),  # type: ignore[dict-item]
+    "missing_catalogue": (
+        lambda: DebrisDataModule(catalogue="nowhere.csv").setup(),
+        (FileNotFoundError, ValueError),
+        "nowhere.csv",
+    ),  # type: ignore[dict-item]
     "unknown_recipe": (lambda: find_recipe("digitz"), ValueError, "Did you mean 'digits'"),
 }
 

@@ -75,7 +75,9 @@ def test_one_backward_and_two_optimizers_move_everything() -> None:
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_steps_are_counted_once(tmp_path: Path, accumulate: int) -> None:
     """trainer.global_step, max_steps, checkpoints and logger steps all count optimizer steps of the pair."""
-    checkpoints = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    checkpoints = ModelCheckpoint(
+        dirpath=tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1, filename="{step}"
+    )
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     spy = Spy()
     trainer = quiet_trainer(
@@ -144,7 +146,9 @@ def test_one_schedule_drives_both_rates(schedule: Any) -> None:
         assert rates["encoder"] == pytest.approx(0.1 * rates["prototypes"])
     assert [rates["prototypes"] for rates in spy.rates[:4]] == pytest.approx([0.005, 0.01, 0.015, 0.02])
     last = spy.rates[-1]["prototypes"]
-    assert last == pytest.approx({"constant": 0.02, "linear": 0.02 / 9, "cosine": 0.02 * 0.5 * (1 + math.cos(8 / 9 * math.pi))}[schedule])
+    assert last == pytest.approx(
+        {"constant": 0.02, "linear": 0.02 / 9, "cosine": 0.02 * 0.5 * (1 + math.cos(8 / 9 * math.pi))}[schedule]
+    )
 
 
 class Meddler(pl.Callback):
@@ -263,13 +267,12 @@ def test_non_finite_loss_stops_the_run_with_the_figures() -> None:
 
 
 def test_refuses_what_cannot_work() -> None:
+    module = clustering_module()
+    module.trainer = _Fake("16-mixed", None)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="precision='bf16-mixed'"):
-        module = clustering_module()
-        module.trainer = _Fake("16-mixed", None)  # type: ignore[assignment]
         module.setup("fit")
+    module.trainer = _Fake("32-true", FSDPStrategy())  # type: ignore[assignment]
     with pytest.raises(ValueError, match="strategy='ddp'"):
-        module = clustering_module()
-        module.trainer = _Fake("32-true", FSDPStrategy())  # type: ignore[assignment]
         module.setup("fit")
 
 
@@ -292,7 +295,9 @@ def test_pca_is_fitted_on_training_data_before_the_sanity_check() -> None:
     data = DigitsDataModule(batch_size=600)
     backbone = PCABackbone(64, 8)
     module = DDCLReadoutModule(backbone, DDCLReadout(10), Clustering(10))
-    quiet_trainer(max_epochs=1, callbacks=[KMeansInitialization(num_restarts=1, progress=False)]).fit(module, datamodule=data)
+    quiet_trainer(max_epochs=1, callbacks=[KMeansInitialization(num_restarts=1, progress=False)]).fit(
+        module, datamodule=data
+    )
     assert bool(backbone.fitted)
     assert 0.6 < float(backbone.explained_variance_ratio) < 0.8
 
