@@ -109,7 +109,7 @@ def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: 
     # Rounding of the logits moves loss between L_OLS and V in proportion to energy / T; their sum does not feel it.
     split = allowed * max(1.0, errors.sharpness)
     limits = {
-        "|L_q - (L_OLS + V)| from the definitions": (errors.identity, TOLERANCES[torch.float64]),
+        "|L_q - (L_OLS + V)| from the definitions": (errors.identity, TOLERANCES[torch.float64] + errors.rows),
         "L_q against the trained value": (errors.loss, allowed),
         "L_OLS against the trained value": (errors.ols, split),
         "V against the trained value": (errors.variance, split),

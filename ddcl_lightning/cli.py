@@ -42,7 +42,7 @@ class DDCLCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
-            raise SystemExit(_fail(str(error))) from error
+            raise SystemExit(_fail(explain(str(error), self.parser))) from error
 
 
 def main(args: ArgsType = None) -> None:

@@ -17,6 +17,8 @@ from ddcl_lightning.tasks import Task
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
+# Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
+_REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
 _BASES = {"model.backbone": Backbone, "model.head": Head, "model.task": Task, "data": LightningDataModule}
 
 
@@ -36,6 +38,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
         key, name = found.groups()
         base = _BASES.get(key, Callback)
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
+    found = _REFUSED_VALUE.search(message)
+    if found:
+        return found.group(1)
     return message
 
 

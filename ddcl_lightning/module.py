@@ -104,6 +104,8 @@ class DDCLReadoutModule(pl.LightningModule):
             "prototype_optimizer", prototype_optimizer, prototype_optimizer_args, weight_decay=0.0
         )
         self.encoder_optimizer = OptimizerSpec("encoder_optimizer", encoder_optimizer, encoder_optimizer_args)
+        if self.encoder_optimizer.optimizer_class is TokenNormalized:
+            raise ValueError("encoder_optimizer must step along gradients; TokenNormalized moves prototypes only.")
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
         self.allow_unstable, self.check_finite = allow_unstable, check_finite
@@ -139,7 +141,9 @@ class DDCLReadoutModule(pl.LightningModule):
                 f"the training loss is not finite at step {self.trainer.global_step}: {parts}. Check the data for "
                 "NaN, lower lr_prototypes or rho, set gradient_clip_val, or raise the temperature."
             )
-        self.manual_backward(loss / self._window_size(batch_idx))
+        # The backward pass of what ran under autocast belongs outside of it.
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss / self._window_size(batch_idx))
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, on_step=True)
         if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             self._step_optimizers()
@@ -169,7 +173,7 @@ class DDCLReadoutModule(pl.LightningModule):
         return {**columns, **self.task.predict(readout, batch)}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole validation set."""
+        """Log the metrics of the whole validation set; those without labels to compare with are left out."""
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
@@ -322,7 +326,8 @@ class DDCLReadoutModule(pl.LightningModule):
     def _log_metrics(self, stage: str) -> None:
         for prefix, metric in self._metrics(stage).items():
             values = metric.compute()
-            self.log_dict({f"{stage}/{prefix}{name}": value.float() for name, value in values.items()})
+            defined = {name: value.float() for name, value in values.items() if not bool(value.isnan())}
+            self.log_dict({f"{stage}/{prefix}{name}": value for name, value in defined.items()})
             metric.reset()
 
 

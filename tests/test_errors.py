@@ -60,6 +60,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "mask leaves no valid token",
     ),
     "no_tokens": (lambda: LAYER(torch.empty(2, 0, 4)), ValueError, "at least one token; got an empty batch"),
+    "sample_without_tokens": (
+        lambda: DDCLReadout(3, embed_dim=4)(TOKENS, torch.tensor([[True] * 5, [False] * 5])),
+        ValueError,
+        "none in 1 of 2 .the first is number 1 of the batch.",
+    ),
     "wrong_dim": (lambda: LAYER(torch.randn(2, 5, 7)), ValueError, r"embed_dim = 4; got shape \(2, 5, 7\)"),
     "wrong_mask_shape": (
         lambda: LAYER(TOKENS, torch.ones(5, 2, dtype=torch.bool)),
@@ -141,6 +146,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: clustering_module(encoder_optimizer_args={"beta": 1}),
         ValueError,
         "encoder_optimizer_args has no argument 'beta'. Did you mean 'betas'",
+    ),
+    "encoder_without_gradients": (
+        lambda: clustering_module(encoder_optimizer="TokenNormalized"),
+        ValueError,
+        "TokenNormalized moves prototypes only",
     ),
     "lbfgs": (lambda: clustering_module(encoder_optimizer="LBFGS"), ValueError, "must not be LBFGS"),
     "share_above_one": (lambda: TokenNormalized([LAYER.bank.prototypes], lr=1.5), ValueError, r"in \(0, 1\].*got 1.5"),

@@ -372,3 +372,26 @@ def test_load_from_checkpoint_with_modules(tmp_path: Path) -> None:
     )
     assert loaded.lr_prototypes == 0.03
     torch.testing.assert_close(loaded.state_dict(), module.state_dict())
+
+
+def test_backward_runs_outside_of_autocast() -> None:
+    seen = []
+
+    class Watch(Clustering):
+        def losses(self, readout: Any, batch: Any) -> Any:
+            losses = super().losses(readout, batch)
+            seen.append(("forward", torch.is_autocast_enabled("cpu")))
+            readout.tokens.register_hook(lambda _: seen.append(("backward", torch.is_autocast_enabled("cpu"))))
+            return {**losses, "loss": losses["loss"] + readout.tokens.sum()}
+
+    quiet_trainer(max_epochs=1, precision="bf16-mixed", limit_train_batches=1).fit(
+        clustering_module(Watch(4)), loader()
+    )
+    assert seen == [("forward", True), ("backward", False)]
+
+
+def test_metrics_without_labels_are_not_logged() -> None:
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(clustering_module(Clustering()), loader(), loader())
+    assert {"val/usage", "val/perplexity"} <= set(trainer.callback_metrics)
+    assert "val/acc" not in trainer.callback_metrics

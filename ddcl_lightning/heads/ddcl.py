@@ -110,6 +110,8 @@ class DDCLReadout(Head):
             raise RuntimeError(
                 "DDCLReadout does not know its input dimension. Pass embed_dim or call build(embed_dim)."
             )
+        if mask is not None and not torch.compiler.is_compiling() and mask.device.type == "cpu":
+            _require_tokens(mask)
         need_weights = not self.training or self.pooling != "centroid"
         output = self.attention(tokens, mask, need_weights)
         assignments = None
@@ -130,3 +132,13 @@ class DDCLReadout(Head):
             assert assignments is not None
             parts.append(assignments.flatten(1).to(tokens.dtype))
         return torch.cat(parts, -1)
+
+
+def _require_tokens(mask: Tensor) -> None:
+    """Raise unless every sample has a valid token: the others have no mean to pool."""
+    empty = torch.nonzero(~mask.any(-1)).flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"mask must leave at least one valid token in every sample; got none in {len(empty)} of {len(mask)} (the first "
+            f"is number {empty[0]} of the batch). Drop empty samples from the data."
+        )

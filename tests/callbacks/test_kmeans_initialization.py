@@ -133,6 +133,33 @@ def test_levels_are_done_in_the_order_of_execution():
     assert same_rows(found["top.bank.prototypes"][0], expected)
 
 
+def test_the_second_level_sees_the_first_at_its_temperature():
+    class Levels(TwoLevels):
+        def on_train_start(self):
+            self.levels = [layer.bank.prototypes[0].detach().clone() for layer in (self.layer, self.top)]
+
+    module, x = Levels(), blobs()[0]
+    annealing = TemperatureAnnealing(start=0.3, end=0.3)
+    fit(module, KMeansInitialization(), annealing, max_epochs=1)
+    first, second = module.levels
+    temperature = 0.3 * annealing.state_dict()["references"]["layer.bank"][0]
+    weights = (-torch.cdist(x, first).square() / temperature).softmax(1)
+    assert 0.2 < float(weights.max(1).values.mean()) < 0.999
+    assert same_rows(second, centers(weights @ first, 2))
+
+
+def test_banks_that_are_set_are_left_alone_and_the_others_are_not():
+    class Levels(TwoLevels):
+        def on_train_start(self):
+            self.levels = [layer.bank.prototypes[0].detach().clone() for layer in (self.layer, self.top)]
+
+    module, mine = Levels(), blobs()[0][:4]
+    module.layer.bank.set_prototypes(mine.unsqueeze(0))
+    fit(module, KMeansInitialization(), max_epochs=1)
+    assert torch.equal(module.levels[0], mine)
+    assert bool(module.top.bank.initialized)
+
+
 def test_farthest_points_are_tokens_far_apart():
     found = start(Project(num_prototypes=6), method="farthest_point")["layer.bank.prototypes"][0]
     x, _ = blobs()
@@ -219,9 +246,10 @@ class Traced(Project):
 
     def training_step(self, batch, batch_idx):
         self.queue += 1
+        drawn = float(torch.rand(()))
         if self.recording:
             self.seen.append(batch[0].clone())
-            self.drawn.append(float(torch.rand(())))
+            self.drawn.append(drawn)
         return super().training_step(batch, batch_idx)
 
 

@@ -193,7 +193,7 @@ def test_another_run_is_measured_anew():
     assert second["references"] != first["references"]
 
 
-def digits_run(path, annealing, max_epochs=4, max_steps=-1, ckpt_path=None):
+def digits_run(path, annealing, max_epochs=4, ckpt_path=None):
     """Trains on the digits and returns the temperatures by step; a checkpoint after step 13, inside of epoch 1."""
     pl.seed_everything(1, verbose=False)
     module = DDCLReadoutModule(
@@ -212,7 +212,6 @@ def digits_run(path, annealing, max_epochs=4, max_steps=-1, ckpt_path=None):
     trainer = pl.Trainer(
         callbacks=[annealing, KMeansInitialization(), Watch()],
         max_epochs=max_epochs,
-        max_steps=max_steps,
         num_sanity_val_steps=0,
         limit_val_batches=0,
         **QUIET,
@@ -225,11 +224,15 @@ def digits_run(path, annealing, max_epochs=4, max_steps=-1, ckpt_path=None):
 def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(per, tmp_path):
     checkpoint = tmp_path / "step=13.ckpt"  # 8 batches an epoch: after the fifth of epoch 1
     whole, module = digits_run(checkpoint, TemperatureAnnealing(per=per))
-    # A longer limit must not stretch the schedule of the run that it continues.
-    rest, resumed = digits_run(checkpoint, TemperatureAnnealing(per=per), 6, 32, checkpoint)
+    rest, resumed = digits_run(checkpoint, TemperatureAnnealing(per=per), ckpt_path=checkpoint)
     assert sorted(rest) == list(range(13, 32))
     assert all(torch.equal(rest[step], whole[step]) for step in rest)
     assert torch.equal(resumed.head.attention.bank.prototypes, module.head.attention.bank.prototypes)
+    # A longer run must not stretch the schedule of the one that it continues.
+    longer, _ = digits_run(checkpoint, TemperatureAnnealing(per=per), max_epochs=6, ckpt_path=checkpoint)
+    assert sorted(longer) == list(range(13, 48))
+    assert all(torch.equal(longer[step], whole[step]) for step in rest)
+    assert all(torch.all(longer[step] <= whole[31]) for step in range(32, 48))
 
 
 def test_the_temperature_is_logged():
