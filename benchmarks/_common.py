@@ -35,7 +35,7 @@ def save(folder: Path, name: str, result: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"versions": versions(), **result}, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps({"versions": versions(), **result}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
     return path
 

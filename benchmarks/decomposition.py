@@ -222,7 +222,7 @@ class Tally:
         losses = torch.cat(self.losses)
         column = dict(zip(FIELDS, errors.unbind(-1), strict=True))
         softened = column["sharpness"].clamp(min=1.0)
-        positive = losses > 0
+        positive = losses > torch.finfo(torch.float64).tiny
         relative = column["energy"][positive] / losses[positive]
         shown = {
             "identity / energy": column["identity"],

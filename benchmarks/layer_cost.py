@@ -8,7 +8,7 @@ Low temperatures make numbers too small to be normal, which a CPU multiplies slo
 ``torch.set_flush_denormal`` tells the calling thread, and the worker threads which that one starts later: "caller" is
 what it does once the workers exist, "all threads" is what it does before the first parallel operation.
 
-    python benchmarks/layer_cost.py               # half an hour on two cores: keep them free
+    python benchmarks/layer_cost.py               # 15 minutes on two cores: keep them free
     python benchmarks/layer_cost.py --quick
 
 Writes ``layer_cost.json``.
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +39,7 @@ FRACTIONS = (0.1, 0.005)  # of the critical temperature
 FLUSHES = ("off", "caller", "all threads")
 MATMULS = "two matrix products"
 PATHS = ("fused", "fused, compiled", "plain", "plain, compiled")
-SECONDS, TURNS = 40.0, (3, 15)  # per size, temperature and path; fewest and most turns
+SECONDS, TURNS = 60.0, (5, 25)  # per size and temperature; fewest and most turns
 MEMORY_CASES = (MATMULS, "fused", "plain")
 
 Step = Callable[[], None]
@@ -60,10 +60,10 @@ class Products(nn.Module):
 class Layer(nn.Module):
     """A bank with a loss on everything that it returns."""
 
-    def __init__(self, prototypes: Tensor, temperature: float, plain: bool) -> None:
+    def __init__(self, prototypes: Tensor, plain: bool) -> None:
         super().__init__()
         self.plain = plain
-        self.bank = PrototypeBank(*prototypes.shape, temperature=temperature)
+        self.bank = PrototypeBank(*prototypes.shape)
         self.bank.set_prototypes(prototypes.unsqueeze(0))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -81,24 +81,32 @@ def problem(size: int, prototypes: int) -> tuple[Tensor, Tensor]:
     return tokens, centres + 0.1 * torch.randn(prototypes, DIM, generator=generator)
 
 
-def steps(tokens: Tensor, prototypes: Tensor, fraction: float, names: tuple[str, ...]) -> dict[str, Step]:
-    """One forward and backward of each case."""
+def modules(prototypes: Tensor, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The module of each case."""
+    return {
+        name: Products(prototypes) if name == MATMULS else Layer(prototypes, name.startswith("plain")) for name in names
+    }
+
+
+def step_of(name: str, module: nn.Module, tokens: Tensor) -> Step:
+    """One forward and backward."""
+    call: Callable[[Tensor], Tensor] = torch.compile(module) if name.endswith("compiled") else module
+    leaf = tokens.clone().requires_grad_()
+
+    def step() -> None:
+        leaf.grad = None
+        module.zero_grad()
+        call(leaf).backward()
+
+    return step
+
+
+def set_temperature(cases: Iterable[nn.Module], tokens: Tensor, fraction: float) -> None:
+    """A fraction of the critical temperature for all layers."""
     temperature = fraction * float(critical_temperature(tokens))
-
-    def step(name: str) -> Step:
-        plain = name.startswith("plain")
-        module = Products(prototypes) if name == MATMULS else Layer(prototypes, temperature, plain)
-        call: Callable[[Tensor], Tensor] = torch.compile(module) if name.endswith("compiled") else module
-        leaf = tokens.clone().requires_grad_()
-
-        def run() -> None:
-            leaf.grad = None
-            module.zero_grad()
-            call(leaf).backward()
-
-        return run
-
-    return {name: step(name) for name in names}
+    for module in cases:
+        if isinstance(module, Layer):
+            module.bank.set_temperature(temperature)
 
 
 def seconds(step: Step) -> float:
@@ -107,48 +115,57 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    size: int, prototypes: int, fraction: float, budget: float, turns: tuple[int, int], paths: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """All cases of one size and temperature, in turns."""
-    tokens, bank = problem(size, prototypes)
-    # A thread that flushes before its first parallel operation has workers that flush; see above.
-    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as flushing:
-        cases = steps(tokens, bank, fraction, (MATMULS, *paths))
+class Turns:
+    """All cases of one size, which take turns."""
 
-        def timed(name: str, flush: str) -> float:
-            if flush == "all threads":
-                return flushing.submit(seconds, cases[name]).result()
-            torch.set_flush_denormal(flush == "caller")
-            try:
-                return seconds(cases[name])
-            finally:
-                torch.set_flush_denormal(False)
+    def __init__(self, size: int, prototypes: int, paths: tuple[str, ...]) -> None:
+        torch.compiler.reset()  # so that no size is taken for a dynamic one, or refused as one too many
+        self.common = {"tokens": size, "prototypes": prototypes}
+        self.paths = paths
+        self.tokens, bank = problem(size, prototypes)
+        self.modules = modules(bank, (MATMULS, *paths))
+        self.steps = {name: step_of(name, module, self.tokens) for name, module in self.modules.items()}
+        # A thread that flushes before its first parallel operation has workers that flush; see above.
+        self.flushing = ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
 
-        jobs = [(MATMULS, "off"), *itertools.product(paths, FLUSHES)]
+    def timed(self, name: str, flush: str) -> float:
+        """Seconds of one step."""
+        if flush == "all threads":
+            return self.flushing.submit(seconds, self.steps[name]).result()
+        torch.set_flush_denormal(flush == "caller")
+        try:
+            return seconds(self.steps[name])
+        finally:
+            torch.set_flush_denormal(False)
+
+    def measure(self, fraction: float, budget: float, turns: tuple[int, int]) -> list[dict[str, Any]]:
+        """One row per path and way of flushing, at one temperature."""
+        set_temperature(self.modules.values(), self.tokens, fraction)
+        jobs = [(MATMULS, "off"), *itertools.product(self.paths, FLUSHES)]
         times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
         for job in jobs:
-            timed(*job)  # compile, start threads, fill caches
+            self.timed(*job)  # compile, start threads, fill caches
         began = time.perf_counter()
         for turn in range(turns[1]):
-            if turn >= turns[0] and time.perf_counter() - began > budget * len(paths):
+            if turn >= turns[0] and time.perf_counter() - began > budget:
                 break
             for job in jobs:
-                times[job].append(timed(*job))
-    bare = times.pop((MATMULS, "off"))
-    common = {"tokens": size, "prototypes": prototypes, "temperature": fraction, "turns": len(bare)}
-    return [
-        {
-            **common,
-            "path": path,
-            "flush": flush,
-            "ratio": statistics.median(mine / theirs for mine, theirs in zip(values, bare, strict=True)),
-            "ratio_of_fastest": min(values) / min(bare),
-            "fastest_ms": 1e3 * min(values),
-            "fastest_matmuls_ms": 1e3 * min(bare),
-        }
-        for (path, flush), values in times.items()
-    ]
+                times[job].append(self.timed(*job))
+        bare = times.pop((MATMULS, "off"))
+        return [
+            {
+                **self.common,
+                "temperature": fraction,
+                "turns": len(bare),
+                "path": path,
+                "flush": flush,
+                "ratio": statistics.median(mine / theirs for mine, theirs in zip(values, bare, strict=True)),
+                "ratio_of_fastest": min(values) / min(bare),
+                "fastest_ms": 1e3 * min(values),
+                "fastest_matmuls_ms": 1e3 * min(bare),
+            }
+            for (path, flush), values in times.items()
+        ]
 
 
 def peak_mib() -> float:
@@ -158,8 +175,15 @@ def peak_mib() -> float:
 
 def memory_of_this_process(name: str, size: int, prototypes: int) -> float:
     """Memory in MiB that one forward and backward adds to that of the inputs."""
-    steps(*problem(256, 8), FRACTIONS[0], (name,))[name]()  # libraries and threads
-    step = steps(*problem(size, prototypes), FRACTIONS[0], (name,))[name]
+
+    def prepared(size: int, prototypes: int) -> Step:
+        tokens, bank = problem(size, prototypes)
+        module = modules(bank, (name,))[name]
+        set_temperature((module,), tokens, FRACTIONS[0])
+        return step_of(name, module, tokens)
+
+    prepared(256, 8)()  # loads libraries and starts threads
+    step = prepared(size, prototypes)
     before = peak_mib()
     step()
     return peak_mib() - before
@@ -216,9 +240,11 @@ def main() -> None:
     for size, prototypes in tqdm(sizes, desc="memory"):
         row = {name: memory(name, size, prototypes) for name in in_memory}
         result["memory_mib"].append({"tokens": size, "prototypes": prototypes, **row})
-    for (size, prototypes), fraction in tqdm(list(itertools.product(sizes, fractions)), desc="time"):
-        result["time"] += measure(size, prototypes, fraction, budget, turns, paths)
-        save(arguments.output, "layer_cost", result)
+    for size, prototypes in tqdm(sizes, desc="time"):
+        together = Turns(size, prototypes, paths)
+        for fraction in fractions:
+            result["time"] += together.measure(fraction, budget, turns)
+            save(arguments.output, "layer_cost", result)
     report(result)
 
 

@@ -161,10 +161,10 @@ def baselines(seeds: tuple[int, ...]) -> dict[str, list[float]]:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy and relative separation against rho, a line per embedding scale."""
     names = {
-        "whiten": "whitened (the default)",
+        "whiten": "embeddings whitened (default)",
         "per_dimension": "unit variance per dimension",
         "total": "unit total variance",
-        "none": "not bounded",
+        "none": "scale not bounded",
     }
     panels = (
         ("acc", "accuracy after the last epoch", "Clustering accuracy"),
@@ -183,16 +183,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
             above = [max(values) - mean for mean, (_, values) in zip(means, found, strict=True)]
             shifted = [x + 0.06 * (place - 1.5) for x, _ in found]
             axis.errorbar(shifted, means, yerr=[below, above], marker="o", capsize=3, label=name)
-        axis.axvline(RATIOS.index(1.0) - 0.5, color="grey", lw=0.8, ls=":")
+        edge = RATIOS.index(1.0)
+        axis.axvspan(edge - 0.5, edge + 1.5, color="grey", alpha=0.12, lw=0)
+        axis.set_xlim(-0.4, edge + 1.4)
         axis.set(xlabel=r"$\rho$ = learning rate of the encoder / of the prototypes", ylabel=label, title=title)
         axis.set_xticks(range(len(RATIOS)), ["0\n(frozen)", *(f"{ratio:g}" for ratio in RATIOS[1:])])
         axis.grid(alpha=0.25)
-    level = mean_and_deviation(result["baselines"]["pca_acc"])[0]
-    axes[0].axhline(level, color="black", ls="--", lw=1, label=f"frozen PCA + k-means ({level:.3f})")
+    for features, style, name in (("pca", "--", "frozen PCA"), ("whitened_pca", ":", "frozen whitened PCA")):
+        level = mean_and_deviation(result["baselines"][f"{features}_acc"])[0]
+        axes[0].axhline(level, color="black", ls=style, lw=1, label=f"no training: {name}, k-means ({level:.3f})")
     axes[0].set_ylim(0, 1)
+    axes[0].text(edge - 0.45, 0.96, "refused by default", fontsize="small", va="top")
     axes[1].set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, title="Scale of the embeddings")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = len({row["seed"] for row in result["runs"]})
     figure.suptitle(
         f"scikit-learn digits, linear encoder trained on the quantisation loss alone "

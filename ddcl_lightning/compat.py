@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
@@ -58,6 +59,7 @@ def train_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     trainer.fit_loop.setup_data()  # no effect where it has run; needed in on_fit_start
     loaders = apply_to_collection(trainer.train_dataloader, DataLoader, _independent_loader)
     states = _collect_rng_states()
+    generators = [(generator, generator.get_state()) for generator in _generators(trainer.train_dataloader)]
     try:
         for batch, batch_idx, _ in CombinedLoader(loaders, "max_size_cycle"):
             if batch_idx >= trainer.num_training_batches:
@@ -65,6 +67,19 @@ def train_batches(trainer: pl.Trainer) -> Iterator[Batch]:
             yield batch
     finally:  # also where the caller stops early; Lightning's own isolate_rng does not restore then
         _set_rng_states(states)
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def _generators(loaders: Any) -> list[torch.Generator]:
+    """Random generators of the loaders' own, whose state decides the order of the next pass."""
+    holders: list[Any] = []
+    apply_to_collection(
+        loaders, DataLoader, lambda loader: holders.extend([loader, loader.sampler, loader.batch_sampler])
+    )
+    holders += [getattr(holder, "sampler", None) for holder in holders]
+    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None}
+    return list(found.values())
 
 
 def _independent_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
@@ -86,4 +101,6 @@ def silent_logging(module: pl.LightningModule) -> Iterator[None]:
 
 def to_device(trainer: pl.Trainer, batch: Batch) -> Batch:
     """A batch on the module's device, through all of its transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
     return trainer.strategy.batch_to_device(batch)

@@ -16,11 +16,11 @@ MAX_LABELS = 40  # numbers written beside prototypes or bars before they hide th
 
 
 def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
-    """Separation, entropy and T / T_c over optimizer steps, one panel each with its line of danger.
+    """Separation, entropy and use, and T / T_c over optimizer steps, one panel each with its line of danger.
 
     Args:
-        points: Readings with ``step``, ``delta_min``, ``delta_mean``, ``embedding_scale``, ``entropy_ratio`` and
-            ``temperature_ratio``.
+        points: Readings with ``step``, ``delta_min``, ``delta_mean``, ``embedding_scale``, ``entropy_ratio``,
+            ``used_in_batch`` and ``temperature_ratio``.
         title: Name of the bank.
     """
     figure = Figure(figsize=(10, 8), layout="constrained")
@@ -42,8 +42,9 @@ def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
     top.set_title(f"Health of {title}", loc="left")
     curve(middle, "entropy_ratio", "H / ln K", "tab:purple")
     middle.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="uniform: assignments\nsay nothing")
+    curve(middle, "used_in_batch", "share of prototypes\nused in the batch", "tab:green")
     middle.set_ylim(0, 1.08)
-    middle.set_ylabel("entropy of assignments")
+    middle.set_ylabel("share")
     curve(bottom, "temperature_ratio", "T / T_c", "tab:orange")
     bottom.axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="above: the bank\ncollapses")
     bottom.set_yscale("log")

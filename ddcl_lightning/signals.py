@@ -58,6 +58,11 @@ class HeadSignals:
         """H / ln K, 1 for uniform assignments; NaN for a single prototype."""
         return self.entropy / math.log(self.num_prototypes) if self.num_prototypes > 1 else math.nan
 
+    @property
+    def used_in_batch(self) -> float:
+        """Share of the prototypes that a token of this batch is nearest to; a small batch cannot use them all."""
+        return float((self.counts > 0).float().mean())
+
     def scalars(self) -> dict[str, float]:
         """What goes to a logger."""
         return {
@@ -68,6 +73,7 @@ class HeadSignals:
             "temperature_ratio": self.temperature_ratio,
             "entropy": self.entropy,
             "entropy_ratio": self.entropy_ratio,
+            "used_in_batch": self.used_in_batch,
         }
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from ddcl_lightning import DDCLReadoutModule, PCABackbone
 from ddcl_lightning.cli import main, resolve_configs
 from ddcl_lightning.recipes import recipe_paths
 
@@ -73,6 +74,14 @@ def test_resumes_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     main(["fit", "--config", "digits", *QUICK[:-1], "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint)])
     assert list(tmp_path.rglob("epoch=2-step=24.ckpt"))
+
+
+def test_checkpoints_of_the_command_line_load_by_themselves(tmp_path: Path) -> None:
+    main(["fit", "--config", "digits", "--model.lr_prototypes=0.02", *QUICK])
+    module = DDCLReadoutModule.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)
+    assert module.lr_prototypes == 0.02
+    assert isinstance(module.backbone, PCABackbone)
+    assert bool(module.backbone.fitted)
 
 
 def test_print_config_shows_what_will_run(capsys: pytest.CaptureFixture[str]) -> None:

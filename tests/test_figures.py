@@ -30,6 +30,7 @@ def points(n: int, **changes: float) -> list[dict[str, float]]:
         "delta_mean": 2.0,
         "embedding_scale": 3.0,
         "entropy_ratio": 0.5,
+        "used_in_batch": 0.75,
         "temperature_ratio": 0.1,
     }
     return [{"step": 10.0 * i, **reading, **changes} for i in range(n)]

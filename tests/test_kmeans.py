@@ -85,3 +85,12 @@ def test_refuses_unknown_arguments() -> None:
 def test_takes_any_precision_and_gradients() -> None:
     tokens = blobs()[0].bfloat16().requires_grad_()
     assert initial_prototypes(tokens, 4, num_restarts=1).shape == (4, 2)
+
+
+def test_the_first_of_restarts_that_tie_wins() -> None:
+    """Restarts that reach one optimum differ by rounding only, which must not decide the order of the prototypes."""
+    tokens, _ = blobs()
+    first = initial_prototypes(tokens, 4, num_restarts=1)
+    spread = (tokens.double().unsqueeze(1) - first).square().sum(-1).min(1).values.sum()
+    assert float(spread) < 1000  # the first restart is at the optimum
+    assert torch.equal(initial_prototypes(tokens, 4, num_restarts=10), first)

@@ -60,6 +60,7 @@ def test_rho_zero_freezes_everything_that_moves_a_token() -> None:
     module = DDCLReadoutModule(LinearBackbone(), head, Classification(4), rho=0)
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     quiet_trainer(max_epochs=2).fit(module, loader())
+    assert not any(parameter.requires_grad for parameter in module.backbone.parameters())  # no backward through it
     changed = {name for name, value in module.named_parameters() if not torch.equal(value, before[name])}
     assert changed == {"head.attention.bank.prototypes", "task.classifier.weight", "task.classifier.bias"}
 
@@ -110,6 +111,26 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
     # 80 samples: 5 windows of 16, as one batch each or as two; and windows cut short by the end of the epoch.
     whole, halves = train(16, 1), train(8, 2)
     for first, second in zip(whole.parameters(), halves.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_a_short_last_window_counts_as_one_batch_of_its_size() -> None:
+    def train(data: Any, accumulate: int) -> DDCLReadoutModule:
+        torch.manual_seed(1)
+        module = clustering_module(
+            Classification(4),
+            accumulate_grad_batches=accumulate,
+            prototype_optimizer="SGD",
+            encoder_optimizer="SGD",
+        )
+        quiet_trainer(max_epochs=2).fit(module, data)
+        return module
+
+    rows = list(range(64))
+    windows = [rows[:24], rows[24:48], rows[48:]]
+    whole = train(torch.utils.data.DataLoader(Blobs(), batch_sampler=windows), 1)
+    parts = train(loader(batch_size=8), 3)
+    for first, second in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 

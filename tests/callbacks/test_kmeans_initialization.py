@@ -58,9 +58,6 @@ def test_the_real_forward_runs_encoder_transform_and_no_dropout():
     assert same_rows(start(module)["layer.bank.prototypes"][0], centers(2 * (blobs()[0] + 3)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="compat.to_device leaves out on_before_batch_transfer; drop this when it does not"
-)
 def test_the_hook_before_the_transfer_runs_too():
     class Early(Project):
         def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -279,12 +276,7 @@ LOADERS = {
     "name",
     [
         "shuffled",
-        pytest.param(
-            "own_generator",
-            marks=pytest.mark.xfail(
-                strict=True, reason="compat.train_batches draws from the loader's own generator; drop this when not"
-            ),
-        ),
+        "own_generator",
         pytest.param("persistent_workers", marks=pytest.mark.slow),
     ],
 )
