@@ -35,6 +35,7 @@ class _Evaluation:
     """One pass over the evaluation data; rows are samples, first of one process and then of all."""
 
     features: Tensor  # (M, D): mean token of each sample as the backbone gives it
+    inputs: Tensor  # (M, H * d): the same as the last bank sees it, projected and scaled
     labels: Tensor  # (M,), -1 where unknown
     clusters: Tensor  # (M, H), with H = 0 where the head gives no assignments
     sample: Reservoir
@@ -45,8 +46,9 @@ class FitSummary(Callback):
     """Prints, when ``fit`` ends, how the readout of a DDCLReadoutModule stands beside k-means on the same features.
 
     The rows are computed in one pass over the validation data (the training data where there is none), on the
-    weights of the last step, not of the best one. Every sample's k-means feature is the mean of its tokens as the
-    backbone gives them; where the encoder was trained, k-means on the features before training stands beside it.
+    weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the prototypes see
+    it now (*bank inputs*), and, where that is something else, as the backbone gives it, before training where the
+    encoder was trained. So a gain of the embedding and a gain of the prototypes can be told apart.
     Whatever goes wrong here is a warning: it never costs a run.
 
     Args:
@@ -80,7 +82,7 @@ class FitSummary(Callback):
         if pl_module.parameter_groups()["encoder"]:
             found = self._evaluate(trainer, pl_module)
             if found is not None and is_first_process():
-                self._before = self._try(lambda: self._kmeans(pl_module, found))
+                self._before = self._try(lambda: self._kmeans(pl_module, found.features, found.labels))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and print."""
@@ -109,28 +111,31 @@ class FitSummary(Callback):
         for head in range(found.clusters.shape[1]):
             label = "prototypes (last step)" + (f", head {head}" if bank.num_heads > 1 else "")
             self.rows[label] = _agreement(found.clusters[:, head], found.labels, bank.num_prototypes)
+        untouched = found.inputs.shape == found.features.shape and torch.allclose(found.inputs, found.features)
+        if self._before is not None or not untouched:
+            self.rows["k-means, bank inputs"] = self._kmeans(module, found.inputs, found.labels)
         if self._before is not None:
             self.rows["k-means, features before training"] = self._before
-        trained = " after training" if module.parameter_groups()["encoder"] else ""
-        self.rows[f"k-means, features{trained}"] = self._kmeans(module, found)
+        else:
+            self.rows["k-means, features"] = self._kmeans(module, found.features, found.labels)
         terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
         look = Observation(found.tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
         return self._format(trainer, read_signals(look, bank.detach_assignments))
 
-    def _kmeans(self, module: DDCLReadoutModule, found: _Evaluation) -> dict[str, float]:
+    def _kmeans(self, module: DDCLReadoutModule, points: Tensor, truth: Tensor) -> dict[str, float]:
         size = list(find_banks(module).values())[-1].num_prototypes
-        if len(torch.unique(found.features, dim=0)) < size:
+        if len(torch.unique(points, dim=0)) < size:
             return {}  # no baseline, but the table stands
-        centers = initial_prototypes(found.features, size, num_restarts=self.num_restarts)
-        return _agreement(torch.cdist(found.features.double(), centers).argmin(1), found.labels, size)
+        centers = initial_prototypes(points, size, num_restarts=self.num_restarts)
+        return _agreement(torch.cdist(points.double(), centers).argmin(1), truth, size)
 
     def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation | None:
         """The pass of all processes; None where one of them failed, so that none waits for another."""
         part = self._try(lambda: _run_pass(trainer, module))
         if any(gather_objects(part is None)) or part is None:
             return None
-        rows = zip(*gather_objects((part.features, part.labels, part.clusters)), strict=True)
-        part.features, part.labels, part.clusters = map(torch.cat, rows)
+        rows = zip(*gather_objects((part.features, part.inputs, part.labels, part.clusters)), strict=True)
+        part.features, part.inputs, part.labels, part.clusters = map(torch.cat, rows)
         part.tokens = part.sample.gather().transpose(0, 1)
         return part
 
@@ -171,7 +176,7 @@ def _run_pass(trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation:
     modes = {child: child.training for child in module.modules()}
     seen: dict[str, Observation] = {}
     sample = Reservoir(MAX_TOKENS)
-    features, truths, clusters = [], [], []
+    features, embedded, truths, clusters = [], [], [], []
     module.eval()
     try:
         with torch.no_grad(), isolate_rng(), BankProbe({name: bank}, seen.__setitem__):
@@ -181,6 +186,7 @@ def _run_pass(trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation:
                     values, mask = module.backbone(batch)
                     readout = module.head(values, mask)
                 features.append(_mean_token(values, mask))
+                embedded.append(_mean_input(seen[name], len(values)))
                 truths.append(_class_labels(batch, len(values)))
                 if readout.assignments is not None:
                     clusters.append(readout.assignments.argmax(-1).cpu())
@@ -191,7 +197,9 @@ def _run_pass(trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation:
         for child, training in modes.items():
             child.training = training
     no_clusters = [torch.empty(sum(map(len, features)), 0, dtype=torch.int64)]
-    return _Evaluation(torch.cat(features), torch.cat(truths), torch.cat(clusters or no_clusters), sample)
+    return _Evaluation(
+        torch.cat(features), torch.cat(embedded), torch.cat(truths), torch.cat(clusters or no_clusters), sample
+    )
 
 
 def _batches(trainer: pl.Trainer) -> Iterator[Batch]:
@@ -208,6 +216,12 @@ def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean(1).float().cpu()
     keep = mask.unsqueeze(-1)
     return (values.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)).float().cpu()
+
+
+def _mean_input(seen: Observation, samples: int) -> Tensor:
+    """Mean of each sample's tokens as a bank saw them, the heads side by side, ``(B, H * d)``."""
+    tokens = seen.tokens.transpose(0, 1).flatten(1).unflatten(0, (samples, -1))
+    return _mean_token(tokens, None if seen.mask is None else seen.mask[0].unflatten(0, (samples, -1)))
 
 
 def _class_labels(batch: Batch, size: int) -> Tensor:

@@ -285,8 +285,8 @@ class DDCLReadoutModule(pl.LightningModule):
             return
         if ratio >= 1 and not self.allow_unstable:
             raise RuntimeError(
-                f"rho = lr_encoder / lr_prototypes reached {ratio:.3g} at step {self.trainer.global_step}, but must stay "
-                "below 1: something changed the rates in the optimizers' param_groups. Change them by one "
+                f"rho = lr_encoder / lr_prototypes reached {ratio:.3g} at step {self.trainer.global_step}, but must "
+                "stay below 1: something changed the rates in the optimizers' param_groups. Change them by one "
                 "factor, or use the module's lr_schedule."
             )
         self.log("rho", ratio)

@@ -139,6 +139,6 @@ def _require_tokens(mask: Tensor) -> None:
     empty = torch.nonzero(~mask.any(-1)).flatten().tolist()
     if empty:
         raise ValueError(
-            f"mask must leave at least one valid token in every sample; got none in {len(empty)} of {len(mask)} (the first "
-            f"is number {empty[0]} of the batch). Drop empty samples from the data."
+            f"mask must leave at least one valid token in every sample; got none in {len(empty)} of {len(mask)} (the "
+            f"first is number {empty[0]} of the batch). Drop empty samples from the data."
         )
