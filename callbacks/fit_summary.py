@@ -46,9 +46,9 @@ class FitSummary(Callback):
     """Prints, when ``fit`` ends, how the readout of a DDCLReadoutModule stands beside k-means on the same features.
 
     The rows are computed in one pass over the validation data (the training data where there is none), on the
-    weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the prototypes see
-    it now (*bank inputs*), and, where that is something else, as the backbone gives it, before training where the
-    encoder was trained. So a gain of the embedding and a gain of the prototypes can be told apart.
+    weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the
+    prototypes see it now (*bank inputs*), and, where that is something else, as the backbone gives it, before training
+    where the encoder was trained. So a gain of the embedding and a gain of the prototypes can be told apart.
     Whatever goes wrong here is a warning: it never costs a run.
 
     Args:
