@@ -49,6 +49,7 @@ class HeadHistory:
     log_delta: deque[float] = field(default_factory=lambda: deque(maxlen=TREND_READINGS))
     peak_delta: float = 0.0
     scale_at_peak: float = math.nan
+    peak_dimension: float = 0.0
     streaks: dict[str, int] = field(default_factory=dict)
 
     def add_tokens(self, tokens: Tensor) -> None:

@@ -30,6 +30,8 @@ class CollapseWarning(BankCallback):
     - *falling*: Delta lost more than ``max_drop`` of its highest value and still falls. The warning says whether the
       embeddings shrink with it or the prototypes approach each other. Where prototypes did not start from data, the
       first 20 readings do not count: they have to travel to the tokens first.
+    - *flat*: the embeddings use less than ``min_dimension`` of the directions that they used at their best: they
+      become copies of a few. With few classes a task may want just that.
     - *merged*: Delta is below ``min_separation`` times the scale of the tokens: two prototypes do the work of one.
     - *uniform*: H is above ``max_entropy`` ln K: assignments say nothing about the tokens.
     - *dead*: prototypes that were nearest to none of the last 50 K tokens, nor to any for 20 times as long as they used
@@ -44,6 +46,7 @@ class CollapseWarning(BankCallback):
         min_separation: Smallest Delta relative to the root mean squared spread of the tokens.
         max_drop: Share of its highest value that Delta may lose.
         max_entropy: Largest H / ln K.
+        min_dimension: Smallest effective dimension of the embeddings relative to its highest value.
         patience: Readings for which a sign must hold.
 
     Attributes:
@@ -62,12 +65,13 @@ class CollapseWarning(BankCallback):
         min_separation: float = 0.02,
         max_drop: float = 0.5,
         max_entropy: float = 0.98,
+        min_dimension: float = 0.25,
         patience: int = 3,
     ) -> None:
         super().__init__(every_n_batches)
         if on_collapse not in ("warn", "stop", "raise"):
             raise ValueError(f"on_collapse must be 'warn', 'stop' or 'raise'; got {on_collapse!r}.")
-        for name, value in (("max_drop", max_drop), ("max_entropy", max_entropy)):
+        for name, value in (("max_drop", max_drop), ("max_entropy", max_entropy), ("min_dimension", min_dimension)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1]; got {value}.")
         if min_separation < 0:
@@ -75,7 +79,7 @@ class CollapseWarning(BankCallback):
         if patience < 1:
             raise ValueError(f"patience must be at least 1 reading; got {patience}.")
         self.on_collapse, self.min_separation, self.max_drop = on_collapse, min_separation, max_drop
-        self.max_entropy, self.patience = max_entropy, patience
+        self.max_entropy, self.min_dimension, self.patience = max_entropy, min_dimension, patience
         self.signals: dict[str, list[HeadSignals]] = {}
         self.reported: list[str] = []
         self._watches: dict[tuple[str, int], HeadHistory] = {}
@@ -119,6 +123,8 @@ class CollapseWarning(BankCallback):
             return {}
         if now.delta_min > watch.peak_delta and (from_data or watch.readings > TREND_READINGS):
             watch.peak_delta, watch.scale_at_peak = now.delta_min, now.scale
+        if now.dimension > watch.peak_dimension:
+            watch.peak_dimension = now.dimension
         watch.log_delta.append(math.log(max(now.delta_min, 1e-300)))
         due = {}
         for sign, message in self._signs(watch, now, from_data).items():
@@ -129,7 +135,7 @@ class CollapseWarning(BankCallback):
 
     def _signs(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
         """A message for each sign that is present, an empty string for each that is not."""
-        signs = dict.fromkeys(("above_critical", "falling", "merged", "uniform", "dead"), "")
+        signs = dict.fromkeys(("above_critical", "falling", "flat", "merged", "uniform", "dead"), "")
         first, second = now.closest
         if now.temperature_ratio >= 1:
             signs["above_critical"] = (
@@ -148,6 +154,12 @@ class CollapseWarning(BankCallback):
                 "each other. Lower the temperature or rho, or add repulsion"
             )
             signs["falling"] = f"Delta fell from {watch.peak_delta:.4g} to {now.delta_min:.4g}; {cause}."
+        if now.dimension < self.min_dimension * watch.peak_dimension:
+            signs["flat"] = (
+                f"the effective dimension of the embeddings fell from {watch.peak_dimension:.3g} to "
+                f"{now.dimension:.3g}: their dimensions become copies of each other. Whiten them (embedding_scale='whiten'), lower rho or "
+                "freeze the encoder (rho=0); ignore it where a task with few classes asks for few directions."
+            )
         if now.relative_separation < self.min_separation:
             signs["merged"] = (
                 f"prototypes {first} and {second} are {now.delta_min:.4g} apart, {now.relative_separation:.2g} of the "
@@ -186,6 +198,7 @@ class CollapseWarning(BankCallback):
                 "log_delta": list(watch.log_delta),
                 "peak_delta": watch.peak_delta,
                 "scale_at_peak": watch.scale_at_peak,
+                "peak_dimension": watch.peak_dimension,
                 "use": dict(vars(watch.use)),
                 "streaks": dict(watch.streaks),
             }
@@ -204,6 +217,7 @@ class CollapseWarning(BankCallback):
                 log_delta=deque(saved["log_delta"], maxlen=TREND_READINGS),
                 peak_delta=saved["peak_delta"],
                 scale_at_peak=saved["scale_at_peak"],
+                peak_dimension=saved["peak_dimension"],
                 use=PrototypeUse(**saved["use"]),
                 streaks=dict(saved["streaks"]),
             )

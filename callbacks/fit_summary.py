@@ -220,8 +220,9 @@ def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _mean_input(seen: Observation, samples: int) -> Tensor:
     """Mean of each sample's tokens as a bank saw them, the heads side by side, ``(B, H * d)``."""
-    tokens = seen.tokens.transpose(0, 1).flatten(1).unflatten(0, (samples, -1))
-    return _mean_token(tokens, None if seen.mask is None else seen.mask[0].unflatten(0, (samples, -1)))
+    rows = seen.tokens.transpose(0, 1).flatten(1)
+    tokens = rows.reshape(samples, -1, rows.shape[1])
+    return _mean_token(tokens, None if seen.mask is None else seen.mask[0].reshape(samples, -1))
 
 
 def _class_labels(batch: Batch, size: int) -> Tensor:

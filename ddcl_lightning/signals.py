@@ -9,6 +9,7 @@ from torch import Tensor
 from ddcl_lightning.functional import (
     assignment_statistics,
     critical_temperature,
+    effective_dimension,
     separation,
     total_variance,
 )
@@ -24,6 +25,7 @@ class HeadSignals:
         delta_mean: Mean distance between prototypes.
         closest: The pair at the smallest distance.
         scale: Root mean squared distance of the tokens to their mean.
+        dimension: Effective dimension of the tokens (participation ratio), NaN where they have no variance.
         temperature: T.
         critical: T_c of the tokens.
         entropy: H in nats (eq. 9).
@@ -36,6 +38,7 @@ class HeadSignals:
     delta_mean: float
     closest: tuple[int, int]
     scale: float
+    dimension: float
     temperature: float
     critical: float
     entropy: float
@@ -70,6 +73,7 @@ class HeadSignals:
             "delta_mean": self.delta_mean,
             "delta_relative": self.relative_separation,
             "embedding_scale": self.scale,
+            "effective_dimension": self.dimension,
             "temperature_ratio": self.temperature_ratio,
             "entropy": self.entropy,
             "entropy_ratio": self.entropy_ratio,
@@ -96,13 +100,14 @@ def read_signals(
     apart = separation(seen.prototypes)
     use = assignment_statistics(seen.tokens, seen.prototypes, seen.temperature, seen.mask)
     critical = critical_temperature(tokens, detach_assignments=detach_assignments)
-    scale = total_variance(tokens).sqrt()
+    scale, dimension = total_variance(tokens).sqrt(), effective_dimension(tokens)
     return [
         HeadSignals(
             delta_min=float(apart.minimum[head]),
             delta_mean=float(apart.mean[head]),
             closest=(int(apart.closest[head, 0]), int(apart.closest[head, 1])),
             scale=float(scale[head]),
+            dimension=float(dimension[head]),
             temperature=float(seen.temperature[head]),
             critical=float(critical[head]),
             entropy=float(use.entropy[head]),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning import PrototypeBank
-from ddcl_lightning.functional import critical_temperature, separation, soft_assign, total_variance
+from ddcl_lightning.functional import critical_temperature, effective_dimension, separation, soft_assign, total_variance
 from ddcl_lightning.probe import BankProbe, Observation
 from ddcl_lightning.signals import HeadSignals, read_signals
 
@@ -36,6 +36,7 @@ def test_signals_of_every_head(detach: bool) -> None:
             "delta_mean": float(apart.mean),
             "delta_relative": float(apart.minimum) / scale,
             "embedding_scale": scale,
+            "effective_dimension": float(effective_dimension(valid)),
             "temperature_ratio": [0.5, 2.0][head] / critical,
             "entropy": entropy,
             "entropy_ratio": entropy / math.log(5),

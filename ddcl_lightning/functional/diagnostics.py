@@ -124,6 +124,26 @@ def total_variance(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked_mean((z - mean.unsqueeze(-2)).square().sum(-1), mask)
 
 
+@torch.no_grad()
+def effective_dimension(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Participation ratio ``(tr C)^2 / tr(C^2)`` of the covariance of valid tokens, in [1, d]; ``(...)`` float64.
+
+    The number of directions that the tokens really use: d if the covariance is a multiple of the identity, 1 if all
+    tokens lie on a line, NaN if they have no variance.
+
+    Args:
+        tokens: ``(..., N, d)``.
+        mask: ``(..., N)`` boolean, True for valid tokens.
+    """
+    check_mask(tokens, mask)
+    z = zero_padding(tokens.to(torch.float64), mask)
+    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
+    centred = zero_padding(z - mean.unsqueeze(-2), mask)
+    # The smaller of the two Gram matrices has the same trace and the same trace of its square.
+    gram = centred.mT @ centred if tokens.shape[-1] <= tokens.shape[-2] else centred @ centred.mT
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1).square() / gram.square().sum((-1, -2))
+
+
 def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Log-barrier repulsion ``-mean_{j<k} ln(||p_j - p_k||^2 / scale^2)``, which grows without bound as two meet.
 

@@ -1,5 +1,6 @@
 import math
 import re
+import warnings
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
@@ -176,6 +177,7 @@ def test_every_signal_is_logged():
         "delta_relative",
         "delta_trend",
         "embedding_scale",
+        "effective_dimension",
         "temperature",
         "temperature_ratio",
         "entropy",
@@ -237,9 +239,24 @@ def test_a_fall_counts_from_the_start_only_where_the_start_was_data(from_data):
     found = []
     # It travels for 15 readings, rests for 10, and falls.
     for delta in [5.0 - 0.3 * reading for reading in range(15)] + [0.8] * 10 + [0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]:
-        now = HeadSignals(delta, delta, (0, 1), 1.0, 0.1, 1.0, 0.1, 2, torch.ones(2) / 2, torch.tensor([50, 50]))
+        now = HeadSignals(delta, delta, (0, 1), 1.0, 2.0, 0.1, 1.0, 0.1, 2, torch.ones(2) / 2, torch.tensor([50, 50]))
         found.append("falling" in watch._judge(history, now, from_data))
     assert found.index(True) == (11 if from_data else 31)
+
+
+def test_flat_embeddings_are_noticed_before_delta_falls():
+    """With unit variance per dimension the encoder makes all dimensions copies of one, and Delta falls late."""
+    watch = CollapseWarning()
+    head = DDCLReadout(10, embedding_scale="per_dimension")
+    model = DDCLReadoutModule(PCABackbone(64, 16, trainable=True), head, Clustering(10), rho=0.5)
+    trainer = pl.Trainer(callbacks=[KMeansInitialization(), TemperatureAnnealing(), watch], max_epochs=100, **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, datamodule=DigitsDataModule())
+    first = watch.reported[0]
+    assert first.startswith("flat in head.attention.bank at step ")
+    assert "embedding_scale='whiten'" in first
+    assert int(first.split("step ")[1].split(":")[0]) < 400
 
 
 # Memory ------------------------------------------------------------------------------------------
@@ -290,6 +307,7 @@ def test_trend():
         ({"min_separation": -1.0}, "min_separation must be >= 0"),
         ({"max_drop": 0.0}, "max_drop must be in"),
         ({"max_entropy": 1.1}, "max_entropy must be in"),
+        ({"min_dimension": 0.0}, "min_dimension must be in"),
         ({"patience": 0}, "patience must be at least 1"),
         ({"every_n_batches": 0}, "every_n_batches must be at least 1"),
     ],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddcl_lightning.functional import (
     assignment_statistics,
+    effective_dimension,
     log_barrier,
     nearest_prototype,
     separation,
@@ -139,3 +140,21 @@ def test_log_barrier_refusals() -> None:
         log_barrier(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="got K = 20000"):
         log_barrier(torch.zeros(20000, 1))
+
+
+def test_effective_dimension_counts_the_directions_in_use() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(100, 5, generator=generator, dtype=torch.float64)).Q
+    basis = torch.linalg.qr(basis - basis.mean(0)).Q  # orthonormal and centred
+    assert float(effective_dimension(3 * basis + 7)) == pytest.approx(5)
+    assert float(effective_dimension(basis[:, :1] * torch.ones(1, 5) - 2)) == pytest.approx(1)
+    variances = torch.tensor([4.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    assert float(effective_dimension(basis * variances.sqrt())) == pytest.approx(36 / 18)
+    wide = torch.randn(2, 6, 40, generator=generator)
+    covariance = torch.stack([torch.cov(head.double().T, correction=0) for head in wide])
+    direct = covariance.diagonal(dim1=1, dim2=2).sum(1).square() / covariance.square().sum((1, 2))
+    torch.testing.assert_close(effective_dimension(wide), direct)
+    mask = torch.tensor([True, True, True, True, False, False]).expand(2, 6)
+    hidden = wide.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    torch.testing.assert_close(effective_dimension(hidden, mask), effective_dimension(wide[:, :4]))
+    assert effective_dimension(torch.ones(4, 3)).isnan()
