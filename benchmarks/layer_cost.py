@@ -39,7 +39,7 @@ FRACTIONS = (0.1, 0.005)  # of the critical temperature
 FLUSHES = ("off", "caller", "all threads")
 MATMULS = "two matrix products"
 PATHS = ("fused", "fused, compiled", "plain", "plain, compiled")
-SECONDS, TURNS = 60.0, (5, 25)  # per size and temperature; fewest and most turns
+SECONDS, TURNS = 60.0, (9, 25)  # per size and temperature; fewest and most turns
 MEMORY_CASES = (MATMULS, "fused", "plain")
 
 Step = Callable[[], None]

@@ -156,9 +156,9 @@ class CollapseWarning(BankCallback):
             signs["falling"] = f"Delta fell from {watch.peak_delta:.4g} to {now.delta_min:.4g}; {cause}."
         if now.dimension < self.min_dimension * watch.peak_dimension:
             signs["flat"] = (
-                f"the effective dimension of the embeddings fell from {watch.peak_dimension:.3g} to "
-                f"{now.dimension:.3g}: their dimensions become copies of each other. Whiten them (embedding_scale='whiten'), lower rho or "
-                "freeze the encoder (rho=0); ignore it where a task with few classes asks for few directions."
+                f"the embeddings' effective dimension fell from {watch.peak_dimension:.3g} to {now.dimension:.3g}: "
+                "they become copies of a few directions. Whiten them (embedding_scale='whiten'), lower rho or freeze "
+                "the encoder (rho=0); ignore it where a task with few classes asks for few directions."
             )
         if now.relative_separation < self.min_separation:
             signs["merged"] = (
