@@ -29,6 +29,7 @@ from ddcl_lightning.functional import (
     prototype_attention,
     soft_assign,
 )
+from ddcl_lightning.functional.decomposition import energy_floor
 
 PROBLEMS = 1_000_000
 CHUNK = 2_000  # problems of one shape and precision
@@ -117,7 +118,8 @@ def energy_of_each(p: Problems) -> Tensor:
     spread = (tokens - center).square().sum(-1)
     spread = spread + (weights @ (prototypes - center).square().sum(-1, keepdim=True)).squeeze(-1)
     keep = torch.ones_like(spread) if p.mask is None else p.mask.double()
-    return ((spread * keep).sum(-1) / keep.sum(-1)).clamp(min=torch.finfo(torch.float64).tiny)
+    computed = torch.float64 if p.tokens.dtype == torch.float64 else torch.float32
+    return (spread * keep).sum(-1) / keep.sum(-1) + energy_floor(p.prototypes, computed)
 
 
 def compare_with_library(p: Problems, trained: Decomposition, mine: Tensor) -> None:

@@ -18,7 +18,8 @@ class DecompositionErrors(NamedTuple):
 
     All but ``rows`` are relative to the energy ``mean(||z - m||^2 + sum_k q_k ||p_k - m||^2)``, with ``m`` the mean
     prototype: the scale against which finite precision rounds. An error relative to ``L_q`` itself says nothing once
-    the tokens sit on their prototypes and ``L_q`` goes to zero.
+    the tokens sit on their prototypes and ``L_q`` goes to zero. See :func:`energy_floor` for tokens and prototypes that
+    all coincide.
 
     Attributes:
         identity: ``|L_q - (L_OLS + V)|`` of the float64 terms.
@@ -94,7 +95,8 @@ def decomposition_errors(
         Errors as plain floats. A wrong softmax, padding in a mean or rows that do not sum to 1 make them large.
     """
     sums = _decompose(tokens, prototypes, temperature, mask, weights)
-    exact, energy = sums.terms, sums.energy
+    exact = sums.terms
+    energy = sums.energy + energy_floor(prototypes, trained.loss.dtype)
     value = temperature_like(temperature, energy).reshape(-1)
 
     def worst(difference: Tensor) -> float:
@@ -115,6 +117,17 @@ def decomposition_errors(
     )
 
 
+def energy_floor(prototypes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Energy below which terms computed in ``dtype`` are rounding: where all tokens and prototypes coincide.
+
+    It is a share of the squared distance of the prototypes ``(..., K, d)`` to the origin, 1e-9 for float32 and 1e-18
+    for float64: centring leaves them at a distance of about the machine epsilon times that; ``(...)`` float64.
+    """
+    share = 1e-18 if dtype == torch.float64 else 1e-9
+    tiny = torch.finfo(torch.float64).tiny
+    return share * prototypes.detach().to(torch.float64).square().sum(-1).amax(-1) + tiny
+
+
 def _decompose(
     tokens: Tensor,
     prototypes: Tensor,
@@ -123,30 +136,29 @@ def _decompose(
     weights: Tensor | None,
 ) -> _Sums:
     check_shapes(tokens, prototypes, mask)
-    p = prototypes.to(torch.float64)
+    center = prototypes.to(torch.float64).mean(-2, keepdim=True)
+    p = prototypes.to(torch.float64) - center  # every term depends on differences only; the origin only rounds
     value = temperature_like(temperature, p)
-    center = p.mean(-2, keepdim=True)
     lead = tokens.shape[:-2]
     loss, ols, variance, energy, rows = (p.new_zeros(lead) for _ in range(5))
     count = p.new_zeros(lead) + tokens.shape[-2] if mask is None else mask.sum(-1).to(torch.float64)
 
     for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
         valid = None if mask is None else mask[..., part]
-        z = zero_padding(tokens[..., part, :].to(torch.float64), valid)
+        z = zero_padding(tokens[..., part, :].to(torch.float64) - center, valid)
         distances = _squared_distances(z, p)
         q = (-distances / value).softmax(-1) if weights is None else weights[..., part, :].to(torch.float64)
         q = zero_padding(q, valid)
         centroids = q @ p
         keep = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device) if valid is None else valid.to(z.dtype)
-        spread = (z - center).square().sum(-1) + (q * (p - center).square().sum(-1).unsqueeze(-2)).sum(-1)
+        spread = z.square().sum(-1) + (q * p.square().sum(-1).unsqueeze(-2)).sum(-1)
         loss += ((q * distances).sum(-1) * keep).sum(-1)
         ols += ((z - centroids).square().sum(-1) * keep).sum(-1)
         variance += ((q * _squared_distances(centroids, p)).sum(-1) * keep).sum(-1)
         energy += (spread * keep).sum(-1)
         rows = torch.maximum(rows, ((q.sum(-1) - 1).abs() * keep).amax(-1))
-    tiny = torch.finfo(torch.float64).tiny
     terms = Decomposition(loss / count, ols / count, variance / count)
-    return _Sums(terms, (energy / count).clamp(min=tiny), rows)
+    return _Sums(terms, energy / count, rows)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
