@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -62,6 +63,8 @@ def main(args: ArgsType = None) -> None:
         words = resolve_configs(words)
     except ValueError as error:
         raise SystemExit(_fail(str(error))) from None
+    # Reaches only threads that start later, so it comes before the first tensor; see DDCLReadoutModule.on_fit_start.
+    torch.set_flush_denormal(True)
     with _arguments_of_process(words):
         _run(None)
 

@@ -19,8 +19,9 @@ class EmbeddingScale(nn.Module):
     ``L_q`` falls when an encoder shrinks its embeddings, so under a pure quantisation loss every encoder that
     may do so does, whatever the ratio of the learning rates. Dividing by the standard deviation of the batch takes
     that direction out of the gradient; but with every dimension at unit variance the loss still falls when all
-    dimensions become copies of one. Whitening takes that direction out too. Unlike batch normalisation there is no
-    affine part (which could shrink again), padding is ignored, and statistics are sums over all processes.
+    dimensions become copies of one. Whitening takes that direction out too (a fast encoder still ends with about K - 1
+    directions in use). Unlike batch normalisation there is no affine part (which could shrink again), padding is
+    ignored, and statistics are sums over all processes.
 
     Args:
         dim: Dimension D of the tokens.
