@@ -15,6 +15,11 @@ def log_name(bank_name: str, signal: str) -> str:
     return f"ddcl/{signal}/{bank_name}" if bank_name else f"ddcl/{signal}"
 
 
+def head_name(bank_name: str, head: int, num_heads: int) -> str:
+    """Name of one head of a bank; that of the bank itself where it has only one."""
+    return f"{bank_name}/head{head}" if num_heads > 1 else bank_name
+
+
 def starts_anew(trainer: pl.Trainer, stage: str) -> bool:
     """Whether ``setup`` is called for a run that continues no earlier one of this trainer.
 

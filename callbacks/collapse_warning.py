@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ddcl_lightning.callbacks._base import BankCallback, log_name
+from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.callbacks._history import TREND_READINGS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.distributed import gather_objects
 from ddcl_lightning.probe import Observation
@@ -107,7 +107,7 @@ class CollapseWarning(BankCallback):
         self.signals[name] = read_signals(seen, bank.detach_assignments, recent)
         messages = []
         for head, (watch, now) in enumerate(zip(watches, self.signals[name], strict=True)):
-            where = f"{name}/head{head}" if bank.num_heads > 1 else name
+            where = head_name(name, head, bank.num_heads)
             due = self._judge(watch, now, from_data=bool(bank.initialized))
             messages += [f"{sign} in {where} at step {trainer.global_step}: {text}" for sign, text in due.items()]
             dead = len(watch.use.dead()) / now.num_prototypes

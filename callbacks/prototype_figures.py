@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from ddcl_lightning.callbacks._base import BankCallback
+from ddcl_lightning.callbacks._base import BankCallback, head_name
 from ddcl_lightning.figures import draw_bank, draw_history, draw_usage
 from ddcl_lightning.probe import Observation
 from ddcl_lightning.signals import HeadSignals, read_signals
@@ -49,7 +49,7 @@ class PrototypeFigures(BankCallback):
             self._latest[name] = (observed, signals)
             for head, values in enumerate(signals):
                 point = {"step": float(trainer.global_step), **values.scalars()}
-                curve = self._history.setdefault(_label(name, head, len(signals)), [])
+                curve = self._history.setdefault(head_name(name, head, len(signals)), [])
                 curve.append(point)
                 if len(curve) > MAX_POINTS:
                     del curve[1::2]
@@ -74,7 +74,7 @@ class PrototypeFigures(BankCallback):
         for name, (observed, signals) in self._latest.items():
             tokens = observed.valid_tokens()
             for head, values in enumerate(signals):
-                label = _label(name, head, len(signals))
+                label = head_name(name, head, len(signals))
                 figures = {
                     "signals": draw_history(self._history[label], label),
                     "bank": draw_bank(tokens[head].float().cpu(), observed.prototypes[head].float().cpu(), label),
@@ -91,10 +91,6 @@ class PrototypeFigures(BankCallback):
         """Restore the curves."""
         super().load_state_dict(state_dict)
         self._history = {label: list(points) for label, points in state_dict["history"].items()}
-
-
-def _label(name: str, head: int, heads: int) -> str:
-    return f"{name}/head{head}" if heads > 1 else name
 
 
 def _emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:

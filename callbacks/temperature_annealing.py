@@ -14,6 +14,7 @@ from ddcl_lightning.callbacks._base import log_name, starts_anew
 from ddcl_lightning.collect import collect_tokens, execution_order
 from ddcl_lightning.functional import critical_temperature
 from ddcl_lightning.probe import require_banks
+from ddcl_lightning.rates import run_length
 
 Schedule = Literal["exponential", "linear", "cosine"]
 REFERENCE_TOKENS = 16_384  # enough for a covariance of a few thousand dimensions
@@ -218,22 +219,3 @@ class TemperatureAnnealing(Callback):
         """Restore them."""
         self._references, self._length = dict(state_dict["references"]), state_dict["length"]
         self._steps = state_dict["steps"]
-
-
-def run_length(trainer: pl.Trainer, per: Literal["epoch", "step"]) -> float:
-    """Epochs or optimizer steps of a run, as far as its limits tell; infinite where they do not.
-
-    Under manual optimization a module may accumulate gradients itself: its ``accumulate_grad_batches`` counts, if any.
-    """
-    module = trainer.lightning_module
-    window = trainer.accumulate_grad_batches
-    if not module.automatic_optimization:
-        window = int(getattr(module, "accumulate_grad_batches", 1))
-    batches = trainer.num_training_batches
-    steps = math.ceil(batches / window) if math.isfinite(batches) else math.inf
-    epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
-    limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
-    if per == "step":
-        return float(min(epochs * steps, limit))
-    whole = math.ceil(limit / steps) if math.isfinite(limit) and math.isfinite(steps) else math.inf
-    return float(min(epochs, whole))

@@ -142,7 +142,7 @@ def _without_trace(module: pl.LightningModule) -> Iterator[None]:
         if isinstance(child, BATCH_STATISTICS):
             child.train(training)
     try:
-        # The batches restore the random state only when they are read to the end.
+        # The batches restore the random state when they end, which may be before a step draws from it.
         with torch.no_grad(), isolate_rng(), silent_logging(module):
             yield
     finally:

@@ -17,7 +17,15 @@ from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index, inputs
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
-from ddcl_lightning.rates import LRSchedule, check_ratio, check_schedule, live_ratio, lr_factor, parameter_ids
+from ddcl_lightning.rates import (
+    LRSchedule,
+    check_ratio,
+    check_schedule,
+    live_ratio,
+    lr_factor,
+    parameter_ids,
+    run_length,
+)
 from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.tasks.base import Task
 
@@ -212,10 +220,7 @@ class DDCLReadoutModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Fix the length that the schedule runs over."""
-        steps = math.ceil(self.trainer.num_training_batches / self.accumulate_grad_batches)
-        epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
-        by_epochs = math.inf if epochs is None or epochs < 0 else epochs * steps
-        self._total_steps = min(by_epochs, math.inf if limit < 0 else limit)
+        self._total_steps = run_length(self.trainer, per="step")
         lr_factor(self.lr_schedule, self.warmup_steps, self._total_steps, self.warmup_steps)  # refuse early
 
     # Optimizers ---------------------------------------------------------------------------------

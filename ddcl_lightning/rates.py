@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
+import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
@@ -114,3 +115,22 @@ def lr_factor(schedule: LRSchedule, step: int, total_steps: float, warmup_steps:
         )
     progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def run_length(trainer: pl.Trainer, per: Literal["epoch", "step"]) -> float:
+    """Epochs or optimizer steps of a run, as far as its limits tell; infinite where they do not.
+
+    Under manual optimization a module may accumulate gradients itself: its ``accumulate_grad_batches`` counts, if any.
+    """
+    module = trainer.lightning_module
+    window = trainer.accumulate_grad_batches
+    if not module.automatic_optimization:
+        window = int(getattr(module, "accumulate_grad_batches", 1))
+    batches = trainer.num_training_batches
+    steps = math.ceil(batches / window) if math.isfinite(batches) else math.inf
+    epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
+    if per == "step":
+        return float(min(epochs * steps, limit))
+    whole = math.ceil(limit / steps) if math.isfinite(limit) and math.isfinite(steps) else math.inf
+    return float(min(epochs, whole))

@@ -95,18 +95,18 @@ def test_steps_are_counted_once(tmp_path: Path, accumulate: int) -> None:
     assert max(steps) == 5
 
 
+def train_by_gradients(data: Any, max_epochs: int, **kwargs: Any) -> DDCLReadoutModule:
+    """A module after plain gradient descent, whose steps tell how gradients were averaged."""
+    torch.manual_seed(1)
+    module = clustering_module(Classification(4), prototype_optimizer="SGD", encoder_optimizer="SGD", **kwargs)
+    quiet_trainer(max_epochs=max_epochs).fit(module, data)
+    return module
+
+
 def test_accumulated_batches_equal_one_large_batch() -> None:
     def train(batch_size: int, accumulate: int) -> DDCLReadoutModule:
-        torch.manual_seed(1)
-        module = clustering_module(
-            Classification(4),
-            accumulate_grad_batches=accumulate,
-            prototype_optimizer="SGD",
-            encoder_optimizer="SGD",
-            gradient_clip_val=0.5,
-        )
-        quiet_trainer(max_epochs=3).fit(module, loader(batch_size=batch_size, size=80))
-        return module
+        data = loader(batch_size=batch_size, size=80)
+        return train_by_gradients(data, 3, accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
 
     # 80 samples: 5 windows of 16, as one batch each or as two; and windows cut short by the end of the epoch.
     whole, halves = train(16, 1), train(8, 2)
@@ -115,21 +115,10 @@ def test_accumulated_batches_equal_one_large_batch() -> None:
 
 
 def test_a_short_last_window_counts_as_one_batch_of_its_size() -> None:
-    def train(data: Any, accumulate: int) -> DDCLReadoutModule:
-        torch.manual_seed(1)
-        module = clustering_module(
-            Classification(4),
-            accumulate_grad_batches=accumulate,
-            prototype_optimizer="SGD",
-            encoder_optimizer="SGD",
-        )
-        quiet_trainer(max_epochs=2).fit(module, data)
-        return module
-
     rows = list(range(64))
     windows = [rows[:24], rows[24:48], rows[48:]]
-    whole = train(torch.utils.data.DataLoader(Blobs(), batch_sampler=windows), 1)
-    parts = train(loader(batch_size=8), 3)
+    whole = train_by_gradients(torch.utils.data.DataLoader(Blobs(), batch_sampler=windows), 2)
+    parts = train_by_gradients(loader(batch_size=8), 2, accumulate_grad_batches=3)
     for first, second in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 

@@ -118,10 +118,7 @@ def total_variance(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         tokens: ``(..., N, d)``.
         mask: ``(..., N)`` boolean, True for valid tokens.
     """
-    check_mask(tokens, mask)
-    z = zero_padding(tokens.to(torch.float64), mask)
-    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
-    return masked_mean((z - mean.unsqueeze(-2)).square().sum(-1), mask)
+    return masked_mean(_centred(tokens, mask).square().sum(-1), mask)
 
 
 @torch.no_grad()
@@ -135,13 +132,18 @@ def effective_dimension(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         tokens: ``(..., N, d)``.
         mask: ``(..., N)`` boolean, True for valid tokens.
     """
-    check_mask(tokens, mask)
-    z = zero_padding(tokens.to(torch.float64), mask)
-    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
-    centred = zero_padding(z - mean.unsqueeze(-2), mask)
+    centred = _centred(tokens, mask)
     # The smaller of the two Gram matrices has the same trace and the same trace of its square.
     gram = centred.mT @ centred if tokens.shape[-1] <= tokens.shape[-2] else centred @ centred.mT
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1).square() / gram.square().sum((-1, -2))
+
+
+def _centred(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Tokens minus the mean of the valid ones in float64, zero at padding."""
+    check_mask(tokens, mask)
+    z = zero_padding(tokens.to(torch.float64), mask)
+    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
+    return zero_padding(z - mean.unsqueeze(-2), mask)
 
 
 def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
