@@ -1,8 +1,7 @@
 """The table at the end of fit."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -11,39 +10,39 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from ddcl_lightning.batch import Batch, labels
+from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
 from ddcl_lightning.compat import to_device, train_batches
 from ddcl_lightning.distributed import gather_objects, is_first_process
+from ddcl_lightning.evaluation import (
+    CLUSTERING_METRICS,
+    ProbeScore,
+    Readouts,
+    clustering_scores,
+    collect_readouts,
+    kmeans_scores,
+    linear_probe,
+)
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.kmeans import initial_prototypes
-from ddcl_lightning.metrics import ClusteringMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.probe import BankProbe, Observation, all_tokens, find_banks
+from ddcl_lightning.probe import Observation, find_banks
 from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.signals import HeadSignals, read_signals
 
-MAX_SAMPLES = 65_536
 MAX_TOKENS = 65_536  # for the signals of the bank
 _Result = TypeVar("_Result")
-METRICS = ("acc", "nmi", "ari", "usage", "perplexity")
 
 
-@dataclass
-class _Evaluation:
-    """One pass over the evaluation data; rows are samples, first of one process and then of all."""
+class _Evaluation(NamedTuple):
+    """One pass of all processes."""
 
-    features: Tensor  # (M, D): mean token of each sample as the backbone gives it
-    inputs: Tensor  # (M, H * d): the same as the last bank sees it, projected and scaled
-    labels: Tensor  # (M,), -1 where unknown
-    clusters: Tensor  # (M, H), with H = 0 where the head gives no assignments
-    sample: Reservoir
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0))  # (H, N, d): sample of what the last bank saw
+    readouts: Readouts
+    tokens: Tensor  # (H, N, d): sample of what the last bank saw
 
 
 class FitSummary(Callback):
-    """Prints, when ``fit`` ends, how the readout of a DDCLReadoutModule stands beside k-means on the same features.
+    """Prints, when ``fit`` ends, how the readout of a DDCLReadoutModule stands beside simple ones of the same features.
 
     The rows are computed in one pass over the validation data (the training data where there is none), on the
     weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the
@@ -54,23 +53,28 @@ class FitSummary(Callback):
     Args:
         enabled: Whether to run at all.
         num_restarts: Restarts of the k-means baseline.
+        compare: Also judge the head's pooled output from outside, by k-means and a linear probe (logistic regression
+            fitted on the training data), beside linear probes on the mean token and on the first one (CLS). Costs a
+            pass over the training data, up to 65,536 samples of it.
 
     Attributes:
         table: The printed text, after ``fit``.
         rows: Its rows as data: label to metrics.
+        probes: The linear probes: label to accuracy and macro F1.
     """
 
-    def __init__(self, enabled: bool = True, num_restarts: int = 10) -> None:
+    def __init__(self, enabled: bool = True, num_restarts: int = 10, compare: bool = False) -> None:
         if num_restarts < 1:
             raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
-        self.enabled, self.num_restarts = enabled, num_restarts
+        self.enabled, self.num_restarts, self.compare = enabled, num_restarts, compare
         self.table = ""
         self.rows: dict[str, dict[str, float]] = {}
+        self.probes: dict[str, ProbeScore] = {}
         self._before: dict[str, float] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
-        self.table, self.rows = "", {}
+        self.table, self.rows, self.probes = "", {}, {}
         if starts_anew(trainer, stage):
             self._before = None
 
@@ -80,23 +84,26 @@ class FitSummary(Callback):
             return
         assert isinstance(pl_module, DDCLReadoutModule)
         if pl_module.parameter_groups()["encoder"]:
-            found = self._evaluate(trainer, pl_module)
+            found = self._evaluate(trainer, pl_module, _evaluation_batches(trainer))
             if found is not None and is_first_process():
-                self._before = self._try(lambda: self._kmeans(pl_module, found.features, found.labels))
+                self._before = self._try(lambda: self._kmeans(pl_module, found.readouts, found.readouts.mean))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and print."""
         if not self._applies(pl_module):
             return
         assert isinstance(pl_module, DDCLReadoutModule)
-        found = self._evaluate(trainer, pl_module)
+        found = self._evaluate(trainer, pl_module, _evaluation_batches(trainer))
+        train = self._evaluate(trainer, pl_module, train_batches(trainer)) if self.compare else None
         if found is not None and is_first_process():
+            if train is not None:
+                self._try(lambda: self._fill_probes(train.readouts.labelled(), found.readouts.labelled()))
             self.table = self._try(lambda: self._fill(trainer, pl_module, found)) or ""
             if self.table:
                 print(self.table)
 
     def _applies(self, module: pl.LightningModule) -> bool:
-        return self.enabled and isinstance(module, DDCLReadoutModule) and bool(find_banks(module.head))
+        return self.enabled and isinstance(module, DDCLReadoutModule)
 
     def _try(self, work: Callable[[], _Result]) -> _Result | None:
         """The result, or None and a warning: a finished run must not end in an error of its summary."""
@@ -107,45 +114,77 @@ class FitSummary(Callback):
             return None
 
     def _fill(self, trainer: pl.Trainer, module: DDCLReadoutModule, found: _Evaluation) -> str:
-        bank = list(find_banks(module).values())[-1]
-        for head in range(found.clusters.shape[1]):
-            label = "prototypes (last step)" + (f", head {head}" if bank.num_heads > 1 else "")
-            self.rows[label] = _agreement(found.clusters[:, head], found.labels, bank.num_prototypes)
-        untouched = found.inputs.shape == found.features.shape and torch.allclose(found.inputs, found.features)
-        if self._before is not None or not untouched:
-            self.rows["k-means, bank inputs"] = self._kmeans(module, found.inputs, found.labels)
+        banks, now = list(find_banks(module.head).values()), found.readouts
+        for head in range(now.clusters.shape[1]):
+            label = "prototypes (last step)" + (f", head {head}" if now.clusters.shape[1] > 1 else "")
+            self.rows[label] = clustering_scores(now.clusters[:, head], now.labels, _num_clusters(module, now))
+        if self.compare or not banks:
+            self.rows["k-means, pooled readout"] = self._kmeans(module, now, now.pooled)
+        untouched = now.inputs.shape == now.mean.shape and torch.allclose(now.inputs, now.mean)
+        if banks and (self._before is not None or not untouched):
+            self.rows["k-means, bank inputs"] = self._kmeans(module, now, now.inputs)
         if self._before is not None:
             self.rows["k-means, features before training"] = self._before
         else:
-            self.rows["k-means, features"] = self._kmeans(module, found.features, found.labels)
-        terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
-        look = Observation(found.tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
-        return self._format(trainer, read_signals(look, bank.detach_assignments))
+            self.rows["k-means, features"] = self._kmeans(module, now, now.mean)
+        signals: list[HeadSignals] = []
+        if banks:
+            bank = banks[-1]
+            terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
+            look = Observation(found.tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
+            signals = read_signals(look, bank.detach_assignments)
+        return self._format(trainer, module, signals)
 
-    def _kmeans(self, module: DDCLReadoutModule, points: Tensor, truth: Tensor) -> dict[str, float]:
-        size = list(find_banks(module).values())[-1].num_prototypes
-        if len(torch.unique(points, dim=0)) < size:
-            return {}  # no baseline, but the table stands
-        centers = initial_prototypes(points, size, num_restarts=self.num_restarts)
-        return _agreement(torch.cdist(points.double(), centers).argmin(1), truth, size)
+    def _fill_probes(self, train: Readouts, test: Readouts) -> None:
+        rows = {"pooled readout": "pooled", "mean token": "mean", "first token": "first"}
+        if torch.equal(test.first, test.mean):
+            del rows["first token"]
+        for label, name in rows.items():
+            score = self._try(
+                lambda name=name: linear_probe(  # type: ignore[misc]
+                    getattr(train, name), train.labels, getattr(test, name), test.labels
+                )
+            )
+            if score is not None:
+                self.probes[label] = score
 
-    def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation | None:
+    def _kmeans(self, module: DDCLReadoutModule, now: Readouts, points: Tensor) -> dict[str, float]:
+        return kmeans_scores(points, now.labels, _num_clusters(module, now), num_restarts=self.num_restarts)
+
+    def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule, batches: Iterator[Batch]) -> _Evaluation | None:
         """The pass of all processes; None where one of them failed, so that none waits for another."""
-        part = self._try(lambda: _run_pass(trainer, module))
+        sample = Reservoir(MAX_TOKENS)
+
+        def run() -> Readouts:
+            with isolate_rng(), trainer.precision_plugin.val_step_context():
+                return collect_readouts(
+                    module, batches, tokens=sample, to_device=lambda batch: to_device(trainer, batch)
+                )
+
+        part = self._try(run)
         if any(gather_objects(part is None)) or part is None:
             return None
-        rows = zip(*gather_objects((part.features, part.inputs, part.labels, part.clusters)), strict=True)
-        part.features, part.inputs, part.labels, part.clusters = map(torch.cat, rows)
-        part.tokens = part.sample.gather().transpose(0, 1)
-        return part
+        tokens = sample.gather().transpose(0, 1) if find_banks(module.head) else torch.empty(0)
+        return _Evaluation(Readouts.cat(gather_objects(part)), tokens)
 
-    def _format(self, trainer: pl.Trainer, signals: list[HeadSignals]) -> str:
-        width = max(map(len, self.rows)) + 2
-        lines = ["", " " * width + "".join(f"{name.upper() if len(name) == 3 else name:>12}" for name in METRICS)]
+    def _format(self, trainer: pl.Trainer, module: DDCLReadoutModule, signals: list[HeadSignals]) -> str:
+        width = max(map(len, [*self.rows, *self.probes])) + 2
+        titles = (f"{name.upper() if len(name) == 3 else name:>12}" for name in CLUSTERING_METRICS)
+        lines = ["", " " * width + "".join(titles)]
         for label, values in self.rows.items():
-            cells = (f"{values[name]:>12.3f}" if name in values else f"{'-':>12}" for name in METRICS)
+            cells = (f"{values[name]:>12.3f}" if name in values else f"{'-':>12}" for name in CLUSTERING_METRICS)
             lines.append(f"{label:<{width}}" + "".join(cells))
+        if self.probes:
+            lines += ["", f"{'linear probe on':<{width}}{'ACC':>12}{'F1':>12}"]
+            lines += [f"{label:<{width}}{score.acc:>12.3f}{score.f1:>12.3f}" for label, score in self.probes.items()]
         lines.append("")
+        for key in ("val/acc", "val/f1"):
+            if key in trainer.callback_metrics and "val/cross_entropy" in trainer.callback_metrics:
+                lines.append(f"classifier {key}: {float(trainer.callback_metrics[key]):.4f}")
+        sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in (module.head, module.task)}
+        lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+        if not signals:
+            return "\n".join(lines)
         for head, now in enumerate(signals):
             prefix = f"head {head}: " if len(signals) > 1 else ""
             lines.append(
@@ -156,9 +195,6 @@ class FitSummary(Callback):
         lines += [f"decomposition: {c.violations} violations in {c.checks} checks" for c in checks] or [
             "decomposition: not checked (add DecompositionCheck)"
         ]
-        for key in ("val/acc", "val/f1"):
-            if key in trainer.callback_metrics and "val/cross_entropy" in trainer.callback_metrics:
-                lines.append(f"classifier {key}: {float(trainer.callback_metrics[key]):.4f}")
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,72 +206,16 @@ class FitSummary(Callback):
         self._before = state_dict["before"]
 
 
-def _run_pass(trainer: pl.Trainer, module: DDCLReadoutModule) -> _Evaluation:
-    """Features, labels, clusters and tokens of the evaluation data of this process."""
-    name, bank = list(find_banks(module).items())[-1]
-    modes = {child: child.training for child in module.modules()}
-    seen: dict[str, Observation] = {}
-    sample = Reservoir(MAX_TOKENS)
-    features, embedded, truths, clusters = [], [], [], []
-    module.eval()
-    try:
-        with torch.no_grad(), isolate_rng(), BankProbe({name: bank}, seen.__setitem__):
-            for batch in _batches(trainer):
-                batch = to_device(trainer, batch)
-                with trainer.precision_plugin.val_step_context():
-                    values, mask = module.backbone(batch)
-                    readout = module.head(values, mask)
-                features.append(_mean_token(values, mask))
-                embedded.append(_mean_input(seen[name], len(values)))
-                truths.append(_class_labels(batch, len(values)))
-                if readout.assignments is not None:
-                    clusters.append(readout.assignments.argmax(-1).cpu())
-                sample.add(all_tokens(seen[name]))
-                if sum(map(len, features)) >= MAX_SAMPLES:
-                    break
-    finally:
-        for child, training in modes.items():
-            child.training = training
-    no_clusters = [torch.empty(sum(map(len, features)), 0, dtype=torch.int64)]
-    return _Evaluation(
-        torch.cat(features), torch.cat(embedded), torch.cat(truths), torch.cat(clusters or no_clusters), sample
-    )
+def _num_clusters(module: DDCLReadoutModule, now: Readouts) -> int:
+    """Prototypes of the last bank; for a head without one, the classes."""
+    banks = list(find_banks(module.head).values())
+    return banks[-1].num_prototypes if banks else max(1, int(now.labels.max()) + 1)
 
 
-def _batches(trainer: pl.Trainer) -> Iterator[Batch]:
+def _evaluation_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     loaders = trainer.val_dataloaders
     if loaders is None:
         yield from train_batches(trainer)
         return
     for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
         yield from loader
-
-
-def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean(1).float().cpu()
-    keep = mask.unsqueeze(-1)
-    return (values.masked_fill(~keep, 0.0).sum(1) / keep.sum(1)).float().cpu()
-
-
-def _mean_input(seen: Observation, samples: int) -> Tensor:
-    """Mean of each sample's tokens as a bank saw them, the heads side by side, ``(B, H * d)``."""
-    rows = seen.tokens.transpose(0, 1).flatten(1)
-    tokens = rows.reshape(samples, -1, rows.shape[1])
-    return _mean_token(tokens, None if seen.mask is None else seen.mask[0].reshape(samples, -1))
-
-
-def _class_labels(batch: Batch, size: int) -> Tensor:
-    """One class per sample, ``(B,)``; -1 where there is none, or a target of another kind."""
-    truth = labels(batch)
-    if truth is None or truth.dim() != 1 or truth.is_floating_point():
-        return torch.full((size,), -1)
-    return truth.cpu().long()
-
-
-def _agreement(clusters: Tensor, truth: Tensor, num_clusters: int) -> dict[str, float]:
-    labelled = bool((truth >= 0).any())
-    metric = ClusteringMetrics(num_clusters, int(truth.max()) + 1 if labelled else 1)
-    metric.update(clusters, truth)
-    values = metric.compute()
-    return {name: float(values[name]) for name in (METRICS if labelled else METRICS[3:])}

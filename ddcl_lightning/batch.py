@@ -1,4 +1,4 @@
-"""The batch convention: a dict with ``x``, ``y``, ``mask`` and ``index``, or a plain ``(x, y)`` pair."""
+"""The batch convention: a dict with ``x`` (or ``text``), ``y``, ``mask`` and ``index``, or a plain ``(x, y)`` pair."""
 
 from typing import Any
 
@@ -18,6 +18,28 @@ def inputs(batch: Batch) -> Tensor:
             f"{_describe(batch)}. Change the collate function, or write a backbone that reads your batch."
         )
     return value
+
+
+def texts(batch: Batch) -> list[str]:
+    """The raw texts of a batch, B of them: ``batch["text"]``.
+
+    Raises:
+        TypeError: If there are none.
+    """
+    value = batch.get("text") if isinstance(batch, dict) else None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise TypeError(
+            f"batch must be a dict with a list of strings 'text'; got {_describe(batch)}. Use one of the text data "
+            "modules, or a collate function that keeps the texts."
+        )
+    return list(value)
+
+
+def size(batch: Batch) -> int:
+    """B, the number of samples of a batch."""
+    if isinstance(batch, dict) and "text" in batch:
+        return len(batch["text"])
+    return len(inputs(batch))
 
 
 def labels(batch: Batch) -> Tensor | None:

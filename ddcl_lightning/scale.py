@@ -4,11 +4,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
 
-ScaleMode = Literal["none", "per_dimension", "total", "whiten"]
+ScaleMode = Literal["none", "unit", "per_dimension", "total", "whiten"]
 
 SMALLEST_VARIANCE = 1e-24  # tokens below it count as constant; its power -3/2, a gradient, must fit float32
 
@@ -27,9 +28,10 @@ class EmbeddingScale(nn.Module):
         dim: Dimension D of the tokens.
         mode: ``"whiten"`` makes the covariance the identity, by the rotation-free ``C^(-1/2)``;
             ``"per_dimension"`` gives every dimension unit variance; ``"total"`` divides by one number, so that
-            the mean variance is 1 and the geometry is kept; ``"none"`` does nothing. Whitening needs batches of at
-            least ``2 D`` tokens; a smaller one (the last of an epoch) is scaled by the running statistics and gives
-            the encoder no gradient.
+            the mean variance is 1 and the geometry is kept; ``"unit"`` gives every token unit length, without
+            statistics: squared distances become 2 (1 - cosine), what text encoders are compared by (a token of
+            zeros stays one); ``"none"`` does nothing. Whitening needs batches of at least ``2 D`` tokens; a smaller one
+            (the last of an epoch) is scaled by the running statistics and gives the encoder no gradient.
         momentum: Weight of the newest batch in the running statistics, in (0, 1]. The first batches are
             averaged evenly until that weight is reached.
 
@@ -62,6 +64,9 @@ class EmbeddingScale(nn.Module):
         if self.mode == "none":
             return tokens
         check_mask(tokens, mask)
+        if self.mode == "unit":
+            with torch.autocast(tokens.device.type, enabled=False):
+                return normalize(tokens.to(accumulation_dtype(tokens)), dim=-1).to(tokens.dtype)
         tokens = zero_padding(tokens, mask)  # a NaN there would reach the gradients, as 0 * NaN
         statistics = self._batch_statistics(tokens, mask) if self.training else None
         if statistics is not None:

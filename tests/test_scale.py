@@ -38,6 +38,22 @@ def test_whiten_makes_the_covariance_the_identity_without_a_rotation() -> None:
     assert bool((torch.linalg.eigvalsh(cross) > 0).all())
 
 
+def test_unit_length_is_the_geometry_of_cosines() -> None:
+    scale, tokens = EmbeddingScale(3, "unit"), data().requires_grad_()
+    scaled = scale(tokens)
+    torch.testing.assert_close(scaled.norm(dim=-1), torch.ones(40))
+    cosines = torch.nn.functional.cosine_similarity(tokens[:5], tokens[5:10])
+    torch.testing.assert_close((scaled[:5] - scaled[5:10]).square().sum(-1), 2 - 2 * cosines)
+    torch.testing.assert_close(scale(1e3 * tokens), scaled)
+    (scaled**3).sum().backward()
+    assert tokens.grad is not None
+    # No gradient along a token, so nothing is gained by shrinking it.
+    torch.testing.assert_close((tokens.grad * tokens).sum(-1), torch.zeros(40), atol=1e-5, rtol=0)
+    assert int(scale.num_batches) == 0
+    assert scale(torch.zeros(2, 3)).abs().max() == 0
+    assert scale.eval()(tokens[:1]).equal(scaled[:1])
+
+
 @pytest.mark.parametrize("values", [[3.0, 1.0, 0.2], [2.0, 2.0, 0.5], [1.0, 1.0, 1.0]])
 def test_inverse_square_root_is_differentiable_even_where_eigenvalues_coincide(values: list[float]) -> None:
     g = torch.Generator().manual_seed(0)

@@ -134,7 +134,7 @@ def test_fewer_distinct_samples_than_prototypes_leave_the_baseline_out(capsys):
     assert "prototypes (last step)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["_mean_token", "read_signals", "initial_prototypes", "ClusteringMetrics"])
+@pytest.mark.parametrize("place", ["collect_readouts", "read_signals", "kmeans_scores", "clustering_scores"])
 def test_a_failure_of_the_summary_costs_no_run(place, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("boom")
@@ -187,10 +187,43 @@ class Mean(Head):
         return ReadoutOutput(tokens, tokens.mean(1))
 
 
-def test_other_modules_and_heads_are_left_alone(capsys):
-    fit(Project(), FitSummary())
+def test_a_head_without_prototypes_is_compared_too(capsys):
+    summary = FitSummary(compare=True)
     model = module(head=Mean(), task=Classification(num_classes=4, quantization_weight=0.0))
-    pl.Trainer(callbacks=[FitSummary()], max_epochs=1, **QUIET).fit(model, rows_of())
+    pl.Trainer(callbacks=[summary], max_epochs=1, **QUIET).fit(model, rows_of(), rows_of())
+    assert list(summary.rows) == ["k-means, pooled readout", "k-means, features"]
+    assert list(summary.probes) == ["pooled readout", "mean token"]
+    assert all(score.acc == 1.0 for score in summary.probes.values())
+    printed = capsys.readouterr().out
+    assert "parameters: Mean 0, Classification 20" in printed
+    assert "Delta" not in printed
+
+
+def test_the_comparison_probes_what_the_classifier_may_read(capsys):
+    """Labels that only the first token carries: the mean of many others drowns it, the head's histogram too."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for place in range(128):
+        label = place % 2
+        noise = torch.randn(9, 4, generator=generator)
+        rows.append({"x": torch.cat([torch.full((1, 4), 2.0 * label - 1), 4 * noise]), "y": torch.tensor(label)})
+    summary = FitSummary(compare=True)
+    data = DataLoader(rows, batch_size=16)
+    run(module(task=Classification(num_classes=2)), summary, train=data, val=data)
+    assert summary.probes["first token"].acc == 1.0
+    assert summary.probes["mean token"].acc < 0.9
+    assert summary.rows["k-means, pooled readout"].keys() == summary.rows["k-means, features"].keys()
+    assert "linear probe on" in capsys.readouterr().out
+
+
+def test_a_comparison_without_labels_is_a_warning(capsys):
+    with pytest.warns(UserWarning, match="train_x and train_y must have the same number of rows, at least 1"):
+        run(module(task=Clustering()), FitSummary(compare=True), train=rows_of(labelled=False))
+    assert "k-means, pooled readout" in capsys.readouterr().out
+
+
+def test_other_modules_are_left_alone(capsys):
+    fit(Project(), FitSummary())
     run(module(), FitSummary(enabled=False))
     assert capsys.readouterr().out == ""
 
