@@ -15,7 +15,7 @@ from ddcl_lightning.optim import TokenNormalized
 from ddcl_lightning.probe import find_banks
 from ddcl_lightning.rates import two_timescale_groups
 from ddcl_lightning.scale import EmbeddingScale
-from ddcl_lightning.tasks import Classification, Clustering, Task
+from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Task
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "Backbone",
     "BankOutput",
     "Classification",
+    "ClassificationAndClustering",
     "Clustering",
     "ClusteringMetrics",
     "DDCLAttention",

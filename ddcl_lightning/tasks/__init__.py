@@ -3,5 +3,6 @@
 from ddcl_lightning.tasks.base import Task
 from ddcl_lightning.tasks.classification import Classification
 from ddcl_lightning.tasks.clustering import Clustering
+from ddcl_lightning.tasks.joint import ClassificationAndClustering
 
-__all__ = ["Classification", "Clustering", "Task"]
+__all__ = ["Classification", "ClassificationAndClustering", "Clustering", "Task"]

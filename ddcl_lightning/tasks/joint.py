@@ -1,0 +1,57 @@
+"""Classification and clustering at once: one readout, judged as both."""
+
+from collections.abc import Mapping
+
+from torchmetrics import Metric, MetricCollection
+
+from ddcl_lightning.batch import Batch
+from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.tasks.classification import Classification
+from ddcl_lightning.tasks.clustering import Clustering
+
+PREFIX = "cluster_"
+
+
+class ClassificationAndClustering(Classification):
+    """Cross-entropy + lambda ``L_q`` like :class:`Classification`, with the metrics of :class:`Clustering` beside.
+
+    Answers whether the prototypes that serve a classifier are also a sensible clustering: ``val/acc`` is the
+    classifier's accuracy, ``val/cluster_acc`` that of the strongest prototypes under the best matching with the classes.
+
+    Args:
+        num_classes: C, at least 2.
+        quantization_weight: lambda >= 0.
+        label_smoothing: In [0, 1).
+        class_weights: Weight of each class in the cross-entropy, C numbers.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the head has no prototypes.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        quantization_weight: float = 0.1,
+        label_smoothing: float = 0.0,
+        class_weights: list[float] | None = None,
+    ) -> None:
+        super().__init__(num_classes, quantization_weight, label_smoothing, class_weights)
+        self.clustering = Clustering(num_classes)
+
+    def build(self, head: Head) -> None:
+        """Create the classifier, and read the number of clusters from the head's last bank."""
+        super().build(head)
+        self.clustering.build(head)
+
+    def metrics(self) -> Mapping[str, Metric | MetricCollection]:
+        """Those of the classifier, and those of the prototypes under ``cluster_``."""
+        clusters = {PREFIX + name: metric for name, metric in self.clustering.metrics().items()}
+        return {**super().metrics(), **clusters}
+
+    def update_metrics(
+        self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
+    ) -> None:
+        """Compare classes and clusters with the labels."""
+        super().update_metrics(metrics, readout, batch)
+        clusters = {name: metric for name, metric in metrics.items() if name.startswith(PREFIX)}
+        self.clustering.update_metrics(clusters, readout, batch)
