@@ -18,12 +18,14 @@ class DDCLAttentionOutput(NamedTuple):
         centroids: Soft centroids of all heads, concatenated, ``(B, T, num_heads * prototype_dim)``.
         terms: Loss terms per head, ``(num_heads,)`` each.
         weights: Assignments ``(B, num_heads, T, num_prototypes)`` or None.
+        embedded: Tokens as the bank read them, projected and scaled, ``(B, T, num_heads * prototype_dim)``.
     """
 
     tokens: Tensor
     centroids: Tensor
     terms: Decomposition
     weights: Tensor | None
+    embedded: Tensor
 
 
 class DDCLAttention(nn.Module):
@@ -120,10 +122,11 @@ class DDCLAttention(nn.Module):
         # A NaN left in the padding would reach the gradients of the projection, as 0 * NaN.
         tokens = zero_padding(tokens, mask)
         embedded = tokens if self.input_projection is None else self.input_projection(tokens)
-        output = self.bank(self.scale(embedded, mask), mask, need_weights)
+        embedded = self.scale(embedded, mask)
+        output = self.bank(embedded, mask, need_weights)
         result = output.centroids
         if self.output_projection is not None:
             result = self.output_projection(result)
         if self.residual:
             result = tokens + result
-        return DDCLAttentionOutput(result, output.centroids, output.terms, output.weights)
+        return DDCLAttentionOutput(result, output.centroids, output.terms, output.weights, embedded)

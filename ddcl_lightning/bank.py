@@ -8,6 +8,7 @@ from ddcl_lightning.functional import (
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
+    prototype_slots,
 )
 
 
@@ -106,6 +107,24 @@ class PrototypeBank(nn.Module):
         """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
         heads, _ = self.split_heads(tokens)
         return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
+
+    def slots(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One summary of every sample per prototype, see :func:`~ddcl_lightning.functional.prototype_slots`.
+
+        Args:
+            tokens: ``(B, T, H * d)``.
+            mask: ``(B, T)`` boolean, True for valid tokens.
+
+        Returns:
+            ``(B, H, K, d)``.
+        """
+        self.split_heads(tokens, mask)  # for its checks
+        heads = tokens.unflatten(-1, (self.num_heads, self.dim)).transpose(1, 2)
+        heads_mask = None if mask is None else mask.unsqueeze(1).expand(heads.shape[:-1])
+        found = prototype_slots(
+            heads, self.prototypes, self.temperature.clone(), heads_mask, detach_assignments=self.detach_assignments
+        )
+        return found.to(tokens.dtype)
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:

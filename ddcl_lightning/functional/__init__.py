@@ -23,6 +23,7 @@ from ddcl_lightning.functional.diagnostics import (
     separation,
     total_variance,
 )
+from ddcl_lightning.functional.slots import prototype_slots
 
 __all__ = [
     "AssignmentStatistics",
@@ -40,6 +41,7 @@ __all__ = [
     "prototype_attention",
     "prototype_attention_reference",
     "prototype_critical_temperatures",
+    "prototype_slots",
     "separation",
     "soft_assign",
     "total_variance",

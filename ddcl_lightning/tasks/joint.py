@@ -15,8 +15,8 @@ PREFIX = "cluster_"
 class ClassificationAndClustering(Classification):
     """Cross-entropy + lambda ``L_q`` like :class:`Classification`, with the metrics of :class:`Clustering` beside.
 
-    Answers whether the prototypes that serve a classifier are also a sensible clustering: ``val/acc`` is the
-    classifier's accuracy, ``val/cluster_acc`` that of the strongest prototypes under the best matching with the classes.
+    Answers whether the prototypes that serve a classifier are a sensible clustering too: ``val/acc`` is the
+    classifier's accuracy, ``val/cluster_acc`` that of the strongest prototypes, best matched with the classes.
 
     Args:
         num_classes: C, at least 2.

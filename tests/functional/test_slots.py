@@ -1,0 +1,61 @@
+"""Summaries per prototype: against their definition, against slot attention, and where assignments underflow."""
+
+import pytest
+import torch
+
+from ddcl_lightning import PrototypeBank
+from ddcl_lightning.functional import prototype_slots, soft_assign
+
+TOKENS = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PROTOTYPES = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+MASK = torch.arange(7) < torch.tensor([[7], [3]])
+
+
+def test_definition() -> None:
+    q = soft_assign(TOKENS, PROTOTYPES.expand(2, 4, 3), 0.7)
+    q = q * MASK.unsqueeze(-1)
+    expected = torch.einsum("bnk,bnd->bkd", q / q.sum(1, keepdim=True), TOKENS)
+    torch.testing.assert_close(prototype_slots(TOKENS, PROTOTYPES, 0.7, MASK), expected)
+
+
+def test_padding_does_not_matter_whatever_it_holds() -> None:
+    padded = torch.where(MASK.unsqueeze(-1), TOKENS, torch.nan).requires_grad_()
+    found = prototype_slots(padded, PROTOTYPES, 0.7, MASK)
+    torch.testing.assert_close(found[1], prototype_slots(TOKENS[1:, :3], PROTOTYPES, 0.7)[0])
+    found.sum().backward()
+    assert padded.grad is not None
+    assert bool(torch.isfinite(padded.grad).all())
+    assert padded.grad[1, 3:].abs().max() == 0
+
+
+def test_a_prototype_far_from_every_token_gets_the_nearest() -> None:
+    """Its assignments underflow to zero, where a plain quotient is 0 / 0."""
+    prototypes = torch.cat([PROTOTYPES, torch.full((1, 3), 1e3, dtype=torch.float64)])
+    assert soft_assign(TOKENS[0], prototypes, 0.01)[:, -1].max() == 0
+    slots = prototype_slots(TOKENS, prototypes, 0.01)
+    nearest = TOKENS[0][torch.cdist(TOKENS[0], prototypes[-1:]).argmin()]
+    torch.testing.assert_close(slots[0, -1], nearest)
+
+
+def test_high_temperature_gives_the_mean_and_gradients_flow() -> None:
+    torch.testing.assert_close(
+        prototype_slots(TOKENS, PROTOTYPES, 1e9), TOKENS.mean(1, keepdim=True).expand(2, 4, 3), atol=1e-6, rtol=0
+    )
+    tokens, prototypes = TOKENS.clone().requires_grad_(), PROTOTYPES.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, p: prototype_slots(z, p, 0.7, MASK), (tokens, prototypes))
+    held = prototype_slots(tokens, prototypes, 0.7, detach_assignments=True)
+    assert torch.autograd.grad(held.sum(), prototypes, allow_unused=True) == (None,)
+
+
+def test_of_a_bank_with_several_heads() -> None:
+    bank = PrototypeBank(4, 3, num_heads=2)
+    bank.set_temperature(torch.tensor([0.5, 2.0]))
+    tokens = torch.randn(2, 7, 6)
+    slots = bank.slots(tokens, MASK)
+    assert slots.shape == (2, 2, 4, 3)
+    for head, temperature in enumerate((0.5, 2.0)):
+        part = tokens[..., 3 * head : 3 * head + 3]
+        torch.testing.assert_close(slots[:, head], prototype_slots(part, bank.prototypes[head], temperature, MASK))
+    assert bank.to(torch.bfloat16).slots(tokens.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"tokens must have last dimension num_heads \* dim = 6"):
+        bank.slots(tokens[..., :4])
