@@ -97,7 +97,7 @@ class BankCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop to look, and say so if there was nothing to see."""
         self._close()
-        if self._due and not self._reads:
+        if self._banks and self._due and not self._reads:
             rank_zero_warn(
                 f"{type(self).__name__} saw no call of {', '.join(self._banks)} in {self._due} training batches, so it "
                 "has looked at nothing. It sees calls of the module (bank(tokens, mask), not bank.forward), and none "

@@ -11,7 +11,7 @@ from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.collect import collect_tokens, execution_order
 from ddcl_lightning.distributed import broadcast_object, is_first_process
 from ddcl_lightning.kmeans import InitMethod, initial_prototypes
-from ddcl_lightning.probe import require_banks
+from ddcl_lightning.probe import find_banks, require_banks
 from ddcl_lightning.seeding import resolve_seed
 
 
@@ -58,7 +58,7 @@ class KMeansInitialization(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Initialise the banks that are not."""
-        banks = require_banks(pl_module, type(self).__name__)
+        banks = find_banks(pl_module)
         if all(bool(bank.initialized) for bank in banks.values()):
             return
         progress = self.progress and trainer.progress_bar_callback is not None

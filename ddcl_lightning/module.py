@@ -68,6 +68,9 @@ class DDCLReadoutModule(pl.LightningModule):
         FloatingPointError: During training, if the loss is not finite.
     """
 
+    # Heads are swapped for ones without prototypes; callbacks for banks then stay idle.
+    banks_optional = True
+
     def __init__(
         self,
         backbone: Backbone,

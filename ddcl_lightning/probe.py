@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,9 +21,15 @@ def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
 
 
 def require_banks(module: nn.Module, caller: str) -> dict[str, PrototypeBank]:
-    """The same, with an error that names the caller where there is none."""
+    """The same, with an error that names the caller where there is none.
+
+    A module whose ``banks_optional`` is True may have none: its heads can be swapped, and a callback that has nothing
+    to look at then says so and stays idle.
+    """
     banks = find_banks(module)
-    if not banks:
+    if not banks and getattr(module, "banks_optional", False):
+        rank_zero_info(f"{caller} stays idle: {type(module).__name__} holds no PrototypeBank.")
+    elif not banks:
         raise ValueError(
             f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or "
             "any module that holds a PrototypeBank) as an attribute, or remove the callback."

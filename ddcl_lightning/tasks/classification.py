@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
@@ -10,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from ddcl_lightning.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.probe import find_banks
 from ddcl_lightning.tasks.base import Task
 
 
@@ -18,7 +20,7 @@ class Classification(Task):
 
     Args:
         num_classes: C, at least 2.
-        quantization_weight: lambda >= 0.
+        quantization_weight: lambda >= 0; a head without prototypes has no ``L_q``, and trains on the cross-entropy.
         label_smoothing: In [0, 1).
         class_weights: Weight of each class in the cross-entropy, C numbers.
 
@@ -52,6 +54,8 @@ class Classification(Task):
 
     def build(self, head: Head) -> None:
         """Create the classifier on ``head.pooled_dim`` inputs."""
+        if self.quantization_weight > 0 and not find_banks(head):
+            rank_zero_info(f"{type(head).__name__} has no prototypes: quantization_weight is not used.")
         self.classifier = nn.Linear(head.pooled_dim, self.num_classes)
 
     def logits(self, readout: ReadoutOutput) -> Tensor:
@@ -65,7 +69,7 @@ class Classification(Task):
             self.logits(readout), self._labels(batch), self.class_weights, label_smoothing=self.label_smoothing
         )
         loss, parts = entropy, {"cross_entropy": entropy}
-        if self.quantization_weight > 0:
+        if self.quantization_weight > 0 and readout.levels:
             parts["quantization"] = readout.quantization_loss()
             loss = loss + self.quantization_weight * parts["quantization"]
         if readout.regularization is not None:

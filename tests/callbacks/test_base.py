@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from toys import PROJECTS, QUIET, Project, fit, loader
 
+from ddcl_lightning import Classification, DDCLReadoutModule, Head, ReadoutOutput
 from ddcl_lightning.callbacks import (
     CollapseWarning,
     DecompositionCheck,
@@ -15,6 +16,8 @@ from ddcl_lightning.callbacks import (
 )
 from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.probe import find_banks
+from tests.tiny import LinearBackbone
+from tests.tiny import loader as blob_batches
 
 
 class Spy(BankCallback):
@@ -129,3 +132,32 @@ def test_banks_in_evaluation_mode_are_seen():
     fit(Frozen(), spy, max_epochs=1)
     assert len(spy.steps) == 6
     assert torch.is_grad_enabled()
+
+
+class Rival(Head):
+    """A head without prototypes."""
+
+    def build(self, embed_dim):
+        self.pooled_dim = embed_dim
+
+    def forward(self, tokens, mask=None):
+        return ReadoutOutput(tokens, tokens.mean(1))
+
+
+def test_swapping_the_head_for_one_without_prototypes_needs_no_other_change(caplog):
+    """The recipe's callbacks and the task's quantisation weight stay as they are."""
+    caplog.set_level("INFO")
+    callbacks = [
+        TemperatureAnnealing(),
+        KMeansInitialization(),
+        DecompositionCheck(every_n_batches=1),
+        CollapseWarning(every_n_batches=1),
+        RatioGuard(),
+        PrototypeFigures(every_n_epochs=1),
+    ]
+    model = DDCLReadoutModule(LinearBackbone(), Rival(), Classification(4, quantization_weight=0.1))
+    trainer = pl.Trainer(**{**QUIET, "max_epochs": 40}, callbacks=callbacks)
+    trainer.fit(model, blob_batches(), blob_batches())
+    assert float(trainer.callback_metrics["val/acc"]) == 1.0
+    assert "KMeansInitialization stays idle: DDCLReadoutModule holds no PrototypeBank" in caplog.text
+    assert "Rival has no prototypes: quantization_weight is not used" in caplog.text
