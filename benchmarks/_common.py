@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import resource
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,6 +46,11 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far; kibibytes on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:

@@ -16,7 +16,6 @@ Writes ``layer_cost.json``.
 
 import argparse
 import itertools
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from _common import options, save
+from _common import options, peak_mib, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -167,11 +166,6 @@ class Turns:
             }
             for (path, flush), values in times.items()
         ]
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far; kibibytes on Linux."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory_of_this_process(name: str, size: int, prototypes: int) -> float:

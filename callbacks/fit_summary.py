@@ -115,9 +115,10 @@ class FitSummary(Callback):
 
     def _fill(self, trainer: pl.Trainer, module: DDCLReadoutModule, found: _Evaluation) -> str:
         banks, now = list(find_banks(module.head).values()), found.readouts
+        size = _num_clusters(module, now)  # codes of a head without a bank may be more
         for head in range(now.clusters.shape[1]):
             label = "prototypes (last step)" + (f", head {head}" if now.clusters.shape[1] > 1 else "")
-            self.rows[label] = clustering_scores(now.clusters[:, head], now.labels, _num_clusters(module, now))
+            self.rows[label] = clustering_scores(now.clusters[:, head], now.labels, max(size, int(now.clusters.max()) + 1))
         if self.compare or not banks:
             self.rows["k-means, pooled readout"] = self._kmeans(module, now, now.pooled)
         untouched = now.inputs.shape == now.mean.shape and torch.allclose(now.inputs, now.mean)

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddcl_lightning.datamodules._loading import TensorDataModule, check_at_least
 from ddcl_lightning.datamodules._orbits import (
     FEATURE_NAMES,
     OTHER,
@@ -18,6 +17,8 @@ from ddcl_lightning.datamodules._orbits import (
     generate_objects,
     read_catalogue,
 )
+from ddcl_lightning.datamodules._splits import EvaluateOn, check_at_least, check_choice
+from ddcl_lightning.datamodules._tensors import TensorDataModule
 
 
 class DebrisDataModule(TensorDataModule):
@@ -38,7 +39,7 @@ class DebrisDataModule(TensorDataModule):
     below a noise of 0.45 some do, and their ACC jumps to 0.97 or more.
 
     Args:
-        batch_size: Rows per batch and process, at least 1.
+        batch_size: Rows per training batch and process, at least 1.
         num_per_class: Synthetic objects per regime, at least 1. Unused with ``catalogue``.
         noise: Standard deviation of the Gaussian measurement error of a synthetic feature, as a multiple of
             the standard deviation of the error-free feature over all regimes, at least 0; of its logarithm
@@ -50,9 +51,11 @@ class DebrisDataModule(TensorDataModule):
             "keep" them as a fifth class.
         missing_rcs: What to do with objects of a catalogue without an RCS: "impute" the median RCS of the
             training rows, or "drop" them.
-        val_fraction: Part of each class that is held out for validation and test, in [0, 1). With 0,
-            validation and test run over the training set: the protocol of deep clustering, where labels take
-            no part in training.
+        eval_batch_size: Rows per batch of all other loaders; by default ``batch_size``.
+        val_fraction: Part of each class that is held out for validation and test, in [0, 1). With 0 they run over
+            the training set.
+        evaluate_on: See :class:`~ddcl_lightning.datamodules.SplitDataModule`, as for all the arguments around it.
+        limit: Train on at most this many objects, every class keeping its share.
         seed: Seed of the synthetic objects, the split and the training order, at least 0; by default that of
             ``seed_everything``.
         num_workers: Worker processes per loader; 0 is fastest for tensors in memory.
@@ -78,30 +81,43 @@ class DebrisDataModule(TensorDataModule):
         catalogue: str | Path | None = None,
         other: Literal["drop", "keep"] = "drop",
         missing_rcs: Literal["impute", "drop"] = "impute",
+        eval_batch_size: int | None = None,
         val_fraction: float = 0.0,
+        evaluate_on: EvaluateOn = "auto",
+        limit: int | None = None,
         seed: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed, num_workers)
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            evaluate_on=evaluate_on,
+            limit=limit,
+            seed=seed,
+            num_workers=num_workers,
+        )
         check_at_least("num_per_class", num_per_class, 1)
         if not 0 <= noise < float("inf"):
             raise ValueError(f"noise must be finite and at least 0; got {noise}. Use 0 for exact features.")
-        if other not in ("drop", "keep"):
-            raise ValueError(f"other must be 'drop' or 'keep'; got {other!r}. Choose one of them.")
-        if missing_rcs not in ("impute", "drop"):
-            raise ValueError(f"missing_rcs must be 'impute' or 'drop'; got {missing_rcs!r}. Choose one of them.")
+        check_choice("other", other, ("drop", "keep"))
+        check_choice("missing_rcs", missing_rcs, ("impute", "drop"))
         self.num_per_class = num_per_class
         self.noise = noise
         self.catalogue = catalogue
         self.other = other
         self.missing_rcs = missing_rcs
-        keeps_other = catalogue is not None and other == "keep"
-        self.class_names = (*REGIMES, "other") if keeps_other else REGIMES
         self.num_invalid = self.num_missing_rcs = 0
         self.feature_mean = torch.zeros(self.num_features, dtype=torch.float64)
         self.feature_std = torch.ones(self.num_features, dtype=torch.float64)
 
-    def load(self) -> tuple[Tensor, Tensor]:
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the regimes; "other" is one of them where it is kept."""
+        keeps_other = self.catalogue is not None and self.other == "keep"
+        return (*REGIMES, "other") if keeps_other else REGIMES
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
         """Raw features ``(N, 6)`` and regimes ``(N,)``; a missing RCS is NaN here."""
         if self.catalogue is None:
             features, labels = generate_objects(self.num_per_class, self.noise, self.seed)
@@ -109,7 +125,7 @@ class DebrisDataModule(TensorDataModule):
             features, labels = self._load_catalogue(self.catalogue)
         return torch.from_numpy(features), torch.from_numpy(labels)
 
-    def transform(self, x: Tensor, train_rows: Tensor) -> Tensor:
+    def scale(self, x: Tensor, train_rows: Tensor) -> Tensor:
         """Fill in a missing RCS and standardise, both with statistics of the training rows."""
         x = x.clone()
         rcs = x[:, RCS_COLUMN]

@@ -5,7 +5,15 @@ callbacks in ``ddcl_lightning.callbacks`` attach to any LightningModule that hol
 """
 
 from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput
-from ddcl_lightning.backbones import Backbone, IdentityBackbone, PCABackbone, Tokens
+from ddcl_lightning.backbones import (
+    Backbone,
+    ConvBackbone,
+    IdentityBackbone,
+    PCABackbone,
+    TimmBackbone,
+    Tokens,
+    TransformersBackbone,
+)
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import DDCLReadout, Head, ReadoutOutput
@@ -26,6 +34,7 @@ __all__ = [
     "ClassificationAndClustering",
     "Clustering",
     "ClusteringMetrics",
+    "ConvBackbone",
     "DDCLAttention",
     "DDCLAttentionOutput",
     "DDCLReadout",
@@ -38,8 +47,10 @@ __all__ = [
     "PrototypeBank",
     "ReadoutOutput",
     "Task",
+    "TimmBackbone",
     "TokenNormalized",
     "Tokens",
+    "TransformersBackbone",
     "find_banks",
     "two_timescale_groups",
 ]

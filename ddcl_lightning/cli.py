@@ -1,6 +1,7 @@
-"""The ``ddcl`` command: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, and ``recipes``."""
+"""The ``ddcl`` command: ``fit``, ``validate``, ``test``, ``predict``, ``explain`` (by LightningCLI), ``recipes``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +15,21 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from ddcl_lightning import backbones, datamodules, heads, tasks  # noqa: F401 - short class names need them imported
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
-from ddcl_lightning.cli_errors import explain
+from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
+from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
 
 
 class DDCLCommandLine(LightningCLI):
     """LightningCLI with a summary after ``fit``, a table after ``predict``, and errors that start with the key."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Methods of the trainer, and which of their arguments are not words of the command line."""
+        return {**LightningCLI.subcommands(), "explain": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has, visible under ``--print_config``."""
@@ -37,13 +44,30 @@ class DDCLCommandLine(LightningCLI):
             given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
             name = next((word for word in given if word in SUBCOMMANDS), None)
             raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+        if self.config.get("subcommand") == "explain":
+            asked = self.config["explain"]
+            try:
+                check_request(asked["ckpt_path"], asked["output"])
+            except ValueError as error:
+                raise SystemExit(_fail(str(error))) from None
+
+    def before_instantiate_classes(self) -> None:
+        """A report is written by one process and leaves nothing else behind."""
+        if self.subcommand == "explain":
+            trainer = self.config["explain"]["trainer"]
+            if trainer["devices"] == "auto":
+                trainer["devices"] = 1
+            pass
+            self.save_config_callback = None
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a refused argument is one line, not a traceback."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            raise SystemExit(_fail(explain(str(error), self.parser))) from error
+        except CHECKED as error:
+            if _wants_traceback():
+                raise
+            raise SystemExit(_fail(explain(sentence(error), self.parser))) from error
 
 
 def main(args: ArgsType = None) -> None:
@@ -94,16 +118,22 @@ def _config_path(value: str) -> str:
 
 def _run(args: ArgsType) -> None:
     strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
-    DDCLCommandLine(
-        DDCLReadoutModule,
-        pl.LightningDataModule,
-        subclass_mode_data=True,
-        seed_everything_default=42,
-        auto_configure_optimizers=False,  # the module makes its own two
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
-        args=args,
-    )
+    try:
+        DDCLCommandLine(
+            DDCLReadoutModule,
+            pl.LightningDataModule,
+            trainer_class=ExplainingTrainer,
+            subclass_mode_data=True,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,  # the module makes its own two
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
+            args=args,
+        )
+    except Exception as error:
+        if _wants_traceback() or not is_refusal(error):
+            raise
+        raise SystemExit(_fail(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")) from None
 
 
 def _recipes(words: list[str]) -> None:
@@ -125,6 +155,10 @@ def _recipes(words: list[str]) -> None:
     width = max(map(len, paths), default=0)
     for name, path in paths.items():
         print(f"{name:<{width}}  {describe(path)}")
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("DDCL_TRACEBACK", "0") not in ("", "0")
 
 
 def _fail(message: str) -> int:

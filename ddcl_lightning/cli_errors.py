@@ -1,10 +1,13 @@
-"""Parser errors whose first line names the key and the nearest valid one."""
+"""Errors for people: which key is wrong and the nearest valid one, and which errors need no traceback."""
 
 import difflib
+import dis
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable
+from types import TracebackType
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
@@ -19,6 +22,13 @@ _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is n
 _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
 # Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
 _REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
+# What argument and data checks raise.
+CHECKED = (ValueError, TypeError, OSError, ImportError)
+# ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite.
+_CHECKED_IN_RUN = (*CHECKED, RuntimeError, FloatingPointError)
+_PACKAGE = __name__.partition(".")[0]
+# Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
+_CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
 _BASES = {"model.backbone": Backbone, "model.head": Head, "model.task": Task, "data": LightningDataModule}
 
 
@@ -42,6 +52,42 @@ def explain(message: str, parser: ArgumentParser) -> str:
     if found:
         return found.group(1)
     return message
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error of a run is a check of this package that says all there is to say.
+
+    It is where this package raised it on purpose (by a ``raise`` statement), or asked the standard library for a file
+    or package that is missing, and no code of the user's lies between: then the place in their code matters.
+    """
+    if not isinstance(error, _CHECKED_IN_RUN):
+        return False
+    frames = list(_frames(error.__traceback__))
+    owners = [str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    if not _CARRIERS.issuperset(owners):
+        return False
+    missing = isinstance(error, (OSError, ImportError))
+    while missing and owners and owners[-1] in sys.stdlib_module_names:
+        owners.pop()
+    return owners[-1:] == [_PACKAGE] and (missing or _raised_here(frames[-1]))
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, without an error number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
+
+
+def _raised_here(frame: TracebackType) -> bool:
+    """Whether the frame stopped at a ``raise`` statement, and not at an operation that failed: that is a bug."""
+    return frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

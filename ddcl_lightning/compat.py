@@ -46,6 +46,11 @@ def accept_checkpoints_after_steps() -> None:
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
+def accept_frozen_modules_in_eval_mode() -> None:
+    """Silence the warning that modules start training in evaluation mode: a frozen encoder stays in it on purpose."""
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+
 def given_by_cli() -> bool:
     """Whether LightningCLI is constructing a module right now, with the config's plain data as hyperparameters."""
     return _given_hyperparameters.get() is not None

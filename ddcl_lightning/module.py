@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning import compat
 from ddcl_lightning.backbones.base import Backbone
-from ddcl_lightning.batch import Batch, index, inputs
+from ddcl_lightning.batch import Batch, index
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
 from ddcl_lightning.rates import (
@@ -26,10 +26,7 @@ from ddcl_lightning.rates import (
     parameter_ids,
     run_length,
 )
-from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.tasks.base import Task
-
-FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
 
 
 class DDCLReadoutModule(pl.LightningModule):
@@ -207,15 +204,17 @@ class DDCLReadoutModule(pl.LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        """Fit a backbone that needs the training data, on the same sample in every process."""
+        """Let the backbone get ready with the training data: be fitted to it, or encode it ahead."""
         # Assignments far from a prototype underflow into denormal numbers, which a CPU multiplies ten times slower.
         torch.set_flush_denormal(True)
         compat.accept_checkpoints_after_steps()
-        if self.backbone.needs_fit():
-            reservoir = Reservoir(FIT_SAMPLES)
-            for batch in compat.train_batches(self.trainer):
-                reservoir.add(inputs(batch))
-            self.backbone.fit(reservoir.gather())
+        if not all(parameter.requires_grad for parameter in self.backbone.parameters()):
+            compat.accept_frozen_modules_in_eval_mode()
+        # A resumed run restores the place in the data later on, into loaders that nobody has set up before.
+        if self.trainer.ckpt_path is None and self.backbone.needs_data():
+            self.trainer.fit_loop.setup_data()  # the number of batches is not known before
+            batches = (compat.to_device(self.trainer, batch) for batch in compat.train_batches(self.trainer))
+            self.backbone.prepare(batches, self.trainer.num_training_batches)
 
     def on_fit_end(self) -> None:
         """Restore the arithmetic of the process."""

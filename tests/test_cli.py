@@ -3,16 +3,20 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from ddcl_lightning import DDCLReadoutModule, PCABackbone
+from ddcl_lightning import DDCLReadoutModule, PCABackbone, heads
 from ddcl_lightning.cli import main, resolve_configs
 from ddcl_lightning.recipes import recipe_paths
+from tests.tiny_data import idx_folder, jpeg_file, text_file
+from tests.tiny_models import tiny_bert
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -38,17 +42,64 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0].removeprefix("error: ")
 
 
+def text_words(folder: Path, classes: int, test_name: str = "test") -> list[str]:
+    """Options that put a tiny BERT and a tiny file in the place of what a hub would give."""
+    model, file = tiny_bert(folder / "bert"), text_file(folder / "texts.jsonl", classes, test_name=test_name)
+    words = [f"--model.backbone.init_args.model={model}", f"--data.init_args.path={file}"]
+    return [*words, "--model.backbone.init_args.max_length=32", "--data.init_args.batch_size=40"]
+
+
+def tiny_vit(folder: Path) -> Path:
+    """Weights of timm's smallest ViT, as a checkpoint file."""
+    import timm
+
+    path = folder / "vit.pth"
+    torch.save(timm.create_model("test_vit").state_dict(), path)
+    return path
+
+
+# What a recipe needs that a fresh machine without a network does not have.
+LOCAL: dict[str, Callable[[Path], list[str]]] = {
+    "bert_imdb": lambda folder: text_words(folder, 2),
+    "bert_newsgroups": lambda folder: text_words(folder, 20),
+    "bert_sst2": lambda folder: text_words(folder, 2, "validation"),
+    "cnn_fashion_mnist": lambda folder: [f"--data.init_args.path={idx_folder(folder / 'images')}"],
+    "vit_cifar10": lambda folder: [
+        "--model.backbone.init_args.model=test_vit",
+        f"--model.backbone.init_args.checkpoint={tiny_vit(folder)}",
+        f"--data.init_args.path={jpeg_file(folder / 'images.npz')}",
+    ],
+}
+
+
 @pytest.mark.parametrize("name", sorted(recipe_paths()))
-def test_every_recipe_fits_and_prints_its_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--config", name, *QUICK])
+def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", name, *QUICK, *LOCAL.get(name, lambda _: [])(tmp_path)])
     printed = capsys.readouterr().out
     assert "k-means, " in printed
     assert "violations in" in printed
     assert " 0 violations" in printed
-    header, row = printed.splitlines()[1:3]
-    assert header.split() == ["ACC", "NMI", "ARI", "usage", "perplexity"]
+    lines = printed.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.split()[:1] == ["ACC"])
+    assert lines[header].split() == ["ACC", "NMI", "ARI", "usage", "perplexity"]
+    row = lines[header + 1]
     assert row.startswith("prototypes (last step)")
     assert all(float(cell) >= 0 for cell in row.split()[-5:])
+
+
+HEADS = sorted(name for name in heads.__all__ if name.endswith("Pooling"))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_one_option_swaps_the_head_for_a_rival(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else of the recipe changes: task, callbacks and summary take any head."""
+    words = [f"--model.head={head}", "--summary.compare=true"]
+    if head == "VQPooling":
+        words.append("--model.head.num_codes=8")
+    main(["fit", "--config", "bert_sst2", *QUICK[:-1], "--trainer.max_epochs=1", *LOCAL["bert_sst2"](tmp_path), *words])
+    printed = capsys.readouterr().out
+    assert "linear probe on" in printed
+    assert f"parameters: {head} " in printed
 
 
 def test_validate_test_and_predict_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

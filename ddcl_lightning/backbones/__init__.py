@@ -1,7 +1,20 @@
 """Backbones: from a batch to tokens."""
 
 from ddcl_lightning.backbones.base import Backbone, Tokens
+from ddcl_lightning.backbones.conv import ConvBackbone
 from ddcl_lightning.backbones.identity import IdentityBackbone
 from ddcl_lightning.backbones.pca import PCABackbone
+from ddcl_lightning.backbones.pretrained import PretrainedBackbone
+from ddcl_lightning.backbones.timm import TimmBackbone
+from ddcl_lightning.backbones.transformers import TransformersBackbone
 
-__all__ = ["Backbone", "IdentityBackbone", "PCABackbone", "Tokens"]
+__all__ = [
+    "Backbone",
+    "ConvBackbone",
+    "IdentityBackbone",
+    "PCABackbone",
+    "PretrainedBackbone",
+    "TimmBackbone",
+    "Tokens",
+    "TransformersBackbone",
+]

@@ -1,11 +1,16 @@
 """The backbone protocol."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ddcl_lightning.batch import Batch
+from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning.reservoir import Reservoir
+
+FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
 
 
 class Tokens(NamedTuple):
@@ -24,7 +29,8 @@ class Backbone(nn.Module, ABC):
     """Turns a batch into tokens. Subclass it, set ``embed_dim`` and write ``forward``.
 
     A backbone that must see the training data before it can run (PCA) returns True from ``needs_fit`` and gets a
-    bounded sample of the inputs through ``fit`` before training starts, the same sample on every process.
+    bounded sample of the inputs through ``fit`` before training starts, the same sample on every process. One that
+    wants whole batches instead (to compute features ahead) overrides ``needs_data`` and ``prepare``.
 
     Attributes:
         embed_dim: Dimension of the tokens it returns.
@@ -42,3 +48,23 @@ class Backbone(nn.Module, ABC):
 
     def fit(self, x: Tensor) -> None:
         """Learn from a sample of inputs ``(N, *)``; called once, never on a resumed run."""
+
+    def needs_data(self) -> bool:
+        """Whether ``prepare`` must be called before training: by default where ``fit`` must."""
+        return self.needs_fit()
+
+    def prepare(self, batches: Iterable[Batch], total: float) -> None:
+        """Get ready with the training data at the start of every fit that is not a resumed one; by default ``fit``.
+
+        Every process calls it with its own batches.
+
+        Args:
+            batches: One pass over the training batches, as ``forward`` will get them.
+            total: Their number; infinite for a stream that does not end.
+        """
+        reservoir = Reservoir(FIT_SAMPLES)
+        for batch in batches:
+            reservoir.add(inputs(batch))
+            if math.isinf(total) and reservoir.seen >= reservoir.capacity:
+                break
+        self.fit(reservoir.gather())

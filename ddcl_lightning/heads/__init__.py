@@ -1,6 +1,24 @@
 """Heads: from tokens to a readout."""
 
+from ddcl_lightning.heads.attention_pooling import AttentionPooling
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.heads.ddcl import DDCLReadout
+from ddcl_lightning.heads.perceiver import PerceiverPooling
+from ddcl_lightning.heads.pma import PMAPooling
+from ddcl_lightning.heads.pooling import CLSPooling, MaxPooling, MeanPooling
+from ddcl_lightning.heads.slot_attention import SlotAttentionPooling
+from ddcl_lightning.heads.vq import VQPooling
 
-__all__ = ["DDCLReadout", "Head", "ReadoutOutput"]
+__all__ = [
+    "AttentionPooling",
+    "CLSPooling",
+    "DDCLReadout",
+    "Head",
+    "MaxPooling",
+    "MeanPooling",
+    "PMAPooling",
+    "PerceiverPooling",
+    "ReadoutOutput",
+    "SlotAttentionPooling",
+    "VQPooling",
+]

@@ -2,12 +2,17 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.functional._common import check_mask
 from ddcl_lightning.probe import find_banks
+
+AnyHead = TypeVar("AnyHead", bound="Head")
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,20 @@ class ReadoutOutput:
 class Head(nn.Module, ABC):
     """Turns tokens into a readout. Subclass it, write ``forward``, and set ``pooled_dim`` by the end of ``build``.
 
+    A head that keeps every argument of its ``__init__`` in an attribute of the same name, and calls
+    ``super().build(embed_dim)``, can be saved and loaded by ``save_pretrained`` and ``from_pretrained``.
+
     Attributes:
         pooled_dim: Dimension of ``pooled``.
+        input_dim: Dimension of the tokens that it was built for; None before.
     """
 
     pooled_dim: int
+    input_dim: int | None = None
 
     def build(self, embed_dim: int) -> None:
         """Create what depends on the backbone's ``embed_dim``; called once, before the optimizers exist."""
+        self.input_dim = embed_dim
 
     @abstractmethod
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
@@ -75,3 +86,137 @@ class Head(nn.Module, ABC):
         Whatever is in neither list belongs to the task and steps at ``lr_task``.
         """
         return []
+
+    def num_parameters(self) -> int:
+        """Numbers that the head learns or could learn: all its parameters, frozen ones included, and no buffers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # Saving and sharing; see heads/hub.py ---------------------------------------------------------
+
+    def init_args(self) -> dict[str, Any]:
+        """Arguments that make this head again, as plain data: by default the attributes of the same names.
+
+        Raises:
+            TypeError: If an argument of ``__init__`` is kept nowhere; override the method then.
+        """
+        from ddcl_lightning.heads import hub
+
+        return hub.stored_arguments(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the head into ``folder``: ``config.json`` and ``model.safetensors``.
+
+        Raises:
+            ImportError: Without safetensors (``pip install 'ddcl-lightning[hub]'``).
+            TypeError: If an argument is kept nowhere or is not plain data.
+            ValueError: If the head could not be made again from its arguments.
+        """
+        from ddcl_lightning.heads import hub
+
+        hub.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyHead],
+        name_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> AnyHead:
+        """A saved head, built and in evaluation mode; ``Head.from_pretrained`` takes any class that was imported.
+
+        Args:
+            name_or_folder: A folder, or a repository ``"user/name"`` of the Hugging Face hub.
+            revision: Branch, tag or commit on the hub.
+            token: Access token; by default the one that ``hf auth login`` stored.
+            cache_dir: Where downloads are kept.
+            local_files_only: Use earlier downloads only.
+
+        Raises:
+            ImportError: Without safetensors, or huggingface_hub for a repository.
+            FileNotFoundError: If there is no such folder or repository, or a file is missing.
+            ValueError: If the files do not hold a head of this class.
+        """
+        from ddcl_lightning.heads import hub
+
+        return hub.load(
+            cls,
+            name_or_folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a readout head",
+    ) -> str:
+        """Upload the head to the Hugging Face hub, into a repository that is created where needed.
+
+        Args:
+            repo_id: ``"user/name"``.
+            private: Whether a new repository is private; by default the account's choice.
+            token: Access token; by default the one that ``hf auth login`` stored.
+            commit_message: Message of the commit.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ImportError: Without huggingface_hub and safetensors.
+        """
+        from ddcl_lightning.heads import hub
+
+        return hub.push(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+
+def check_rebuild(head: Head, embed_dim: int) -> bool:
+    """Whether a head is built already; raises if that was for another ``embed_dim``."""
+    if head.input_dim is not None and head.input_dim != embed_dim:
+        raise ValueError(
+            f"embed_dim of the head is {head.input_dim} but the backbone gives {embed_dim}. "
+            "Leave the head's embed_dim out."
+        )
+    return head.input_dim is not None
+
+
+def check_tokens(head: Head, tokens: Tensor, mask: Tensor | None) -> None:
+    """Raise unless the head is built for these tokens, and (on a CPU, where looking is free) none is left without any.
+
+    Raises:
+        RuntimeError: If the head is not built.
+        ValueError: If a shape does not fit or a sample has no valid token.
+    """
+    name = type(head).__name__
+    if head.input_dim is None:
+        raise RuntimeError(f"{name} does not know its input dimension. Pass embed_dim or call build(embed_dim).")
+    if tokens.dim() != 3 or tokens.shape[-1] != head.input_dim or tokens.shape[1] == 0:
+        raise ValueError(
+            f"tokens must have shape (B, T, embed_dim = {head.input_dim}) with T >= 1; got {tuple(tokens.shape)}. "
+            f"Give {name} tokens of the dimension that it was built for, a single vector as (B, 1, embed_dim)."
+        )
+    check_mask(tokens, mask)
+    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return
+    empty = torch.nonzero(~mask.any(-1)).flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"mask must leave at least one valid token in every sample; got none in {len(empty)} of {len(mask)} (the "
+            f"first is number {empty[0]} of the batch). Drop empty samples from the data."
+        )
+
+
+def fill_padding(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens with padding set to zero, whatever it held; a sample without a valid token becomes NaN, not a guess."""
+    if mask is None:
+        return tokens, None
+    empty = ~mask.any(-1, keepdim=True)
+    filled = tokens.masked_fill(~mask.unsqueeze(-1), 0.0).masked_fill(empty.unsqueeze(-1), torch.nan)
+    return filled, mask | empty

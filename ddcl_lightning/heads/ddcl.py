@@ -1,6 +1,6 @@
 """The DDCL-Attention readout."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,20 @@ from torch import Tensor, nn
 from ddcl_lightning.attention import DDCLAttention
 from ddcl_lightning.functional import log_barrier
 from ddcl_lightning.functional._common import masked_mean
-from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.heads.budget import check_width, widest
+from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.scale import EmbeddingScale, ScaleMode
 
-Pooling = Literal["centroid", "histogram", "both"]
+Pooling = Literal["centroid", "histogram", "both", "slots"]
+TokenChoice = Literal["all", "first", "mean"]
 
 
 class DDCLReadout(Head):
     """Prototype readout: tokens become mixtures of prototypes, a sample the mean of its tokens' mixtures.
+
+    ``tokens`` says what is read: every token, or one vector per sample that stands for it. ``pooling`` says what
+    is kept of the reading: where the mixtures lie, which prototypes they are of, or both.
 
     Args:
         num_prototypes: K, prototypes per head.
@@ -23,8 +29,11 @@ class DDCLReadout(Head):
         prototype_dim: Dimension of one head's prototypes; by default the backbone's ``embed_dim // num_heads``.
         temperature: Initial T > 0, in units of squared distance. A ``TemperatureAnnealing`` callback replaces it.
         pooling: ``"centroid"``: mean of the soft centroids (what the tokens look like);
-            ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated.
-            The last two store the assignments while training.
+            ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated;
+            ``"slots"``: for every prototype the mean of the tokens that it is responsible for
+            (:func:`~ddcl_lightning.functional.prototype_slots`, ``H * K * d`` numbers), the strongest of the four
+            for classification, at T near its critical value, see docs/measurements.md; not with ``residual``. All but
+            the first store the assignments while training.
         residual: Add the tokens themselves to their mixtures (eq. 5).
         embedding_scale: ``"none"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
             :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a
@@ -33,9 +42,15 @@ class DDCLReadout(Head):
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
         repulsion: Weight >= 0 of the log-barrier repulsion between prototypes.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+        tokens: ``"all"`` reads every valid token; ``"first"`` only the first valid one (the encoder's CLS vector, as
+            the paper does); ``"mean"`` the mean valid token, one vector per document to cluster. With the last two
+            the bank sees one token per sample: its losses, its k-means start and the assignments are those of samples.
+        budget: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the largest
+            dimension within it is found by ``build``. Such a head always projects.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or ``prototype_dim`` and ``budget`` are both given; in
+            ``build``, if sizes do not fit each other or the budget is too small.
     """
 
     attention: DDCLAttention
@@ -52,10 +67,17 @@ class DDCLReadout(Head):
         detach_assignments: bool = False,
         repulsion: float = 0.0,
         embed_dim: int | None = None,
+        tokens: TokenChoice = "all",
+        budget: int | None = None,
     ) -> None:
         super().__init__()
+        check_width("prototype_dim", prototype_dim, budget)
+        if tokens not in get_args(TokenChoice):
+            raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}.")
+        if pooling == "slots" and residual:
+            raise ValueError("residual must be False with pooling='slots', which reads tokens and not their mixtures.")
         if repulsion < 0:
             raise ValueError(f"repulsion must be >= 0; got {repulsion}.")
         if repulsion > 0 and num_prototypes < 2:
@@ -67,23 +89,19 @@ class DDCLReadout(Head):
             detach_assignments,
             repulsion,
         )
+        self.tokens, self.budget = tokens, budget
         if embed_dim is not None:
             self.build(embed_dim)
 
     def build(self, embed_dim: int) -> None:
         """Create the layer for tokens of dimension ``embed_dim``."""
-        if hasattr(self, "attention"):
-            if self.attention.embed_dim != embed_dim:
-                raise ValueError(
-                    f"embed_dim of the head is {self.attention.embed_dim} but the backbone gives {embed_dim}. "
-                    "Leave the head's embed_dim out."
-                )
+        if check_rebuild(self, embed_dim):
             return
         self.attention = DDCLAttention(
             embed_dim,
             self.num_prototypes,
             num_heads=self.num_heads,
-            prototype_dim=self.prototype_dim,
+            prototype_dim=self.prototype_dim if self.budget is None else self._widest(embed_dim, self.budget),
             temperature=self.temperature,
             residual=self.residual,
             # The task reads the concatenated centroids; a projection before it would be redundant or unused.
@@ -92,7 +110,27 @@ class DDCLReadout(Head):
             detach_assignments=self.detach_assignments,
         )
         centroid, histogram = self.attention.output_dim, self.num_heads * self.num_prototypes
-        self.pooled_dim = {"centroid": centroid, "histogram": histogram, "both": centroid + histogram}[self.pooling]
+        self.pooled_dim = {
+            "centroid": centroid,
+            "histogram": histogram,
+            "both": centroid + histogram,
+            "slots": self.attention.bank.prototypes.numel(),
+        }[self.pooling]
+        super().build(embed_dim)
+
+    def _widest(self, embed_dim: int, budget: int) -> int:
+        """The prototypes' largest dimension d: the parameters are the projection, the prototypes and ``W_o``."""
+        per_dim = self.num_heads * (embed_dim + self.num_prototypes + (embed_dim if self.residual else 0))
+        dim = widest(lambda width: per_dim * width, budget)
+        # One head in the tokens' own space has no projection, and would leave most of the budget unused.
+        return dim - 1 if self.num_heads == 1 and dim == embed_dim > 1 else dim
+
+    def init_args(self) -> dict[str, Any]:
+        """The arguments, with the scale that an ``"auto"`` one became."""
+        args = super().init_args()
+        if self.input_dim is not None and self.attention.scale.mode != "none":
+            args["embedding_scale"] = self.attention.scale.mode
+        return args
 
     def bound_scale(self) -> None:
         """Whiten the embeddings, if ``embedding_scale`` is ``"auto"``."""
@@ -105,20 +143,24 @@ class DDCLReadout(Head):
         return [] if projection is None else list(projection.parameters())
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
-        """Read out ``(B, T, embed_dim)`` tokens; assignments are returned in evaluation mode."""
-        if not hasattr(self, "attention"):
-            raise RuntimeError(
-                "DDCLReadout does not know its input dimension. Pass embed_dim or call build(embed_dim)."
-            )
-        if mask is not None and not torch.compiler.is_compiling() and mask.device.type == "cpu":
-            _require_tokens(mask)
-        need_weights = not self.training or self.pooling != "centroid"
+        """Read out ``(B, T, embed_dim)`` tokens; assignments are returned in evaluation mode.
+
+        With ``tokens`` other than ``"all"`` the readout's tokens are ``(B, 1, *)``.
+        """
+        check_tokens(self, tokens, mask)
+        if self.tokens != "all":
+            tokens, mask = fill_padding(tokens, mask)
+            tokens, mask = (first_token if self.tokens == "first" else mean_token)(tokens, mask).unsqueeze(1), None
+        need_weights = not self.training or self.pooling in ("histogram", "both")
         output = self.attention(tokens, mask, need_weights)
         assignments = None
         if output.weights is not None:
             lengths = None if mask is None else mask[:, None, None, :].expand(output.weights.mT.shape)
             assignments = masked_mean(output.weights.mT, lengths)
-        pooled = self._pool(output.tokens, assignments, mask)
+        if self.pooling == "slots":
+            pooled = self.attention.bank.slots(output.embedded, mask).flatten(1)
+        else:
+            pooled = self._pool(output.tokens, assignments, mask)
         regularization = None
         if self.repulsion > 0:
             regularization = self.repulsion * log_barrier(self.attention.bank.prototypes).sum()
@@ -127,18 +169,8 @@ class DDCLReadout(Head):
     def _pool(self, tokens: Tensor, assignments: Tensor | None, mask: Tensor | None) -> Tensor:
         parts = []
         if self.pooling != "histogram":
-            parts.append(masked_mean(tokens.mT, None if mask is None else mask[:, None, :].expand(tokens.mT.shape)))
+            parts.append(mean_token(tokens, mask))
         if self.pooling != "centroid":
             assert assignments is not None
             parts.append(assignments.flatten(1).to(tokens.dtype))
         return torch.cat(parts, -1)
-
-
-def _require_tokens(mask: Tensor) -> None:
-    """Raise unless every sample has a valid token: the others have no mean to pool."""
-    empty = torch.nonzero(~mask.any(-1)).flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"mask must leave at least one valid token in every sample; got none in {len(empty)} of {len(mask)} (the "
-            f"first is number {empty[0]} of the batch). Drop empty samples from the data."
-        )

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 
+from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.probe import find_banks
 from ddcl_lightning.tasks.classification import Classification
 from ddcl_lightning.tasks.clustering import Clustering
 
@@ -24,8 +26,10 @@ class ClassificationAndClustering(Classification):
         label_smoothing: In [0, 1).
         class_weights: Weight of each class in the cross-entropy, C numbers.
 
+    Under a head without prototypes the metrics of the clustering are left out.
+
     Raises:
-        ValueError: If an argument is out of its range, or the head has no prototypes.
+        ValueError: If an argument is out of its range.
     """
 
     def __init__(
@@ -36,16 +40,21 @@ class ClassificationAndClustering(Classification):
         class_weights: list[float] | None = None,
     ) -> None:
         super().__init__(num_classes, quantization_weight, label_smoothing, class_weights)
-        self.clustering = Clustering(num_classes)
+        self.clustering: Clustering | None = Clustering(num_classes)
 
     def build(self, head: Head) -> None:
         """Create the classifier, and read the number of clusters from the head's last bank."""
         super().build(head)
-        self.clustering.build(head)
+        if not find_banks(head):
+            self.clustering = None
+            rank_zero_info(f"{type(head).__name__} has no prototypes: there are no metrics of their clustering.")
+        elif self.clustering is not None:
+            self.clustering.build(head)
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
         """Those of the classifier, and those of the prototypes under ``cluster_``."""
-        clusters = {PREFIX + name: metric for name, metric in self.clustering.metrics().items()}
+        found = {} if self.clustering is None else self.clustering.metrics()
+        clusters = {PREFIX + name: metric for name, metric in found.items()}
         return {**super().metrics(), **clusters}
 
     def update_metrics(
@@ -53,5 +62,7 @@ class ClassificationAndClustering(Classification):
     ) -> None:
         """Compare classes and clusters with the labels."""
         super().update_metrics(metrics, readout, batch)
+        if self.clustering is None:
+            return
         clusters = {name: metric for name, metric in metrics.items() if name.startswith(PREFIX)}
         self.clustering.update_metrics(clusters, readout, batch)

@@ -109,7 +109,7 @@ def test_columns_of_the_task_and_the_index_of_the_batch(tmp_path):
     module = DDCLReadoutModule(PCABackbone(64, 8), DDCLReadout(6, num_heads=2), Classification(num_classes=10))
     data = DigitsDataModule()
     data.setup()
-    module.backbone.fit(data._data.x)
+    module.backbone.fit(torch.cat([batch["x"] for batch in data.predict_dataloader()]))
     table = predict(tmp_path / "table.parquet", module=module, data=data, top=1)
     assert list(table) == ["index", "head", "prototype_1", "weight_1", "predicted_class", "probability"]
     assert len(table) == 2 * 1797

@@ -175,6 +175,17 @@ def test_invalid_elements_are_left_out_and_counted(tmp_path: Path) -> None:
     assert data.num_invalid == 3
 
 
+def test_examples_are_the_values_before_scaling(tmp_path: Path) -> None:
+    frame = table()
+    frame.loc[0, "rcs_m2"] = np.nan
+    data = DebrisDataModule(catalogue=save(frame, tmp_path))
+    data.setup()
+    assert data.example(1) == (
+        "semi_major_axis_km 2.656e+04, eccentricity 0.0005, inclination_deg 55, raan_deg 20, rcs_m2 2, period_min 718"
+    )
+    assert "rcs_m2 nan" in data.example(0)
+
+
 def test_constant_feature_is_not_divided_by_zero(tmp_path: Path) -> None:
     rows = whole(DebrisDataModule(catalogue=save(table().assign(raan_deg=7.0), tmp_path)))
     assert not rows["x"][:, 3].any()

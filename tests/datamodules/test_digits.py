@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -36,6 +37,19 @@ def test_split_keeps_the_shares_of_the_classes() -> None:
     assert len(held_out) + len(train) == 1797
     shares = held_out.bincount() / (held_out.bincount() + train.bincount())
     assert shares.sub(0.2).abs().max() < 0.005
+
+
+def test_digits_as_images_are_the_same_pixels() -> None:
+    flat, images = DigitsDataModule(), DigitsDataModule(as_images=True)
+    for data in (flat, images):
+        data.setup()
+    first, second = (next(iter(data.predict_dataloader())) for data in (flat, images))
+    assert second["x"].shape == (256, 1, 8, 8)
+    assert torch.equal(first["x"], second["x"].flatten(1))
+    for data in (flat, images):
+        example = data.example(5)
+        assert (example.shape, example.dtype) == ((8, 8), np.uint8)
+        assert np.array_equal(example, np.round(load_digits().images[5] / 16 * 255))
 
 
 @pytest.mark.parametrize(

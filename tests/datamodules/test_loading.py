@@ -9,13 +9,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
-from ddcl_lightning.datamodules._loading import (
-    EpochSampler,
-    LabelledTensors,
-    ResumableDataLoader,
-    TensorDataModule,
-    stratified_mask,
-)
+from ddcl_lightning.datamodules._loading import EpochSampler, ResumableDataLoader, Rows, as_is
+from ddcl_lightning.datamodules._tensors import Features, TensorDataModule
 
 ROWS, BATCH_SIZE, EPOCHS = 22, 6, 3
 BATCHES = 4  # per epoch, the last one of 4 rows
@@ -30,14 +25,14 @@ pytestmark = [
 ]
 
 
-class Rows(TensorDataModule):
+class Numbers(TensorDataModule):
     feature_names = ("value",)
     class_names = ("even", "odd")
 
     def __init__(self, seed: int = 42, num_workers: int = 0, val_fraction: float = 0.0) -> None:
-        super().__init__(BATCH_SIZE, val_fraction, seed, num_workers)
+        super().__init__(batch_size=BATCH_SIZE, val_fraction=val_fraction, seed=seed, num_workers=num_workers)
 
-    def load(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor]:
         rows = torch.arange(ROWS)
         return rows.unsqueeze(1).float(), rows % 2
 
@@ -92,7 +87,7 @@ def fit(
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(Model(), datamodule=data or Rows(num_workers=num_workers), ckpt_path=checkpoint)
+    trainer.fit(Model(), datamodule=data or Numbers(num_workers=num_workers), ckpt_path=checkpoint)
     return recorder.batches
 
 
@@ -111,7 +106,7 @@ def test_each_epoch_is_a_new_order_of_all_rows_that_a_rerun_repeats() -> None:
     assert all(sorted(order) == list(range(ROWS)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert batches == fit([])
-    assert batches != fit([], data=Rows(seed=43))
+    assert batches != fit([], data=Numbers(seed=43))
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": EPOCHS}, {"max_steps": EPOCHS * BATCHES, "max_epochs": -1}])
@@ -163,9 +158,9 @@ def loader(
     seed: int = 0, rows: int = ROWS, batch_size: int = BATCH_SIZE, processes: int = 1, rank: int = 0
 ) -> ResumableDataLoader:
     index = torch.arange(rows)
-    data = LabelledTensors(index.unsqueeze(1).float(), index % 2, index)
+    data = Rows(Features(index.unsqueeze(1)), index % 2, index)
     sampler = EpochSampler(data, num_replicas=processes, rank=rank, seed=seed)
-    return ResumableDataLoader(data, batch_size=batch_size, sampler=sampler)
+    return ResumableDataLoader(data, batch_size=batch_size, sampler=sampler, collate_fn=as_is)
 
 
 def drain(batches: ResumableDataLoader) -> list[list[int]]:
@@ -193,6 +188,12 @@ def test_state_is_used_once_and_only_for_its_epoch() -> None:
     assert sorted(row for rows in drain(third) for row in rows) == list(range(ROWS))
 
 
+def test_any_other_data_set_is_sampled_by_its_places() -> None:
+    sampler = EpochSampler(range(5), num_replicas=1, rank=0, seed=0)  # type: ignore[arg-type]
+    sampler.set_epoch(3)
+    assert sorted(sampler) == [*range(5)]
+
+
 def test_every_process_resumes_its_own_share() -> None:
     whole = [drain(loader(processes=2, rank=rank)) for rank in range(2)]
     assert sorted(row for batches in whole for rows in batches for row in rows) == list(range(ROWS))
@@ -215,7 +216,7 @@ def test_another_order_is_refused_in_the_middle_of_an_epoch(changed: dict[str, i
 
 
 def test_loaders_over_held_out_rows() -> None:
-    data = Rows(val_fraction=0.25)
+    data = Numbers(val_fraction=0.25)
     data.setup()
     train = sorted(row for batch in data.train_dataloader() for row in batch["index"].tolist())
     held_out = [row for batch in data.val_dataloader() for row in batch["index"].tolist()]
@@ -228,19 +229,9 @@ def test_loaders_over_held_out_rows() -> None:
     assert data.num_features == 1
 
 
-def test_split_is_stratified_seeded_and_spares_small_classes() -> None:
-    y = torch.tensor([0] * 40 + [1] * 20 + [2])
-    mask = stratified_mask(y, 0.25, seed=0)
-    assert [int(mask[y == label].sum()) for label in range(3)] == [10, 5, 0]
-    assert torch.equal(mask, stratified_mask(y, 0.25, seed=0))
-    assert not torch.equal(mask, stratified_mask(y, 0.25, seed=1))
-    assert stratified_mask(y, 0.99, seed=0).sum() == 39 + 19
-    assert not stratified_mask(y, 0.0, seed=0).any()
-
-
 def test_loaders_before_setup_are_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"Rows must be set up .* call setup"):
-        Rows().train_dataloader()
+    with pytest.raises(RuntimeError, match=r"Numbers must be set up .* call setup"):
+        Numbers().train_dataloader()
 
 
 @pytest.mark.slow

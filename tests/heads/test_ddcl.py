@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning import DDCLReadout, ReadoutOutput
-from ddcl_lightning.functional import Decomposition, log_barrier
+from ddcl_lightning.functional import Decomposition, log_barrier, prototype_slots
 from ddcl_lightning.heads.ddcl import Pooling
 
 
@@ -117,3 +117,35 @@ def test_quantization_loss_sums_levels_and_heads() -> None:
     assert ReadoutOutput(torch.zeros(1), torch.zeros(1), levels).quantization_loss() == 13
     with pytest.raises(ValueError, match="no quantisation loss to train on"):
         ReadoutOutput(torch.zeros(1), torch.zeros(1)).quantization_loss()
+
+
+def test_slots_are_one_summary_per_prototype() -> None:
+    head = DDCLReadout(3, num_heads=2, prototype_dim=5, pooling="slots", embed_dim=4, temperature=2.0)
+    tokens, mask = torch.randn(2, 6, 4), torch.arange(6) < torch.tensor([[6], [4]])
+    pooled = head(tokens, mask).pooled
+    assert pooled.shape == (2, head.pooled_dim) == (2, 2 * 3 * 5)
+    bank, projection = head.attention.bank, head.attention.input_projection
+    assert projection is not None
+    expected = prototype_slots(projection(tokens[1:, :4])[..., 5:], bank.prototypes[1], 2.0)
+    torch.testing.assert_close(pooled[1, 15:], expected[0].flatten())
+    pooled.square().sum().backward()
+    assert bank.prototypes.grad is not None
+    assert bank.prototypes.grad.abs().max() > 0
+    assert head(tokens, mask).assignments is None
+    assert head.eval()(tokens, mask).assignments.shape == (2, 2, 3)
+    torch.testing.assert_close(head(tokens, mask).pooled, pooled)
+
+
+def test_slots_find_a_token_that_a_mean_drowns() -> None:
+    """One token in a hundred carries the class; the slot of the prototype next to it shows it undiluted."""
+    head = DDCLReadout(2, pooling="slots", embed_dim=2, temperature=0.5)
+    head.attention.bank.set_prototypes(torch.tensor([[[0.0, 0.0], [4.0, 0.0]]]))
+    tokens = 0.1 * torch.randn(1, 100, 2)
+    tokens[0, 7] = torch.tensor([4.0, 1.0])
+    torch.testing.assert_close(head(tokens).pooled[0, 2:], tokens[0, 7], atol=1e-3, rtol=0)
+    assert tokens.mean(1).abs().max() < 0.1
+
+
+def test_slots_refuse_a_residual() -> None:
+    with pytest.raises(ValueError, match="residual must be False with pooling='slots'"):
+        DDCLReadout(3, pooling="slots", residual=True)

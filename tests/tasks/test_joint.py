@@ -42,10 +42,12 @@ class WithoutPrototypes(Head):
         return ReadoutOutput(tokens, tokens.mean(1))
 
 
-def test_it_needs_prototypes() -> None:
-    head = WithoutPrototypes()
-    with pytest.raises(ValueError, match="Clustering needs a head with prototypes; got WithoutPrototypes"):
-        ClassificationAndClustering(4).build(head)
+def test_without_prototypes_it_is_a_classification() -> None:
+    module = DDCLReadoutModule(IdentityBackbone(4), WithoutPrototypes(), ClassificationAndClustering(4))
+    trainer = quiet_trainer()
+    trainer.validate(module, loader(), verbose=False)
+    assert {name for name in trainer.callback_metrics if name.startswith("val/cluster")} == set()
+    assert "val/acc" in trainer.callback_metrics
 
 
 def test_labels_take_part_in_the_loss() -> None:

@@ -1,0 +1,184 @@
+"""The base of the image data modules, and where their images come from: pixels, JPEG bytes in memory, or files."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddcl_lightning.datamodules._augment import Augmentation, RandomImages
+from ddcl_lightning.datamodules._downloads import require
+from ddcl_lightning.datamodules._loading import Augment, Batch
+from ddcl_lightning.datamodules._splits import EvaluateOn, SplitDataModule, check_at_least, check_choice
+
+
+class ImageStore(Protocol):
+    """Where the images of a data set are."""
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Images of the rows ``(B,)``: ``(B, C, H, W)`` uint8."""
+
+
+class PixelStore:
+    """Images decoded in memory.
+
+    Args:
+        images: ``(N, C, H, W)`` uint8.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Images of the rows."""
+        return self.images[rows]
+
+
+class JpegStore:
+    """Encoded colour images of one size in memory, each decoded when it is first asked for.
+
+    Args:
+        encoded: All files one after the other, uint8.
+        offsets: Image i is bytes ``offsets[i]`` to ``offsets[i + 1]``, ``(N + 1,)``.
+        side: Height and width.
+    """
+
+    def __init__(self, encoded: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], side: int) -> None:
+        self.encoded, self.offsets = encoded, offsets
+        count = len(offsets) - 1
+        # Zeros that nobody has written to take no memory yet.
+        self.images = np.zeros((count, side, side, 3), dtype=np.uint8)
+        self.decoded = np.zeros(count, dtype=bool)
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Images of the rows."""
+        places = rows.numpy()
+        for row in places[~self.decoded[places]].tolist():
+            start, end = self.offsets[row : row + 2]
+            image = np.asarray(_decode(io.BytesIO(self.encoded[start:end].tobytes()), f"image {row}"))
+            if image.shape != self.images.shape[1:]:
+                raise ValueError(f"images must be {self.images.shape[1:]} in shape; image {row} is {image.shape}.")
+            self.images[row] = image
+            self.decoded[row] = True
+        return _channels_first(self.images[places])
+
+
+class FileStore:
+    """Image files, decoded whenever they are asked for; resized to the shorter side, then cropped at the centre.
+
+    Args:
+        paths: N files.
+        size: Height and width of what is left.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        # One array and not N objects, whose reference counts would copy them into every worker.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.size = size
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """Images of the rows."""
+        return _channels_first(np.stack([self._read(os.fsdecode(path)) for path in self.paths[rows.numpy()].tolist()]))
+
+    def _read(self, path: str) -> npt.NDArray[np.uint8]:
+        transforms = require("torchvision.transforms.functional", "vision")
+        image = transforms.resize(_decode(path, path), self.size)
+        return np.asarray(transforms.center_crop(image, [self.size, self.size]))
+
+
+class ImageFetch:
+    """Gives images as floats in [0, 1].
+
+    Args:
+        store: The images.
+        size: Resize them to this height and width (bilinear, antialiased); None leaves them.
+    """
+
+    def __init__(self, store: ImageStore, size: int | None) -> None:
+        self.store = store
+        self.size = size
+
+    def __call__(self, rows: Tensor) -> Batch:
+        """``x`` of the rows, ``(B, C, H, W)`` float32."""
+        x = self.store.pixels(rows).float().div_(255)
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
+        return {"x": x}
+
+
+class ImageDataModule(SplitDataModule):
+    """Data module of images: variants load an :class:`ImageFetch`, this class and its base do the rest.
+
+    Batches hold ``x`` ``(B, C, H, W)`` float32 in [0, 1], not normalised: that is the backbone's business.
+
+    Args:
+        image_size: Height and width of ``x``, at least 1; None keeps those of the images.
+        augment: What happens to training images: nothing, ``"flip"`` (mirrored left to right in half of the draws) or
+            ``"crop_flip"`` (also moved by up to an eighth of the side, black coming in). Drawn for each image from
+            seed, epoch and index, so a resumed run sees the same ones.
+        batch_size: This and the following as in :class:`~ddcl_lightning.datamodules.SplitDataModule`.
+        eval_batch_size: See there.
+        val_fraction: See there.
+        evaluate_on: See there.
+        limit: See there.
+        seed: See there.
+        num_workers: See there.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | None,
+        augment: Augmentation,
+        batch_size: int,
+        eval_batch_size: int | None,
+        val_fraction: float,
+        evaluate_on: EvaluateOn,
+        limit: int | None,
+        seed: int | None,
+        num_workers: int,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_fraction=val_fraction,
+            evaluate_on=evaluate_on,
+            limit=limit,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        if image_size is not None:
+            check_at_least("image_size", image_size, 1)
+        check_choice("augment", augment, ("none", "flip", "crop_flip"))
+        self.image_size = image_size
+        self.augment = augment
+
+    def augmentation(self) -> Augment | None:
+        """Random flips and crops, if asked for."""
+        return None if self.augment == "none" else RandomImages(self.seed, crop=self.augment == "crop_flip")
+
+    def example(self, index: int) -> npt.NDArray[np.uint8]:
+        """Image ``index`` before augmentation, ``(H, W)`` if it is grey, else ``(H, W, 3)``."""
+        fetch = self._require_setup()[0].fetch
+        assert isinstance(fetch, ImageFetch)
+        pixels: npt.NDArray[np.uint8] = fetch.store.pixels(torch.tensor([self._check_index(index)]))[0].numpy()
+        return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
+
+
+def _decode(source: Any, name: str) -> Any:
+    image_class = require("PIL.Image", "vision")
+    try:
+        with image_class.open(source) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"images must be readable; {name} is not ({error}). Repair or remove it.") from None
+
+
+def _channels_first(images: npt.NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(images).movedim(-1, 1).contiguous()

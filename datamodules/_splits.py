@@ -1,0 +1,292 @@
+"""The base of all data modules: one data set in memory, its splits, and the loaders over them."""
+
+from abc import abstractmethod
+from typing import Literal, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ddcl_lightning.datamodules._loading import (
+    Augment,
+    Batch,
+    EpochSampler,
+    Fetch,
+    ResumableDataLoader,
+    Rows,
+    as_is,
+)
+from ddcl_lightning.seeding import resolve_seed
+
+EvaluateOn = Literal["auto", "train", "all"]
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SPLIT_NAMES: dict[str, Split] = {
+    **dict.fromkeys(("train", "training"), SPLITS[0]),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), SPLITS[1]),
+    "test": SPLITS[2],
+}
+
+
+class Loaded(NamedTuple):
+    """A whole data set of N rows: the training rows first, then validation, then test rows.
+
+    Attributes:
+        fetch: Gives the inputs of some rows, such as ``{"x": (B, F)}``; it must pickle, for worker processes.
+        y: Labels, ``(N,)`` int64, -1 where unknown.
+        num_val: Rows of the official validation split.
+        num_test: Rows of the official test split.
+    """
+
+    fetch: Fetch
+    y: Tensor
+    num_val: int = 0
+    num_test: int = 0
+
+
+class Splits(NamedTuple):
+    """Rows of the whole data set that each loader runs over, int64."""
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    predict: Tensor
+
+
+class SplitDataModule(pl.LightningDataModule):
+    """Data module of a data set with splits: variants load it, this class does the rest.
+
+    Batches are dicts of the inputs (``x`` or ``text``), ``y`` ``(B,)`` int64, -1 where unlabelled, and ``index``
+    ``(B,)`` int64: the place of the row in the whole data set, training rows first, then validation, then test rows,
+    whatever the arguments below leave out.
+
+    Which rows the loaders run over:
+
+    - **training**: the training split, less the rows that ``val_fraction`` holds out, of those ``limit``. Shuffled
+      anew each epoch, as a function of seed and epoch alone: a run resumed in mid-epoch repeats the uninterrupted one.
+    - **validation**: the official validation split where there is one; otherwise a stratified ``val_fraction`` of the
+      training split; with ``val_fraction=0`` the test split; where there is none, the training rows themselves,
+      the protocol of deep clustering, in which labels take no part in training.
+    - **test**: the official test split where there is one, otherwise the rows of validation.
+    - **prediction**: all rows of all splits in order of ``index``, except those that ``limit`` leaves out.
+
+    ``evaluate_on="train"`` makes validation and test run over the training rows (the clustering protocol for data
+    sets that have other splits), ``"all"`` over the rows of prediction. Several processes share each epoch; where the
+    rows do not divide evenly a few are repeated, in training by :class:`EpochSampler`, in validation by Lightning.
+
+    Args:
+        batch_size: Rows per training batch and process, at least 1.
+        eval_batch_size: The same for all other loaders; by default ``batch_size``.
+        val_fraction: Part of each class that is held out of the training split, in [0, 1); without effect, with a
+            warning, where the data set has a validation split.
+        evaluate_on: ``"auto"``, ``"train"`` or ``"all"``, see above.
+        limit: Train on at most this many rows, at least 1, for quick runs: a random subset in which every class keeps
+            its share, and which a larger limit at the same seed contains. None takes all. Validation and test rows are
+            not limited; ``Trainer(limit_val_batches=...)`` does that.
+        seed: Seed of split, limit, training order and augmentation, at least 0; None takes that of
+            ``seed_everything``.
+        num_workers: Worker processes per loader, at least 0; 0 is fastest for what needs no decoding.
+
+    Attributes:
+        class_names: Name of each class, in the order of the labels; empty where there are no labels.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: If an argument is out of its range; at set-up, if no row is left to train or validate on.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        val_fraction: float = 0.0,
+        evaluate_on: EvaluateOn = "auto",
+        limit: int | None = None,
+        seed: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("num_workers", num_workers, 0)
+        for name, value in (("eval_batch_size", eval_batch_size), ("limit", limit)):
+            if value is not None:
+                check_at_least(name, value, 1)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1); got {val_fraction}. Use 0 to hold out nothing.")
+        check_choice("evaluate_on", evaluate_on, ("auto", "train", "all"))
+        if evaluate_on == "train" and val_fraction:
+            raise ValueError(
+                f"val_fraction must be 0 with evaluate_on='train'; got {val_fraction}: the rows held out would be "
+                "neither trained on nor evaluated. Drop one of the two."
+            )
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.val_fraction = val_fraction
+        self.evaluate_on = evaluate_on
+        self.limit = limit
+        self.seed = resolve_seed(seed)
+        self.num_workers = num_workers
+        self._ready: tuple[Loaded, Splits] | None = None
+
+    # What variants give -------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the labels."""
+
+    @abstractmethod
+    def load(self) -> Loaded:
+        """The whole data set, from where :meth:`prepare_data` has put it."""
+
+    @abstractmethod
+    def example(self, index: int) -> str | npt.NDArray[np.uint8]:
+        """What a person looks at of row ``index``: a text, or an image ``(H, W)`` or ``(H, W, 3)``; after setup."""
+
+    def transform(self, loaded: Loaded, train_rows: Tensor) -> Loaded:
+        """Change the inputs by what the training rows say; the identity unless overridden."""
+        return loaded
+
+    def augmentation(self) -> Augment | None:
+        """What changes training batches at random; nothing unless overridden."""
+        return None
+
+    def lengths(self, loaded: Loaded) -> Tensor | None:
+        """Length of each row of the whole data set, ``(N,)``, to batch similar ones in training; none by default."""
+        return None
+
+    # What they get ------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and split the data, once."""
+        if self._ready is None:
+            loaded = self.load()
+            splits = self._split(loaded)
+            self._ready = self.transform(loaded, splits.train), splits
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Shuffled training rows; resumes in the middle of an epoch."""
+        loaded, splits = self._require_setup()
+        dataset = Rows(loaded.fetch, loaded.y, splits.train, self.augmentation())
+        lengths = self.lengths(loaded)
+        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return ResumableDataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(
+                dataset,
+                num_replicas=processes,
+                rank=rank,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                lengths=None if lengths is None else lengths[splits.train],
+            ),
+            collate_fn=as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation rows in order."""
+        return self._in_order(self._require_setup()[1].val)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test rows in order."""
+        return self._in_order(self._require_setup()[1].test)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """All rows in order."""
+        return self._in_order(self._require_setup()[1].predict)
+
+    def _in_order(self, rows: Tensor) -> DataLoader[Batch]:
+        loaded, _ = self._require_setup()
+        dataset = Rows(loaded.fetch, loaded.y, rows)
+        return DataLoader(dataset, batch_size=self.eval_batch_size, collate_fn=as_is, num_workers=self.num_workers)
+
+    def _split(self, loaded: Loaded) -> Splits:
+        first_test = len(loaded.y) - loaded.num_test
+        first_val = first_test - loaded.num_val
+        train, val, test = torch.arange(len(loaded.y)).tensor_split([first_val, first_test])
+        if not len(train):
+            raise ValueError(f"the data set must hold at least one training row; {type(self).__name__} found none.")
+        if self.val_fraction and len(val):
+            rank_zero_warn(
+                f"val_fraction={self.val_fraction} is not used: the data set has a validation split of {len(val)} rows."
+            )
+        elif self.val_fraction:
+            held_out = stratified_mask(loaded.y[train], self.val_fraction, self.seed)
+            if not held_out.any():
+                raise ValueError(
+                    f"val_fraction must hold out at least one row; {self.val_fraction} of each class of {len(train)} "
+                    "training rows is none. Raise it, or use 0."
+                )
+            train, val = train[~held_out], train[held_out]
+        if self.limit is not None:
+            train = train[stratified_subset(loaded.y[train], self.limit, self.seed)]
+        everything = torch.cat([train, val, test]).sort().values
+        if self.evaluate_on == "train":
+            return Splits(train, train, train, everything)
+        if self.evaluate_on == "all":
+            return Splits(train, everything, everything, everything)
+        val = next(rows for rows in (val, test, train) if len(rows))
+        return Splits(train, val, test if len(test) else val, everything)
+
+    def _require_setup(self) -> tuple[Loaded, Splits]:
+        if self._ready is None:
+            raise RuntimeError(f"{type(self).__name__} must be set up before it gives data; call setup() first.")
+        return self._ready
+
+    def _check_index(self, index: int) -> int:
+        """``index`` itself, if the data set has such a row."""
+        size = len(self._require_setup()[0].y)
+        if not 0 <= index < size:
+            raise IndexError(f"index must be in [0, {size}); got {index}. Take it from a batch's 'index'.")
+        return index
+
+
+def stratified_mask(y: Tensor, fraction: float, seed: int) -> Tensor:
+    """Mark ``fraction`` of each class at random, rounded, and never a whole class; ``(N,)`` bool."""
+    generator = np.random.default_rng(seed)
+    mask = torch.zeros(len(y), dtype=torch.bool)
+    for label in np.unique(y.numpy()):
+        rows = torch.nonzero(y == int(label)).flatten()
+        count = min(round(fraction * len(rows)), len(rows) - 1)
+        mask[rows[generator.permutation(len(rows))[:count]]] = True
+    return mask
+
+
+def stratified_subset(y: Tensor, size: int, seed: int) -> Tensor:
+    """At most ``size`` random rows of ``y`` ``(N,)`` in which each class keeps its share, ascending, int64.
+
+    Each class's rows are spread evenly over (0, 1) in random order, and the first ones are taken: so the subset of a
+    smaller size is part of that of a larger one.
+    """
+    generator = np.random.default_rng(seed)
+    place = torch.empty(len(y), dtype=torch.float64)
+    for label in np.unique(y.numpy()):
+        rows = torch.nonzero(y == int(label)).flatten()
+        place[rows] = torch.from_numpy((generator.permutation(len(rows)) + 0.5) / len(rows))
+    return place.argsort(stable=True)[:size].sort().values
+
+
+def check_at_least(name: str, value: int, minimum: int) -> None:
+    """Raise a ValueError that names the argument unless ``value`` is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}. Pass {minimum} or more.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the argument unless ``value`` is one of the choices."""
+    if value not in choices:
+        *most, last = (repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be {', '.join(most)} or {last}; got {value!r}. Choose one of them.")

@@ -1,0 +1,214 @@
+"""Columns of a table in CSV, TSV, JSON lines or parquet, and the labels in one of them."""
+
+import csv
+import difflib
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ddcl_lightning.datamodules._downloads import require
+
+FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
+UNKNOWN = -1
+_INTEGER = re.compile(r"-?[0-9]+")
+Columns = dict[str, list[Any]]
+
+
+def read_columns(argument: str, path: str | Path) -> Columns:
+    """Read a table.
+
+    Args:
+        argument: Name of the argument that gave the path, for errors.
+        path: File in one of the :data:`FORMATS`. CSV and TSV have a header; texts with separators, quotes or line
+            breaks are quoted, with quotes inside doubled.
+
+    Returns:
+        Cells by column: strings from CSV and TSV, whatever there is otherwise, None where a cell is missing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not in one of the formats, or has no row.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument} must be an existing file in {FORMATS}; got {path}. Correct the path.")
+    form = Path(path.name.lower().removesuffix(".gz")).suffix
+    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if form not in readers:
+        raise ValueError(f"{argument} must be a file in {FORMATS}; got {path}. Convert or rename it.")
+    try:
+        columns = readers[form](path)
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{argument} must be a {form} file in UTF-8; {path} cannot be read ({error}).") from None
+    if not any(columns.values()):
+        raise ValueError(f"{argument} must hold at least one row; {path} has none.")
+    return columns
+
+
+def require_column(columns: Columns, argument: str, name: str, path: str | Path, remedy: str = "") -> list[Any]:
+    """The cells of a column.
+
+    Raises:
+        ValueError: If there is none of that name; names those there are, and the nearest.
+    """
+    if name not in columns:
+        near = difflib.get_close_matches(name, columns, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{argument} must name a column of {path}, which has {', '.join(columns)}; got {name!r}.{hint}{remedy}"
+        )
+    return columns[name]
+
+
+def class_numbers(
+    labels: Sequence[Any], num_train: int, known: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], list[int]]:
+    """Number the classes: integers in their order, names alphabetically.
+
+    Args:
+        labels: Integers or names, training rows first. None, ``""`` and -1 mean unlabelled.
+        num_train: Training rows, whose labels are all that a classifier can learn.
+        known: Names of the classes, where they are known: then labels are names or numbers of them.
+
+    Returns:
+        Names of the classes, and the number of each row, -1 where unlabelled.
+
+    Raises:
+        ValueError: If a label is neither an integer nor a string, is not one of ``known``, or occurs outside of the
+            training rows alone while these have labels.
+    """
+    cells = [_label(label) for label in labels]
+    given = {cell for cell in cells if cell is not None}
+    integers = all(_INTEGER.fullmatch(cell) for cell in given)
+    ordered = sorted(given, key=int) if integers else sorted(given)
+    if integers and ordered and int(ordered[0]) < 0:
+        raise ValueError(f"integer labels must be at least 0, or -1 for unlabelled; got {ordered[0]}. Correct it.")
+    if known is None:
+        classes = tuple(ordered)
+        numbers = {name: number for number, name in enumerate(classes)}
+    else:
+        classes = known
+        numbers = {spelling: number for number, name in enumerate(known) for spelling in (name, str(number))}
+    strange = [cell for cell in ordered if cell not in numbers]
+    if strange:
+        raise ValueError(
+            f"labels must be one of {', '.join(classes)} or their numbers; got {', '.join(strange[:5])}. Use "
+            "TextDataModule for classes of your own."
+        )
+    found = [UNKNOWN if cell is None else numbers[cell] for cell in cells]
+    learned = set(found[:num_train]) - {UNKNOWN}
+    new = sorted(set(found[num_train:]) - {UNKNOWN} - learned)
+    if learned and new:
+        raise ValueError(
+            "every label must occur in the training rows; only validation or test rows have "
+            f"{', '.join(classes[label] for label in new[:5])}. Move such rows, or drop them."
+        )
+    return classes, found
+
+
+def _label(value: Any) -> str | None:
+    """A label in its one spelling, None for an unlabelled row."""
+    if isinstance(value, float) and value.is_integer():  # a column of integers with gaps
+        value = int(value)
+    if value is None or value != value or value == UNKNOWN:
+        return None
+    if not isinstance(value, (int, str)):
+        raise ValueError(f"labels must be integers or strings; got {value!r}. Convert them, or pass label=None.")
+    return None if str(value).strip() in ("", str(UNKNOWN)) else str(value).strip()
+
+
+# Formats ----------------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path) -> Columns:
+    return _read_separated(path, ",")
+
+
+def _read_tsv(path: Path) -> Columns:
+    return _read_separated(path, "\t")
+
+
+def _read_separated(path: Path, separator: str) -> Columns:
+    with _open_text(path) as file, _long_fields():
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            rows = list(_checked_rows(reader, path))
+        except csv.Error as error:
+            raise ValueError(
+                f"line {reader.line_num} of {path} has unbalanced quotes ({error}). Quote texts that hold separators, "
+                'quotes or line breaks, and double the quotes inside ("").'
+            ) from None
+    header, *body = rows or [[]]
+    if len(set(header)) < len(header):
+        raise ValueError(f"columns of {path} must have different names; got {', '.join(header)}.")
+    return {name: [row[place] for row in body] for place, name in enumerate(header)}
+
+
+def _checked_rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    width = None
+    for row in reader:
+        if not row:
+            continue
+        width = width or len(row)
+        if len(row) != width:
+            raise ValueError(
+                f"line {reader.line_num} of {path} has {len(row)} fields and the header {width}. Quote texts that hold "
+                "separators."
+            )
+        if any("\n" in field and "\t" in field for field in row) and reader.dialect.delimiter == "\t":
+            raise ValueError(
+                f"the row that ends in line {reader.line_num} of {path} holds a tab and a line break in one field: a "
+                "single quote has probably swallowed the rows after it. Double quotes inside of texts and quote them, "
+                "or write .jsonl."
+            )
+        yield row
+
+
+def _read_jsonl(path: Path) -> Columns:
+    rows: list[dict[str, Any]] = []
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} of {path} must be JSON; {error}. Correct that line.") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} of {path} must be a JSON object; got {line.strip()[:40]}.")
+            rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_parquet(path: Path) -> Columns:
+    parquet = require("pyarrow.parquet", "parquet")
+    arrow = require("pyarrow", "parquet")
+    try:
+        columns: Columns = parquet.read_table(path).to_pydict()
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} must be a parquet file; it cannot be read ({error}).") from None
+    return columns
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[IO[str]]:
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        yield file
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Accept texts beyond the csv module's default of 131,072 characters."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)

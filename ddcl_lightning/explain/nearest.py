@@ -1,0 +1,64 @@
+"""The nearest few of a stream, for many prototypes at once, in bounded memory."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Nearest(Generic[T]):
+    """Keeps, for each of M prototypes, the ``size`` candidates at the smallest distance; ties go to the smaller place.
+
+    Args:
+        prototypes: M.
+        size: Candidates kept per prototype.
+    """
+
+    def __init__(self, prototypes: int, size: int) -> None:
+        self._distance = torch.full((prototypes, size), torch.inf, dtype=torch.float64)
+        self._place = torch.full((prototypes, size), torch.iinfo(torch.int64).max)
+        self._kept: list[dict[int, T]] = [{} for _ in range(prototypes)]
+
+    def add(self, distances: Tensor, places: Tensor, show: Callable[[int, int], T]) -> None:
+        """Offer a batch.
+
+        Args:
+            distances: ``(M, B)``; infinite ones are no candidates.
+            places: Distinct places of the B candidates in the data set, ``(B,)`` int64.
+            show: From prototype and row of the batch to what is kept; called for the winners only.
+        """
+        size = self._distance.shape[1]
+        if size == 0 or not len(places):
+            return
+        number = min(size, len(places))
+        # Rows by place first: a stable sort by distance then leaves ties in that order.
+        rows = places.argsort()
+        order = distances.to("cpu", torch.float64)[:, rows].sort(dim=1, stable=True)
+        offered, offered_rows = order.values[:, :number], rows[order.indices[:, :number]]
+        distance = torch.cat([self._distance, offered], 1)
+        place = torch.cat([self._place, places[offered_rows]], 1)
+        row = torch.cat([torch.full_like(self._place, -1), offered_rows], 1)
+        by_place = place.argsort(1)
+        by_distance = distance.gather(1, by_place).sort(dim=1, stable=True).indices[:, :size]
+        winners = by_place.gather(1, by_distance)
+        self._distance, self._place = distance.gather(1, winners), place.gather(1, winners)
+        row = row.gather(1, winners)
+        for prototype in torch.nonzero((row >= 0).any(1)).flatten().tolist():
+            old, kept = self._kept[prototype], {}
+            for slot in range(size):
+                key, new = int(self._place[prototype, slot]), int(row[prototype, slot])
+                if torch.isinf(self._distance[prototype, slot]):
+                    break
+                kept[key] = show(prototype, new) if new >= 0 else old[key]
+            self._kept[prototype] = kept
+
+    def of(self, prototype: int) -> list[tuple[float, T]]:
+        """Distance and what was kept, nearest first."""
+        found = []
+        for distance, place in zip(self._distance[prototype].tolist(), self._place[prototype].tolist(), strict=True):
+            if place in self._kept[prototype]:
+                found.append((float(distance), self._kept[prototype][place]))
+        return found

@@ -1,0 +1,173 @@
+"""An explanation as one HTML page: nothing is fetched, and nothing from the data is ever markup."""
+
+import base64
+import hashlib
+from html import escape
+from importlib import resources
+
+from ddcl_lightning.explain.explanation import Explanation, HeadView
+from ddcl_lightning.explain.views import (
+    bar,
+    input_card,
+    name_of,
+    prototype_card,
+)
+
+_FIGURES = {
+    "acc": ("ACC", "clusters matched one to one with classes"),
+    "nmi": ("NMI", "information shared with the classes"),
+    "ari": ("ARI", "agreement of pairs, 0 by chance"),
+}
+_GUIDE = {
+    "Prototype": "A point in the space of the embeddings that training has moved. A sample's shares say how much it "
+    "resembles each of them; they sum to 100 %.",
+    "Share": "The samples whose strongest prototype it is. A prototype to which no token is nearest is dead: it takes "
+    "part in nothing.",
+    "Nearest": "Training samples (or tokens) at the smallest distance d to the prototype, as the prototypes see them. "
+    'A sample of several tokens stands at their mean; "most of it" are the samples with the largest share.',
+    "Classes": "What the prototype's mass consists of, by true class. The thin line marks the class's share of all "
+    "data: a bar far beyond it says what the prototype is about. Labels took no part in a clustering.",
+    "Characteristic words": "Words that the prototype holds more of than of words in general, by the evidence for it; "
+    "the factor says how many times more.",
+    "Temperature": "T, in squared distance: the softness of the shares. Perplexity is the effective number of "
+    "prototypes in use; it equals their number if all are equally large.",
+}
+
+
+def render(explanation: Explanation) -> str:
+    """The page, a complete HTML document. The same explanation gives the same characters.
+
+    Args:
+        explanation: From :func:`~ddcl_lightning.explain.collect`.
+    """
+    style, script = _asset("report.css"), _asset("report.js")
+    # The hash lets the page's own script run and nothing else; no source but data: URIs may be fetched.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    title = f"{explanation.data}: {_count(explanation)}"
+    body = [_header(explanation, title)]
+    body += [_head_section(explanation, number, head) for number, head in enumerate(explanation.heads)]
+    if explanation.inputs:
+        body.append(_inputs_section(explanation))
+    guide = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GUIDE.items())
+    body.append(f'<footer id="guide"><h3>How to read this</h3><dl>{guide}</dl></footer>')
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + f"\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _count(explanation: Explanation) -> str:
+    heads = explanation.heads
+    number = len(heads[0].prototypes)
+    words = f"{number:,} prototype{'s' * (number != 1)}"
+    return words if len(heads) == 1 else f"{len(heads)} heads of {words}"
+
+
+def _header(explanation: Explanation, title: str) -> str:
+    path = " → ".join(f"<b>{escape(part)}</b>" for part in explanation.model)
+    weights = f" · weights {escape(explanation.checkpoint)}" if explanation.checkpoint else ""
+    kind = "training samples" if explanation.complete else "training samples (a part of them)"
+    seen = f"{explanation.samples:,} {kind}"
+    if explanation.token_level:
+        seen += f" with {explanation.tokens:,} tokens"
+    lede = f"What the {_count(explanation)} of this model stand for, seen through {seen}."
+    facts = _facts(explanation) if len(explanation.heads) == 1 else _shared_facts(explanation)
+    links = ['<a href="#guide">How to read this</a>']
+    if explanation.inputs:
+        links.insert(0, f'<a href="#inputs">{len(explanation.inputs)} inputs</a>')
+    return (
+        f'<header><h1>{escape(title)}</h1><p class="path">{path}{weights}</p><p class="lede">{escape(lede)}</p>'
+        f'<p class="soft">{" · ".join(links)}</p>{_fact_list(facts)}</header>'
+    )
+
+
+Fact = tuple[str, str, str]  # title, figure, what it means
+
+
+def _facts(explanation: Explanation) -> list[Fact]:
+    return [*_shared_facts(explanation), *_head_facts(explanation.heads[0])]
+
+
+def _shared_facts(explanation: Explanation) -> list[Fact]:
+    facts = [("Samples", f"{explanation.samples:,}", "all training data" if explanation.complete else "not all data")]
+    if explanation.token_level:
+        facts.append(
+            ("Tokens", f"{explanation.tokens:,}", f"{explanation.tokens / explanation.samples:.1f} per sample")
+        )
+    if explanation.accuracy is not None:
+        facts.append(("Accuracy", f"{explanation.accuracy:.3f}", "predicted classes, on these samples"))
+    return facts
+
+
+def _head_facts(head: HeadView) -> list[Fact]:
+    number, figures = len(head.prototypes), head.figures
+    dead = sum(prototype.dead for prototype in head.prototypes)
+    used = round(figures["usage"] * number)
+    alive = f"{dead} dead" if dead else "none is dead"
+    facts = [
+        ("In use", f"{used} of {number}", f"strongest of a sample; {alive}"),
+        ("Perplexity", f"{figures['perplexity']:.3g}", f"{number} if all were equally large"),
+        ("Temperature", f"{head.temperature:.3g}", "in squared distance"),
+    ]
+    return facts + [(name, f"{figures[key]:.3f}", text) for key, (name, text) in _FIGURES.items() if key in figures]
+
+
+def _fact_list(facts: list[Fact]) -> str:
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}<small>{escape(text)}</small></dd></div>"
+        for name, figure, text in facts
+    )
+    return f'<dl class="facts">{"".join(cells)}</dl>'
+
+
+def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
+    several = len(explanation.heads) > 1
+    prefix = f"{number}." if several else ""
+    title = f"Head {number}" if several else "Prototypes"
+    shares = [prototype.share for prototype in head.prototypes]
+    links = [f"#p{prefix}{k}" for k in range(len(shares))]
+    dead = [prototype for prototype in head.prototypes if prototype.dead]
+    note = ""
+    if dead:
+        names = ", ".join(name_of(prefix, prototype.number) for prototype in dead[:20])
+        more = f" and {len(dead) - 20} more" if len(dead) > 20 else ""
+        note = f'<p class="note">Dead, nearest to nothing in the data: {escape(names)}{more}.</p>'
+    has_text = any(isinstance(n.sample.content, str) for p in head.prototypes for n in p.nearest)
+    classes = any(prototype.classes for prototype in head.prototypes)
+    cards = "\n".join(prototype_card(prototype, prefix, explanation.token_level) for prototype in head.prototypes)
+    facts = _fact_list(_head_facts(head)) if several else ""
+    sort = "classes" if classes else "share"
+    only = ' data-only="without dead ones"' if dead else ""
+    return (
+        f'<section><h2 id="head{number}">{title}</h2>'
+        '<p class="note">Samples by their strongest prototype, as shares of all.</p>'
+        f"{bar(shares, prefix, links=links, css='bar overview')}{note}{facts}"
+        f'<div class="controls" data-controls="cards{number}" data-sort="{sort}"{only} hidden></div>'
+        f'<div class="cards{" wide" * has_text}" id="cards{number}">\n{cards}\n</div></section>'
+    )
+
+
+def _inputs_section(explanation: Explanation) -> str:
+    texts = any(isinstance(view.sample.content, str) for view in explanation.inputs)
+    wrong = any(view.wrong for view in explanation.inputs)
+    only = ' data-only="wrong predictions only"' if wrong else ""
+    cards = "\n".join(input_card(view, explanation.heads) for view in explanation.inputs)
+    tinted = any(view.tokens for view in explanation.inputs)
+    note = "What each input is made of."
+    if tinted:
+        note += " Every token is tinted by its strongest prototype, the fuller the larger the share."
+    return (
+        f'<section><h2 id="inputs">Inputs</h2><p class="note">{note}</p>'
+        f'<div class="controls" data-controls="input-cards"{only} hidden></div>'
+        f'<div class="inputs{" texts" * texts}" id="input-cards">\n{cards}\n</div></section>'
+    )

@@ -1,0 +1,102 @@
+"""``ddcl explain``: a Trainer whose further stage is a report."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from ddcl_lightning import compat
+from ddcl_lightning.explain.collect import check_arguments, collect
+from ddcl_lightning.explain.look import Observer
+from ddcl_lightning.explain.report import render
+from ddcl_lightning.module import DDCLReadoutModule
+
+
+class ExplainingTrainer(pl.Trainer):
+    """A :class:`~lightning.pytorch.Trainer` that can also write a report."""
+
+    def explain(
+        self,
+        model: DDCLReadoutModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None = None,
+        output: str = "report.html",
+        examples: int = 5,
+        inputs: int = 20,
+        indices: list[int] | None = None,
+        max_samples: int = 10_000,
+    ) -> None:
+        """Write a report of what the prototypes of a trained model stand for, as one HTML page.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: Checkpoint file of the trained model; needed, since fresh prototypes are random.
+            output: File to write; its folder must exist.
+            examples: Nearest examples per prototype, at least 1.
+            inputs: Inputs to show, spread over the data; 0 shows none.
+            indices: Places of inputs to show instead, such as [3, 17]: the column ``index`` of ``ddcl predict``.
+            max_samples: Training samples to look at.
+
+        Raises:
+            ValueError: If an argument is out of its range, there is no checkpoint, or the head has no prototypes.
+        """
+        check_request(ckpt_path, output)
+        check_arguments(examples, inputs, indices, max_samples)
+        if self.world_size > 1:
+            raise ValueError(
+                f"explain runs in one process; got {self.world_size}. Use --trainer.devices 1 --trainer.num_nodes 1."
+            )
+        Observer(model)  # a head without prototypes is refused before the work
+        # Nothing is predicted: a prediction over no batches sets up and restores the model just as `predict` does.
+        self.limit_predict_batches = 0
+        self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path)
+        model.to(self.strategy.root_device)
+        with self.precision_plugin.predict_step_context():
+            found = collect(
+                model,
+                datamodule,
+                examples=examples,
+                inputs=inputs,
+                indices=indices,
+                max_samples=max_samples,
+                checkpoint=Path(str(ckpt_path)).name,
+                to_device=lambda batch: compat.to_device(self, batch),
+                progress=self.progress_bar_callback is not None,
+            )
+        page = render(found)
+        Path(output).write_text(page, encoding="utf-8")
+        dead = sum(prototype.dead for head in found.heads for prototype in head.prototypes)
+        rank_zero_info(
+            f"Wrote {output} ({len(page.encode()) / 1024:,.0f} KiB): {sum(len(h.prototypes) for h in found.heads)} "
+            f"prototypes ({dead} dead), {found.samples:,} samples, {len(found.inputs)} inputs."
+        )
+
+
+def check_request(ckpt_path: str | None, output: str) -> None:
+    """Refuse what cannot work before any model or data is built.
+
+    Raises:
+        ValueError: If the checkpoint is missing or is none, or the file cannot be written.
+    """
+    if ckpt_path is None:
+        raise ValueError(
+            "ckpt_path is needed: without a checkpoint the prototypes are random. Pass --ckpt_path FILE.ckpt, which "
+            "`ddcl fit` writes below lightning_logs/."
+        )
+    if not Path(ckpt_path).is_file():
+        raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {ckpt_path!r}.")
+    try:
+        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {ckpt_path!r} cannot be read as one."
+        ) from error
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        raise ValueError(f"ckpt_path must be a checkpoint of `ddcl fit`; {ckpt_path!r} holds no 'state_dict'.")
+    target = Path(output)
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"output must end in .html; got {output!r}.")
+    if not target.parent.is_dir():
+        raise ValueError(f"output must lie in an existing folder; there is no {str(target.parent)!r}. Create it first.")

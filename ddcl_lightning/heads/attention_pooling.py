@@ -1,0 +1,66 @@
+"""Attention pooling: learned queries weight the tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
+
+
+class AdditiveAttention(PoolingLayer):
+    """``softmax_t(w_h^T tanh(W z_t + b))``-weighted means of the tokens, one per query h.
+
+    Args:
+        embed_dim: D, dimension of the tokens.
+        dim: Width of the hidden layer.
+        num_heads: H, queries.
+    """
+
+    def __init__(self, embed_dim: int, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(embed_dim, dim)
+        self.queries = nn.Linear(dim, num_heads, bias=False)
+        self.output_dim = num_heads * embed_dim
+
+    def weights(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weight of each token per query, ``(B, H, T)``: rows sum to 1, padding has none."""
+        scores: Tensor = self.queries(torch.tanh(self.hidden(tokens))).mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
+        return scores.softmax(-1)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weighted means of ``(B, T, D)`` tokens, side by side, ``(B, H * D)``."""
+        return (self.weights(tokens, mask).to(tokens.dtype) @ tokens).flatten(1)
+
+
+class AttentionPooling(PoolingHead):
+    """Learned queries weight the tokens of a sample.
+
+    One head is the word attention of Yang et al. 2016 (Hierarchical Attention Networks, eq. 5 to 7): ``u = tanh(W z +
+    b)``, ``a = softmax(u^T u_w)``, ``s = sum a z``. Several are the hops of Lin et al. 2017 (A Structured
+    Self-Attentive Sentence Embedding, eq. 5 to 8), ``A = softmax(W_s2 tanh(W_s1 Z^T))``, ``M = A Z``, with Yang's bias
+    and without Lin's penalty; the hops lie side by side in ``pooled``.
+
+    Args:
+        num_heads: H, queries, at least 1; ``pooled_dim`` is ``H * embed_dim``.
+        dim: Width of the hidden layer; by default ``embed_dim``.
+        budget: Parameters that the head may have, instead of ``dim``.
+        embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+
+    Raises:
+        ValueError: If a size is below 1 or both widths are given; in ``build``, if the budget is too small.
+    """
+
+    def __init__(
+        self, num_heads: int = 1, dim: int | None = None, budget: int | None = None, embed_dim: int | None = None
+    ) -> None:
+        super().__init__(dim, budget)
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1; got {num_heads}.")
+        self.num_heads, self.dim = num_heads, dim
+        if embed_dim is not None:
+            self.build(embed_dim)
+
+    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
+        """Attention with a hidden layer of ``width``."""
+        return AdditiveAttention(embed_dim, width or embed_dim, self.num_heads)

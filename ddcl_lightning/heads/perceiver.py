@@ -1,0 +1,110 @@
+"""The Perceiver's latents as a readout."""
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.heads.pma import divisible
+from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
+
+
+class PerceiverBlock(nn.Module):
+    """Pre-norm attention and a GELU layer, each added to its input; no hidden layer is wider than the block.
+
+    Args:
+        dim: Width of the queries.
+        num_heads: Heads; must divide ``dim``.
+        source_dim: Width of what is read; None for self-attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, source_dim: int | None = None) -> None:
+        super().__init__()
+        self.norm_queries, self.norm_hidden = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_source = None if source_dim is None else nn.LayerNorm(source_dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, kdim=source_dim, vdim=source_dim, batch_first=True)
+        self.hidden = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, queries: Tensor, source: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Queries ``(B, L, d)`` after reading themselves, or ``source`` ``(B, T, D)`` with mask ``(B, T)``."""
+        normed = self.norm_queries(queries)
+        keys = normed
+        if self.norm_source is not None:
+            assert source is not None
+            keys = self.norm_source(source)
+        read, _ = self.attention(normed, keys, keys, None if mask is None else ~mask, need_weights=False)
+        queries = queries + read
+        output: Tensor = queries + self.hidden(self.norm_hidden(queries))
+        return output
+
+
+class Perceiver(PoolingLayer):
+    """L latents that read the tokens once and then each other.
+
+    Args:
+        embed_dim: D, dimension of the tokens.
+        dim: d, width of the latents.
+        num_latents: L.
+        num_heads: Heads of every attention; must divide ``dim``.
+        num_blocks: Self-attention blocks.
+    """
+
+    def __init__(self, embed_dim: int, dim: int, num_latents: int, num_heads: int, num_blocks: int) -> None:
+        super().__init__()
+        latents = nn.init.trunc_normal_(torch.empty(1, num_latents, dim), std=0.02)
+        self.latents = nn.Parameter(latents)
+        self.read = PerceiverBlock(dim, num_heads, embed_dim)
+        self.blocks = nn.ModuleList(PerceiverBlock(dim, num_heads) for _ in range(num_blocks))
+        self.output_dim = dim
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean of the latents that have read ``(B, T, D)`` tokens, ``(B, d)``."""
+        latents: Tensor = self.read(self.latents.expand(len(tokens), -1, -1), tokens, mask)
+        for block in self.blocks:
+            latents = block(latents)
+        return latents.mean(1)
+
+
+class PerceiverPooling(PoolingHead):
+    """A small Perceiver: cross-attention into latents, self-attention among them, their mean (Jaegle et al. 2021).
+
+    Latents cross-attend to the inputs, then pass a latent transformer (section 3 and figure 1); their average is the
+    output. They start as a truncated normal of deviation 0.02, and hidden layers are as wide as the latents, as in the
+    authors' later code. Positions are the backbone's business.
+
+    Args:
+        num_latents: L, at least 1.
+        num_heads: Heads of every attention.
+        num_blocks: Self-attention blocks, at least 0.
+        dim: Width of the latents, a multiple of ``num_heads``; by default ``embed_dim``.
+        budget: Parameters that the head may have, instead of ``dim``.
+        embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+
+    Raises:
+        ValueError: If a size is out of its range or both widths are given; in ``build``, if the width is not a multiple
+            of ``num_heads`` or the budget too small.
+    """
+
+    def __init__(
+        self,
+        num_latents: int = 8,
+        num_heads: int = 4,
+        num_blocks: int = 1,
+        dim: int | None = None,
+        budget: int | None = None,
+        embed_dim: int | None = None,
+    ) -> None:
+        super().__init__(dim, budget, num_heads)
+        for name, value, least in (
+            ("num_latents", num_latents, 1),
+            ("num_heads", num_heads, 1),
+            ("num_blocks", num_blocks, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}.")
+        self.num_latents, self.num_heads, self.num_blocks, self.dim = num_latents, num_heads, num_blocks, dim
+        if embed_dim is not None:
+            self.build(embed_dim)
+
+    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
+        """A Perceiver with latents of ``width``."""
+        dim = divisible(width or embed_dim, self.num_heads)
+        return Perceiver(embed_dim, dim, self.num_latents, self.num_heads, self.num_blocks)

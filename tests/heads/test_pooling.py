@@ -1,0 +1,36 @@
+"""CLS, mean and maximum, and their parameter-matched controls."""
+
+import pytest
+import torch
+
+from ddcl_lightning.heads import CLSPooling, MaxPooling, MeanPooling
+
+TOKENS = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [8.0, 0.0]], [[-4.0, -2.0], [-3.0, -9.0], [7.0, 7.0]]])
+MASK = torch.tensor([[True, True, True], [False, True, False]])
+
+
+def test_by_hand() -> None:
+    """Padding is larger than every valid value of the second sample, and comes before the only one."""
+    assert CLSPooling(embed_dim=2)(TOKENS, MASK).pooled.tolist() == [[1.0, 5.0], [-3.0, -9.0]]
+    assert MeanPooling(embed_dim=2)(TOKENS, MASK).pooled.tolist() == [[4.0, 2.0], [-3.0, -9.0]]
+    assert MaxPooling(embed_dim=2)(TOKENS, MASK).pooled.tolist() == [[8.0, 5.0], [-3.0, -9.0]]
+    assert MaxPooling(embed_dim=2)(TOKENS).pooled.tolist() == [[8.0, 5.0], [7.0, 7.0]]
+
+
+@pytest.mark.parametrize("kind", [CLSPooling, MeanPooling])
+def test_control_is_one_hidden_layer_on_the_same_vector(kind: type[CLSPooling] | type[MeanPooling]) -> None:
+    bare, control = kind(embed_dim=2), kind(hidden_dim=5, embed_dim=2)
+    assert (bare.num_parameters(), bare.pooled_dim) == (0, 2)
+    assert (control.num_parameters(), control.pooled_dim) == (5 * (2 + 1), 5)
+    layer = control.layer.control[0]
+    expected = torch.nn.functional.gelu(bare(TOKENS, MASK).pooled @ layer.weight.mT + layer.bias)
+    torch.testing.assert_close(control(TOKENS, MASK).pooled, expected)
+
+
+def test_tokens_pass_through() -> None:
+    readout = MeanPooling(embed_dim=2)(TOKENS)
+    assert readout.tokens is TOKENS
+    assert readout.levels == []
+    assert readout.assignments is None
+    with pytest.raises(ValueError, match="no quantisation loss"):
+        readout.quantization_loss()
