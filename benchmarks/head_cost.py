@@ -1,8 +1,8 @@
 """What each readout head costs, beside mean pooling: forward and backward time, and memory.
 
 32 samples of 256 tokens, D = 384, 16 prototypes, latents, slots, seeds or codes; at the heads' own width and at the
-budget of ``text_readouts.py``. Every head ends in a linear classifier, whose loss trains it; L_q is part of the loss where
-there is one. All heads take turns in one process, and the fastest turns are compared, for machines are noisy.
+budget of ``text_readouts.py``. Every head ends in a linear classifier, whose loss trains it; L_q is part of the loss
+where there is one. All heads take turns in one process, and the fastest turns are compared, for machines are noisy.
 
     python benchmarks/head_cost.py               # 5 minutes on two cores: keep them free
     python benchmarks/head_cost.py --quick
@@ -138,12 +138,11 @@ def main() -> None:
             row["memory_mib"] = memory(row["head"], row["width"], batch, tokens)
     save(arguments.output, "head_cost", {"batch": batch, "tokens": tokens, "dim": DIM, "size": SIZE, "rows": rows})
     for width in WIDTHS:
-        print(f"\nwidth: {width}\n\n| head | parameters | time / mean pooling | ms | memory, MiB |\n|---|---|---|---|---|")
+        print(f"\nwidth: {width}\n\n| head | parameters | time / mean | ms | memory, MiB |\n|---|---|---|---|---|")
         for row in (row for row in rows if row["width"] == width):
-            memory_cell = f"{row['memory_mib']:.0f}" if "memory_mib" in row else "-"
-            print(
-                f"| {row['head']} | {row['parameters']:,} | {row['ratio']:.1f} | {row['fastest_ms']:.1f} | {memory_cell} |"
-            )
+            mib = f"{row['memory_mib']:.0f}" if "memory_mib" in row else "-"
+            cells = (row["head"], f"{row['parameters']:,}", f"{row['ratio']:.1f}", f"{row['fastest_ms']:.1f}", mib)
+            print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

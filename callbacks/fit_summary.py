@@ -118,7 +118,8 @@ class FitSummary(Callback):
         size = _num_clusters(module, now)  # codes of a head without a bank may be more
         for head in range(now.clusters.shape[1]):
             label = "prototypes (last step)" + (f", head {head}" if now.clusters.shape[1] > 1 else "")
-            self.rows[label] = clustering_scores(now.clusters[:, head], now.labels, max(size, int(now.clusters.max()) + 1))
+            clusters = now.clusters[:, head]
+            self.rows[label] = clustering_scores(clusters, now.labels, max(size, int(clusters.max()) + 1))
         if self.compare or not banks:
             self.rows["k-means, pooled readout"] = self._kmeans(module, now, now.pooled)
         untouched = now.inputs.shape == now.mean.shape and torch.allclose(now.inputs, now.mean)

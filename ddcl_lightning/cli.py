@@ -57,7 +57,7 @@ class DDCLCommandLine(LightningCLI):
             trainer = self.config["explain"]["trainer"]
             if trainer["devices"] == "auto":
                 trainer["devices"] = 1
-            pass
+            trainer["logger"] = False
             self.save_config_callback = None
 
     def instantiate_classes(self) -> None:
