@@ -6,7 +6,6 @@ middle of an epoch sees its first batches again. It does restore loaders that ha
 """
 
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -63,24 +62,61 @@ class EpochSampler(DistributedSampler[int]):
     A :class:`~torch.utils.data.DistributedSampler`, so that Lightning sets the epoch and does not replace it.
     Gives the numbers that :class:`Rows` takes, and places in any other data set.
 
+    Given lengths, it puts rows of similar length into one batch, for less padding: each stretch of
+    ``GROUPED_BATCHES`` batches of the shuffled order is sorted by length and cut into batches, and all batches of
+    the epoch are shuffled again, alike on every process. Rows that do not fill a batch come last, as they were drawn.
+
     Args:
         dataset: Data set to sample from, of known length.
         num_replicas: Number of processes.
         rank: This process, in [0, num_replicas).
         seed: Seed of the order, the same in all processes.
+        batch_size: Rows per batch and process, at least 1; of use with ``lengths`` only.
+        lengths: Length of each row, ``(N,)``; None groups nothing.
 
     Attributes:
         start: Rows of this process to leave out at the beginning of the next pass.
+
+    Raises:
+        ValueError: If there is not one length per row.
     """
 
-    def __init__(self, dataset: Dataset[Any], num_replicas: int, rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        num_replicas: int,
+        rank: int,
+        seed: int,
+        batch_size: int = 1,
+        lengths: Tensor | None = None,
+    ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         self.start = 0
         self.num_rows = len(dataset)  # type: ignore[arg-type]
+        if lengths is not None and lengths.shape != (self.num_rows,):
+            raise ValueError(
+                f"lengths must hold one length per row, shape ({self.num_rows},); got {tuple(lengths.shape)}. "
+                "Pass the lengths of this part of the data."
+            )
+        self.batch_size, self.lengths = batch_size, lengths
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.num_rows if isinstance(self.dataset, Rows) else 0
-        return (first + place for place in islice(super().__iter__(), self.start, None))
+        order = torch.tensor(list(super().__iter__()))
+        if self.lengths is not None:
+            order = self._grouped(order, self.lengths)
+        if isinstance(self.dataset, Rows):
+            order += self.epoch * self.num_rows
+        return iter(order[self.start :].tolist())
+
+    def _grouped(self, order: Tensor, lengths: Tensor) -> Tensor:
+        """Rows ``(M,)`` of this process in batches of similar length."""
+        whole = len(order) - len(order) % self.batch_size
+        pools = order[:whole].split(self.batch_size * GROUPED_BATCHES)
+        ordered = [pool[lengths[pool].argsort(stable=True)] for pool in pools]
+        batches = torch.cat([*ordered, order[:0]]).view(-1, self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        shuffled = batches[torch.randperm(len(batches), generator=generator)]
+        return torch.cat([shuffled.flatten(), order[whole:]])
 
 
 class ResumableDataLoader(DataLoader[Batch]):

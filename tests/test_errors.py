@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "output_projection must not be False with residual=True",
     ),
-    "unknown_scale": (lambda: EmbeddingScale(4, "unit"), ValueError, "mode must be one of.*got 'unit'"),  # type: ignore[arg-type]
+    "unknown_scale": (lambda: EmbeddingScale(4, "half"), ValueError, "mode must be one of.*got 'half'"),  # type: ignore[arg-type]
     "batch_too_small_to_whiten": (
         lambda: EmbeddingScale(4, "whiten")(torch.randn(7, 4)),
         ValueError,

@@ -242,3 +242,45 @@ def test_two_processes_share_every_epoch(tmp_path: Path) -> None:
         mine, other = rows_of(first, epoch), rows_of(second, epoch)
         assert sorted(mine + other) == list(range(ROWS))
     assert rows_of(first, 0) != rows_of(first, 1)
+
+
+def grouped(lengths: Tensor, epoch: int = 0, processes: int = 1, rank: int = 0, batch_size: int = 8) -> list[int]:
+    sampler = EpochSampler(
+        range(len(lengths)),  # type: ignore[arg-type]
+        num_replicas=processes,
+        rank=rank,
+        seed=0,
+        batch_size=batch_size,
+        lengths=lengths,
+    )
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_lengths_put_similar_rows_into_one_batch_and_lose_none() -> None:
+    lengths = torch.randint(1, 500, (1003,), generator=torch.Generator().manual_seed(0))
+    epochs = [grouped(lengths, epoch) for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    for order in epochs:
+        assert sorted(order) == list(range(1003))
+        batches = lengths[torch.tensor(order[:1000])].view(-1, 8).float()
+        assert batches.std(1).mean() < 0.1 * lengths.float().std()
+        # Short and long batches come in no order.
+        means = batches.mean(1)
+        assert abs(float(torch.corrcoef(torch.stack([means[1:], means[:-1]]))[0, 1])) < 0.3
+    # A batch of one epoch is not a batch of the next.
+    first, second = ({frozenset(order[i : i + 8]) for i in range(0, 1000, 8)} for order in epochs)
+    assert len(first & second) < 5
+
+
+def test_processes_group_their_own_rows_and_step_through_similar_lengths() -> None:
+    lengths = torch.randint(1, 500, (1600,), generator=torch.Generator().manual_seed(0))
+    first, second = (torch.tensor(grouped(lengths, processes=2, rank=rank)) for rank in range(2))
+    assert sorted(torch.cat([first, second]).tolist()) == list(range(1600))
+    means = torch.stack([lengths[rows].view(-1, 8).float().mean(1) for rows in (first, second)])
+    assert float(torch.corrcoef(means)[0, 1]) > 0.95  # nobody waits for the other's longer batch
+
+
+def test_lengths_of_other_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one length per row, shape \(5,\); got \(4,\)"):
+        EpochSampler(range(5), num_replicas=1, rank=0, seed=0, lengths=torch.ones(4))  # type: ignore[arg-type]

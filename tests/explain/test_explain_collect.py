@@ -4,6 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from explain_toys import (
+    TEXTS,
+    PointsDataModule,
+    ToyDataModule,
+    images,
+    points_module,
+    text_data,
+    texts_module,
+    with_prototypes,
+)
 
 from ddcl_lightning import (
     Backbone,
@@ -17,16 +27,6 @@ from ddcl_lightning import (
 from ddcl_lightning.explain import collect
 from ddcl_lightning.explain.collect import choose_inputs
 from ddcl_lightning.heads import Head, ReadoutOutput
-from tests.explain.toys import (
-    TEXTS,
-    PointsDataModule,
-    ToyDataModule,
-    images,
-    points_module,
-    text_data,
-    texts_module,
-    with_prototypes,
-)
 
 
 def test_nearest_samples_shares_and_classes() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from explain_toys import PointsDataModule, ToyDataModule, images
 
 from ddcl_lightning.explain.nearest import Nearest
 from ddcl_lightning.explain.png import data_uri, png_bytes
 from ddcl_lightning.explain.samples import MAX_SIDE, Album, class_labels, positions, take, thumbnail, to_image
 from ddcl_lightning.explain.words import WordMass, words_at, words_of
-from tests.explain.toys import PointsDataModule, ToyDataModule, images
 
 
 def test_nearest_of_a_stream_are_the_nearest_of_all_whatever_the_batches() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from explain_toys import PointsDataModule, points_module, text_data, texts_module, with_prototypes
 
 from ddcl_lightning.explain import Explanation, collect, render
 from ddcl_lightning.explain.explanation import TokenView
 from ddcl_lightning.explain.views import bar, hue, percent, sentence
-from tests.explain.toys import PointsDataModule, points_module, text_data, texts_module, with_prototypes
 
 VOID = {"meta", "img", "br", "input", "link"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
