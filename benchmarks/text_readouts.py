@@ -113,7 +113,7 @@ def train(
     start = time.perf_counter()
     trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - start
-    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
         "head": name,
         "seed": seed,
@@ -136,7 +136,7 @@ def _trainer(epochs: int, callbacks: list[Any]) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
+        check_val_every_n_epoch=epochs,
     )
 
 

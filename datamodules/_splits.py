@@ -1,7 +1,7 @@
 """The base of all data modules: one data set in memory, its splits, and the loaders over them."""
 
 from abc import abstractmethod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,7 +22,7 @@ from ddcl_lightning.datamodules._loading import (
 )
 from ddcl_lightning.seeding import resolve_seed
 
-EvaluateOn = Literal["auto", "train", "all"]
+EvaluateOn = Literal["auto", "held_out", "train", "all"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SPLIT_NAMES: dict[str, Split] = {
@@ -74,7 +74,9 @@ class SplitDataModule(pl.LightningDataModule):
     - **test**: the official test split where there is one, otherwise the rows of validation.
     - **prediction**: all rows of all splits in order of ``index``, except those that ``limit`` leaves out.
 
-    ``evaluate_on="train"`` makes validation and test run over the training rows (the clustering protocol for data
+    ``evaluate_on="held_out"`` validates on the ``val_fraction`` held out of the training split even where there is a
+    validation split, so that settings are chosen on rows which take no part in the final figures. ``"train"`` makes
+    validation and test run over the training rows (the clustering protocol for data
     sets that have other splits), ``"all"`` over the rows of prediction. Several processes share each epoch; where the
     rows do not divide evenly a few are repeated, in training by :class:`EpochSampler`, in validation by Lightning.
 
@@ -82,8 +84,8 @@ class SplitDataModule(pl.LightningDataModule):
         batch_size: Rows per training batch and process, at least 1.
         eval_batch_size: The same for all other loaders; by default ``batch_size``.
         val_fraction: Part of each class that is held out of the training split, in [0, 1); without effect, with a
-            warning, where the data set has a validation split.
-        evaluate_on: ``"auto"``, ``"train"`` or ``"all"``, see above.
+            warning, where the data set has a validation split and ``evaluate_on`` is not ``"held_out"``.
+        evaluate_on: ``"auto"``, ``"held_out"``, ``"train"`` or ``"all"``, see above.
         limit: Train on at most this many rows, at least 1, for quick runs: a random subset in which every class keeps
             its share, and which a larger limit at the same seed contains. None takes all. Validation and test rows are
             not limited; ``Trainer(limit_val_batches=...)`` does that.
@@ -118,7 +120,9 @@ class SplitDataModule(pl.LightningDataModule):
                 check_at_least(name, value, 1)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1); got {val_fraction}. Use 0 to hold out nothing.")
-        check_choice("evaluate_on", evaluate_on, ("auto", "train", "all"))
+        check_choice("evaluate_on", evaluate_on, get_args(EvaluateOn))
+        if evaluate_on == "held_out" and not val_fraction:
+            raise ValueError("val_fraction must be > 0 with evaluate_on='held_out'; got 0. Hold out 0.05, say.")
         if evaluate_on == "train" and val_fraction:
             raise ValueError(
                 f"val_fraction must be 0 with evaluate_on='train'; got {val_fraction}: the rows held out would be "
@@ -219,9 +223,11 @@ class SplitDataModule(pl.LightningDataModule):
         train, val, test = torch.arange(len(loaded.y)).tensor_split([first_val, first_test])
         if not len(train):
             raise ValueError(f"the data set must hold at least one training row; {type(self).__name__} found none.")
-        if self.val_fraction and len(val):
+        official = val
+        if self.val_fraction and len(official) and self.evaluate_on != "held_out":
             rank_zero_warn(
-                f"val_fraction={self.val_fraction} is not used: the data set has a validation split of {len(val)} rows."
+                f"val_fraction={self.val_fraction} is not used: the data set has a validation split of {len(val)} "
+                "rows. Set evaluate_on='held_out' to validate on a part of the training split instead."
             )
         elif self.val_fraction:
             held_out = stratified_mask(loaded.y[train], self.val_fraction, self.seed)
@@ -233,13 +239,14 @@ class SplitDataModule(pl.LightningDataModule):
             train, val = train[~held_out], train[held_out]
         if self.limit is not None:
             train = train[stratified_subset(loaded.y[train], self.limit, self.seed)]
-        everything = torch.cat([train, val, test]).sort().values
+        everything = torch.cat([train, val, official, test]).unique()
         if self.evaluate_on == "train":
             return Splits(train, train, train, everything)
         if self.evaluate_on == "all":
             return Splits(train, everything, everything, everything)
         val = next(rows for rows in (val, test, train) if len(rows))
-        return Splits(train, val, test if len(test) else val, everything)
+        test = next(rows for rows in (test, official, val) if len(rows))
+        return Splits(train, val, test, everything)
 
     def _require_setup(self) -> tuple[Loaded, Splits]:
         if self._ready is None:

@@ -1,12 +1,17 @@
 """Every benchmark runs, in its tiny version, and writes plain results."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.tiny_data import text_file
+from tests.tiny_models import tiny_bert
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
@@ -16,11 +21,34 @@ def test_there_are_benchmarks() -> None:
     assert SCRIPTS
 
 
+TEXTS = {
+    "sst2": ("sst2_glue.jsonl.gz", 2, "validation"),
+    "imdb": ("imdb_10k_5k.jsonl.gz", 2, "test"),
+    "newsgroups": ("20newsgroups_bydate_stripped.jsonl.gz", 20, "test"),
+}
+
+
+def text_options(folder: Path, task: str) -> list[str]:
+    """A tiny encoder and a tiny file in the place of real ones."""
+    name, classes, test_name = TEXTS[task]
+    with gzip.open(folder / name, "wb") as file:
+        file.write(text_file(folder / "texts.jsonl", classes, train=160, test_name=test_name).read_bytes())
+    encoder = tiny_bert(folder / "encoder")
+    return ["--task", task, "--encoder", str(encoder), "--data", str(folder), "--cache", str(folder / "cache")]
+
+
+CASES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
+    **{name: (name, lambda folder: []) for name in SCRIPTS if name != "text_readouts"},
+    **{f"text_{task}": ("text_readouts", lambda folder, task=task: text_options(folder, task)) for task in TEXTS},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", CASES)
 def test_quick_version_writes_results(name: str, tmp_path: Path) -> None:
-    script = BENCHMARKS / f"{name}.py"
-    command = [sys.executable, str(script), "--quick", "--output", str(tmp_path), "--figures", str(tmp_path)]
+    script, options = CASES[name]
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", *options(tmp_path)]
+    command += ["--output", str(tmp_path), "--figures", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
     text = (tmp_path / f"{name}.json").read_text(encoding="utf-8")

@@ -32,6 +32,18 @@ def test_package_list_matches_the_folders() -> None:
     assert shipped == set(setup["packages"])
 
 
+@pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
+def test_every_file_of_a_package_that_is_no_code_is_shipped() -> None:
+    setup = PROJECT["tool"]["setuptools"]
+    folders = {package: ROOT / folder for package, folder in setup["package-dir"].items()}
+    listed, found = set(), set()
+    for package in setup["packages"]:
+        folder = folders.get(package, ROOT / package.replace(".", "/"))
+        listed |= {path for pattern in setup["package-data"].get(package, []) for path in folder.glob(pattern)}
+        found |= {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert sorted(found - listed) == []
+
+
 def test_recipes_name_shipped_classes() -> None:
     """``class_path: callbacks.X`` works in the checkout and nowhere else."""
     assert recipe_paths()

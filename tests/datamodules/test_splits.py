@@ -75,6 +75,20 @@ def test_fraction_beside_an_official_validation_split_is_announced_as_unused() -
     assert (train, val) == ([*TRAIN], [*VAL])
 
 
+def test_settings_can_be_chosen_beside_an_official_validation_split() -> None:
+    options = {"num_val": 6, "val_fraction": 0.2, "evaluate_on": "held_out"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train, val, test, predict = rows(**options)
+    assert len(val) == 4
+    assert sorted(train + val) == [*TRAIN]
+    assert test == [*VAL]  # what the final figures are measured on
+    assert predict == [*range(26)]
+    assert rows(**options, num_test=8)[1:3] == (val, [*TEST])
+    with pytest.raises(ValueError, match="val_fraction must be > 0 with evaluate_on='held_out'; got 0"):
+        Toy(evaluate_on="held_out")
+
+
 def test_limit_takes_a_share_of_each_class_and_leaves_evaluation_and_index_alone() -> None:
     train, val, test, predict = rows(num_val=6, num_test=8, limit=6)
     assert len(train) == 6
@@ -131,7 +145,7 @@ def test_set_up_loads_once() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evaluate_on": "val"}, "evaluate_on must be 'auto', 'train' or 'all'; got 'val'"),
+        ({"evaluate_on": "val"}, "evaluate_on must be 'auto', 'held_out', 'train' or 'all'; got 'val'"),
         ({"evaluate_on": "train", "val_fraction": 0.1}, "val_fraction must be 0 with evaluate_on='train'; got 0.1"),
         ({"limit": 0}, "limit must be an integer of at least 1; got 0"),
         ({"eval_batch_size": 0}, "eval_batch_size must be an integer of at least 1; got 0"),
