@@ -96,7 +96,29 @@ def test_refusals_come_before_the_work(tmp_path: Path, capsys: pytest.CaptureFix
     given = [*common, "--ckpt_path", "empty.ckpt", "--output"]
     assert "there is no 'reports'. Create it first." in fails(capsys, *given, "reports/a.html")
     assert "output must end in .html; got 'a.pdf'" in fails(capsys, *given, "a.pdf")
+    (tmp_path / "folder.html").mkdir()
+    assert "output must be a file; 'folder.html' is a folder." in fails(capsys, *given, "folder.html")
     assert "unknown key 'example'. Did you mean 'examples'?" in fails(capsys, *given, "a.html", "--example=3")
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": {}}, "empty.ckpt")
+    (tmp_path / "closed").mkdir()
+    # Whoever runs the tests as root may write anywhere, so the system's answer is played.
+    monkeypatch.setattr("ddcl_lightning.explain.trainer.os.access", lambda path, mode: Path(path).name != "closed")
+    words = ["explain", "--config", "digits", *QUICK, "--ckpt_path", "empty.ckpt", "--output", "closed/a.html"]
+    assert fails(capsys, *words).startswith("output must lie where you may write; 'closed/a.html' does not.")
+
+
+def test_a_head_without_prototypes_has_nothing_to_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model.head=MeanPooling", "--model.task=Classification", "--model.task.init_args.num_classes=10"]
+    callbacks = ["--trainer.callbacks=null", "--summary.enabled=false"]
+    main(["fit", "--config", "digits", *QUICK, *callbacks, *model, "--trainer.max_epochs=1"])
+    given = ["--ckpt_path", str(next(tmp_path.rglob("*.ckpt")))]
+    message = fails(capsys, "explain", "--config", "digits", *QUICK, *callbacks, *model, *given)
+    assert message.startswith("there is nothing to explain: the head MeanPooling has no prototypes.")
 
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +126,11 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint: str, capsys: pytes
     state = torch.load(checkpoint, weights_only=True)
     state["state_dict"] = {name: value for name, value in state["state_dict"].items() if "prototypes" not in name}
     torch.save(state, "partial.ckpt")
-    with pytest.raises(RuntimeError, match="Missing key"):  # strict, as in predict
-        main([*common, "partial.ckpt"])
+    message = fails(capsys, *common, "partial.ckpt")
+    assert message == (
+        "ckpt_path must be a checkpoint of this model; 'partial.ckpt' is of another one (Missing key(s) in state_dict: "
+        '"head.attention.bank.prototypes"). Use the config that it was trained with.'
+    )
 
 
 def test_errors_of_checks_in_a_run_are_a_sentence(

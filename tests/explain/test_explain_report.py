@@ -1,9 +1,11 @@
 """The page: complete, harmless, reproducible, readable; looked at by a real browser where there is one."""
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import pytest
 from explain_toys import PointsDataModule, points_module, text_data, texts_module, with_prototypes
 
 from ddcl_lightning.explain import Explanation, collect, render
-from ddcl_lightning.explain.explanation import TokenView
-from ddcl_lightning.explain.views import bar, hue, percent, sentence
+from ddcl_lightning.explain.explanation import ClassShare, PrototypeView, TokenView, WordShare
+from ddcl_lightning.explain.parts import bar, figure, hue, percent, says, sentence
+from ddcl_lightning.explain.prototypes import prototype_card
 
 VOID = {"meta", "img", "br", "input", "link"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -71,7 +74,7 @@ def test_page_is_well_formed_and_says_what_was_collected() -> None:
     assert "Points: 2 prototypes" in page.text
     assert "IdentityBackbone → DDCLReadout → Clustering · weights last.ckpt" in page.text
     assert "seen through 12 training samples." in page.text
-    for part in ("In use 2 of 2", "Perplexity 2", "ACC 1.000", "NMI 1.000", "Temperature 1"):
+    for part in ("In use 2 of 2", "Perplexity 2.00", "ACC 1.000", "NMI 1.000", "Temperature 1.00"):
         assert part in page.text
     assert "Prototype 0" in page.text
     assert "mostly low" in page.text
@@ -161,7 +164,13 @@ def test_heads_have_a_section_each() -> None:
     page = Page(render(collect(points_module(heads=2), PointsDataModule(), inputs=1)))
     assert "2 heads of 2 prototypes" in page.text
     assert {"head0", "head1", "p0.1", "p1.1"} <= set(page.ids)
-    assert "prototype 1.0" in page.text
+    # "8.0 % prototype 0.2" would be two numbers of which one is a name.
+    assert "Head 1: 100 % prototype 0" in page.text
+    assert "Prototype 1 of head 0" in page.text
+    assert not re.search(r"rototype \d\.\d", page.text)
+    links = [value for tag, name, value in page.attributes if (tag, name) == ("a", "href")]
+    assert {"#head0", "#head1", "#inputs", "#p0.0"} <= set(links)
+    assert all(link.removeprefix("#") in page.ids for link in links)
 
 
 def test_predictions_are_judged() -> None:
@@ -191,23 +200,172 @@ def test_samples_without_anything_to_show_are_numbers() -> None:
     inputs = [dataclasses.replace(view, sample=bare(view.sample)) for view in found.inputs]
     page = Page(render(dataclasses.replace(found, heads=[head], inputs=inputs, complete=False)))
     assert "img" not in page.tags
-    assert "#1 d 0" in page.text
+    assert "#1 d 0.00" in page.text
     assert "(a part of them)" in page.text
 
 
 def test_shares_in_words() -> None:
-    assert (
-        sentence([0.0, 0.62, 0.28, 0.06, 0.04])
-        == "62 % prototype 1, 28 % prototype 2, 6.0 % prototype 3, 4.0 % in 1 other"
-    )
-    assert sentence([1.0, 0.0]) == "100 % prototype 0"
-    assert sentence([0.02] * 50).startswith("2.0 % prototype 0, 98 % in 49 others")
-    assert sentence([0.4, 0.6], "1.") == "60 % prototype 1.1, 40 % prototype 1.0"
-    assert [percent(share) for share in (0.0, 0.0002, 0.004, 0.0994, 0.0996, 0.5, 1.0)] == [
-        *["0 %", "<0.1 %", "0.4 %", "9.9 %", "10 %", "50 %", "100 %"]
+    def words(shares: list[float]) -> str:
+        return sentence(shares).replace("\u00a0", " ")
+
+    assert words([0.0, 0.62, 0.28, 0.06, 0.04]) == "62 % prototype 1, 28 % prototype 2, 10 % in 2 others"
+    assert words([1.0, 0.0]) == "100 % prototype 0"
+    assert words([0.3, 0.29, 0.21, 0.2]) == "30 % prototype 0, 29 % prototype 1, 21 % prototype 2, 20 % in 1 other"
+    # Even shares need no list, and a thousand small ones are still a part.
+    assert words([0.02] * 50) == "2.0 % prototype 0, 98 % in 49 others"
+    assert words([0.4, *[0.0006] * 1000]) == "40 % prototype 0, 60 % in 1000 others"
+
+
+def test_numbers_are_rounded_alike_and_kept_with_their_sign() -> None:
+    found = [percent(share) for share in (0.0, 0.0002, 0.004, 0.0994, 0.0996, 0.5, 1.0)]
+    assert found == ["0\u00a0%", "<0.1\u00a0%", "0.4\u00a0%", "9.9\u00a0%", "10\u00a0%", "50\u00a0%", "100\u00a0%"]
+    assert [figure(value) for value in (2.0, 2.09, 2.1, 0.0202, 99.96, 104.2, 1234.5)] == [
+        *["2.00", "2.09", "2.10", "0.0202", "100", "104", "1,234"]
     ]
-    assert bar([0.999, 0.001], "").count("<span") == 1
+    words = [WordShare("a", 3.0), WordShare("b", 3.31), WordShare("c", 14.2)]
+    page = Page(prototype_card(prototype(words=words), "", token_level=False))
+    assert "a \u00d73.0 b \u00d73.3 c \u00d714" in page.text
+
+
+def test_a_bar_leads_to_the_cards_and_leaves_out_what_cannot_be_seen() -> None:
+    html = bar([0.9, 0.099, 0.001], "1.")
+    assert re.findall(r'href="(.*?)"', html) == ["#p1.0", "#p1.1"]
     assert len({hue(number) for number in range(60)}) > 55
+
+
+def prototype(**kwargs: Any) -> PrototypeView:
+    return PrototypeView(number=0, samples=5, share=0.5, weight=0.5, token_share=0.5, nearest=[], **kwargs)
+
+
+def test_what_a_prototype_stands_for_in_a_few_words() -> None:
+    mostly = [ClassShare("9", 0.9, 0.1), ClassShare("4", 0.1, 0.1)]
+    assert says(prototype(classes=mostly)) == "mostly class 9"  # a bare 9 reads as a prototype
+    assert says(prototype(classes=[ClassShare("sad", 0.9, 0.5)])) == "mostly sad"
+    pair = [ClassShare("8", 0.48, 0.1), ClassShare("1", 0.34, 0.1)]
+    assert says(prototype(classes=pair)) == "class 8 and class 1"
+    scattered = [ClassShare("a", 0.2, 0.1), ClassShare("b", 0.15, 0.1)]
+    assert says(prototype(classes=scattered)) == "mixed classes"
+    # Classes as large as in all data say nothing, however large.
+    common = [ClassShare("sad", 0.61, 0.6), ClassShare("glad", 0.39, 0.4)]
+    assert says(prototype(classes=common)) == "mixed classes"
+    assert says(prototype(classes=common, words=[WordShare("tears", 3.0)])) == "tears"
+    assert says(prototype()) == ""
+    assert "As in all data: none stands out." in prototype_card(prototype(classes=common), "", token_level=False)
+    assert "As in all data" not in prototype_card(prototype(classes=mostly), "", token_level=False)
+
+
+def test_an_input_says_what_its_prototypes_stand_for() -> None:
+    page = Page(render(points(indices=[3])))
+    assert "100 % prototype 0 (mostly low)" in page.text
+    assert "each belongs to one prototype alone" in page.text
+    found = points(indices=[3])
+    view = dataclasses.replace(found.inputs[0], shares=found.inputs[0].shares * 0 + [[0.6, 0.4]])
+    page = Page(render(dataclasses.replace(found, inputs=[view])))
+    assert "60 % prototype 0 (mostly low), 40 % prototype 1 (mostly <i>high</i>)" in page.text
+    assert "one prototype alone" not in page.text
+
+
+def test_signs_on_the_cards_are_explained_where_they_are() -> None:
+    page = Page(render(points()))
+    assert "d is the distance of an example to the prototype, # its place in the data." in page.text
+    assert "The thin line across a class's bar" in page.text
+
+
+def browse(file: Path) -> "subprocess.CompletedProcess[str]":
+    """Load a page on a narrow screen, and print what its scripts made of it."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={file.parent / 'profile'}"]
+    assert CHROMIUM is not None
+    return subprocess.run(
+        [CHROMIUM, *options, "--enable-logging=stderr", "--window-size=500,900", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+def tried(explanation: Explanation, script: str, tmp_path: Path) -> Any:
+    """What a script finds out on the page, as JSON; it runs after the page's own, without the policy."""
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(explanation))
+    file = tmp_path / "tried.html"
+    probe = f"<script>document.title = JSON.stringify((function () {{ {script} }})());</script>"
+    file.write_text(html.replace("</body>", f"{probe}</body>"), encoding="utf-8")
+    title = re.search(r"<title>(.*?)</title>", browse(file).stdout, re.DOTALL)
+    assert title is not None
+    return json.loads(unescape(title.group(1)))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+@pytest.mark.slow
+def test_numbers_in_a_bar_are_whole_or_hidden_and_nothing_is_wider_than_the_page(tmp_path: Path) -> None:
+    found = points(inputs=1)
+    many = [dataclasses.replace(found.heads[0].prototypes[0], number=k, share=1 / 60) for k in range(60)]
+    shares = found.inputs[0].shares[:, :1] * 0 + [[0.5, *[0.5 / 59] * 59]]
+    wide = dataclasses.replace(
+        found,
+        heads=[dataclasses.replace(found.heads[0], prototypes=many)],
+        inputs=[dataclasses.replace(found.inputs[0], shares=shares)],
+    )
+    script = """
+        var cut = [], whole = 0;
+        document.querySelectorAll(".bar > *").forEach(function (part) {
+          var box = part.getBoundingClientRect(), text = part.firstChild.getBoundingClientRect();
+          if (text.top >= box.bottom - 1) { return; }  // on the hidden second line
+          whole += 1;
+          if (text.left < box.left - 1 || text.right > box.right + 1) { cut.push(part.textContent); }
+        });
+        return {cut: cut, whole: whole, page: document.documentElement.scrollWidth - window.innerWidth};
+    """
+    result = tried(wide, script, tmp_path)
+    assert result["cut"] == []
+    assert 0 < result["whole"] < 120
+    assert result["page"] <= 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+@pytest.mark.slow
+def test_cards_are_found_sorted_and_reached_by_links(tmp_path: Path) -> None:
+    script = """
+        var controls = document.querySelector("[data-controls=cards0]");
+        var list = document.getElementById("cards0");
+        function shown() {
+          return Array.prototype.filter.call(list.children, function (card) { return !card.hidden; })
+            .map(function (card) { return card.id; });
+        }
+        function enter(field, value) {
+          field.value = value;
+          field.dispatchEvent(new Event("input", {bubbles: true}));
+          return shown();
+        }
+        var search = controls.querySelector("input"), sort = controls.querySelector("select"), found = {};
+        found.all = shown();
+        found.high = enter(search, "mostly  <i>HIGH");
+        found.percent = enter(search, "50 % of the samples");
+        found.none = enter(search, "no such word");
+        found.status = controls.querySelector("[role=status]").textContent;
+        enter(search, "mostly <i>high");
+        location.hash = "#p0";
+        window.dispatchEvent(new Event("hashchange"));
+        found.linked = shown();
+        found.purity = enter(sort, "purity");
+        found.share = enter(sort, "share");
+        return found;
+    """
+    found = points()
+    first, second = found.heads[0].prototypes
+    purer = dataclasses.replace(first, classes=[dataclasses.replace(first.classes[0], share=0.9)])
+    head = dataclasses.replace(found.heads[0], prototypes=[purer, second])
+    assert tried(dataclasses.replace(found, heads=[head]), script, tmp_path) == {
+        "all": ["p0", "p1"],
+        "high": ["p1"],
+        "percent": ["p0", "p1"],
+        "none": [],
+        "status": "0 of 2",
+        "linked": ["p0", "p1"],
+        "purity": ["p1", "p0"],
+        "share": ["p0", "p1"],
+    }
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
@@ -216,16 +374,7 @@ def test_shares_in_words() -> None:
 def test_a_browser_shows_it_without_complaint(make: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(render(make()), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    options += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    assert CHROMIUM is not None
-    found = subprocess.run(
-        [CHROMIUM, *options, "--enable-logging=stderr", "--window-size=390,900", "--dump-dom", file.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    found = browse(file)
     assert "CONSOLE" not in found.stderr, found.stderr  # neither errors of the script nor refusals of the policy
     page = Page(found.stdout)
     assert {"head0", "inputs", "guide", "p0"} <= set(page.ids)
