@@ -15,6 +15,7 @@ from ddcl_lightning.backbones import (
     TransformersBackbone,
 )
 from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.estimator import DDCLClustering
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import DDCLReadout, Head, ReadoutOutput
 from ddcl_lightning.metrics import ClusteringMetrics
@@ -37,6 +38,7 @@ __all__ = [
     "ConvBackbone",
     "DDCLAttention",
     "DDCLAttentionOutput",
+    "DDCLClustering",
     "DDCLReadout",
     "DDCLReadoutModule",
     "Decomposition",
