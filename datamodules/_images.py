@@ -175,8 +175,14 @@ def _decode(source: Any, name: str) -> Any:
     image_class = require("PIL.Image", "vision")
     try:
         with image_class.open(source) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError(
+                    f"images must have 8 or 16 bits per channel; {name} has 32, whose range is not known. Convert it."
+                )
+            if image.mode.startswith("I;16"):  # convert() would cut everything above 255 to white
+                image = image_class.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, image_class.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise ValueError(f"images must be readable; {name} is not ({error}). Repair or remove it.") from None
 
 

@@ -17,6 +17,7 @@ from ddcl_lightning.datamodules._downloads import require
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
 UNKNOWN = -1
 _INTEGER = re.compile(r"-?[0-9]+")
+_WHOLE_FLOAT = re.compile(r"(-?[0-9]+)\.0")  # as pandas writes a column of integers with gaps
 Columns = dict[str, list[Any]]
 
 
@@ -120,7 +121,10 @@ def _label(value: Any) -> str | None:
         return None
     if not isinstance(value, (int, str)):
         raise ValueError(f"labels must be integers or strings; got {value!r}. Convert them, or pass label=None.")
-    return None if str(value).strip() in ("", str(UNKNOWN)) else str(value).strip()
+    cell = str(value).strip()
+    whole = _WHOLE_FLOAT.fullmatch(cell)
+    cell = whole[1] if whole else cell
+    return None if cell in ("", str(UNKNOWN)) else cell
 
 
 # Formats ----------------------------------------------------------------------------------------
@@ -145,8 +149,7 @@ def _read_separated(path: Path, separator: str) -> Columns:
                 'quotes or line breaks, and double the quotes inside ("").'
             ) from None
     header, *body = rows or [[]]
-    if len(set(header)) < len(header):
-        raise ValueError(f"columns of {path} must have different names; got {', '.join(header)}.")
+    _check_names(header, path)
     return {name: [row[place] for row in body] for place, name in enumerate(header)}
 
 
@@ -158,8 +161,8 @@ def _checked_rows(reader: Any, path: Path) -> Iterator[list[str]]:
         width = width or len(row)
         if len(row) != width:
             raise ValueError(
-                f"line {reader.line_num} of {path} has {len(row)} fields and the header {width}. Quote texts that hold "
-                "separators."
+                f"line {reader.line_num} of {path} has {len(row)} fields between {reader.dialect.delimiter!r} and the "
+                f"header {width}. Quote texts that hold separators."
             )
         if any("\n" in field and "\t" in field for field in row) and reader.dialect.delimiter == "\t":
             raise ValueError(
@@ -191,10 +194,17 @@ def _read_parquet(path: Path) -> Columns:
     parquet = require("pyarrow.parquet", "parquet")
     arrow = require("pyarrow", "parquet")
     try:
-        columns: Columns = parquet.read_table(path).to_pydict()
+        with parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path)
+            columns: Columns = file.read().to_pydict()
     except (arrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} must be a parquet file; it cannot be read ({error}).") from None
     return columns
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"columns of {path} must have different names; got {', '.join(names)}. Rename or drop one.")
 
 
 @contextmanager

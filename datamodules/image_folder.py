@@ -15,7 +15,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     ``path/cat/1.png, path/dog/2.jpg, ...``, or the same below ``path/train`` (``training``), ``path/val``
     (``validation``, ``valid``, ``dev``) and ``path/test``, of which the first must be there. Classes are the
-    folders of the training split in alphabetical order. Files are decoded whenever a batch needs them, in colour.
+    folders of the training split in alphabetical order. Files are decoded whenever a batch needs them, in colour; what
+    has a name that begins with a dot (``._1.png``, ``.ipynb_checkpoints``) is left out.
 
     Args:
         path: The folder.
@@ -106,15 +107,23 @@ class ImageFolderDataModule(ImageDataModule):
                 f"every class must have training images; {folder} has {', '.join(unknown)}, and training only "
                 f"{', '.join(self.class_names)}. Move or remove it."
             )
+        if not class_folders(folder):
+            raise ValueError(f"every split must hold a folder for each class; {folder} has none. Fill or remove it.")
         numbers = {name: number for number, name in enumerate(self.class_names) if (folder / name).is_dir()}
         try:
             found: list[tuple[str, int]] = datasets.make_dataset(
-                str(folder), numbers, extensions=datasets.IMG_EXTENSIONS
+                str(folder),
+                numbers,
+                is_valid_file=lambda path: (
+                    datasets.is_image_file(path)
+                    and not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+                ),
             )
-        except (FileNotFoundError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except FileNotFoundError as error:
+            reason = str(error).splitlines()[0].rstrip(". ")
             raise ValueError(
-                f"every class folder must hold an image; in {folder}: {reason} Fill or remove it."
+                f"every class folder must hold an image; in {folder}: {reason} ({', '.join(datasets.IMG_EXTENSIONS)}). "
+                "Fill or remove it."
             ) from None
         return found
 

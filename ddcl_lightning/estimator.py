@@ -1,6 +1,7 @@
 """DDCL clustering for scikit-learn: prototypes annealed from the data, without a network and without Lightning."""
 
 import warnings
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     Examples:
         >>> from sklearn.datasets import load_iris
-        >>> from ddcl_lightning import DDCLClustering
+        >>> from ddcl_lightning.estimator import DDCLClustering
         >>> model = DDCLClustering(n_clusters=3, random_state=0).fit(load_iris().data)
         >>> model.transform(load_iris().data[:2]).round(2).shape
         (2, 3)
@@ -208,10 +209,13 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     def _check_arguments(self) -> None:
         for name in ("n_clusters", "n_temperatures", "n_init", "max_iter"):
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < 1:
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
         if self.init not in ("kmeans", "mean"):
             raise ValueError(f"init must be 'kmeans' or 'mean'; got {self.init!r}.")
+        for name in ("start", "end", "tol"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number; got {getattr(self, name)!r}.")
         if not 0 < self.end <= self.start < np.inf:
             raise ValueError(
                 "start and end must be finite with 0 < end <= start, fractions of the critical temperature; got "

@@ -52,7 +52,8 @@ class FeatureCache:
     Samples are kept in segments, folders with ``values.npy`` (all tokens of its samples, ``(sum T, D)``) and
     ``index.npz`` (their keys, lengths and check sums). A segment is written under a temporary name and renamed
     when it is complete, so that a process killed at any moment leaves whole segments only; a key that two processes
-    have computed lies there twice, with equal values. A segment that is found damaged is deleted, with a warning.
+    have computed lies there twice, with equal values. A segment that is found damaged is deleted, with a warning;
+    one that the system does not let us read is left where it is.
 
     Where writing fails (a full disk), it warns once and keeps nothing more: a cache must not end a run.
 
@@ -165,12 +166,14 @@ class FeatureCache:
             self._places.setdefault(key, (name, number))
 
     def _discard(self, name: str, error: Exception) -> None:
+        # Rights, too many open files, a network that is away: all of it may be whole.
+        whole = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
         if (self.path / name).exists():  # else somebody has deleted it
-            warnings.warn(
-                f"the cached features in {self.path / name} are damaged ({error}): deleted and computed again.",
-                stacklevel=2,
-            )
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            what = "cannot be read" if whole else "are damaged"
+            done = "computed again" if whole else "deleted and computed again"
+            warnings.warn(f"the cached features in {self.path / name} {what} ({error}): {done}.", stacklevel=2)
+            if not whole:
+                shutil.rmtree(self.path / name, ignore_errors=True)
         self._segments.pop(name, None)
         self._places = {key: place for key, place in self._places.items() if place[0] != name}
 

@@ -79,6 +79,19 @@ def local_folder(model: str) -> Path | None:
     return None
 
 
+def text_instead(file: Path) -> str | None:
+    """What a file that should hold weights says if it is text, as a page of a website or a pointer of Git LFS is."""
+    with file.open("rb") as opened:
+        start = opened.read(60)
+    if not start:
+        return f"{file.name} is empty"
+    try:
+        line = start.decode("ascii").splitlines()[0]
+    except UnicodeDecodeError:
+        return None
+    return f"{file.name} is no file of weights but text: {line!r}" if line.isprintable() else None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ddcl_lightning.backbones._hub import first_line, from_cache_or_hub, local_folder, require
+from ddcl_lightning.backbones._hub import first_line, from_cache_or_hub, local_folder, require, text_instead
 
 _REMEDY = (
     "Download it where there is a network (hf download {0} --local-dir FOLDER) and pass that folder as model, or check "
@@ -25,7 +25,11 @@ def load_encoder(model: str, revision: str | None) -> Any:
     def load(local_files_only: bool) -> tuple[Any, dict[str, Any]]:
         with _quiet(local_files_only):
             found: tuple[Any, dict[str, Any]] = transformers.AutoModel.from_pretrained(
-                folder or model, revision=revision, local_files_only=local_files_only, output_loading_info=True
+                folder or model,
+                revision=revision,
+                local_files_only=local_files_only,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # otherwise it refuses in a report of several lines; checked below
             )
         return found
 
@@ -33,12 +37,19 @@ def load_encoder(model: str, revision: str | None) -> Any:
         try:
             encoder, info = load(True)
         except Exception as error:  # of any library that reads weights
+            texts = filter(None, map(text_instead, sorted(folder.glob("*.safetensors"))))
             raise OSError(
-                f"model {model!r} is a folder whose model cannot be loaded: {first_line(error)}. It needs config.json "
+                f"model {model!r} is a folder whose model cannot be loaded: {next(texts, first_line(error))}. It needs config.json "
                 "and model.safetensors as save_pretrained writes them."
             ) from None
     else:
         encoder, info = from_cache_or_hub(load, model, _REMEDY.format(model))
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise ValueError(
+            f"the weights of model {model!r} do not have the sizes of its config.json: {name} is {tuple(found)}, not "
+            f"{tuple(wanted)}; check that weights and config.json belong together."
+        )
     # Poolers are not used here, and many checkpoints come without one.
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ddcl_lightning.backbones._hub import first_line, hub_unavailable, require
+from ddcl_lightning.backbones._hub import first_line, hub_unavailable, require, text_instead
 from ddcl_lightning.backbones.base import Tokens
 from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze
 from ddcl_lightning.batch import Batch, inputs
@@ -236,8 +236,11 @@ def _load_checkpoint(timm: Any, encoder: nn.Module, model: str, checkpoint: str)
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # of whichever library reads the file
+        # torch's own sentence goes on to advise what would run a stranger's code.
+        why = text_instead(path) or f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
         raise ValueError(
-            f"checkpoint {str(path)!r} holds no weights that can be read ({type(error).__name__}: {first_line(error)})."
+            f"checkpoint {str(path)!r} holds no weights that can be read ({why}). It must be a .safetensors file, or "
+            "what torch.save(model.state_dict(), file) writes."
         ) from None
     adapt = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     try:
@@ -246,8 +249,8 @@ def _load_checkpoint(timm: Any, encoder: nn.Module, model: str, checkpoint: str)
         result = encoder.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError) as error:
         raise ValueError(
-            f"checkpoint {str(path)!r} does not fit model {model!r}: {' '.join(str(error).split())[:300]}. Name the "
-            "model that it was saved from."
+            f"checkpoint {str(path)!r} does not fit model {model!r}: {' '.join(str(error).split())[:300].rstrip('.')}. "
+            "Name the model that it was saved from."
         ) from None
     heads = encoder.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = (heads,) if isinstance(heads, str) else heads
@@ -259,9 +262,22 @@ def _load_checkpoint(timm: Any, encoder: nn.Module, model: str, checkpoint: str)
             if names
         ]
         raise ValueError(
-            f"checkpoint {str(path)!r} does not fit model {model!r}: of its weights {' and '.join(parts)}. Name the "
-            "model that it was saved from."
+            f"checkpoint {str(path)!r} does not fit model {model!r}: of its weights {' and '.join(parts)}. "
+            f"{_remedy(encoder, model, state)}"
         )
+
+
+def _remedy(encoder: nn.Module, model: str, state: dict[str, Any]) -> str:
+    """What to do about a checkpoint with other names."""
+    wanted = [tuple(value.shape) for value in encoder.state_dict().values()]
+    if [tuple(getattr(value, "shape", ())) for value in state.values()][: len(wanted)] != wanted:
+        return "Name the model that it was saved from."
+    # Not done here: shapes alone cannot tell whether two layers of one shape have changed places.
+    return (
+        "All its shapes come in the order of that model, so another library has probably named them: rename them by "
+        f"dict(zip(timm.create_model({model!r}).state_dict(), torch.load(checkpoint).values())), save that and compare "
+        "its classes of a few images with those of the origin."
+    )
 
 
 def _blocks(timm: Any, encoder: nn.Module) -> list[list[nn.Parameter]] | None:

@@ -190,7 +190,7 @@ class TransformersBackbone(PretrainedBackbone):
         """
         if self.tokens != "all":
             raise ValueError(f"spans needs tokens='all', one token for each piece of text; got {self.tokens!r}.")
-        content = texts(batch)
+        content = _encodable(texts(batch))
         if not self._require_tokenizer().is_fast:
             raise ValueError(f"spans needs a fast tokenizer; that of {self.model!r} does not tell where tokens stand.")
         found = self._require_tokenizer()(
@@ -267,7 +267,7 @@ class TransformersBackbone(PretrainedBackbone):
         """Ids and mask ``(B, T)`` of texts."""
         tokenizer = self._require_tokenizer()
         found = tokenizer(
-            content, padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True
+            _encodable(content), padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True
         )
         ids = torch.tensor(found["input_ids"], dtype=torch.int64).view(len(content), -1)
         valid = torch.tensor(found["attention_mask"], dtype=torch.bool).view(len(content), -1)
@@ -278,6 +278,11 @@ class TransformersBackbone(PretrainedBackbone):
         ids[empty, 0] = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
         valid[empty, 0] = True
         return ids, valid
+
+
+def _encodable(content: list[str]) -> list[str]:
+    """Texts with ``?`` for halves of surrogate pairs (an emoji that JSON has cut), which no tokenizer takes."""
+    return [text.encode("utf-8", "replace").decode("utf-8") for text in content]
 
 
 def _detached(output: Any) -> Any:

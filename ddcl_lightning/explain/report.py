@@ -6,12 +6,9 @@ from html import escape
 from importlib import resources
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
-from ddcl_lightning.explain.views import (
-    bar,
-    input_card,
-    name_of,
-    prototype_card,
-)
+from ddcl_lightning.explain.inputs import all_or_nothing, input_card
+from ddcl_lightning.explain.parts import as_everywhere, bar, figure
+from ddcl_lightning.explain.prototypes import prototype_card
 
 _FIGURES = {
     "acc": ("ACC", "clusters matched one to one with classes"),
@@ -21,14 +18,16 @@ _FIGURES = {
 _GUIDE = {
     "Prototype": "A point in the space of the embeddings that training has moved. A sample's shares say how much it "
     "resembles each of them; they sum to 100 %.",
-    "Share": "The samples whose strongest prototype it is. A prototype to which no token is nearest is dead: it takes "
-    "part in nothing.",
-    "Nearest": "Training samples (or tokens) at the smallest distance d to the prototype, as the prototypes see them. "
-    'A sample of several tokens stands at their mean; "most of it" are the samples with the largest share.',
+    "Share of the samples": "How many samples have it as their strongest prototype. The mean share counts the weaker "
+    "parts too: it is what the prototype holds of an average sample. A prototype to which no token is nearest is dead: "
+    "it takes part in nothing. Figures are rounded, so sums can be off by one.",
+    "Nearest": "Training samples (or tokens) at the smallest distance d to the prototype, as the prototypes see them; "
+    '# is the place in the data. A sample of several tokens stands at their mean; "largest shares" are the samples '
+    "that are made of it most.",
     "Classes": "What the prototype's mass consists of, by true class. The thin line marks the class's share of all "
     "data: a bar far beyond it says what the prototype is about. Labels took no part in a clustering.",
     "Characteristic words": "Words that the prototype holds more of than of words in general, by the evidence for it; "
-    "the factor says how many times more.",
+    "the factor says how many times as often it has them.",
     "Temperature": "T, in squared distance: the softness of the shares. Perplexity is the effective number of "
     "prototypes in use; it equals their number if all are equally large.",
 }
@@ -82,9 +81,10 @@ def _header(explanation: Explanation, title: str) -> str:
         seen += f" with {explanation.tokens:,} tokens"
     lede = f"What the {_count(explanation)} of this model stand for, seen through {seen}."
     facts = _facts(explanation) if len(explanation.heads) == 1 else _shared_facts(explanation)
-    links = ['<a href="#guide">How to read this</a>']
-    if explanation.inputs:
-        links.insert(0, f'<a href="#inputs">{len(explanation.inputs)} inputs</a>')
+    count, heads = len(explanation.inputs), range(len(explanation.heads))
+    links = [f'<a href="#head{number}">Head {number}</a>' for number in heads if len(heads) > 1]
+    links += [f'<a href="#inputs">{count} input{"s" * (count != 1)}</a>'] if count else []
+    links.append('<a href="#guide">How to read this</a>')
     return (
         f'<header><h1>{escape(title)}</h1><p class="path">{path}{weights}</p><p class="lede">{escape(lede)}</p>'
         f'<p class="soft">{" · ".join(links)}</p>{_fact_list(facts)}</header>'
@@ -116,8 +116,8 @@ def _head_facts(head: HeadView) -> list[Fact]:
     alive = f"{dead} dead" if dead else "none is dead"
     facts = [
         ("In use", f"{used} of {number}", f"strongest of a sample; {alive}"),
-        ("Perplexity", f"{figures['perplexity']:.3g}", f"{number} if all were equally large"),
-        ("Temperature", f"{head.temperature:.3g}", "in squared distance"),
+        ("Perplexity", figure(figures["perplexity"]), f"{number} if all were equally large"),
+        ("Temperature", figure(head.temperature), "in squared distance"),
     ]
     return facts + [(name, f"{figures[key]:.3f}", text) for key, (name, text) in _FIGURES.items() if key in figures]
 
@@ -135,11 +135,10 @@ def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
     prefix = f"{number}." if several else ""
     title = f"Head {number}" if several else "Prototypes"
     shares = [prototype.share for prototype in head.prototypes]
-    links = [f"#p{prefix}{k}" for k in range(len(shares))]
     dead = [prototype for prototype in head.prototypes if prototype.dead]
     note = ""
     if dead:
-        names = ", ".join(name_of(prefix, prototype.number) for prototype in dead[:20])
+        names = ", ".join(str(prototype.number) for prototype in dead[:20])
         more = f" and {len(dead) - 20} more" if len(dead) > 20 else ""
         note = f'<p class="note">Dead, nearest to nothing in the data: {escape(names)}{more}.</p>'
     has_text = any(isinstance(n.sample.content, str) for p in head.prototypes for n in p.nearest)
@@ -151,10 +150,18 @@ def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
     return (
         f'<section><h2 id="head{number}">{title}</h2>'
         '<p class="note">Samples by their strongest prototype, as shares of all.</p>'
-        f"{bar(shares, prefix, links=links, css='bar overview')}{note}{facts}"
+        f"{bar(shares, prefix, css='bar overview')}{note}{facts}"
+        f'<p class="note">{_legend(head)}</p>'
         f'<div class="controls" data-controls="cards{number}" data-sort="{sort}"{only} hidden></div>'
         f'<div class="cards{" wide" * has_text}" id="cards{number}">\n{cards}\n</div></section>'
     )
+
+
+def _legend(head: HeadView) -> str:
+    words = "d is the distance of an example to the prototype, # its place in the data."
+    if any(not as_everywhere(prototype.classes) for prototype in head.prototypes):
+        words += " The thin line across a class's bar marks its share of all data."
+    return words
 
 
 def _inputs_section(explanation: Explanation) -> str:
@@ -163,7 +170,9 @@ def _inputs_section(explanation: Explanation) -> str:
     only = ' data-only="wrong predictions only"' if wrong else ""
     cards = "\n".join(input_card(view, explanation.heads) for view in explanation.inputs)
     tinted = any(view.tokens for view in explanation.inputs)
-    note = "What each input is made of."
+    note = "What each input is made of; a prototype's number leads to its card."
+    if all_or_nothing(explanation.inputs):
+        note += " The temperature is so low that each belongs to one prototype alone."
     if tinted:
         note += " Every token is tinted by its strongest prototype, the fuller the larger the share."
     return (

@@ -1,5 +1,6 @@
 """``ddcl explain``: a Trainer whose further stage is a report."""
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -51,7 +52,12 @@ class ExplainingTrainer(pl.Trainer):
         Observer(model)  # a head without prototypes is refused before the work
         # Nothing is predicted: a prediction over no batches sets up and restores the model just as `predict` does.
         self.limit_predict_batches = 0
-        self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path)
+        try:
+            self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            raise ValueError(_other_model(ckpt_path, str(error))) from error
         model.to(self.strategy.root_device)
         with self.precision_plugin.predict_step_context():
             found = collect(
@@ -72,6 +78,14 @@ class ExplainingTrainer(pl.Trainer):
             f"Wrote {output} ({len(page.encode()) / 1024:,.0f} KiB): {sum(len(h.prototypes) for h in found.heads)} "
             f"prototypes ({dead} dead), {found.samples:,} samples, {len(found.inputs)} inputs."
         )
+
+
+def _other_model(ckpt_path: str | None, complaint: str) -> str:
+    first = " ".join(complaint.partition("\n")[2].partition("\n")[0].split()).rstrip(". ")
+    return (
+        f"ckpt_path must be a checkpoint of this model; {str(ckpt_path)!r} is of another one ({first}). Use the config "
+        "that it was trained with."
+    )
 
 
 def check_request(ckpt_path: str | None, output: str) -> None:
@@ -100,3 +114,7 @@ def check_request(ckpt_path: str | None, output: str) -> None:
         raise ValueError(f"output must end in .html; got {output!r}.")
     if not target.parent.is_dir():
         raise ValueError(f"output must lie in an existing folder; there is no {str(target.parent)!r}. Create it first.")
+    if target.is_dir():
+        raise ValueError(f"output must be a file; {output!r} is a folder. Name a file in it.")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ValueError(f"output must lie where you may write; {output!r} does not. Choose another folder.")

@@ -14,7 +14,7 @@ import pytest
 from explain_toys import PointsDataModule, points_module, text_data, texts_module, with_prototypes
 
 from ddcl_lightning.explain import Explanation, collect, render
-from ddcl_lightning.explain.explanation import ClassShare, PrototypeView, TokenView, WordShare
+from ddcl_lightning.explain.explanation import ClassShare, Neighbour, PrototypeView, Sample, TokenView, WordShare
 from ddcl_lightning.explain.parts import bar, figure, hue, percent, says, sentence
 from ddcl_lightning.explain.prototypes import prototype_card
 
@@ -148,6 +148,17 @@ def test_tokens_that_overlap_or_leave_gaps_do_not_repeat_or_lose_text() -> None:
     assert spans == ["the c", "saw the"]
 
 
+def test_a_quote_is_cut_between_words() -> None:
+    text = "abcdefgh " * 20 + "here it is " + "ijklmnop " * 20
+    at = text.index("it")
+    quoted = Neighbour(Sample(0, text, None), 0.1, 0.5, (at, at + 2))
+    page = Page(prototype_card(prototype(tokens=[quoted]), "", token_level=True))
+    assert "Nearest tokens … abcdefgh" in page.text
+    assert " here it is " in page.text
+    assert "ijklmnop … #0" in page.text
+    assert {"abcdefgh", "ijklmnop"} == set(re.findall(r"[a-p]*(?:gh|bc|jk|op)[a-p]*", page.text))
+
+
 def test_dead_prototypes_are_named() -> None:
     html = render(texts())
     assert "Dead, nearest to nothing in the data: 3." in html
@@ -244,10 +255,10 @@ def test_what_a_prototype_stands_for_in_a_few_words() -> None:
     pair = [ClassShare("8", 0.48, 0.1), ClassShare("1", 0.34, 0.1)]
     assert says(prototype(classes=pair)) == "class 8 and class 1"
     scattered = [ClassShare("a", 0.2, 0.1), ClassShare("b", 0.15, 0.1)]
-    assert says(prototype(classes=scattered)) == "mixed classes"
+    assert says(prototype(classes=scattered)) == ""
     # Classes as large as in all data say nothing, however large.
     common = [ClassShare("sad", 0.61, 0.6), ClassShare("glad", 0.39, 0.4)]
-    assert says(prototype(classes=common)) == "mixed classes"
+    assert says(prototype(classes=common)) == ""
     assert says(prototype(classes=common, words=[WordShare("tears", 3.0)])) == "tears"
     assert says(prototype()) == ""
     assert "As in all data: none stands out." in prototype_card(prototype(classes=common), "", token_level=False)
