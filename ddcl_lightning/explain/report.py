@@ -20,7 +20,7 @@ _GUIDE = {
     "resembles each of them; they sum to 100 %.",
     "Share of the samples": "How many samples have it as their strongest prototype. The mean share counts the weaker "
     "parts too: it is what the prototype holds of an average sample. A prototype to which no token is nearest is dead: "
-    "it takes part in nothing. Figures are rounded, so sums can be off by one.",
+    "it is nothing's first choice. Figures are rounded, so sums can be off by one.",
     "Nearest": "Training samples (or tokens) at the smallest distance d to the prototype, as the prototypes see them; "
     '# is the place in the data. A sample of several tokens stands at their mean; "largest shares" are the samples '
     "that are made of it most.",
