@@ -111,7 +111,7 @@ class EpochSampler(DistributedSampler[int]):
     def _grouped(self, order: Tensor, lengths: Tensor) -> Tensor:
         """Rows ``(M,)`` of this process in batches of similar length."""
         whole = len(order) - len(order) % self.batch_size
-        pools = order[:whole].split(self.batch_size * GROUPED_BATCHES)
+        pools = torch.split(order[:whole], self.batch_size * GROUPED_BATCHES)
         ordered = [pool[lengths[pool].argsort(stable=True)] for pool in pools]
         batches = torch.cat([*ordered, order[:0]]).view(-1, self.batch_size)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)

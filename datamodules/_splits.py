@@ -239,7 +239,7 @@ class SplitDataModule(pl.LightningDataModule):
             train, val = train[~held_out], train[held_out]
         if self.limit is not None:
             train = train[stratified_subset(loaded.y[train], self.limit, self.seed)]
-        everything = torch.cat([train, val, official, test]).unique()
+        everything = torch.unique(torch.cat([train, val, official, test]))
         if self.evaluate_on == "train":
             return Splits(train, train, train, everything)
         if self.evaluate_on == "all":

@@ -119,7 +119,7 @@ class PrototypeBank(nn.Module):
             ``(B, H, K, d)``.
         """
         self.split_heads(tokens, mask)  # for its checks
-        heads = tokens.unflatten(-1, (self.num_heads, self.dim)).transpose(1, 2)
+        heads = torch.unflatten(tokens, -1, (self.num_heads, self.dim)).transpose(1, 2)
         heads_mask = None if mask is None else mask.unsqueeze(1).expand(heads.shape[:-1])
         found = prototype_slots(
             heads, self.prototypes, self.temperature.clone(), heads_mask, detach_assignments=self.detach_assignments

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning import backbones, datamodules, heads, tasks  # noqa: F401 - short class names need them imported
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
@@ -44,6 +45,7 @@ class DDCLCommandLine(LightningCLI):
             given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
             name = next((word for word in given if word in SUBCOMMANDS), None)
             raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+        self._given = self._model_settings()
         if self.config.get("subcommand") == "explain":
             asked = self.config["explain"]
             try:
@@ -51,8 +53,22 @@ class DDCLCommandLine(LightningCLI):
             except ValueError as error:
                 raise SystemExit(_fail(str(error))) from None
 
+    def _model_settings(self) -> dict[str, Any]:
+        """Settings of the model by their dotted names."""
+        config = self.config.get(self.config.get("subcommand") or "")
+        model = config.get("model") if config else None
+        return {} if model is None else dict(vars(model.as_flat()))
+
     def before_instantiate_classes(self) -> None:
-        """A report is written by one process and leaves nothing else behind."""
+        """Say what a checkpoint has overruled; a report is written by one process and leaves nothing else behind."""
+        # LightningCLI takes the model's settings from the checkpoint, whatever the recipe and the words say.
+        overruled = [
+            f"model.{name} = {value!r} (not {self._given.get(name)!r})"
+            for name, value in self._model_settings().items()
+            if value != self._given.get(name)
+        ]
+        if overruled:
+            rank_zero_warn(f"the model is built as ckpt_path was trained, with {', '.join(overruled)}.")
         if self.subcommand == "explain":
             trainer = self.config["explain"]["trainer"]
             if trainer["devices"] == "auto":

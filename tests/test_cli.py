@@ -127,6 +127,16 @@ def test_resumes_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("epoch=2-step=24.ckpt"))
 
 
+def test_settings_that_a_checkpoint_overrules_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--config", "digits", *QUICK])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    words = ["validate", "--config", "digits", *QUICK, "--ckpt_path", str(checkpoint)]
+    main(words)  # the same settings are no warning, which would be an error here
+    with pytest.warns(UserWarning, match=r"model\.head\.init_args\.num_prototypes = 10 \(not 12\)") as caught:
+        main([*words, "--model.head.init_args.num_prototypes=12"])
+    assert len([warning for warning in caught if "ckpt_path was trained" in str(warning.message)]) == 1
+
+
 def test_checkpoints_of_the_command_line_load_by_themselves(tmp_path: Path) -> None:
     main(["fit", "--config", "digits", "--model.lr_prototypes=0.02", *QUICK])
     module = DDCLReadoutModule.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)

@@ -45,6 +45,15 @@ def test_classes_are_folders_in_the_order_of_torchvision(tmp_path: Path) -> None
     assert len(indices(ready(tmp_path, limit=3, num_workers=2).train_dataloader())) == 3
 
 
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    """Those of macOS look like images and are none; those of Jupyter are images a second time."""
+    folder = fill(tmp_path / ".data", cat=2) / "cat"
+    (folder / "._0.jpg").write_bytes(b"Mac OS X")
+    fill(folder, **{".ipynb_checkpoints": 2})
+    (batch,) = ready(tmp_path / ".data").predict_dataloader()
+    assert batch["y"].tolist() == [0, 0]
+
+
 def test_folders_of_splits(tmp_path: Path) -> None:
     fill(tmp_path / "train", cat=2, dog=2)
     fill(tmp_path / "valid", dog=1)
@@ -73,7 +82,9 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path must hold a folder for each class; .* has none"):
         ready(tmp_path)
     fill(tmp_path / "a", cat=1, dog=0)
-    with pytest.raises(ValueError, match=r"every class folder must hold an image; .* dog\. .*Fill or") as caught:
+    with pytest.raises(
+        ValueError, match=r"every class folder must hold an image; .* dog \(\.jpg.*\)\. Fill or"
+    ) as caught:
         ready(tmp_path / "a")
     assert "\n" not in str(caught.value)
     fill(tmp_path / "b" / "train", cat=1)
@@ -89,7 +100,7 @@ def test_unusable_folders_are_refused(tmp_path: Path) -> None:
         ready(tmp_path / "c")
     fill(tmp_path / "d" / "train", cat=1)
     (tmp_path / "d" / "val").mkdir()
-    with pytest.raises(ValueError, match=r"every class folder must hold an image; in .*val"):
+    with pytest.raises(ValueError, match=r"every split must hold a folder for each class; .*val has none\. Fill"):
         ready(tmp_path / "d")
     with pytest.raises(RuntimeError, match="must be set up before it knows its classes"):
         _ = ImageFolderDataModule(tmp_path).class_names

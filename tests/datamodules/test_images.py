@@ -65,9 +65,23 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"images must be \(32, 32, 3\) in shape; image 0 is \(16, 32, 3\)"):
         jpegs(GRADIENT[:16]).pixels(torch.tensor([0]))
     path = tmp_path / "a.png"
-    path.write_text("no image")
-    with pytest.raises(ValueError, match=r"images must be readable; .*a\.png is not"):
-        FileStore([path], 8).pixels(torch.tensor([0]))
+    Image.fromarray(GRADIENT).save(path)
+    data = path.read_bytes()
+    chunk = data.index(b"IDAT")
+    for content in (b"no image", b"", data[:-40], data[: chunk - 1] + b"\x0a" + data[chunk:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"images must be readable; .*a\.png is not"):
+            FileStore([path], 8).pixels(torch.tensor([0]))
+
+
+def test_images_of_more_bits_keep_their_range(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    (found,) = FileStore([tmp_path / "a.png"], 8).pixels(torch.tensor([0]))
+    assert found.equal(torch.from_numpy(deep // 256).byte().expand(3, 8, 8))
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"must have 8 or 16 bits per channel; .*a\.tiff has 32.*Convert it"):
+        FileStore([tmp_path / "a.tiff"], 8).pixels(torch.tensor([0]))
 
 
 def test_files_are_resized_by_the_shorter_side_and_cropped(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ def test_long_texts_and_missing_keys(tmp_path: Path) -> None:
         ("a.csv", "", "path must hold at least one row; .*a.csv has none"),
         ("a.csv", "text,label\n", "path must hold at least one row"),
         ("a.jsonl", "\n\n", "path must hold at least one row"),
-        ("a.csv", "text,label\nwell, done,1\n", "line 2 of .*a.csv has 3 fields and the header 2. Quote texts"),
+        (
+            "a.csv",
+            "text,label\nwell, done,1\n",
+            "line 2 of .*a.csv has 3 fields between ',' and the header 2. Quote texts",
+        ),
         ("a.csv", 'text,label\n"good,1\n', "line 2 of .*a.csv has unbalanced quotes .unexpected end of data"),
         ("a.csv", 'text,label\n"a" b,1\n', "line 2 of .*a.csv has unbalanced quotes"),
         ("a.csv", "text,text\na,b\n", "columns of .*a.csv must have different names; got text, text"),
@@ -78,6 +82,13 @@ def test_broken_files_are_refused_in_one_sentence(tmp_path: Path, name: str, con
     with pytest.raises(ValueError, match=message) as caught:
         read_columns("path", path)
     assert caught.value.__cause__ is None
+
+
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"columns of .*a\.parquet must have different names; got text, text\. Rename"):
+        read_columns("path", tmp_path / "a.parquet")
 
 
 def test_other_encodings_cut_files_and_missing_files_are_refused(tmp_path: Path) -> None:
@@ -113,6 +124,8 @@ def test_missing_columns_are_named_with_the_nearest() -> None:
         (["spam", "ham ", "", " "], ("ham", "spam"), [1, 0, -1, -1]),
         (["b", -1, "a"], ("a", "b"), [1, -1, 0]),
         ([1.0, float("nan"), 0.0], ("0", "1"), [1, -1, 0]),
+        (["1.0", "", "0.0", "-1.0"], ("0", "1"), [1, -1, 0, -1]),  # the same from a CSV file of pandas
+        (["1.5", "v1.0"], ("1.5", "v1.0"), [0, 1]),
         ([True, False], ("False", "True"), [1, 0]),
         ([None, ""], (), [-1, -1]),
     ],
