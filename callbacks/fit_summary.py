@@ -1,6 +1,8 @@
 """The table at the end of fit."""
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
@@ -216,8 +218,10 @@ def _num_clusters(module: DDCLReadoutModule, now: Readouts) -> int:
 
 def _evaluation_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     loaders = trainer.val_dataloaders
-    if loaders is None:
+    if loaders is None or not sum(trainer.num_val_batches):
         yield from train_batches(trainer)
         return
-    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
-        yield from loader
+    several = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    # Trainer(limit_val_batches=...) counts here too: the table describes what validation saw.
+    for loader, batches in zip(several, trainer.num_val_batches, strict=True):
+        yield from islice(loader, None if math.isinf(batches) else int(batches))

@@ -65,7 +65,7 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     Examples:
         >>> from sklearn.datasets import load_iris
-        >>> from ddcl_lightning.estimator import DDCLClustering
+        >>> from ddcl_lightning import DDCLClustering
         >>> model = DDCLClustering(n_clusters=3, random_state=0).fit(load_iris().data)
         >>> model.transform(load_iris().data[:2]).round(2).shape
         (2, 3)

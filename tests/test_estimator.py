@@ -146,6 +146,9 @@ def test_float32_stays_float32() -> None:
     [
         ({"n_clusters": 0}, IRIS, "n_clusters must be an integer of at least 1; got 0"),
         ({"n_clusters": 2.5}, IRIS, "n_clusters must be an integer of at least 1; got 2.5"),
+        ({"n_clusters": True}, IRIS, "n_clusters must be an integer of at least 1; got True"),
+        ({"start": "1"}, IRIS, "start must be a number; got '1'"),
+        ({"tol": None}, IRIS, "tol must be a number; got None"),
         ({"n_init": 0}, IRIS, "n_init must be an integer of at least 1; got 0"),
         ({"init": "random"}, IRIS, "init must be 'kmeans' or 'mean'; got 'random'"),
         ({"n_clusters": 4}, np.repeat(IRIS[:3], 9, axis=0), "4 clusters for 3. Use fewer clusters"),

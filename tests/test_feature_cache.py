@@ -157,6 +157,21 @@ def test_a_damaged_segment_is_computed_again(tmp_path: Path, damage: Any, monkey
     assert assert_exact(tmp_path, 0, 18).encoded == []
 
 
+def test_a_segment_that_may_not_be_read_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, or another user's rights: what is there may be whole."""
+    Letters(str(tmp_path)).fill_cache(batches(0, 6), progress=False)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache.np, "fromfile", refuse)
+        with pytest.warns(UserWarning, match="cannot be read .*Permission denied.*: computed again"):
+            assert_exact(tmp_path, 0, 6)
+    assert len(segments(tmp_path)) == 2  # the old one, and what was computed in its place
+    assert assert_exact(tmp_path, 0, 6).encoded == []
+
+
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "SEGMENT_SAMPLES", 6)
     written, write = [], feature_cache._write

@@ -86,7 +86,7 @@ def text_instead(file: Path) -> str | None:
     if not start:
         return f"{file.name} is empty"
     try:
-        line = start.decode("ascii").splitlines()[0]
+        line = start.decode("ascii").lstrip().partition("\n")[0].rstrip()
     except UnicodeDecodeError:
         return None
     return f"{file.name} is no file of weights but text: {line!r}" if line.isprintable() else None

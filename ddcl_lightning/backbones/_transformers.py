@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -37,10 +38,10 @@ def load_encoder(model: str, revision: str | None) -> Any:
         try:
             encoder, info = load(True)
         except Exception as error:  # of any library that reads weights
-            texts = filter(None, map(text_instead, sorted(folder.glob("*.safetensors"))))
+            texts = filter(None, map(text_instead, filter(Path.is_file, folder.glob("*.safetensors"))))
             raise OSError(
-                f"model {model!r} is a folder whose model cannot be loaded: {next(texts, first_line(error))}. It needs config.json "
-                "and model.safetensors as save_pretrained writes them."
+                f"model {model!r} is a folder whose model cannot be loaded: {next(texts, first_line(error))}. It "
+                "needs config.json and model.safetensors as save_pretrained writes them."
             ) from None
     else:
         encoder, info = from_cache_or_hub(load, model, _REMEDY.format(model))

@@ -258,8 +258,9 @@ class TransformersBackbone(PretrainedBackbone):
     def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                f"model {self.model!r} comes without a tokenizer, so it cannot read text; put the tokenizer's files "
-                "beside config.json (tokenizer.save_pretrained(folder)), or give batches of token ids x with a mask."
+                f"model {self.model!r} comes without a tokenizer that can be loaded, so it cannot read text; put the "
+                "tokenizer's files beside config.json (tokenizer.save_pretrained(folder)), or give batches of token "
+                "ids x with a mask."
             )
         return self.tokenizer
 

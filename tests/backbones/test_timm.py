@@ -119,11 +119,41 @@ def test_refuses_checkpoints_that_do_not_fit(weights: Path, tmp_path: Path) -> N
     torch.save({**state, "conv1.0.weight": torch.zeros(1)}, tmp_path / "shape.pth")
     with pytest.raises(ValueError, match=r"does not fit model 'test_resnet'.*size mismatch"):
         TimmBackbone("test_resnet", checkpoint=str(tmp_path / "shape.pth"))
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="holds no weights that can be read"):
-        TimmBackbone("test_resnet", checkpoint=str(tmp_path / "text.pth"))
+    names = {f"_{name}": value for name, value in state.items()}
+    torch.save(names, tmp_path / "names.pth")
+    with pytest.raises(ValueError, match=r"are unknown \(_.*All its shapes come in the order of that model.*dict\(zip"):
+        TimmBackbone("test_resnet", checkpoint=str(tmp_path / "names.pth"))
+    torch.save(dict(reversed(names.items())), tmp_path / "names.pth")
+    with pytest.raises(ValueError, match=r"are unknown \(.*\)\. Name the model that it was saved from\.$"):
+        TimmBackbone("test_resnet", checkpoint=str(tmp_path / "names.pth"))
     with pytest.raises(FileNotFoundError, match="checkpoint must be a file with weights of 'test_resnet'"):
         TimmBackbone("test_resnet", checkpoint=str(tmp_path / "none.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\r\n<!doctype html>\r\n<p>Not found", r"a.pth is no file of weights but text: '<!doctype html>'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r".*but text: 'version https://git-lfs"),
+        (b"", "a.pth is empty"),
+        (b"\x80\x02\x00\xff", r"\w+: [^.]+"),
+    ],
+)
+def test_refuses_files_that_hold_no_weights(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"holds no weights that can be read \({why}.*\)\. It must be a \.safetensors"
+    ):
+        TimmBackbone("test_resnet", checkpoint=str(tmp_path / "a.pth"))
+
+
+def test_no_advice_to_run_the_code_in_a_checkpoint(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match=r"non-allowlisted pickle globals\)\. It must be .*torch\.save\(model\.state"
+    ) as caught:
+        TimmBackbone("test_resnet", checkpoint=str(tmp_path / "a.pth"))
+    assert "weights_only=False" not in str(caught.value)
 
 
 # Freezing -------------------------------------------------------------------------------------------

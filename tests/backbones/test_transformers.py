@@ -1,5 +1,6 @@
 """Hidden states as transformers itself gives them, of the right tokens, trained or frozen as told."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_an_empty_text_has_a_token(name: str, content: list[str], request: pytes
     assert mask is not None
     assert int(mask[0].sum()) == len(backbone.spans({"text": content})[0]) == (1 if name == "gpt2" else 2)
     assert bool(values.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_half_an_emoji_is_a_question_mark(name: str, request: pytest.FixtureRequest) -> None:
+    """JSON that was cut inside of an emoji has one, and no tokenizer takes it."""
+    backbone = TransformersBackbone(request.getfixturevalue(name))
+    cut, expected = {"text": ["good \ud83d film"]}, {"text": ["good ? film"]}
+    assert torch.equal(backbone(cut).values, backbone(expected).values)
+    assert backbone.spans(cut) == backbone.spans(expected)
 
 
 def test_spans_point_at_the_words(bert: str, gpt2: str) -> None:
@@ -354,6 +364,9 @@ def test_refuses_folders_that_hold_no_model(bert: str, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match=r"is a folder whose model cannot be loaded: .*config.json and model.safetensors"):
         TransformersBackbone(str(folder))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(OSError, match=r"model.safetensors is no file of weights but text: 'version https://git-lfs"):
+        TransformersBackbone(str(folder))
     weights.unlink()
     with pytest.raises(OSError, match="is a folder whose model cannot be loaded"):
         TransformersBackbone(str(folder))
@@ -371,6 +384,16 @@ def test_refuses_weights_that_are_not_complete(bert: str, tmp_path: Path) -> Non
     part = {name: value for name, value in without_pooler.items() if "layer.1.attention" not in name}
     save_file(part, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack \d+ of its parameters \(encoder.layer.1.attention"):
+        TransformersBackbone(str(folder))
+
+
+def test_refuses_weights_of_another_size(bert: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    with pytest.raises(
+        ValueError, match=r"sizes of its config.json: encoder\.layer\.0\..* is \(\d+,\), not \(8,\); check"
+    ):
         TransformersBackbone(str(folder))
 
 

@@ -97,6 +97,24 @@ def test_it_takes_any_data(name, capsys):
     assert summary.table in capsys.readouterr().out
 
 
+def test_it_describes_what_validation_saw(capsys):
+    seen = []
+
+    class Seen(IdentityBackbone):
+        def forward(self, batch):
+            if not self.training:
+                seen.append(len(batch["x"]))
+            return super().forward(batch)
+
+    class FromValidationOn(pl.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            seen.clear()
+
+    limits = {"limit_val_batches": 2, "check_val_every_n_epoch": 2}
+    run(module(Seen(4)), FitSummary(), FromValidationOn(), val=rows_of(64), **limits)
+    assert seen == [16, 16, 16, 16]  # two batches of validation, the same two for the summary
+
+
 def test_padding_is_in_no_feature(capsys):
     summary = FitSummary()
     run(module(), summary, train=rows_of(masked=True))
