@@ -13,10 +13,17 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from ddcl_lightning.functional import Decomposition, critical_temperature, decompose, nearest_prototype, soft_assign
+from ddcl_lightning.functional import (
+    Decomposition,
+    TokenMeans,
+    critical_temperature,
+    decompose,
+    merge_token_means,
+    nearest_prototype,
+    soft_assign,
+    token_means,
+)
 from ddcl_lightning.kmeans import initial_prototypes
-from ddcl_lightning.optim import _merge, _token_means
-from ddcl_lightning.probe import Observation
 
 Array = npt.NDArray[Any]
 NUDGE = 0.03  # parts prototypes that coincide, in units of the thermal length sqrt(T)
@@ -124,8 +131,8 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             return self.fit(X)
         z = self._tensor(X, reset=False)
         prototypes = torch.tensor(self.cluster_centers_, dtype=z.dtype)
-        so_far = torch.tensor(self.mass_, dtype=z.dtype).log(), prototypes
-        log_mass, mean = _merge(so_far, _means(z, prototypes, self.temperature_))
+        so_far = TokenMeans(torch.tensor(self.mass_, dtype=z.dtype).log(), prototypes)
+        log_mass, mean = merge_token_means(so_far, token_means(z, prototypes, self.temperature_))
         self._store(z, mean, log_mass.exp())
         self.n_iter_ += 1
         return self
@@ -251,7 +258,7 @@ class _Run:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             p = p + NUDGE * float(temperature) ** 0.5 / z.shape[1] ** 0.5 * noise
             for _ in range(max_iter):
-                log_mass, latest = _means(z, p, float(temperature))
+                log_mass, latest = token_means(z, p, float(temperature))
                 moved = float((latest - p).square().sum(1).max()) ** 0.5
                 p, self.iterations = latest, self.iterations + 1
                 self.converged = moved <= tol * spread
@@ -259,14 +266,6 @@ class _Run:
                     break
         self.prototypes, self.mass = p, log_mass.exp()
         self.loss = float(decompose(z, p, float(schedule[-1])).loss)
-
-
-def _means(z: Tensor, prototypes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log mass ``(K,)`` and responsibility-weighted means ``(K, d)`` of the samples, streamed over them."""
-    value = torch.tensor([temperature], dtype=z.dtype)
-    terms = Decomposition(value, value, value)  # not read
-    log_mass, means = _token_means(Observation(z.unsqueeze(0), None, prototypes.unsqueeze(0), value, terms))
-    return log_mass[0], means[0]
 
 
 def _inertia(z: Tensor, prototypes: Tensor) -> float:

@@ -12,8 +12,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.distributed import max_over_processes, sum_over_processes
-from ddcl_lightning.functional._common import token_chunks
-from ddcl_lightning.functional.assignment import _log_assign
+from ddcl_lightning.functional import TokenMeans, merge_token_means, token_means
 from ddcl_lightning.probe import BankProbe, Observation, find_banks
 
 
@@ -42,7 +41,7 @@ class TokenNormalized(Optimizer):
         if not 0 < lr <= 1:
             raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
         super().__init__(params, {"lr": lr})
-        self._statistics: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._statistics: dict[Tensor, TokenMeans] = {}
         self._probe: BankProbe | None = None
         self._banks: dict[str, PrototypeBank] = {}
 
@@ -64,8 +63,9 @@ class TokenNormalized(Optimizer):
     @torch.no_grad()
     def _accumulate(self, name: str, seen: Observation) -> None:
         key = self._banks[name].prototypes
-        new, old = _token_means(seen), self._statistics.get(key)
-        self._statistics[key] = new if old is None else _merge(old, new)
+        new = token_means(seen.valid_tokens(), seen.prototypes, seen.temperature)
+        old = self._statistics.get(key)
+        self._statistics[key] = new if old is None else merge_token_means(old, new)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -90,25 +90,7 @@ class TokenNormalized(Optimizer):
         return loss
 
 
-def _token_means(seen: Observation) -> tuple[Tensor, Tensor]:
-    """Log mass ``(H, K)`` and responsibility-weighted token means ``(H, K, d)``, streamed over tokens."""
-    tokens = seen.valid_tokens().to(torch.promote_types(seen.tokens.dtype, torch.float32))
-    prototypes = seen.prototypes.to(tokens.dtype)
-    total = prototypes.new_full(prototypes.shape[:-1], -torch.inf), torch.zeros_like(prototypes)
-    with torch.autocast(tokens.device.type, enabled=False):
-        for part in token_chunks(tokens.shape[1], prototypes[..., 0].numel()):
-            log_q = _log_assign(tokens[:, part], prototypes, seen.temperature).mT
-            total = _merge(total, (log_q.logsumexp(-1), log_q.softmax(-1) @ tokens[:, part]))
-    return total
-
-
-def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    mass = torch.logaddexp(first[0], second[0])
-    share = (second[0] - mass).exp().unsqueeze(-1)
-    return mass, torch.lerp(first[1], second[1], share)
-
-
-def _reduce(statistics: tuple[Tensor, Tensor]) -> Tensor:
+def _reduce(statistics: TokenMeans) -> Tensor:
     """Means over all processes, weighted by mass; the largest mass is taken out so that nothing underflows."""
     log_mass, mean = statistics
     weight = (log_mass - max_over_processes(log_mass)).exp().unsqueeze(-1)

@@ -24,6 +24,7 @@ from ddcl_lightning.functional.diagnostics import (
     total_variance,
 )
 from ddcl_lightning.functional.slots import prototype_slots
+from ddcl_lightning.functional.token_means import TokenMeans, merge_token_means, token_means
 
 __all__ = [
     "AssignmentStatistics",
@@ -31,12 +32,14 @@ __all__ = [
     "Decomposition",
     "DecompositionErrors",
     "Separation",
+    "TokenMeans",
     "assignment_statistics",
     "critical_temperature",
     "decompose",
     "decomposition_errors",
     "effective_dimension",
     "log_barrier",
+    "merge_token_means",
     "nearest_prototype",
     "prototype_attention",
     "prototype_attention_reference",
@@ -44,5 +47,6 @@ __all__ = [
     "prototype_slots",
     "separation",
     "soft_assign",
+    "token_means",
     "total_variance",
 ]
