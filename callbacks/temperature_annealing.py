@@ -27,7 +27,8 @@ class TemperatureAnnealing(Callback):
     A temperature means something only against the spread of the tokens. By default both ends are fractions of the
     critical temperature ``T_c = 4 lambda_max(Cov(z))`` (``2 lambda_max`` with detached assignments), measured per
     head on the tokens that reach the bank when training starts: above 1 the bank collapses towards the mean, whatever
-    the learning rates; far below it assignments are hard. Data in other units change nothing.
+    the learning rates; far below it assignments are hard. Data in other units change nothing. Banks that follow their
+    critical temperature while the encoder changes (``temperature_unit="critical"``) get the fraction itself.
 
     Args:
         start: First temperature, > 0; not used by a callable.
@@ -99,7 +100,15 @@ class TemperatureAnnealing(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the critical temperature of banks that nobody has measured, and set the temperature."""
         self._fix_length(trainer)
-        missing = {name: bank for name, bank in self._banks.items() if name not in self._references}
+        followed = [name for name, bank in self._banks.items() if bank.fraction is not None]
+        if followed and self.unit == "absolute":
+            raise ValueError(
+                f"unit must be 'critical' for banks that follow their critical temperature ({', '.join(followed)}, "
+                "temperature_unit='critical'); got 'absolute'."
+            )
+        missing = {
+            name: bank for name, bank in self._banks.items() if name not in self._references and name not in followed
+        }
         if missing and self.unit == "critical":
             for name in execution_order(trainer, pl_module, self._banks):
                 if name in missing:
@@ -108,8 +117,11 @@ class TemperatureAnnealing(Callback):
         self._apply(trainer)
 
     def set_reference(self, trainer: pl.Trainer, name: str, bank: PrototypeBank, tokens: Tensor) -> None:
-        """Take T_c of a bank from a sample of its tokens, ``(H, N, d)``, and set its temperature."""
-        if self.unit == "critical":
+        """Take T_c of a bank from a sample of its tokens, ``(H, N, d)``, and set its temperature.
+
+        A bank that follows its own critical temperature needs no sample.
+        """
+        if self.unit == "critical" and bank.fraction is None:
             critical = critical_temperature(tokens, detach_assignments=bank.detach_assignments)
             if not bool((critical > 0).all()):
                 raise ValueError(
@@ -175,7 +187,9 @@ class TemperatureAnnealing(Callback):
             self._set(name, bank, value)
 
     def _set(self, name: str, bank: PrototypeBank, value: float) -> None:
-        if self.unit == "absolute":
+        if bank.fraction is not None:
+            bank.set_fraction(value)
+        elif self.unit == "absolute":
             bank.set_temperature(value)
         elif name in self._references:
             bank.set_temperature(value * torch.tensor(self._references[name]))

@@ -1,15 +1,21 @@
 """The bank of prototypes: the one stateful piece that every head, and every callback, is about."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.critical import RunningCriticalTemperature
 from ddcl_lightning.functional import (
     BankOutput,
+    critical_factor,
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
     prototype_slots,
 )
+
+TemperatureUnit = Literal["absolute", "critical"]
 
 
 class PrototypeBank(nn.Module):
@@ -22,12 +28,16 @@ class PrototypeBank(nn.Module):
         num_prototypes: K, prototypes per head, at least 1.
         dim: d, dimension of one head's prototypes.
         num_heads: H, independent banks; tokens carry ``H * d`` values.
-        temperature: Initial T > 0, in units of squared distance, for all heads.
+        temperature: Initial T > 0 for all heads.
         detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
+        temperature_unit: ``"absolute"``: T is a squared distance. ``"critical"``: T is a fraction of the critical
+            temperature of the tokens, which is followed from batch to batch while training: for encoders whose tokens
+            change their scale (those trained from scratch).
 
     Attributes:
         prototypes: Parameter ``(H, K, d)``.
-        temperature: Buffer ``(H,)``, saved with the state.
+        temperature: Buffer ``(H,)``, T in units of squared distance, saved with the state.
+        fraction: Buffer ``(H,)``, T as a fraction of the critical one, or None for absolute temperatures.
         initialized: Boolean buffer, saved with the state: whether the prototypes were set from data.
 
     Raises:
@@ -35,6 +45,7 @@ class PrototypeBank(nn.Module):
     """
 
     temperature: Tensor
+    fraction: Tensor | None
     initialized: Tensor
 
     def __init__(
@@ -45,6 +56,7 @@ class PrototypeBank(nn.Module):
         num_heads: int = 1,
         temperature: float = 1.0,
         detach_assignments: bool = False,
+        temperature_unit: TemperatureUnit = "absolute",
     ) -> None:
         super().__init__()
         for name, value in (("num_prototypes", num_prototypes), ("dim", dim), ("num_heads", num_heads)):
@@ -55,7 +67,15 @@ class PrototypeBank(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
         self.register_buffer("temperature", torch.ones(num_heads))
         self.register_buffer("initialized", torch.tensor(False))
-        self.set_temperature(temperature)
+        if temperature_unit not in get_args(TemperatureUnit):
+            raise ValueError(f"temperature_unit must be one of {get_args(TemperatureUnit)}; got {temperature_unit!r}.")
+        relative = temperature_unit == "critical"
+        self.critical = RunningCriticalTemperature(num_heads, dim) if relative else None
+        self.register_buffer("fraction", torch.ones(num_heads) if relative else None)
+        if relative:
+            self.set_fraction(temperature)
+        else:
+            self.set_temperature(temperature)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> BankOutput:
         """Assign tokens and return their soft centroids.
@@ -74,6 +94,8 @@ class PrototypeBank(nn.Module):
                 is valid or the terms are not finite; the message says which input is to blame.
         """
         heads, flat_mask = self.split_heads(tokens, mask)
+        if self.critical is not None and self.training:
+            self._follow(self.critical(heads.detach(), flat_mask))
         attend = prototype_attention_reference if need_weights else prototype_attention
         # A copy, because a schedule may set the next temperature before the backward pass reads this one.
         temperature = self.temperature.clone()
@@ -141,14 +163,40 @@ class PrototypeBank(nn.Module):
     @torch.no_grad()
     def set_temperature(self, temperature: float | Tensor) -> None:
         """Set T for all heads (a float) or per head (``(H,)``), in units of squared distance."""
-        value = torch.as_tensor(temperature, dtype=self.temperature.dtype, device=self.temperature.device)
+        if self.fraction is not None:
+            raise ValueError(
+                "temperature of this bank follows its tokens (temperature_unit='critical'); set the fraction of the "
+                "critical temperature with set_fraction."
+            )
+        self._fill(self.temperature, "temperature", "in units of squared distance", temperature)
+
+    @torch.no_grad()
+    def set_fraction(self, fraction: float | Tensor) -> None:
+        """Set T as a fraction of the critical temperature, for all heads (a float) or per head (``(H,)``)."""
+        if self.fraction is None or self.critical is None:
+            raise ValueError(
+                "fraction belongs to banks with temperature_unit='critical'; this one takes set_temperature, in units "
+                "of squared distance."
+            )
+        self._fill(self.fraction, "fraction", "a fraction of the critical temperature", fraction)
+        self._follow(self.critical.lambda_max)
+
+    def _fill(self, buffer: Tensor, name: str, unit: str, given: float | Tensor) -> None:
+        value = torch.as_tensor(given, dtype=buffer.dtype, device=buffer.device)
         if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != self.num_heads):
             raise ValueError(
-                f"temperature must be one value or one per head, ({self.num_heads},); got {tuple(value.shape)}."
+                f"{name} must be one value or one per head, ({self.num_heads},); got {tuple(value.shape)}."
             )
         if not bool((value > 0).all() and torch.isfinite(value).all()):
-            raise ValueError(f"temperature must be finite and > 0, in units of squared distance; got {value.tolist()}.")
-        self.temperature.copy_(value.expand_as(self.temperature))
+            raise ValueError(f"{name} must be finite and > 0, {unit}; got {value.tolist()}.")
+        buffer.copy_(value.expand_as(buffer))
+
+    @torch.no_grad()
+    def _follow(self, lambda_max: Tensor) -> None:
+        """Set T from the fraction; tokens without variance have no critical temperature and leave it as it is."""
+        assert self.fraction is not None
+        latest = self.fraction * critical_factor(self.detach_assignments) * lambda_max
+        self.temperature.copy_(torch.where(latest > 0, latest.to(self.temperature.dtype), self.temperature))
 
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
         if bool(torch.isfinite(output.terms.loss).all()):

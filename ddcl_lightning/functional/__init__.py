@@ -12,7 +12,7 @@ from ddcl_lightning.functional.assignment import (
     prototype_attention_reference,
     soft_assign,
 )
-from ddcl_lightning.functional.critical import critical_temperature, prototype_critical_temperatures
+from ddcl_lightning.functional.critical import critical_factor, critical_temperature, prototype_critical_temperatures
 from ddcl_lightning.functional.decomposition import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional.diagnostics import (
     AssignmentStatistics,
@@ -34,6 +34,7 @@ __all__ = [
     "Separation",
     "TokenMeans",
     "assignment_statistics",
+    "critical_factor",
     "critical_temperature",
     "decompose",
     "decomposition_errors",

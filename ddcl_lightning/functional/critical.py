@@ -35,7 +35,7 @@ def critical_temperature(tokens: Tensor, mask: Tensor | None = None, *, detach_a
     check_mask(tokens, mask)
     z, keep = _valid_tokens(tokens, mask)
     weight = keep / keep.sum(-1, keepdim=True)
-    return _factor(detach_assignments) * _weighted_lambda_max(z, weight.unsqueeze(-2)).squeeze(-1)
+    return critical_factor(detach_assignments) * _weighted_lambda_max(z, weight.unsqueeze(-2)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def prototype_critical_temperatures(
     z, keep = _valid_tokens(tokens, mask)
     log_q = _log_assign(z, prototypes.to(torch.float64), temperature).mT
     weights = (log_q + keep.log().unsqueeze(-2)).softmax(-1)
-    return _factor(detach_assignments) * _weighted_lambda_max(z, weights)
+    return critical_factor(detach_assignments) * _weighted_lambda_max(z, weights)
 
 
 def _valid_tokens(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,8 @@ def _valid_tokens(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return z, keep
 
 
-def _factor(detach_assignments: bool) -> float:
+def critical_factor(detach_assignments: bool = False) -> float:
+    """``T_c / lambda_max(C)``: 4 with the full gradient, 2 with assignments held constant."""
     return 2.0 if detach_assignments else 4.0
 
 

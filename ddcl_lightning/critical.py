@@ -1,0 +1,72 @@
+"""The critical temperature of tokens that move, followed from batch to batch."""
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.distributed import sum_over_processes
+from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
+
+ITERATIONS = 4  # of the power method per batch: the direction is kept, so they add up over the batches
+
+
+class RunningCriticalTemperature(nn.Module):
+    """Follows ``lambda_max`` of the covariance of every head's tokens, which sets their critical temperature.
+
+    An encoder that learns changes the scale of its tokens by orders of magnitude, and with it what a temperature means.
+    The running covariance is that of all processes; its largest eigenvalue is found by a power method that goes on from
+    batch to batch, so that a step costs ``H d^2`` beyond the covariance itself and never waits for the device.
+
+    Args:
+        num_heads: H.
+        dim: d.
+        momentum: Weight of the newest batch, in (0, 1]. The first batches are averaged evenly until it is reached.
+
+    Attributes:
+        lambda_max: Buffer ``(H,)``, variance along the direction of largest variance; 0 before the first batch.
+        covariance: Buffer ``(H, d, d)``.
+
+    Raises:
+        ValueError: If the momentum is out of range.
+    """
+
+    lambda_max: Tensor
+    covariance: Tensor
+    direction: Tensor
+    num_batches: Tensor
+
+    def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        self.momentum = momentum
+        generator = torch.Generator().manual_seed(0)  # the same start everywhere, and the global state left alone
+        self.register_buffer("lambda_max", torch.zeros(num_heads))
+        self.register_buffer("covariance", torch.zeros(num_heads, dim, dim))
+        self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Take in ``(H, N, d)`` tokens with mask ``(H, N)`` and return ``lambda_max``, ``(H,)``."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            latest = _covariance(tokens, mask).to(self.covariance.dtype)
+            self.num_batches += 1
+            weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(latest.dtype)
+            self.covariance.lerp_(latest, weight)
+            for _ in range(ITERATIONS):
+                image = (self.covariance @ self.direction.unsqueeze(-1)).squeeze(-1)
+                length = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
+                # Tokens without variance leave the direction as it is, for those that come.
+                self.direction.copy_(torch.where(length > 0, image / length, self.direction))
+            self.lambda_max.copy_(length.squeeze(-1))
+        return self.lambda_max
+
+
+def _covariance(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes."""
+    z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
+    keep = torch.ones_like(z[..., :1]) if mask is None else mask.unsqueeze(-1).to(z.dtype)
+    sums = sum_over_processes(torch.cat([z.sum(-2), keep.sum(-2)], -1))
+    count = sums[..., -1:].clamp(min=1.0)
+    centred = (z - (sums[..., :-1] / count).unsqueeze(-2)) * keep
+    return sum_over_processes(centred.mT @ centred) / count.unsqueeze(-1)
