@@ -1,9 +1,9 @@
 """Table 4 of the paper on real text: every readout on the same frozen encoder, at the same parameter budget.
 
 SST-2 and IMDB: accuracy of logistic regression on CLS and on the mean token, of every rival head and of ours, each
-trained by DDCLReadoutModule with the same classifier, batches and epochs. Each head gets the best of three rates, tried
-on a part of the training data and judged on 5 % of it that are held out, and is then trained on all of it with five
-seeds. 20 Newsgroups: k-means (10
+trained by DDCLReadoutModule with the same classifier, batches and epochs. Each head gets the best rate of a ladder,
+tried on a part of the training data and judged on 5 % of it that are held out, and is then trained on all of it with
+five seeds. 20 Newsgroups: k-means (10
 restarts) on CLS and on the mean token, as they are and at unit length, against ours.
 
     python benchmarks/text_readouts.py --encoder FOLDER --task sst2       # or imdb, newsgroups
@@ -44,7 +44,10 @@ from ddcl_lightning.heads import (
 )
 
 BUDGET = 25_600  # parameters of a head: what eight banks of sixteen prototypes take with their projections of 384 to 8
-RATES = (3e-3, 1e-2, 3e-2)  # of heads and classifier; prototypes step at ten times as much, their projection at as much
+# Rates of heads and classifier; prototypes step at ten times as much, their projection at as much. The search starts
+# with three of them and goes on while the best one is at the edge of what was tried.
+LADDER = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST = LADDER[2:5]
 SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT = 0.05
 TASKS: dict[str, dict[str, Any]] = {
@@ -164,21 +167,34 @@ def classification(task: str, args: argparse.Namespace, result: dict[str, Any]) 
         result["rows"] = [len(train_set), len(test_set)]
         save(args.output, f"text_{task}", result)
     chosen, runs = result.setdefault("chosen", {}), result.setdefault("runs", [])
+    # The held-out part stands in for the evaluation data, which take no part in the choice.
+    held_out = data_module(
+        task, args, seed=0, val_fraction=HELD_OUT, evaluate_on="held_out", limit=TASKS[task]["search"]
+    )
     for name in HEADS:
-        if name not in chosen:
-            # The held-out part stands in for the evaluation data, which take no part in the choice.
-            held_out = data_module(
-                task, args, seed=0, val_fraction=HELD_OUT, evaluate_on="held_out", limit=TASKS[task]["search"]
-            )
-            tried = {str(rate): train(backbone, held_out, name, rate, 0, epochs)["acc"] for rate in RATES}
-            chosen[name] = {"rate": float(max(tried, key=tried.__getitem__)), "held_out_acc": tried}
-            save(args.output, f"text_{task}", result)
+        tried = chosen.setdefault(name, {"held_out_acc": {}})["held_out_acc"]
+        while (rate := next_rate(tried)) is not None:
+            tried[str(rate)] = train(backbone, held_out, name, rate, 0, epochs)["acc"]
+        best = chosen[name]["rate"] = float(max(tried, key=tried.__getitem__))
+        runs[:] = [run for run in runs if run["head"] != name or run["rate"] == best]
         for seed in SEEDS[: 1 if args.quick else None]:
             if any(run["head"] == name and run["seed"] == seed for run in runs):
                 continue
-            runs.append(train(backbone, data_module(task, args, seed), name, chosen[name]["rate"], seed, epochs))
+            runs.append(train(backbone, data_module(task, args, seed), name, best, seed, epochs))
             save(args.output, f"text_{task}", result)
             print(task, runs[-1], flush=True)
+
+
+def next_rate(tried: dict[str, float]) -> float | None:
+    """The rate to try next, or None where the best one has worse neighbours on both sides (or the ladder ends)."""
+    for rate in FIRST:
+        if str(rate) not in tried:
+            return rate
+    place = LADDER.index(float(max(tried, key=tried.__getitem__)))
+    for rate in LADDER[max(0, place - 1) : place + 2]:
+        if str(rate) not in tried:
+            return rate
+    return None
 
 
 def clustering(args: argparse.Namespace, result: dict[str, Any]) -> None:
