@@ -52,7 +52,7 @@ SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT = 0.05
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"file": "sst2_glue.jsonl.gz", "data": SST2DataModule, "max_length": 64, "epochs": 2, "search": 20_000},
-    "imdb": {"file": "imdb_10k_5k.jsonl.gz", "data": IMDBDataModule, "max_length": 128, "epochs": 3, "search": 5_000},
+    "imdb": {"file": "imdb_10k_5k.jsonl.gz", "data": IMDBDataModule, "max_length": 128, "epochs": 3, "search": 10_000},
     "newsgroups": {
         "file": "20newsgroups_bydate_stripped.jsonl.gz",
         "data": NewsgroupsDataModule,
