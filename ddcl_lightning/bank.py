@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.critical import RunningCriticalTemperature
+from ddcl_lightning.distributed import log_sum_over_processes
 from ddcl_lightning.functional import (
     BankOutput,
+    assign_codes,
     critical_factor,
     nearest_prototype,
     prototype_attention,
@@ -77,17 +79,22 @@ class PrototypeBank(nn.Module):
         else:
             self.set_temperature(temperature)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> BankOutput:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False, need_codes: bool = False
+    ) -> BankOutput:
         """Assign tokens and return their soft centroids.
 
         Args:
             tokens: ``(*, H * d)``, usually ``(B, T, H * d)``.
             mask: ``(*)`` boolean, True for valid tokens.
             need_weights: Return the assignments too; this stores them, where the default call does not.
+            need_codes: Return hard codes, token means and the entropy of the mean assignment too; this is a second
+                pass over the assignments.
 
         Returns:
             Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
-            ``(N, H * d)``) or None.
+            ``(N, H * d)``) or None. With ``need_codes`` also codes ``(*, H)`` int64, means, and as cost the entropy
+            ``(H,)`` in nats of the mean assignment over all processes, with its gradient.
 
         Raises:
             ValueError: If a shape does not fit, or (in eager mode on a CPU, where looking costs nothing) if no token
@@ -99,14 +106,24 @@ class PrototypeBank(nn.Module):
         attend = prototype_attention_reference if need_weights else prototype_attention
         # A copy, because a schedule may set the next temperature before the backward pass reads this one.
         temperature = self.temperature.clone()
-        output = attend(heads, self.prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments)
+        codes, means, costs = None, None, None
+        if need_codes:
+            codes, means = assign_codes(heads.detach(), self.prototypes.detach(), temperature, flat_mask)
+            codes = codes.transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
+            # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
+            log_mass = log_sum_over_processes(means.log_mass)
+            costs = log_mass.logsumexp(-1, keepdim=True) - log_mass
+        output = attend(
+            heads, self.prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs
+        )
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
         lead = tokens.shape[:-1]
         weights = output.weights
         if weights is not None:
             weights = weights.reshape(self.num_heads, *lead, -1).movedim(0, max(len(lead) - 1, 0))
-        return BankOutput(output.centroids.transpose(0, 1).reshape(tokens.shape), output.terms, weights)
+        centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
+        return output._replace(centroids=centroids, weights=weights, codes=codes, means=means)
 
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""

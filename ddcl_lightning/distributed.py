@@ -44,6 +44,14 @@ def max_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def log_sum_over_processes(value: Tensor) -> Tensor:
+    """``ln sum exp`` of ``value`` over processes, without gradient, same shape; finite where the sum underflows."""
+    if world_size() == 1:
+        return value
+    largest = max_over_processes(value)
+    return largest + sum_over_processes((value - largest).exp()).log()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in rank order, on every process."""
     if world_size() == 1:

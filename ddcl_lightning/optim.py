@@ -63,7 +63,9 @@ class TokenNormalized(Optimizer):
     @torch.no_grad()
     def _accumulate(self, name: str, seen: Observation) -> None:
         key = self._banks[name].prototypes
-        new = token_means(seen.valid_tokens(), seen.prototypes, seen.temperature)
+        new = seen.means
+        if new is None:
+            new = token_means(seen.tokens, seen.prototypes, seen.temperature, seen.mask)
         old = self._statistics.get(key)
         self._statistics[key] = new if old is None else merge_token_means(old, new)
 

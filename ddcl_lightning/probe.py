@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.functional import BankOutput, Decomposition
+from ddcl_lightning.functional import BankOutput, Decomposition, TokenMeans
 
 
 def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
@@ -47,6 +47,7 @@ class Observation:
         prototypes: ``(H, K, d)``.
         temperature: ``(H,)``.
         terms: The terms that the call returned, ``(H,)`` each.
+        means: Token means, where the call has computed them.
     """
 
     tokens: Tensor
@@ -54,6 +55,7 @@ class Observation:
     prototypes: Tensor
     temperature: Tensor
     terms: Decomposition
+    means: TokenMeans | None = None
 
     def valid_tokens(self) -> Tensor:
         """Tokens without padding, ``(H, M, d)``."""
@@ -88,7 +90,9 @@ class BankProbe:
             terms = Decomposition(*(term.detach() for term in output.terms))
             self._observer(
                 name,
-                Observation(heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms),
+                Observation(
+                    heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms, output.means
+                ),
             )
 
         return hook

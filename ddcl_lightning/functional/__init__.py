@@ -7,6 +7,7 @@ True for valid tokens, and the leading dimensions (usually one, the heads) are s
 from ddcl_lightning.functional.assignment import (
     BankOutput,
     Decomposition,
+    TokenMeans,
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
@@ -24,7 +25,7 @@ from ddcl_lightning.functional.diagnostics import (
     total_variance,
 )
 from ddcl_lightning.functional.slots import prototype_slots
-from ddcl_lightning.functional.token_means import TokenMeans, merge_token_means, token_means
+from ddcl_lightning.functional.token_means import assign_codes, merge_token_means, token_means
 
 __all__ = [
     "AssignmentStatistics",
@@ -33,6 +34,7 @@ __all__ = [
     "DecompositionErrors",
     "Separation",
     "TokenMeans",
+    "assign_codes",
     "assignment_statistics",
     "critical_factor",
     "critical_temperature",

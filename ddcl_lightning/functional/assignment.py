@@ -33,6 +33,19 @@ class Decomposition(NamedTuple):
     variance: Tensor
 
 
+class TokenMeans(NamedTuple):
+    """What each prototype's tokens look like, whatever their number.
+
+    Attributes:
+        log_mass: Logarithm of the tokens assigned to each prototype, ``ln sum_n q_nk``, ``(..., K)``; finite where the
+            mass itself underflows.
+        mean: ``sum_n w_kn z_n`` with ``w_kn = softmax_n(ln q_nk)``, ``(..., K, d)``.
+    """
+
+    log_mass: Tensor
+    mean: Tensor
+
+
 class BankOutput(NamedTuple):
     """What a bank of prototypes returns for ``(..., N, d)`` tokens.
 
@@ -40,11 +53,17 @@ class BankOutput(NamedTuple):
         centroids: Soft centroids, ``(..., N, d)``, in the dtype of the tokens; zero at padding.
         terms: Loss terms, ``(...)`` each, float32 or wider.
         weights: Soft assignments ``(..., N, K)``, zero at padding, or None where they were not asked for.
+        cost: Mean over valid tokens of ``sum_k q_nk cost_k``, ``(...)``, or None without costs.
+        codes: Hard codes, where a :class:`~ddcl_lightning.PrototypeBank` was asked for them.
+        means: Token means, likewise.
     """
 
     centroids: Tensor
     terms: Decomposition
     weights: Tensor | None
+    cost: Tensor | None = None
+    codes: Tensor | None = None
+    means: TokenMeans | None = None
 
 
 def soft_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
@@ -80,6 +99,7 @@ def prototype_attention(
     mask: Tensor | None = None,
     *,
     detach_assignments: bool = False,
+    costs: Tensor | None = None,
 ) -> BankOutput:
     """Soft centroids and loss terms in one attention call, without the ``N x K`` matrix in memory.
 
@@ -96,6 +116,7 @@ def prototype_attention(
         mask: ``(..., N)`` boolean, True for valid tokens. Padding enters no term and no gradient.
         detach_assignments: Hold ``q`` constant in the backward pass, the paper's stop-gradient form
             (eq. 10); by default gradients flow through ``q`` too.
+        costs: ``(..., K)``, a cost of each prototype, whose mean over the assignments is wanted too.
 
     Returns:
         Centroids and terms; the weights are None. Terms are NaN where the mask leaves no token.
@@ -116,25 +137,26 @@ def prototype_attention(
         key = torch.cat([2 * p, -norms], -1) / temperature_like(temperature, p)
         if detach_assignments:
             query, key = query.detach(), key.detach()
-        attended = _attend(query, key, torch.cat([p, norms], -1))
-        centroids, energy = attended[..., :-1], attended[..., -1]
+        extra = [] if costs is None else [costs.to(dtype).unsqueeze(-1)]
+        attended = _attend(query, key, torch.cat([p, norms, *extra], -1))
+        dim = p.shape[-1]
+        centroids, energy = attended[..., :dim], attended[..., dim]
 
         ols = (z - centroids).square().sum(-1)
         # Rounding can leave a hard assignment a hair below zero.
         variance = (energy - centroids.square().sum(-1)).clamp(min=0.0)
         terms = _mean_terms(ols + variance, ols, variance, mask)
+        cost = None if costs is None else masked_mean(attended[..., dim + 1], mask)
         centroids = zero_padding(centroids + center, mask)
-    return BankOutput(centroids.to(tokens.dtype), terms, None)
+    return BankOutput(centroids.to(tokens.dtype), terms, None, cost)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Unscaled attention of ``(..., N, e)`` queries; the fused kernels want four dimensions and aligned rows."""
-    lead, width = query.shape[:-2], query.shape[-1]
-    filler = (0, -width % ROW_ALIGNMENT)
-    query, key, value = (
-        pad(x, filler).reshape(1, lead.numel(), x.shape[-2], width + filler[1]) for x in (query, key, value)
-    )
-    attended: Tensor = scaled_dot_product_attention(query, key, value, scale=1.0)[..., :width]
+    lead = query.shape[:-2]
+    filled = (pad(x, (0, -x.shape[-1] % ROW_ALIGNMENT)) for x in (query, key, value))
+    query, key, padded = (x.reshape(1, lead.numel(), *x.shape[-2:]) for x in filled)
+    attended: Tensor = scaled_dot_product_attention(query, key, padded, scale=1.0)[..., : value.shape[-1]]
     return attended.reshape(*lead, *attended.shape[-2:])
 
 
@@ -145,6 +167,7 @@ def prototype_attention_reference(
     mask: Tensor | None = None,
     *,
     detach_assignments: bool = False,
+    costs: Tensor | None = None,
 ) -> BankOutput:
     """The same as :func:`prototype_attention`, written out plainly and with the assignments returned.
 
@@ -157,9 +180,10 @@ def prototype_attention_reference(
         temperature: ``T > 0`` in units of squared distance.
         mask: ``(..., N)`` boolean, True for valid tokens.
         detach_assignments: Hold ``q`` constant in the backward pass (eq. 10).
+        costs: ``(..., K)``, a cost of each prototype.
 
     Returns:
-        Centroids, terms and weights.
+        Centroids, terms, weights and cost.
     """
     check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
@@ -175,8 +199,9 @@ def prototype_attention_reference(
         ols = (z - centroids).square().sum(-1)
         variance = (weights * _squared_distances(centroids, p)).sum(-1)
         terms = _mean_terms(loss, ols, variance, mask)
+        cost = None if costs is None else masked_mean((weights @ costs.to(dtype).unsqueeze(-1)).squeeze(-1), mask)
         centroids = zero_padding(centroids + center, mask)
-    return BankOutput(centroids.to(tokens.dtype), terms, zero_padding(weights, mask))
+    return BankOutput(centroids.to(tokens.dtype), terms, zero_padding(weights, mask), cost)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -1,56 +1,67 @@
 """Means of tokens under responsibilities normalised over tokens, and their sums over batches."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, token_chunks
-from ddcl_lightning.functional.assignment import _log_assign
-
-
-class TokenMeans(NamedTuple):
-    """What each prototype's tokens look like, whatever their number.
-
-    Attributes:
-        log_mass: Logarithm of the tokens assigned to each prototype, ``ln sum_n q_nk``, ``(..., K)``; finite where the
-            mass itself underflows.
-        mean: ``sum_n w_kn z_n`` with ``w_kn = softmax_n(ln q_nk)``, ``(..., K, d)``.
-    """
-
-    log_mass: Tensor
-    mean: Tensor
+from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, token_chunks, zero_padding
+from ddcl_lightning.functional.assignment import TokenMeans, _log_assign
 
 
 @torch.no_grad()
-def token_means(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> TokenMeans:
+def token_means(
+    tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None = None
+) -> TokenMeans:
     """Mass and mean token of every prototype under the assignments of eq. 2, streamed over tokens.
 
     The mean is the fixed point of the quantisation loss with assignments held constant; in log space a prototype that
     no token is near still has one, that of the tokens nearest to it.
 
     Args:
-        tokens: ``(..., N, d)``, valid tokens only, N >= 1.
+        tokens: ``(..., N, d)``.
         prototypes: ``(..., K, d)``.
         temperature: ``T > 0`` in units of squared distance; a float or one value per leading index, ``(...)``.
+        mask: ``(..., N)`` boolean, True for valid tokens.
 
     Returns:
         Statistics in float32 or wider.
     """
-    check_shapes(tokens, prototypes, None)
+    return _stream(tokens, prototypes, temperature, mask, None)
+
+
+@torch.no_grad()
+def assign_codes(
+    tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, TokenMeans]:
+    """Hard codes ``(..., N)`` int64 and :func:`token_means` in one pass; the arguments are the same."""
+    codes = torch.empty(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
+    return codes, _stream(tokens, prototypes, temperature, mask, codes)
+
+
+def _stream(
+    tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None, codes: Tensor | None
+) -> TokenMeans:
+    check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
     p = prototypes.to(dtype)
     total = TokenMeans(p.new_full(p.shape[:-1], -torch.inf), torch.zeros_like(p))
     with torch.autocast(tokens.device.type, enabled=False):
         for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
-            z = tokens[..., part, :].to(dtype)
-            log_q = _log_assign(z, p, temperature).mT
-            total = merge_token_means(total, TokenMeans(log_q.logsumexp(-1), log_q.softmax(-1) @ z))
+            valid = None if mask is None else mask[..., part]
+            z = zero_padding(tokens[..., part, :].to(dtype), valid)
+            log_q = _log_assign(z, p, temperature)
+            if codes is not None:
+                codes[..., part] = log_q.argmax(-1)
+            if valid is not None:
+                log_q = log_q.masked_fill(~valid.unsqueeze(-1), -torch.inf)
+            log_mass = log_q.logsumexp(-2)
+            # A part of the tokens without a valid one has no mean, and no weight in the total.
+            shares = (log_q - log_mass.unsqueeze(-2).clamp(min=torch.finfo(dtype).min)).exp()
+            total = merge_token_means(total, TokenMeans(log_mass, shares.mT @ z))
     return total
 
 
 def merge_token_means(first: TokenMeans, second: TokenMeans) -> TokenMeans:
     """Statistics of two sets of tokens together."""
     log_mass = torch.logaddexp(first.log_mass, second.log_mass)
-    share = (second.log_mass - log_mass).exp().unsqueeze(-1)
+    share = (second.log_mass - log_mass).exp().nan_to_num(nan=0.0).unsqueeze(-1)  # two empty sets: -inf - -inf
     return TokenMeans(log_mass, torch.lerp(first.mean, second.mean, share))
