@@ -18,7 +18,7 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,8 @@ from ddcl_lightning.heads import (
 
 BUDGET = 25_600  # parameters of a head: what eight banks of sixteen prototypes take with their projections of 384 to 8
 # Rates of heads and classifier; prototypes step at ten times as much, their projection at as much. The search starts
-# with three of them and goes on while the best one is at the edge of what was tried.
-LADDER = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST = LADDER[2:5]
+# with three neighbours and goes on while the best one is at the edge of what was tried.
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT = 0.05
 TASKS: dict[str, dict[str, Any]] = {
@@ -74,11 +73,10 @@ HEADS: dict[str, tuple[Callable[[], Head], float, float]] = {
     "Perceiver": (lambda: PerceiverPooling(budget=BUDGET), 0.0, 1.0),
     "slot attention": (lambda: SlotAttentionPooling(budget=BUDGET), 0.0, 1.0),
     "VQ (straight-through)": (lambda: VQPooling(num_codes=64, init="kmeans", budget=BUDGET), 0.0, 1.0),
-    "ours, CLS, lambda 0.01": (lambda: _ours(16, 1, "first", "both"), 0.01, 0.1),
-    "ours, CLS": (lambda: _ours(16, 1, "first", "both"), 0.0, 0.1),
-    "ours, all tokens, centroid + histogram": (lambda: _ours(16, 8, "all", "both"), 0.0, 0.3),
     "ours, all tokens, slots": (lambda: _ours(16, 8, "all", "slots"), 0.0, 1.0),
+    "ours, CLS, lambda 0.01": (lambda: _ours(16, 1, "first", "both"), 0.01, 0.1),
     "ours, all tokens, slots, lambda 0.01": (lambda: _ours(16, 8, "all", "slots"), 0.01, 1.0),
+    "ours, all tokens, centroid + histogram": (lambda: _ours(16, 8, "all", "both"), 0.0, 0.3),
 }
 
 
@@ -173,7 +171,9 @@ def classification(task: str, args: argparse.Namespace, result: dict[str, Any]) 
     )
     for name in HEADS:
         tried = chosen.setdefault(name, {"held_out_acc": {}})["held_out_acc"]
-        while (rate := next_rate(tried)) is not None:
+        # Where a smaller rate turned out to be better.
+        first = LADDER[1:4] if name.startswith("ours") else LADDER[3:6]
+        while (rate := next_rate(tried, first)) is not None:
             tried[str(rate)] = train(backbone, held_out, name, rate, 0, epochs)["acc"]
         best = chosen[name]["rate"] = float(max(tried, key=tried.__getitem__))
         runs[:] = [run for run in runs if run["head"] != name or run["rate"] == best]
@@ -185,9 +185,9 @@ def classification(task: str, args: argparse.Namespace, result: dict[str, Any]) 
             print(task, runs[-1], flush=True)
 
 
-def next_rate(tried: dict[str, float]) -> float | None:
+def next_rate(tried: dict[str, float], first: Sequence[float]) -> float | None:
     """The rate to try next, or None where the best one has worse neighbours on both sides (or the ladder ends)."""
-    for rate in FIRST:
+    for rate in first:
         if str(rate) not in tried:
             return rate
     place = LADDER.index(float(max(tried, key=tried.__getitem__)))

@@ -7,6 +7,7 @@ from ddcl_lightning.callbacks.fit_summary import FitSummary
 from ddcl_lightning.callbacks.kmeans_initialization import KMeansInitialization
 from ddcl_lightning.callbacks.prototype_figures import PrototypeFigures
 from ddcl_lightning.callbacks.ratio_guard import RatioGuard
+from ddcl_lightning.callbacks.reconstruction_figures import ReconstructionFigures
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "KMeansInitialization",
     "PrototypeFigures",
     "RatioGuard",
+    "ReconstructionFigures",
     "TemperatureAnnealing",
 ]

@@ -33,6 +33,7 @@ from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.signals import HeadSignals, read_signals
 
 MAX_TOKENS = 65_536  # for the signals of the bank
+RECONSTRUCTION_METRICS = ("mse", "psnr", "ssim", "usage", "perplexity", "soft_perplexity")
 _Result = TypeVar("_Result")
 
 
@@ -50,6 +51,7 @@ class FitSummary(Callback):
     weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the
     prototypes see it now (*bank inputs*), and, where that is something else, as the backbone gives it, before training
     where the encoder was trained. So a gain of the embedding and a gain of the prototypes can be told apart.
+    In the rows a sample counts once, for its strongest prototype; an autoencoder's line below them counts tokens.
     Whatever goes wrong here is a warning: it never costs a run.
 
     Args:
@@ -185,6 +187,10 @@ class FitSummary(Callback):
         for key in ("val/acc", "val/f1"):
             if key in trainer.callback_metrics and "val/cross_entropy" in trainer.callback_metrics:
                 lines.append(f"classifier {key}: {float(trainer.callback_metrics[key]):.4f}")
+        if "val/reconstruction" in trainer.callback_metrics:
+            logged = {name: trainer.callback_metrics.get(f"val/{name}") for name in RECONSTRUCTION_METRICS}
+            cells = (f"{name} {float(value):.4g}" for name, value in logged.items() if value is not None)
+            lines.append("reconstruction (val): " + ", ".join(cells))
         sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in (module.head, module.task)}
         lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         if not signals:

@@ -1,18 +1,14 @@
 """Pictures of a bank's life, for TensorBoard or as files."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
 
 from ddcl_lightning.callbacks._base import BankCallback, head_name
+from ddcl_lightning.callbacks._figures import MAX_POINTS, emit, figure_folder
 from ddcl_lightning.figures import draw_bank, draw_history, draw_usage
 from ddcl_lightning.probe import Observation
 from ddcl_lightning.signals import HeadSignals, read_signals
-
-MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
 
 
 class PrototypeFigures(BankCallback):
@@ -67,10 +63,9 @@ class PrototypeFigures(BankCallback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         self._drawn_at = trainer.global_step
-        directory = trainer.log_dir  # asks the first process, so every process has to
+        folder = figure_folder(trainer)
         if not trainer.is_global_zero:
             return
-        folder = Path(directory or trainer.default_root_dir) / "figures"
         for name, (observed, signals) in self._latest.items():
             tokens = observed.valid_tokens()
             for head, values in enumerate(signals):
@@ -81,7 +76,7 @@ class PrototypeFigures(BankCallback):
                     "usage": draw_usage(values.counts, values.mass, label),
                 }
                 for kind, figure in figures.items():
-                    _emit(trainer, figure, f"{kind}/{label}", folder)
+                    emit(trainer, figure, f"{kind}/{label}", folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""
@@ -91,12 +86,3 @@ class PrototypeFigures(BankCallback):
         """Restore the curves."""
         super().load_state_dict(state_dict)
         self._history = {label: list(points) for label, points in state_dict["history"].items()}
-
-
-def _emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
-    boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    for logger in boards:
-        logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
-    if not boards:
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name.replace('/', '_')}-step={trainer.global_step:06d}.png", dpi=120)

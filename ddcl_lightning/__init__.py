@@ -15,6 +15,8 @@ from ddcl_lightning.backbones import (
     TransformersBackbone,
 )
 from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.codebook_metrics import CodebookMetrics
+from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
 from ddcl_lightning.estimator import DDCLClustering
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import DDCLReadout, Head, ReadoutOutput
@@ -22,9 +24,11 @@ from ddcl_lightning.metrics import ClusteringMetrics
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.optim import TokenNormalized
 from ddcl_lightning.probe import find_banks
+from ddcl_lightning.quantizer import SoftVectorQuantizer
 from ddcl_lightning.rates import two_timescale_groups
+from ddcl_lightning.reconstruction_metrics import ReconstructionMetrics
 from ddcl_lightning.scale import EmbeddingScale
-from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Task
+from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
 
 __version__ = "0.1.0"
 
@@ -35,12 +39,15 @@ __all__ = [
     "ClassificationAndClustering",
     "Clustering",
     "ClusteringMetrics",
+    "CodebookMetrics",
     "ConvBackbone",
+    "ConvDecoder",
     "DDCLAttention",
     "DDCLAttentionOutput",
     "DDCLClustering",
     "DDCLReadout",
     "DDCLReadoutModule",
+    "Decoder",
     "Decomposition",
     "EmbeddingScale",
     "Head",
@@ -48,6 +55,10 @@ __all__ = [
     "PCABackbone",
     "PrototypeBank",
     "ReadoutOutput",
+    "Reconstruction",
+    "ReconstructionMetrics",
+    "SequenceDecoder",
+    "SoftVectorQuantizer",
     "Task",
     "TimmBackbone",
     "TokenNormalized",

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ddcl_lightning import backbones, datamodules, heads, tasks  # noqa: F401 - short class names need them imported
+from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
 from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request

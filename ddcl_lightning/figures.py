@@ -97,13 +97,17 @@ def draw_bank(tokens: Tensor, prototypes: Tensor, title: str) -> Figure:
     return figure
 
 
-def draw_usage(counts: Tensor, mass: Tensor, title: str) -> Figure:
+def draw_usage(
+    counts: Tensor, mass: Tensor | None, title: str, *, noun: str = "prototype", tokens: str = "the last batch's tokens"
+) -> Figure:
     """Share of tokens per prototype, hard (bars) and soft (dots), sorted by use.
 
     Args:
         counts: Tokens nearest to each prototype, ``(K,)``.
-        mass: Mean soft assignment, ``(K,)``.
+        mass: Mean soft assignment, ``(K,)``; None draws the bars alone.
         title: Name of the bank.
+        noun: What the K are called.
+        tokens: Whose shares these are.
     """
     size = len(counts)
     share = counts.float() / counts.sum().clamp(min=1)
@@ -113,17 +117,18 @@ def draw_usage(counts: Tensor, mass: Tensor, title: str) -> Figure:
     perplexity = float((-(probabilities * probabilities.log()).sum()).exp())
     figure = Figure(figsize=(10, 4), layout="constrained")
     axis = figure.subplots()
-    axis.bar(range(size), share[order].tolist(), color="tab:blue", alpha=0.6, label="nearest prototype\n(hard)")
-    axis.plot(range(size), mass[order].tolist(), "o", color="black", markersize=3, label="mean assignment\n(soft)")
+    axis.bar(range(size), share[order].tolist(), color="tab:blue", alpha=0.6, label=f"nearest {noun}\n(hard)")
+    if mass is not None:
+        axis.plot(range(size), mass[order].tolist(), "o", color="black", markersize=3, label="mean assignment\n(soft)")
     axis.axhline(1 / size, color="black", linewidth=0.8, linestyle="--", label="even use")
     if size <= MAX_LABELS:
         axis.set_xticks(range(size), [str(int(k)) for k in order], fontsize=8)
-        axis.set_xlabel("number of the prototype, sorted by use")
+        axis.set_xlabel(f"number of the {noun}, sorted by use")
     else:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("rank of the prototype by use")
-    axis.set_ylabel("share of the last batch's tokens")
-    axis.set_title(f"{title}: {size - dead} of {size} prototypes used, perplexity {perplexity:.1f}", loc="left")
+        axis.set_xlabel(f"rank of the {noun} by use")
+    axis.set_ylabel(f"share of {tokens}")
+    axis.set_title(f"{title}: {size - dead} of {size} {noun}s used, perplexity {perplexity:.1f}", loc="left")
     _finish(axis)
     return figure
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -127,8 +128,9 @@ class DDCLReadoutModule(pl.LightningModule):
                 parameter.requires_grad_(False)
         if task.unsupervised and self.parameter_groups()["encoder"]:
             head.bound_scale()
+        metrics = {"train": task.train_metrics(), "val": task.metrics(), "test": task.metrics()}
         self.stage_metrics = nn.ModuleDict(
-            {stage: nn.ModuleDict(_metric_keys(task.metrics())) for stage in ("val", "test")}
+            {f"{stage}_metrics": nn.ModuleDict(_metric_keys(found)) for stage, found in metrics.items()}
         )
 
     # Forward ------------------------------------------------------------------------------------
@@ -137,11 +139,12 @@ class DDCLReadoutModule(pl.LightningModule):
         """The readout of a batch as the data loader yields it."""
         tokens, mask = self.backbone(batch)
         readout: ReadoutOutput = self.head(tokens, mask)
-        return readout
+        return replace(readout, inputs=tokens, mask=mask)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One backward pass; every ``accumulate_grad_batches`` batches, one step of every optimizer."""
-        losses = self.task.losses(self(batch), batch)
+        readout = self(batch)
+        losses = self.task.losses(readout, batch)
         loss = losses["loss"]
         if self.check_finite and not bool(torch.isfinite(loss)):
             parts = {name: float(value.detach()) for name, value in losses.items()}
@@ -152,7 +155,10 @@ class DDCLReadoutModule(pl.LightningModule):
         # The backward pass of what ran under autocast belongs outside of it.
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss / self._window_size(batch_idx))
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, on_step=True)
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in {**readout.signals, **losses}.items()}, on_step=True
+        )
+        self.task.update_train_metrics(self._metrics("train"), readout, batch)
         if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             self._step_optimizers()
         return loss.detach()
@@ -179,6 +185,10 @@ class DDCLReadoutModule(pl.LightningModule):
         if readout.assignments is not None:
             columns["assignments"] = readout.assignments
         return {**columns, **self.task.predict(readout, batch)}
+
+    def on_train_epoch_end(self) -> None:
+        """Log the training metrics of the task, of what this run has seen of the epoch."""
+        self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set; those without labels to compare with are left out."""
@@ -326,12 +336,15 @@ class DDCLReadoutModule(pl.LightningModule):
         self.task.update_metrics(self._metrics(stage), readout, batch)
 
     def _metrics(self, stage: str) -> Mapping[str, Metric | MetricCollection]:
-        held = self.stage_metrics[stage]
+        held = self.stage_metrics[f"{stage}_metrics"]
         assert isinstance(held, nn.ModuleDict)
         return {key.removeprefix("metric_"): metric for key, metric in held.items()}  # type: ignore[misc]
 
     def _log_metrics(self, stage: str) -> None:
         for prefix, metric in self._metrics(stage).items():
+            parts = [part for part in metric.modules() if isinstance(part, Metric)]
+            if stage == "train" and not any(part.update_called for part in parts):
+                continue  # a run resumed at the very end of an epoch has seen nothing of it, on any process
             values = metric.compute()
             defined = {name: value.float() for name, value in values.items() if not bool(value.isnan())}
             self.log_dict({f"{stage}/{prefix}{name}": value for name, value in defined.items()})
@@ -339,5 +352,5 @@ class DDCLReadoutModule(pl.LightningModule):
 
 
 def _metric_keys(metrics: Mapping[str, Metric | MetricCollection]) -> dict[str, nn.Module]:
-    # A ModuleDict takes no empty key, and a single head's metrics have no prefix.
+    # A ModuleDict takes no empty key (nor "train"), and a single head's metrics have no prefix.
     return {f"metric_{name}": metric for name, metric in metrics.items()}

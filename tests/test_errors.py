@@ -13,6 +13,9 @@ from ddcl_lightning import (
     Classification,
     Clustering,
     ClusteringMetrics,
+    CodebookMetrics,
+    ConvBackbone,
+    ConvDecoder,
     DDCLAttention,
     DDCLReadout,
     DDCLReadoutModule,
@@ -20,6 +23,7 @@ from ddcl_lightning import (
     IdentityBackbone,
     PCABackbone,
     PrototypeBank,
+    Reconstruction,
     TokenNormalized,
     two_timescale_groups,
 )
@@ -31,6 +35,7 @@ from ddcl_lightning.callbacks import (
     KMeansInitialization,
     PrototypeFigures,
     RatioGuard,
+    ReconstructionFigures,
     TemperatureAnnealing,
 )
 from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
@@ -231,6 +236,21 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "needs a head with prototypes",
     ),
+    "code_out_of_range": (
+        lambda: CodebookMetrics(4).update(torch.tensor([[[4]]])),
+        ValueError,
+        r"codes must be in \[0, num_codes = 4\), or -1 for padding; got values from 4 to 4",
+    ),
+    "decoder_of_another_size": (
+        lambda: fit(autoencoder(ConvDecoder(1, (4, 4))), DigitsDataModule(as_images=True)),
+        ValueError,
+        r"the shape of the target 'x', \(256, 1, 8, 8\); got \(256, 1, 16, 16\)",
+    ),
+    "figures_of_no_reconstruction": (
+        lambda: fit(clustering_module(), loader(), ReconstructionFigures()),
+        ValueError,
+        "whose task is Reconstruction; got DDCLReadoutModule with task Clustering",
+    ),
     "metric_without_samples": (lambda: empty_metric(), RuntimeError, "update"),
     "val_fraction_one": (lambda: DigitsDataModule(val_fraction=1.0), ValueError, r"in \[0, 1\); got 1.0"),
     "negative_noise": (lambda: DebrisDataModule(noise=-1.0), ValueError, "noise"),
@@ -256,6 +276,10 @@ class EmptyLoader:
 
     def __iter__(self) -> Any:
         return iter(())
+
+
+def autoencoder(decoder: ConvDecoder) -> DDCLReadoutModule:
+    return DDCLReadoutModule(ConvBackbone(1, 4, (4,)), DDCLReadout(4), Reconstruction(decoder))
 
 
 def bankless_module() -> Any:

@@ -90,6 +90,14 @@ def test_usage(size: int) -> None:
     assert used < size or size == 1
 
 
+def test_usage_of_hard_codes() -> None:
+    figure = draw_usage(torch.tensor([1, 5, 0]), None, "book", noun="code", tokens="the validation tokens")
+    text = render(figure)
+    assert "book: 2 of 3 codes used" in text
+    assert "share of the validation tokens" in text
+    assert "soft" not in text
+
+
 def test_usage_is_sorted() -> None:
     axis = draw_usage(torch.tensor([1, 5, 2]), torch.tensor([0.2, 0.5, 0.3]), "bank").axes[0]
     assert [bar.get_height() for bar in axis.patches] == [0.625, 0.25, 0.125]

@@ -71,11 +71,11 @@ class ConvBackbone(Backbone):
 def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
     """Half the height and width, then one residual block."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1), _Residual(out_channels)
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1), Residual(out_channels)
     )
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """``x + f(x)`` with two convolutions, normalised before each (He et al. 2016, arXiv 1603.05027)."""
 
     def __init__(self, channels: int) -> None:
@@ -91,5 +91,6 @@ class _Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """A feature map ``(B, channels, H, W)`` of the same shape."""
         features: Tensor = x + self.block(x)
         return features

@@ -7,6 +7,7 @@ from ddcl_lightning.heads.perceiver import PerceiverPooling
 from ddcl_lightning.heads.pma import PMAPooling
 from ddcl_lightning.heads.pooling import CLSPooling, MaxPooling, MeanPooling
 from ddcl_lightning.heads.slot_attention import SlotAttentionPooling
+from ddcl_lightning.heads.soft_vq import SoftVQ
 from ddcl_lightning.heads.vq import VQPooling
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "PerceiverPooling",
     "ReadoutOutput",
     "SlotAttentionPooling",
+    "SoftVQ",
     "VQPooling",
 ]

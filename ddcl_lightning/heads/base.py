@@ -1,6 +1,7 @@
 """The head protocol."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,11 @@ class ReadoutOutput:
         assignments: Mean soft assignment of each sample to the prototypes of the last level,
             ``(B, H, K)``; None while training and for a head without prototypes.
         regularization: A scalar that the task adds to its loss as it is (a repulsion, say), or None.
+        codes: Hard code of each token in every codebook, ``(B, T, H)`` int64 in [0, ``num_codes``), -1 for padding;
+            None for a head without codes.
+        signals: Scalars to be logged while training, by name.
+        inputs: The backbone's tokens that the head has read, ``(B, T, embed_dim)``; the module fills it.
+        mask: Their mask ``(B, T)``, True for valid tokens, or None where all are; likewise.
     """
 
     tokens: Tensor
@@ -33,6 +39,10 @@ class ReadoutOutput:
     levels: list[Decomposition] = field(default_factory=list)
     assignments: Tensor | None = None
     regularization: Tensor | None = None
+    codes: Tensor | None = None
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Tensor | None = None
+    mask: Tensor | None = None
 
     def quantization_loss(self) -> Tensor:
         """``L_q`` summed over levels (eq. 17) and heads, a scalar; without the regularisation.
@@ -57,10 +67,25 @@ class Head(nn.Module, ABC):
     Attributes:
         pooled_dim: Dimension of ``pooled``.
         input_dim: Dimension of the tokens that it was built for; None before.
+        num_codes: Codes of each codebook, for a head whose readout has ``codes``; None for others.
+        num_codebooks: H of the ``codes``.
     """
 
     pooled_dim: int
     input_dim: int | None = None
+    num_codes: int | None = None
+    num_codebooks: int = 1
+
+    @property
+    def token_dim(self) -> int:
+        """Dimension of the readout's ``tokens``; that of the input unless a head overrides it.
+
+        Raises:
+            RuntimeError: If the head is not built.
+        """
+        if self.input_dim is None:
+            raise RuntimeError(f"{type(self).__name__} is not built, so token_dim is unknown. Call build(embed_dim).")
+        return self.input_dim
 
     def build(self, embed_dim: int) -> None:
         """Create what depends on the backbone's ``embed_dim``; called once, before the optimizers exist."""

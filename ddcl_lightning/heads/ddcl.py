@@ -35,7 +35,7 @@ class DDCLReadout(Head):
             for classification, at T near its critical value, see docs/measurements.md; not with ``residual``. All but
             the first store the assignments while training.
         residual: Add the tokens themselves to their mixtures (eq. 5).
-        embedding_scale: ``"none"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
+        embedding_scale: ``"none"``, ``"unit"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
             :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a
             task loss (of the four, the one that kept both the separation and the accuracy at every rho; see
             docs/measurements.md), and does nothing otherwise.
@@ -124,6 +124,11 @@ class DDCLReadout(Head):
         dim = widest(lambda width: per_dim * width, budget)
         # One head in the tokens' own space has no projection, and would leave most of the budget unused.
         return dim - 1 if self.num_heads == 1 and dim == embed_dim > 1 else dim
+
+    @property
+    def token_dim(self) -> int:
+        """Dimension of the mixtures."""
+        return self.attention.output_dim
 
     def init_args(self) -> dict[str, Any]:
         """The arguments, with the scale that an ``"auto"`` one became."""

@@ -120,6 +120,7 @@ class VQPooling(PoolingHead):
     """
 
     layer: VectorQuantizer
+    num_codes: int
 
     def __init__(
         self,
@@ -144,6 +145,11 @@ class VQPooling(PoolingHead):
         if embed_dim is not None:
             self.build(embed_dim)
 
+    @property
+    def token_dim(self) -> int:
+        """d, dimension of the codes."""
+        return self.layer.output_dim
+
     def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
         """A quantiser with codes of ``width``."""
         project = self.budget is not None or width not in (None, embed_dim)
@@ -161,10 +167,12 @@ class VQPooling(PoolingHead):
         shares = None
         if not self.training:
             shares = mean_token(one_hot(found.codes, self.num_codes).float(), mask).unsqueeze(1)
+        codes = found.codes if mask is None else found.codes.masked_fill(~mask, -1)
         loss = self.weight * (found.codebook_loss + self.beta * found.commitment_loss)
         return ReadoutOutput(
             zero_padding(found.tokens, mask),
             mean_token(found.tokens, mask),
             assignments=shares,
             regularization=loss,
+            codes=codes.unsqueeze(-1),
         )

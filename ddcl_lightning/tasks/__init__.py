@@ -4,5 +4,6 @@ from ddcl_lightning.tasks.base import Task
 from ddcl_lightning.tasks.classification import Classification
 from ddcl_lightning.tasks.clustering import Clustering
 from ddcl_lightning.tasks.joint import ClassificationAndClustering
+from ddcl_lightning.tasks.reconstruction import Reconstruction
 
-__all__ = ["Classification", "ClassificationAndClustering", "Clustering", "Task"]
+__all__ = ["Classification", "ClassificationAndClustering", "Clustering", "Reconstruction", "Task"]

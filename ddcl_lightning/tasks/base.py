@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.probe import find_banks
 
 
 class Task(nn.Module, ABC):
@@ -36,6 +38,36 @@ class Task(nn.Module, ABC):
     ) -> None:
         """Feed the metrics with one batch."""
 
+    def train_metrics(self) -> Mapping[str, Metric | MetricCollection]:
+        """New metrics of the training batches, logged once per epoch: for figures that cost no second pass.
+
+        Their state is not saved: a run resumed in the middle of an epoch counts from there on.
+        """
+        return {}
+
+    def update_train_metrics(
+        self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
+    ) -> None:
+        """Feed the training metrics with one batch; the readout is that of training, without assignments."""
+
     def predict(self, readout: ReadoutOutput, batch: Batch) -> dict[str, Tensor]:
         """Columns ``(B,)`` that ``predict`` adds to the assignments."""
         return {}
+
+
+def note_unused_weight(head: Head, quantization_weight: float) -> None:
+    """Say that a head has no ``L_q`` where the task has a weight for it."""
+    if quantization_weight > 0 and not find_banks(head):
+        rank_zero_info(f"{type(head).__name__} has no prototypes: quantization_weight is not used.")
+
+
+def with_head_losses(name: str, loss: Tensor, readout: ReadoutOutput, quantization_weight: float) -> dict[str, Tensor]:
+    """``"loss"``: a task's own + lambda ``L_q`` where the head has prototypes + its regularisation; and each alone."""
+    parts = {name: loss}
+    if quantization_weight > 0 and readout.levels:
+        parts["quantization"] = readout.quantization_loss()
+        loss = loss + quantization_weight * parts["quantization"]
+    if readout.regularization is not None:
+        parts["regularization"] = readout.regularization
+        loss = loss + readout.regularization
+    return {"loss": loss, **parts}

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
@@ -11,8 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from ddcl_lightning.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.probe import find_banks
-from ddcl_lightning.tasks.base import Task
+from ddcl_lightning.tasks.base import Task, note_unused_weight, with_head_losses
 
 
 class Classification(Task):
@@ -54,8 +52,7 @@ class Classification(Task):
 
     def build(self, head: Head) -> None:
         """Create the classifier on ``head.pooled_dim`` inputs."""
-        if self.quantization_weight > 0 and not find_banks(head):
-            rank_zero_info(f"{type(head).__name__} has no prototypes: quantization_weight is not used.")
+        note_unused_weight(head, self.quantization_weight)
         self.classifier = nn.Linear(head.pooled_dim, self.num_classes)
 
     def logits(self, readout: ReadoutOutput) -> Tensor:
@@ -68,14 +65,7 @@ class Classification(Task):
         entropy = cross_entropy(
             self.logits(readout), self._labels(batch), self.class_weights, label_smoothing=self.label_smoothing
         )
-        loss, parts = entropy, {"cross_entropy": entropy}
-        if self.quantization_weight > 0 and readout.levels:
-            parts["quantization"] = readout.quantization_loss()
-            loss = loss + self.quantization_weight * parts["quantization"]
-        if readout.regularization is not None:
-            parts["regularization"] = readout.regularization
-            loss = loss + readout.regularization
-        return {"loss": loss, **parts}
+        return with_head_losses("cross_entropy", entropy, readout, self.quantization_weight)
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
         """Accuracy over samples and F1 averaged over classes."""

@@ -13,10 +13,13 @@ from ddcl_lightning import (
     IdentityBackbone,
     PCABackbone,
     ReadoutOutput,
+    Reconstruction,
+    SequenceDecoder,
 )
 from ddcl_lightning.callbacks import DecompositionCheck, FitSummary, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.callbacks import fit_summary as summary_module
 from ddcl_lightning.datamodules.digits import DigitsDataModule
+from ddcl_lightning.heads import VQPooling
 
 
 def rows_of(size=64, labelled=True, masked=False):
@@ -132,6 +135,18 @@ def test_a_classifier_is_named(capsys):
     summary = FitSummary()
     run(module(task=Classification(num_classes=4)), summary, val=rows_of())
     assert "classifier val/acc" in capsys.readouterr().out
+
+
+def test_an_autoencoder_has_a_line_of_its_own(capsys):
+    summary = FitSummary()
+    task = Reconstruction(SequenceDecoder(4), quantization_weight=0.0)
+    trainer = pl.Trainer(callbacks=[summary], max_epochs=1, **QUIET)
+    trainer.fit(module(head=VQPooling(5), task=task), rows_of(), rows_of())
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("reconstruction (val): "))
+    shown = dict(part.split() for part in line.removeprefix("reconstruction (val): ").split(", "))
+    assert list(shown) == ["mse", "usage", "perplexity", "soft_perplexity"]  # vectors have no PSNR
+    for name, value in shown.items():
+        assert float(value) == pytest.approx(float(trainer.callback_metrics[f"val/{name}"]), rel=1e-3)
 
 
 def test_targets_that_are_no_classes_are_no_labels(capsys):

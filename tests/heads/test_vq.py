@@ -39,6 +39,20 @@ def test_by_hand(dim: int | None) -> None:
     assert head.train()(tokens, mask).assignments is None
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dim", [None, 2])
+def test_codes_are_in_the_readout(dim: int | None, training: bool) -> None:
+    head, tokens, mask = setup(dim=dim)
+    readout = head.train(training)(tokens, mask)
+    assert readout.codes.shape == (3, 5, head.num_codebooks)
+    assert readout.codes.dtype == torch.int64
+    assert readout.tokens.shape[-1] == head.token_dim == (dim or 3)
+    torch.testing.assert_close(head.layer.codebook[readout.codes[mask].flatten()], readout.tokens[mask])
+    assert bool((readout.codes[~mask] == -1).all())
+    assert torch.equal(torch.bincount(readout.codes[mask].flatten(), minlength=head.num_codes), head.layer.counts)
+    assert int(head(tokens).codes.min()) >= 0
+
+
 def test_gradients_go_where_the_paper_sends_them() -> None:
     head, tokens, _ = setup(weight=1.0)
     readout = head(tokens)

@@ -1,0 +1,176 @@
+"""Pictures of an autoencoder at work, for TensorBoard or as files."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from ddcl_lightning.autoencoder_figures import draw_atoms, draw_codebook_history, draw_images
+from ddcl_lightning.batch import Batch
+from ddcl_lightning.callbacks._base import starts_anew
+from ddcl_lightning.callbacks._figures import MAX_POINTS, emit, figure_folder
+from ddcl_lightning.codebook_metrics import CodebookMetrics
+from ddcl_lightning.distributed import sum_over_processes
+from ddcl_lightning.figures import draw_usage
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.tasks.reconstruction import Reconstruction
+
+CURVES = ("mse", "psnr", "usage", "perplexity")
+
+
+class ReconstructionFigures(Callback):
+    """Draws every ``every_n_epochs`` what an autoencoder makes of its validation data, and how its codes are used.
+
+    * images beside what comes back, always the first ones of the validation data;
+    * atoms: what each code stands for. A code is decoded as an image whose every token is the mean of those tokens of
+      the first validation batch that have the code; in a straight-through codebook that is the code itself. Codes
+      that no token of the batch has are crossed out;
+    * how often the whole validation set has each code;
+    * perplexity, use and PSNR over time.
+
+    The first two need a decoder of images, all but the first a head with codes. Without validation data nothing is
+    drawn. Figures go to TensorBoard; with another logger, or none, they are written as PNG files to the folder
+    ``figures`` in that of the run.
+
+    Args:
+        every_n_epochs: Interval between figures; the end of training is drawn too.
+        num_images: Images shown, at least 1.
+
+    Raises:
+        ValueError: If an argument is below 1, or the module's task is not :class:`~ddcl_lightning.Reconstruction`.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("num_images", num_images)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        self._history: list[dict[str, float]] = []
+        self._batch: Batch = None
+        self._counts: Tensor | None = None
+        self._drawn_at = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the module, and forget an earlier run."""
+        task = getattr(pl_module, "task", None)
+        if not (isinstance(pl_module, DDCLReadoutModule) and isinstance(task, Reconstruction)):
+            raise ValueError(
+                "ReconstructionFigures needs a DDCLReadoutModule whose task is Reconstruction; got "
+                f"{type(pl_module).__name__} with task {type(task).__name__}. Remove the callback, or use "
+                "PrototypeFigures."
+            )
+        if starts_anew(trainer, stage):
+            self._history, self._batch, self._counts, self._drawn_at = [], None, None, -1
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first batch of the validation data."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._batch = batch
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the counts of the codes, over all processes, before the module logs and forgets them."""
+        assert isinstance(pl_module, DDCLReadoutModule)
+        metrics = pl_module.stage_metrics["val_metrics"].modules()
+        found = next((metric for metric in metrics if isinstance(metric, CodebookMetrics)), None)
+        self._counts = None if found is None else sum_over_processes(found.counts)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember one point of the curves."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        values = {name: trainer.callback_metrics.get(f"val/{name}") for name in CURVES}
+        point = {name: float(value) for name, value in values.items() if value is not None}
+        self._history.append({"step": float(trainer.global_step), **point})
+        if len(self._history) > MAX_POINTS:
+            del self._history[1::2]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, if this epoch is due."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw where it ended, however it ended."""
+        if self._drawn_at != trainer.global_step:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._drawn_at = trainer.global_step
+        folder = figure_folder(trainer)
+        if not trainer.is_global_zero or self._batch is None or not self._history:
+            return
+        assert isinstance(module, DDCLReadoutModule)
+        modes = {child: child.training for child in module.modules()}
+        module.eval()
+        try:
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                figures = self._pictures(module)
+        finally:
+            for child, training in modes.items():
+                child.training = training
+        if self._counts is not None:
+            counts = self._counts.cpu()
+            for book, used in enumerate(counts):
+                label = _label(book, len(counts))
+                figures[f"codes/{label}"] = draw_usage(used, None, label, noun="code", tokens="the validation tokens")
+            title = "Validation" + (f", mean of {len(counts)} codebooks" if len(counts) > 1 else "")
+            figures["codes/history"] = draw_codebook_history(self._history, counts.shape[1], title)
+        for name, figure in figures.items():
+            emit(trainer, figure, name, folder)
+
+    def _pictures(self, module: DDCLReadoutModule) -> dict[str, Any]:
+        """Images and atoms of the first validation batch, for a decoder of images."""
+        task, readout = module.task, module(self._batch)
+        assert isinstance(task, Reconstruction)
+        decoded, originals, _ = task.compared(readout, self._batch)
+        if decoded.dim() != 4:
+            return {}
+        shown = slice(self.num_images)
+        figures = {"images": draw_images(_plain(originals[shown]), _plain(decoded[shown]), "first validation images")}
+        if readout.codes is not None and module.head.num_codes is not None:
+            low, high = (float(value) for value in originals.aminmax())
+            for book, codes in enumerate(readout.codes.unbind(-1)):
+                vectors, counts = mean_tokens(readout.tokens, codes, module.head.num_codes)
+                atoms = task.decode(vectors.unsqueeze(1).expand(-1, readout.tokens.shape[1], -1))
+                label = _label(book, readout.codes.shape[-1])
+                figures[f"atoms/{label}"] = draw_atoms(
+                    _plain(atoms), counts.cpu(), low, high, label, tokens="one validation batch's tokens"
+                )
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"history": self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the curves."""
+        self._history = list(state_dict["history"])
+
+
+def mean_tokens(tokens: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """Mean of the tokens ``(B, T, D)`` that have each code, ``(K, D)``, and their number ``(K,)``; codes ``(B, T)``.
+
+    Padding, code -1, is left out; a code that no token has gets a zero vector.
+    """
+    rows = codes.flatten() + 1
+    sums = tokens.new_zeros(num_codes + 1, tokens.shape[-1]).index_add_(0, rows, tokens.flatten(0, 1))[1:]
+    counts = torch.bincount(rows, minlength=num_codes + 1)[1:]
+    return sums / counts.clamp(min=1).unsqueeze(1), counts
+
+
+def _label(book: int, books: int) -> str:
+    return f"codebook{book}" if books > 1 else "codebook"
+
+
+def _plain(images: Tensor) -> Tensor:
+    return images.detach().float().cpu()

@@ -1,0 +1,100 @@
+"""Soft vector quantisation as a readout: the bottleneck of an autoencoder, or a discrete summary of a sample."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.heads.pooling import mean_token
+from ddcl_lightning.quantizer import QuantizerGradient, SoftVectorQuantizer
+
+
+class SoftVQ(Head):
+    """A :class:`~ddcl_lightning.SoftVectorQuantizer` between encoder and decoder (section 7.4, eq. 16).
+
+    Its tokens are soft centroids while training and hard codes in evaluation; a sample is their mean. The commitment
+    ``L_q``, free of the tokens' scale, and the entropy bonus are the readout's ``regularization``: the task's
+    ``quantization_weight`` is not used. Codes start by ``KMeansInitialization``, their temperature, a fraction of the
+    critical one of the tokens as they are, falls by ``TemperatureAnnealing(unit="critical")``, and they move by
+    ``prototype_optimizer="TokenNormalized"``, under which none is left behind. Logged while training: ``code_entropy``
+    (of the mean assignment, nats) and ``code_gap`` (between soft and hard codes, as a share of the tokens' variance).
+
+    Args:
+        num_codes: K per codebook.
+        code_dim: d, dimension of a code; by default ``embed_dim // num_heads``.
+        num_heads: H, independent codebooks on slices of a token (product quantisation).
+        temperature: First T as a fraction of the critical one, > 0.
+        commitment_weight: See :class:`~ddcl_lightning.SoftVectorQuantizer`, as for the arguments below.
+        entropy_weight: See there.
+        gradient: See there.
+        embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+
+    Raises:
+        ValueError: If an argument is out of its range; in ``build``, if sizes do not fit each other.
+    """
+
+    quantizer: SoftVectorQuantizer
+    num_codes: int
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int | None = None,
+        num_heads: int = 1,
+        temperature: float = 0.05,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.01,
+        gradient: QuantizerGradient = "straight_through",
+        embed_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_codes, self.code_dim, self.num_heads, self.temperature = num_codes, code_dim, num_heads, temperature
+        self.commitment_weight, self.entropy_weight, self.gradient = commitment_weight, entropy_weight, gradient
+        self.num_codebooks = num_heads
+        self._create(1 if code_dim else max(num_heads, 1))  # refuse early what no embed_dim could mend
+        if embed_dim is not None:
+            self.build(embed_dim)
+
+    def build(self, embed_dim: int) -> None:
+        """Create the quantiser for tokens of dimension ``embed_dim``."""
+        if check_rebuild(self, embed_dim):
+            return
+        self.quantizer = self._create(embed_dim)
+        self.pooled_dim = embed_dim
+        super().build(embed_dim)
+
+    def _create(self, dim: int) -> SoftVectorQuantizer:
+        return SoftVectorQuantizer(
+            dim,
+            self.num_codes,
+            code_dim=self.code_dim,
+            num_heads=self.num_heads,
+            temperature=self.temperature,
+            commitment_weight=self.commitment_weight,
+            entropy_weight=self.entropy_weight,
+            gradient=self.gradient,
+        )
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The projection into the codes' space, where there is one."""
+        projection = self.quantizer.input_projection
+        return [] if projection is None else list(projection.parameters())
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
+        """Quantise ``(B, T, embed_dim)`` tokens; the share of each code is returned in evaluation mode."""
+        check_tokens(self, tokens, mask)
+        tokens, mask = fill_padding(tokens, mask)
+        found = self.quantizer(tokens, mask)
+        codes = found.indices.unsqueeze(-1) if self.num_heads == 1 else found.indices
+        shares = None
+        if not self.training:
+            hard = one_hot(codes, self.num_codes).float()
+            shares = torch.stack([mean_token(hard[:, :, head], mask) for head in range(self.num_heads)], 1)
+        return ReadoutOutput(
+            found.quantized,
+            mean_token(found.quantized, mask),
+            assignments=shares,
+            regularization=found.terms.loss,
+            signals={"code_entropy": found.terms.entropy.mean(), "code_gap": found.terms.gap.mean()},
+            codes=codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1),
+        )
