@@ -1,5 +1,6 @@
 """Two gloo processes train as one process does on the same global batches."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,19 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
+from ddcl_lightning import (
+    Clustering,
+    DDCLReadout,
+    DDCLReadoutModule,
+    Head,
+    PCABackbone,
+    Reconstruction,
+    SequenceDecoder,
+    Task,
+)
 from ddcl_lightning.callbacks import CollapseWarning, DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DebrisDataModule
+from ddcl_lightning.heads import SoftVQ
 from tests.tiny import quiet_trainer
 
 # Centred embeddings give the bias of the encoder a gradient of zero, whose rounding Adam would blow up to whole steps.
@@ -28,9 +39,19 @@ class SaveState(pl.Callback):
         torch.save(state, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
-def train(folder: Path, processes: int, **kwargs: Any) -> list[dict[str, Any]]:
+def clustering() -> tuple[Head, Task]:
+    return DDCLReadout(4), Clustering(4)
+
+
+def soft_codes() -> tuple[Head, Task]:
+    """Their temperature, entropy bonus and codes depend on the tokens of all processes."""
+    head = SoftVQ(4, num_heads=2, temperature=0.3, entropy_weight=0.1)
+    return head, Reconstruction(SequenceDecoder(6, hidden_dim=8))
+
+
+def train(folder: Path, processes: int, parts: Callable[[], tuple[Head, Task]], **kwargs: Any) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    module = DDCLReadoutModule(PCABackbone(6, 4, trainable=True), DDCLReadout(4), Clustering(4), **ENCODER, **kwargs)
+    module = DDCLReadoutModule(PCABackbone(6, 4, trainable=True), *parts(), **ENCODER, **kwargs)
     callbacks = [
         TemperatureAnnealing(),
         KMeansInitialization(num_restarts=2, progress=False),
@@ -50,13 +71,19 @@ def train(folder: Path, processes: int, **kwargs: Any) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
 @pytest.mark.parametrize(
-    "kwargs",
-    [{"gradient_clip_val": 1.0}, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}],
-    ids=["adam", "token_normalized"],
+    ("parts", "kwargs"),
+    [
+        (clustering, {"gradient_clip_val": 1.0}),
+        (clustering, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}),
+        (soft_codes, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}),
+    ],
+    ids=["adam", "token_normalized", "soft_codes"],
 )
-def test_two_processes_equal_one(tmp_path: Path, kwargs: dict[str, Any]) -> None:
-    (alone,) = train(tmp_path, 1, **kwargs)
-    first, second = train(tmp_path, 2, **kwargs)
+def test_two_processes_equal_one(
+    tmp_path: Path, parts: Callable[[], tuple[Head, Task]], kwargs: dict[str, Any]
+) -> None:
+    (alone,) = train(tmp_path, 1, parts, **kwargs)
+    first, second = train(tmp_path, 2, parts, **kwargs)
     assert alone["global_step"] == first["global_step"] == 6
     for name, value in alone.items():
         if isinstance(value, torch.Tensor):
