@@ -91,7 +91,7 @@ class LibraryVQ(Head):
             codes = codes.masked_fill(~mask.unsqueeze(-1), -1)
         loss = self.weight * found[2].sum() if len(found) > 2 else None
         shares = None
-        if not self.training:
+        if not self.training and self.num_codes is not None:
             hard = one_hot(codes.clamp(min=0), self.num_codes).float()
             shares = torch.stack([mean_token(hard[:, :, book], mask) for book in range(self.num_codebooks)], 1)
         return ReadoutOutput(
