@@ -1,0 +1,188 @@
+"""Codebooks side by side: soft codes, straight-through VQ-VAE, and the quantisers of vector-quantize-pytorch.
+
+One encoder, one decoder, the same images, epochs, batches, code dimension and number of codes for all; after every
+epoch the whole test set is encoded with HARD codes, counted and decoded. Every rival has the settings that its authors
+document: k-means start, decay 0.99 and expiry of dead codes for EMA and the rotation trick; the rotation trick inside
+of SimVQ; the levels of the FSQ paper. Losses of quantisers are relative to the variance of the images, as in
+the VQ-VAE paper.
+
+    python benchmarks/codebooks.py --data fashion --images FOLDER --codes 64       # or cifar10, FILE.npz
+    python benchmarks/codebooks.py --quick
+
+Goes on where an interrupted run ended. Writes ``codebooks_DATA_CODES.json``.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from _common import load, options, plus_minus, save
+
+from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, Reconstruction
+from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
+from ddcl_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule
+from ddcl_lightning.heads import MeanPooling, SoftVQ, VQPooling
+from ddcl_lightning.integrations.vector_quantize import LibraryVQ
+
+SEEDS = (0, 1, 2)
+DIM = 16
+RATE = 1e-3  # of encoder and decoder, cosine
+LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
+EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
+
+Create = Callable[[int, float], Head]  # number of codes, variance of the images
+METHODS: dict[str, Create] = {
+    "no bottleneck": lambda codes, variance: MeanPooling(),
+    "soft codes": lambda codes, variance: SoftVQ(
+        codes, commitment_weight=0.25 * variance, entropy_weight=0.01 * variance
+    ),
+    "soft codes, soft gradient": lambda codes, variance: SoftVQ(
+        codes, commitment_weight=0.25 * variance, entropy_weight=0.01 * variance, gradient="soft"
+    ),
+    "VQ-VAE, straight-through": lambda codes, variance: VQPooling(codes, weight=variance),
+    "EMA, k-means, expiry": lambda codes, variance: LibraryVQ(
+        "VectorQuantize",
+        {"codebook_size": codes, **EMA, "rotation_trick": False, "commitment_weight": 0.25},
+        weight=variance,
+    ),
+    "rotation trick": lambda codes, variance: LibraryVQ(
+        "VectorQuantize", {"codebook_size": codes, **EMA, "rotation_trick": True}, weight=variance
+    ),
+    "SimVQ": lambda codes, variance: LibraryVQ("SimVQ", {"codebook_size": codes}, weight=variance),
+    "FSQ": lambda codes, variance: LibraryVQ("FSQ", {"levels": LEVELS[codes]}, weight=variance),
+    "LFQ": lambda codes, variance: LibraryVQ("LFQ", {"codebook_size": codes}, weight=variance),
+}
+
+
+class History(pl.Callback):
+    """Figures of the test set after every epoch, and seconds per training step."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self.seconds, self.steps, self._start = 0.0, 0, 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the start."""
+        self._start = time.perf_counter()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validation runs inside of the last step of an epoch and does not count."""
+        self.seconds += time.perf_counter() - self._start
+        self.steps = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the figures."""
+        names = ("mse", "psnr", "ssim", "usage", "perplexity")
+        found = {name: trainer.callback_metrics.get(f"val/{name}") for name in names}
+        self.epochs.append({name: round(float(value), 6) for name, value in found.items() if value is not None})
+
+
+def data_module(args: argparse.Namespace, seed: int) -> tuple[pl.LightningDataModule, int]:
+    """Images and their channels."""
+    common: dict[str, Any] = {"batch_size": 64, "eval_batch_size": 250, "seed": seed}
+    if args.quick:
+        return DigitsDataModule(**common, val_fraction=0.2, as_images=True, limit=200), 1
+    if args.data == "fashion":
+        return FashionMNISTDataModule(path=str(args.images), limit=args.limit, **common), 1
+    return CIFAR10DataModule(path=str(args.images), limit=args.limit, **common), 3
+
+
+def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+    """One run."""
+    pl.seed_everything(seed, verbose=False)
+    data, channels = data_module(args, seed)
+    data.setup("fit")
+    images = next(iter(data.val_dataloader()))["x"]
+    variance = float(images.var())
+    widths = (16,) if args.quick else (32, 64)
+    lr_prototypes = 10 * RATE if name.startswith("VQ-VAE") else 0.05  # of Adam, or a share of the way
+    module = DDCLReadoutModule(
+        ConvBackbone(channels, DIM, widths),
+        METHODS[name](args.codes, variance),
+        Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
+        prototype_optimizer="Adam" if name.startswith("VQ-VAE") else "TokenNormalized",
+        lr_prototypes=lr_prototypes,
+        rho=RATE / lr_prototypes,
+        lr_task=RATE,
+        lr_schedule="cosine",
+    )
+    history = History()
+    callbacks = [
+        TemperatureAnnealing(start=0.05, end=0.0005),
+        KMeansInitialization(num_restarts=1, max_tokens=16_384, progress=False),
+        history,
+    ]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1 if args.quick else args.epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    step = 1e3 * history.seconds / history.steps
+    return {"method": name, "seed": seed, "step_ms": round(step, 2), "epochs": history.epochs}
+
+
+def table(result: dict[str, Any], codes: int) -> str:
+    """The rows as Markdown."""
+    lines = ["| method | hard MSE | perplexity / K | usage, first epoch | usage, last | smallest | ms per step |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in METHODS:
+        runs = [run for run in result["runs"] if run["method"] == name]
+        if not runs:
+            continue
+        last = [run["epochs"][-1] for run in runs]
+        cells = [plus_minus((epoch["mse"] for epoch in last), 5)]
+        if "usage" in last[0]:
+            cells.append(plus_minus(epoch["perplexity"] / codes for epoch in last))
+            cells.append(plus_minus(run["epochs"][0]["usage"] for run in runs))
+            cells.append(plus_minus(epoch["usage"] for epoch in last))
+            cells.append(f"{min(epoch['usage'] for run in runs for epoch in run['epochs']):.3f}")
+        else:
+            cells += ["-"] * 4
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{min(run['step_ms'] for run in runs):.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = options(__doc__)
+    parser.add_argument("--data", choices=("fashion", "cifar10"), default="fashion")
+    parser.add_argument("--images", type=Path, help="folder of idx files, or CIFAR-10 as a folder or .npz")
+    parser.add_argument("--codes", type=int, choices=tuple(LEVELS), default=64)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=6_000, help="training images")
+    parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), default=tuple(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    args = parser.parse_args()
+    if args.quick:
+        args.codes, args.seeds = 16, SEEDS[:1]
+    elif args.images is None:
+        parser.error("--images is needed: where the images are")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    torch.set_flush_denormal(True)
+    name = "codebooks" if args.quick else f"codebooks_{args.data}_{args.codes}"
+    result = {} if args.quick else load(args.output, name)
+    result.pop("versions", None)
+    result["settings"] = {"epochs": args.epochs, "limit": args.limit, "codes": args.codes, "dim": DIM, "rate": RATE}
+    runs = result.setdefault("runs", [])
+    for seed in args.seeds:
+        for method in args.methods:
+            if not any(run["method"] == method and run["seed"] == seed for run in runs):
+                runs.append(train(args, method, seed))
+                save(args.output, name, result)
+                print(method, seed, runs[-1]["epochs"][-1], runs[-1]["step_ms"], flush=True)
+    print(table(result, args.codes))
+
+
+if __name__ == "__main__":
+    main()
