@@ -15,6 +15,7 @@ FOLDER is a Hugging Face encoder; the texts are read from ``--data`` (sst2_glue.
 """
 
 import argparse
+import json
 import os
 import time
 import warnings
@@ -281,7 +282,14 @@ def main() -> None:
     torch.set_flush_denormal(True)
     result = {} if args.quick else load(args.output, f"text_{args.task}")
     result.pop("versions", None)
-    result.setdefault("settings", {"budget": BUDGET, "epochs": TASKS[args.task]["epochs"], "held_out": HELD_OUT})
+    config = json.loads((args.encoder / "config.json").read_text(encoding="utf-8"))
+    spec = TASKS[args.task]
+    result["settings"] = {
+        "encoder": {key: config[key] for key in ("architectures", "num_hidden_layers", "hidden_size", "vocab_size")},
+        **{key: spec[key] for key in ("epochs", "max_length", "search") if key in spec},
+        "budget": BUDGET,
+        "held_out": HELD_OUT,
+    }
     if args.task == "newsgroups":
         clustering(args, result)
     else:
