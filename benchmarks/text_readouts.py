@@ -75,6 +75,7 @@ HEADS: dict[str, tuple[Callable[[], Head], float, float]] = {
     "slot attention": (lambda: SlotAttentionPooling(budget=BUDGET), 0.0, 1.0),
     "VQ (straight-through)": (lambda: VQPooling(num_codes=64, init="kmeans", budget=BUDGET), 0.0, 1.0),
     "ours, all tokens, slots": (lambda: _ours(16, 8, "all", "slots"), 0.0, 1.0),
+    "ours, all tokens, token slots": (lambda: _ours(4, 1, "all", "token_slots"), 0.0, 1.0),
     "ours, CLS, lambda 0.01": (lambda: _ours(16, 1, "first", "both"), 0.01, 0.1),
     "ours, all tokens, slots, lambda 0.01": (lambda: _ours(16, 8, "all", "slots"), 0.01, 1.0),
     "ours, all tokens, centroid + histogram": (lambda: _ours(16, 8, "all", "both"), 0.0, 0.3),

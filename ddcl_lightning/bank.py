@@ -147,21 +147,27 @@ class PrototypeBank(nn.Module):
         heads, _ = self.split_heads(tokens)
         return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
-    def slots(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def slots(self, tokens: Tensor, mask: Tensor | None = None, values: Tensor | None = None) -> Tensor:
         """One summary of every sample per prototype, see :func:`~ddcl_lightning.functional.prototype_slots`.
 
         Args:
             tokens: ``(B, T, H * d)``.
             mask: ``(B, T)`` boolean, True for valid tokens.
+            values: ``(B, T, E)``, what to average in every head, zero at padding; by default the head's own tokens.
 
         Returns:
-            ``(B, H, K, d)``.
+            ``(B, H, K, d)``, or ``(B, H, K, E)`` of the values.
         """
         self.split_heads(tokens, mask)  # for its checks
         heads = torch.unflatten(tokens, -1, (self.num_heads, self.dim)).transpose(1, 2)
         heads_mask = None if mask is None else mask.unsqueeze(1).expand(heads.shape[:-1])
         found = prototype_slots(
-            heads, self.prototypes, self.temperature.clone(), heads_mask, detach_assignments=self.detach_assignments
+            heads,
+            self.prototypes,
+            self.temperature.clone(),
+            heads_mask,
+            detach_assignments=self.detach_assignments,
+            values=None if values is None else values.unsqueeze(1),
         )
         return found.to(tokens.dtype)
 

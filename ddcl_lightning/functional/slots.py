@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional._common import accumulation_dtype, check_shapes
+from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, zero_padding
 from ddcl_lightning.functional.assignment import _log_assign
 
 
@@ -14,6 +14,7 @@ def prototype_slots(
     mask: Tensor | None = None,
     *,
     detach_assignments: bool = False,
+    values: Tensor | None = None,
 ) -> Tensor:
     """Mean of a sample's tokens as each prototype sees it: ``s_k = sum_n w_kn z_n``, ``w_kn = softmax_n(log q_nk)``.
 
@@ -29,9 +30,10 @@ def prototype_slots(
             dimensions.
         mask: ``(..., N)`` boolean, True for valid tokens.
         detach_assignments: Hold ``w`` constant in the backward pass; the prototypes then get no gradient from here.
+        values: ``(..., N, e)``, what to average; by default the tokens themselves. Leading dimensions broadcast.
 
     Returns:
-        ``(..., K, d)``, float32 or wider; NaN where a sample has no valid token.
+        ``(..., K, d)``, or ``(..., K, e)`` of the values, float32 or wider; NaN where a sample has no valid token.
 
     Raises:
         ValueError: If shapes do not fit or the temperature is not positive.
@@ -41,13 +43,12 @@ def prototype_slots(
     check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
     with torch.autocast(tokens.device.type, enabled=False):
-        values = tokens.to(dtype)
-        if mask is not None:
-            values = values.masked_fill(~mask.unsqueeze(-1), 0.0)
-        logits = _log_assign(values, prototypes.to(dtype), temperature)
+        z = zero_padding(tokens.to(dtype), mask)
+        averaged = z if values is None else values.to(dtype)
+        logits = _log_assign(z, prototypes.to(dtype), temperature)
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         weights = logits.softmax(-2)
         if detach_assignments:
             weights = weights.detach()
-        return weights.mT @ values
+        return weights.mT @ averaged

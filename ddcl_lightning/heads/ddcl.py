@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from ddcl_lightning.attention import DDCLAttention
 from ddcl_lightning.functional import log_barrier
-from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.scale import EmbeddingScale, ScaleMode
 
-Pooling = Literal["centroid", "histogram", "both", "slots"]
+Pooling = Literal["centroid", "histogram", "both", "slots", "token_slots"]
 TokenChoice = Literal["all", "first", "mean"]
 
 
@@ -31,9 +31,10 @@ class DDCLReadout(Head):
         pooling: ``"centroid"``: mean of the soft centroids (what the tokens look like);
             ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated;
             ``"slots"``: for every prototype the mean of the tokens that it is responsible for
-            (:func:`~ddcl_lightning.functional.prototype_slots`, ``H * K * d`` numbers), the strongest of the four
-            for classification, at T near its critical value, see docs/measurements.md; not with ``residual``. All but
-            the first store the assignments while training.
+            (:func:`~ddcl_lightning.functional.prototype_slots`, ``H * K * d`` numbers), as projected;
+            ``"token_slots"``: the same of the backbone's tokens (``H * K * D`` numbers, so few prototypes). The
+            last two are the strongest for classification, at T near its critical value, see docs/measurements.md; not
+            with ``residual``. All but the first store the assignments while training.
         residual: Add the tokens themselves to their mixtures (eq. 5).
         embedding_scale: ``"none"``, ``"unit"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
             :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a
@@ -76,8 +77,10 @@ class DDCLReadout(Head):
             raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}.")
-        if pooling == "slots" and residual:
-            raise ValueError("residual must be False with pooling='slots', which reads tokens and not their mixtures.")
+        if pooling in ("slots", "token_slots") and residual:
+            raise ValueError(
+                f"residual must be False with pooling={pooling!r}, which reads tokens and not their mixtures."
+            )
         if repulsion < 0:
             raise ValueError(f"repulsion must be >= 0; got {repulsion}.")
         if repulsion > 0 and num_prototypes < 2:
@@ -115,6 +118,7 @@ class DDCLReadout(Head):
             "histogram": histogram,
             "both": centroid + histogram,
             "slots": self.attention.bank.prototypes.numel(),
+            "token_slots": histogram * embed_dim,
         }[self.pooling]
         super().build(embed_dim)
 
@@ -162,8 +166,9 @@ class DDCLReadout(Head):
         if output.weights is not None:
             lengths = None if mask is None else mask[:, None, None, :].expand(output.weights.mT.shape)
             assignments = masked_mean(output.weights.mT, lengths)
-        if self.pooling == "slots":
-            pooled = self.attention.bank.slots(output.embedded, mask).flatten(1)
+        if self.pooling in ("slots", "token_slots"):
+            values = zero_padding(tokens, mask) if self.pooling == "token_slots" else None
+            pooled = self.attention.bank.slots(output.embedded, mask, values).flatten(1)
         else:
             pooled = self._pool(output.tokens, assignments, mask)
         regularization = None

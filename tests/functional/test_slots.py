@@ -18,6 +18,14 @@ def test_definition() -> None:
     torch.testing.assert_close(prototype_slots(TOKENS, PROTOTYPES, 0.7, MASK), expected)
 
 
+def test_other_values_are_averaged_with_the_same_weights() -> None:
+    values = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    q = soft_assign(TOKENS, PROTOTYPES.expand(2, 4, 3), 0.7) * MASK.unsqueeze(-1)
+    expected = torch.einsum("bnk,bne->bke", q / q.sum(1, keepdim=True), values)
+    values = values.masked_fill(~MASK.unsqueeze(-1), 0.0)
+    torch.testing.assert_close(prototype_slots(TOKENS, PROTOTYPES, 0.7, MASK, values=values), expected)
+
+
 def test_padding_does_not_matter_whatever_it_holds() -> None:
     padded = torch.where(MASK.unsqueeze(-1), TOKENS, torch.nan).requires_grad_()
     found = prototype_slots(padded, PROTOTYPES, 0.7, MASK)

@@ -136,6 +136,21 @@ def test_slots_are_one_summary_per_prototype() -> None:
     torch.testing.assert_close(head(tokens, mask).pooled, pooled)
 
 
+def test_token_slots_are_the_tokens_of_the_encoder() -> None:
+    head = DDCLReadout(3, num_heads=2, prototype_dim=5, pooling="token_slots", embed_dim=4, temperature=2.0)
+    tokens, mask = torch.randn(2, 6, 4), torch.arange(6) < torch.tensor([[6], [4]])
+    pooled = head(tokens.masked_fill(~mask.unsqueeze(-1), torch.nan), mask).pooled
+    assert pooled.shape == (2, head.pooled_dim) == (2, 2 * 3 * 4)
+    bank, projection = head.attention.bank, head.attention.input_projection
+    assert projection is not None
+    seen = tokens[1:, :4]
+    expected = prototype_slots(projection(seen)[..., 5:], bank.prototypes[1], 2.0, values=seen)
+    torch.testing.assert_close(pooled[1, 12:], expected[0].flatten())
+    pooled.square().sum().backward()
+    assert bank.prototypes.grad is not None
+    assert bool(torch.isfinite(bank.prototypes.grad).all())
+
+
 def test_slots_find_a_token_that_a_mean_drowns() -> None:
     """One token in a hundred carries the class; the slot of the prototype next to it shows it undiluted."""
     head = DDCLReadout(2, pooling="slots", embed_dim=2, temperature=0.5)

@@ -47,6 +47,7 @@ HEADS: dict[str, Callable[..., Head]] = {
     "ddcl": lambda **k: DDCLReadout(6, num_heads=2, pooling="both", **k),
     "ddcl first": lambda **k: DDCLReadout(6, tokens="first", prototype_dim=3, residual=True, **k),
     "ddcl slots": lambda **k: DDCLReadout(6, num_heads=2, pooling="slots", **k),
+    "ddcl token slots": lambda **k: DDCLReadout(6, num_heads=2, pooling="token_slots", **k),
     "ddcl mean": lambda **k: DDCLReadout(6, tokens="mean", **k),
 }
 each_head = pytest.mark.parametrize("name", HEADS)
