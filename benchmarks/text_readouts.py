@@ -19,7 +19,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ from ddcl_lightning.heads import (
 )
 
 BUDGET = 25_600  # parameters of a head: what eight banks of sixteen prototypes take with their projections of 384 to 8
-# Rates of heads and classifier; prototypes step at ten times as much, their projection at as much. The search starts
-# with three neighbours and goes on while the best one is at the edge of what was tried.
+# Rates of heads, prototypes and classifier, as the module's defaults couple them; a projection before prototypes steps
+# at a tenth (rho). The search starts with three neighbours and goes on while the best one is at the edge of what was tried.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST = LADDER[3:6]
 SEEDS = (0, 1, 2, 3, 4)
 HELD_OUT = 0.05
 TASKS: dict[str, dict[str, Any]] = {
@@ -75,10 +76,10 @@ HEADS: dict[str, tuple[Callable[[], Head], float, float]] = {
     "slot attention": (lambda: SlotAttentionPooling(budget=BUDGET), 0.0, 1.0),
     "VQ (straight-through)": (lambda: VQPooling(num_codes=64, init="kmeans", budget=BUDGET), 0.0, 1.0),
     "ours, all tokens, slots": (lambda: _ours(16, 8, "all", "slots"), 0.0, 1.0),
-    "ours, all tokens, token slots": (lambda: _ours(4, 1, "all", "token_slots"), 0.0, 1.0),
     "ours, CLS, lambda 0.01": (lambda: _ours(16, 1, "first", "both"), 0.01, 0.1),
     "ours, all tokens, slots, lambda 0.01": (lambda: _ours(16, 8, "all", "slots"), 0.01, 1.0),
     "ours, all tokens, centroid + histogram": (lambda: _ours(16, 8, "all", "both"), 0.0, 0.3),
+    "ours, all tokens, token slots": (lambda: _ours(4, 1, "all", "token_slots"), 0.0, 1.0),
 }
 
 
@@ -104,7 +105,7 @@ def train(
         backbone,
         create(),
         Classification(2, quantization_weight=weight),
-        lr_prototypes=10 * rate,
+        lr_prototypes=rate,
         rho=0.1,
         lr_task=rate,
         lr_schedule="linear",
@@ -173,9 +174,7 @@ def classification(task: str, args: argparse.Namespace, result: dict[str, Any]) 
     )
     for name in HEADS:
         tried = chosen.setdefault(name, {"held_out_acc": {}})["held_out_acc"]
-        # Where a smaller rate turned out to be better.
-        first = LADDER[1:4] if name.startswith("ours") else LADDER[3:6]
-        while (rate := next_rate(tried, first)) is not None:
+        while (rate := next_rate(tried)) is not None:
             tried[str(rate)] = train(backbone, held_out, name, rate, 0, epochs)["acc"]
         best = chosen[name]["rate"] = float(max(tried, key=tried.__getitem__))
         runs[:] = [run for run in runs if run["head"] != name or run["rate"] == best]
@@ -187,9 +186,9 @@ def classification(task: str, args: argparse.Namespace, result: dict[str, Any]) 
             print(task, runs[-1], flush=True)
 
 
-def next_rate(tried: dict[str, float], first: Sequence[float]) -> float | None:
+def next_rate(tried: dict[str, float]) -> float | None:
     """The rate to try next, or None where the best one has worse neighbours on both sides (or the ladder ends)."""
-    for rate in first:
+    for rate in FIRST:
         if str(rate) not in tried:
             return rate
     place = LADDER.index(float(max(tried, key=tried.__getitem__)))
