@@ -46,7 +46,8 @@ from ddcl_lightning.heads import (
 
 BUDGET = 25_600  # parameters of a head: what eight banks of sixteen prototypes take with their projections of 384 to 8
 # Rates of heads, prototypes and classifier, as the module's defaults couple them; a projection before prototypes steps
-# at a tenth (rho). The search starts with three neighbours and goes on while the best one is at the edge of what was tried.
+# at a tenth (rho), codes of VQ at ten times as much. The search starts with three neighbours and goes on while the best
+# one is at the edge of what was tried.
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST = LADDER[3:6]
 SEEDS = (0, 1, 2, 3, 4)
@@ -105,7 +106,7 @@ def train(
         backbone,
         create(),
         Classification(2, quantization_weight=weight),
-        lr_prototypes=rate,
+        lr_prototypes=10 * rate if name.startswith("VQ") else rate,
         rho=0.1,
         lr_task=rate,
         lr_schedule="linear",
