@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import options, peak_mib, save
+from _common import forget_peak, options, peak_since_mib, save
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -110,9 +110,11 @@ def memory_of_this_process(name: str, width: str, batch: int, tokens: int) -> fl
     """Memory in MiB that one forward and backward adds to that of the inputs."""
     prepare(name, width, 1, 8)[0]()  # loads libraries and starts threads
     step, _ = prepare(name, width, batch, tokens)
-    before = peak_mib()
+    if not forget_peak():
+        raise OSError("the peak of a process can be measured on Linux only.")
+    before = peak_since_mib()
     step()
-    return peak_mib() - before
+    return peak_since_mib() - before
 
 
 def memory(name: str, width: str, batch: int, tokens: int) -> float:
