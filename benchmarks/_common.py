@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import lightning.pytorch as pl
 import sklearn
 import torch
 
@@ -46,6 +47,21 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
+
+
+def quiet_trainer(max_epochs: int, callbacks: list[Any], **kwargs: Any) -> pl.Trainer:
+    """A trainer on the CPU that prints and writes nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
 
 
 def forget_peak() -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import load, options, plus_minus, save
+from _common import load, options, plus_minus, quiet_trainer, save
 
 from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, Reconstruction
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
@@ -117,16 +117,7 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         KMeansInitialization(num_restarts=1, max_tokens=16_384, progress=False),
         history,
     ]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1 if args.quick else args.epochs,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(1 if args.quick else args.epochs, callbacks)
     trainer.fit(module, datamodule=data)
     step = 1e3 * history.seconds / history.steps
     return {"method": name, "seed": seed, "step_ms": round(step, 2), "epochs": history.epochs}

@@ -24,7 +24,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import ROOT, options, save
+from _common import ROOT, options, quiet_trainer, save
 
 from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule
 from ddcl_lightning.backbones import TransformersBackbone
@@ -66,16 +66,7 @@ def run(args: argparse.Namespace, cache: Path | None) -> dict[str, Any]:
     pl.seed_everything(0, verbose=False)
     module = DDCLReadoutModule(backbone(args, cache), DDCLReadout(16, prototype_dim=64), Classification(2))
     clock = Clock()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=EPOCHS,
-        callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    trainer = quiet_trainer(EPOCHS, [clock], limit_val_batches=0)
     clock.start = time.perf_counter()
     trainer.fit(module, datamodule=data_module(args))
     return {"before_s": round(clock.before, 2), "epochs_s": [round(seconds, 2) for seconds in clock.epochs]}

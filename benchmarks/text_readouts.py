@@ -25,7 +25,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import ROOT, load, options, plus_minus, save
+from _common import ROOT, load, options, plus_minus, quiet_trainer, save
 
 from ddcl_lightning import Classification, Clustering, DDCLReadout, DDCLReadoutModule, Head
 from ddcl_lightning.backbones import TransformersBackbone
@@ -115,7 +115,7 @@ def train(
         TemperatureAnnealing(start=fraction, end=fraction, schedule="linear"),
         KMeansInitialization(num_restarts=1, max_tokens=8192, progress=False),
     ]
-    trainer = _trainer(epochs, callbacks)
+    trainer = quiet_trainer(epochs, callbacks, check_val_every_n_epoch=epochs)
     start = time.perf_counter()
     trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - start
@@ -130,20 +130,6 @@ def train(
         "classifier": sum(parameter.numel() for parameter in module.task.parameters()),
         "seconds": round(seconds, 1),
     }
-
-
-def _trainer(epochs: int, callbacks: list[Any]) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=epochs,
-    )
 
 
 def readouts(backbone: TransformersBackbone, data: TextDataModule, batches: Any) -> Readouts:
@@ -239,7 +225,8 @@ def _cluster(
         TemperatureAnnealing(start=0.1, end=0.005),
         KMeansInitialization(num_restarts=10, seed=100 * seed, progress=False),
     ]
-    trainer = _trainer(1 if args.quick else TASKS["newsgroups"]["epochs"], callbacks)
+    epochs = 1 if args.quick else TASKS["newsgroups"]["epochs"]
+    trainer = quiet_trainer(epochs, callbacks, check_val_every_n_epoch=epochs)
     trainer.fit(module, datamodule=data)
     found = collect_readouts(module, data.val_dataloader(), max_samples=1 << 30)
     return clustering_scores(found.clusters[:, 0], found.labels, 20)
