@@ -9,10 +9,12 @@ the VQ-VAE paper.
     python benchmarks/codebooks.py --data fashion --images FOLDER --codes 64       # or cifar10, FILE.npz
     python benchmarks/codebooks.py --quick
 
-Goes on where an interrupted run ended. Writes ``codebooks_DATA_CODES.json``.
+Goes on where an interrupted run ended. Writes ``codebooks_DATA_CODES.json``,
+with ``_dD`` for another dimension.
 """
 
 import argparse
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -31,18 +33,31 @@ from ddcl_lightning.integrations.vector_quantize import LibraryVQ
 
 SEEDS = (0, 1, 2)
 DIM = 16
+EVAL_BATCH = 250
 RATE = 1e-3  # of encoder and decoder, cosine
+SHARE = 0.02  # of the way that our codes go in a step
+WATCHED = 2_000  # test images that are looked at after every epoch; all of them are at the end
 LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
+
+OURS, PAPER = "soft codes", "soft codes as in the paper, Adam"
+
+
+def _weights(variance: float) -> dict[str, float]:
+    """Weights of the quantiser's losses, for a reconstruction loss in units of the images' variance."""
+    return {"commitment_weight": 0.25 * variance, "entropy_weight": 0.01 * variance}
+
 
 Create = Callable[[int, float], Head]  # number of codes, variance of the images
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
-    "soft codes": lambda codes, variance: SoftVQ(
-        codes, commitment_weight=0.25 * variance, entropy_weight=0.01 * variance
+    OURS: lambda codes, variance: SoftVQ(codes, **_weights(variance)),
+    f"{OURS}, soft output": lambda codes, variance: SoftVQ(codes, **_weights(variance), training_output="soft"),
+    f"{OURS}, soft output and gradient": lambda codes, variance: SoftVQ(
+        codes, **_weights(variance), training_output="soft", gradient="soft"
     ),
-    "soft codes, soft gradient": lambda codes, variance: SoftVQ(
-        codes, commitment_weight=0.25 * variance, entropy_weight=0.01 * variance, gradient="soft"
+    PAPER: lambda codes, variance: SoftVQ(
+        codes, commitment_weight=0.25 * variance, entropy_weight=0.0, training_output="soft", gradient="soft"
     ),
     "VQ-VAE, straight-through": lambda codes, variance: VQPooling(codes, weight=variance),
     "EMA, k-means, expiry": lambda codes, variance: LibraryVQ(
@@ -77,14 +92,22 @@ class History(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the figures."""
-        names = ("mse", "psnr", "ssim", "usage", "perplexity")
-        found = {name: trainer.callback_metrics.get(f"val/{name}") for name in names}
-        self.epochs.append({name: round(float(value), 6) for name, value in found.items() if value is not None})
+        self.epochs.append(figures(trainer, "val"))
+        entropy = trainer.callback_metrics.get("train/code_entropy")
+        if entropy is not None:
+            self.epochs[-1]["soft_perplexity"] = round(math.exp(float(entropy)), 3)
+
+
+def figures(trainer: pl.Trainer, stage: str) -> dict[str, float]:
+    """What the last pass over a set found."""
+    names = ("mse", "psnr", "ssim", "usage", "perplexity")
+    found = {name: trainer.callback_metrics.get(f"{stage}/{name}") for name in names}
+    return {name: round(float(value), 6) for name, value in found.items() if value is not None}
 
 
 def data_module(args: argparse.Namespace, seed: int) -> tuple[pl.LightningDataModule, int]:
     """Images and their channels."""
-    common: dict[str, Any] = {"batch_size": 64, "eval_batch_size": 250, "seed": seed}
+    common: dict[str, Any] = {"batch_size": 64, "eval_batch_size": EVAL_BATCH, "seed": seed}
     if args.quick:
         return DigitsDataModule(**common, val_fraction=0.2, as_images=True, limit=200), 1
     if args.data == "fashion":
@@ -100,12 +123,13 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     images = next(iter(data.val_dataloader()))["x"]
     variance = float(images.var())
     widths = (16,) if args.quick else (32, 64)
-    lr_prototypes = 10 * RATE if name.startswith("VQ-VAE") else 0.05  # of Adam, or a share of the way
+    adam = name.startswith("VQ-VAE") or name == PAPER
+    lr_prototypes = 10 * RATE if adam else SHARE  # a rate of Adam, or a share of the way
     module = DDCLReadoutModule(
-        ConvBackbone(channels, DIM, widths),
+        ConvBackbone(channels, args.dim, widths),
         METHODS[name](args.codes, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
-        prototype_optimizer="Adam" if name.startswith("VQ-VAE") else "TokenNormalized",
+        prototype_optimizer="Adam" if adam else "TokenNormalized",
         lr_prototypes=lr_prototypes,
         rho=RATE / lr_prototypes,
         lr_task=RATE,
@@ -113,14 +137,17 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     )
     history = History()
     callbacks = [
-        TemperatureAnnealing(start=0.05, end=0.0005),
+        TemperatureAnnealing(start=0.05, end=0.0005, per="step"),
         KMeansInitialization(num_restarts=1, max_tokens=16_384, progress=False),
         history,
     ]
-    trainer = quiet_trainer(1 if args.quick else args.epochs, callbacks)
+    watched = 1.0 if args.quick else WATCHED // EVAL_BATCH
+    trainer = quiet_trainer(1 if args.quick else args.epochs, callbacks, limit_val_batches=watched)
     trainer.fit(module, datamodule=data)
+    trainer.test(module, data, verbose=False)
     step = 1e3 * history.seconds / history.steps
-    return {"method": name, "seed": seed, "step_ms": round(step, 2), "epochs": history.epochs}
+    result = {"method": name, "seed": seed, "step_ms": round(step, 2), "test": figures(trainer, "test")}
+    return {**result, "epochs": history.epochs}
 
 
 def table(result: dict[str, Any], codes: int) -> str:
@@ -131,12 +158,12 @@ def table(result: dict[str, Any], codes: int) -> str:
         runs = [run for run in result["runs"] if run["method"] == name]
         if not runs:
             continue
-        last = [run["epochs"][-1] for run in runs]
-        cells = [plus_minus((epoch["mse"] for epoch in last), 5)]
+        last = [run["test"] for run in runs]
+        cells = [plus_minus((found["mse"] for found in last), 5)]
         if "usage" in last[0]:
-            cells.append(plus_minus(epoch["perplexity"] / codes for epoch in last))
+            cells.append(plus_minus(found["perplexity"] / codes for found in last))
             cells.append(plus_minus(run["epochs"][0]["usage"] for run in runs))
-            cells.append(plus_minus(epoch["usage"] for epoch in last))
+            cells.append(plus_minus(found["usage"] for found in last))
             cells.append(f"{min(epoch['usage'] for run in runs for epoch in run['epochs']):.3f}")
         else:
             cells += ["-"] * 4
@@ -150,6 +177,7 @@ def main() -> None:
     parser.add_argument("--data", choices=("fashion", "cifar10"), default="fashion")
     parser.add_argument("--images", type=Path, help="folder of idx files, or CIFAR-10 as a folder or .npz")
     parser.add_argument("--codes", type=int, choices=tuple(LEVELS), default=64)
+    parser.add_argument("--dim", type=int, default=DIM, help="dimension of tokens and codes")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--limit", type=int, default=6_000, help="training images")
     parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), default=tuple(METHODS))
@@ -161,10 +189,20 @@ def main() -> None:
         parser.error("--images is needed: where the images are")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     torch.set_flush_denormal(True)
-    name = "codebooks" if args.quick else f"codebooks_{args.data}_{args.codes}"
+    name = (
+        "codebooks"
+        if args.quick
+        else f"codebooks_{args.data}_{args.codes}" + (f"_d{args.dim}" if args.dim != DIM else "")
+    )
     result = {} if args.quick else load(args.output, name)
     result.pop("versions", None)
-    result["settings"] = {"epochs": args.epochs, "limit": args.limit, "codes": args.codes, "dim": DIM, "rate": RATE}
+    result["settings"] = {
+        "epochs": args.epochs,
+        "limit": args.limit,
+        "codes": args.codes,
+        "dim": args.dim,
+        "rate": RATE,
+    }
     runs = result.setdefault("runs", [])
     for seed in args.seeds:
         for method in args.methods:

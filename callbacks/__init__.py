@@ -1,16 +1,19 @@
 """Lightning callbacks for any LightningModule that holds a prototype bank."""
 
+from ddcl_lightning.callbacks.adaptive_bank_size import AdaptiveBankSize
 from ddcl_lightning.callbacks.assignment_writer import AssignmentWriter
 from ddcl_lightning.callbacks.collapse_warning import CollapseError, CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck, DecompositionViolationError
 from ddcl_lightning.callbacks.fit_summary import FitSummary
 from ddcl_lightning.callbacks.kmeans_initialization import KMeansInitialization
+from ddcl_lightning.callbacks.level_figures import LevelFigures
 from ddcl_lightning.callbacks.prototype_figures import PrototypeFigures
 from ddcl_lightning.callbacks.ratio_guard import RatioGuard
 from ddcl_lightning.callbacks.reconstruction_figures import ReconstructionFigures
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 
 __all__ = [
+    "AdaptiveBankSize",
     "AssignmentWriter",
     "CollapseError",
     "CollapseWarning",
@@ -18,6 +21,7 @@ __all__ = [
     "DecompositionViolationError",
     "FitSummary",
     "KMeansInitialization",
+    "LevelFigures",
     "PrototypeFigures",
     "RatioGuard",
     "ReconstructionFigures",

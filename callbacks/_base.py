@@ -60,6 +60,9 @@ class BankCallback(Callback):
     def forget(self) -> None:
         """Drop what is remembered of an earlier run."""
 
+    def bank_resized(self, name: str) -> None:
+        """Drop what is remembered of the single prototypes of a bank, whose number has changed."""
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
         self._banks = require_banks(pl_module, type(self).__name__)

@@ -88,6 +88,10 @@ class CollapseWarning(BankCallback):
         """Drop the signals and warnings of an earlier run."""
         self.signals, self.reported, self._watches = {}, [], {}
 
+    def bank_resized(self, name: str) -> None:
+        """Judge its separation and the use of its prototypes anew; a reading of half a split would mislead."""
+        self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
+
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Read, log and judge the signals of one batch."""
         messages = [message for name, one in seen.items() for message in self._look(trainer, pl_module, name, one)]

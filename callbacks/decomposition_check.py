@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from ddcl_lightning.callbacks._base import BankCallback, log_name
-from ddcl_lightning.functional import DecompositionErrors, decomposition_errors
+from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.probe import Observation
 
 # Relative to the energy of the batch; measured worst cases over random problems are in docs/measurements.md.
@@ -27,6 +28,10 @@ class DecompositionCheck(BankCallback):
     around them, each on its own, for the very tokens of the batch, and held against the terms that entered the loss.
     A wrong softmax, padding inside a mean, assignments that do not sum to one or a NaN make it fail.
 
+    So does a bank of several prototypes that coincide: at every level of a hierarchy V must be > 0 (Proposition 5).
+    Where prototypes differ and V is 0 all the same, assignments are hard to the last bit of float64; that is said once
+    for each bank, and is no violation.
+
     Args:
         every_n_batches: Interval between checks; nothing is read in between.
         on_violation: ``"raise"`` stops the run, ``"warn"`` goes on and counts.
@@ -37,6 +42,7 @@ class DecompositionCheck(BankCallback):
     Attributes:
         checks: Checks made so far.
         violations: Checks that failed so far.
+        smallest_variance: Smallest V seen so far of any head, by bank.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -56,10 +62,12 @@ class DecompositionCheck(BankCallback):
             raise ValueError(f"tolerance must be in (0, 1), relative to the energy; got {tolerance}.")
         self.on_violation, self.tolerance = on_violation, tolerance
         self.checks = self.violations = 0
+        self.smallest_variance: dict[str, float] = {}
 
     def forget(self) -> None:
         """Count anew."""
         self.checks = self.violations = 0
+        self.smallest_variance = {}
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Check the terms of one batch."""
@@ -69,29 +77,60 @@ class DecompositionCheck(BankCallback):
             )
             self.checks += 1
             failures = find_violations(errors, observed.terms.loss.dtype, self.tolerance)
+            variance = exact_variance(observed, errors, self.tolerance)
             pl_module.log(log_name(name, "decomposition_error"), max(errors.identity, errors.loss))
+            pl_module.log(log_name(name, "variance"), variance.min())
+            failures += self._without_spread(name, trainer, observed, variance)
             if failures:
                 self.violations += 1
                 self._report(name, trainer, failures)
 
+    def _without_spread(self, name: str, trainer: pl.Trainer, seen: Observation, variance: Tensor) -> list[str]:
+        """Remember the smallest V ``(H,)``, and say where it is 0 without need."""
+        before = self.smallest_variance.get(name, float("inf"))
+        self.smallest_variance[name] = now = min(before, float(variance.min()))
+        if seen.prototypes.shape[1] == 1:
+            return []
+        together = [head for head, found in enumerate(coincide(seen.prototypes).tolist()) if found]
+        if together:
+            return [
+                f"V > 0: its {seen.prototypes.shape[1]} prototypes coincide in heads {together}, and get the same "
+                "gradients for ever; lower the temperature below the critical one of this bank's tokens "
+                "(CollapseWarning shows T / T_c) and start anew"
+            ]
+        if now <= 0 < before:
+            rank_zero_info(
+                f"DecompositionCheck: V = 0 at step {trainer.global_step} in bank {name!r}, whose prototypes differ: "
+                f"at T = {seen.temperature.tolist()} every token of the batch is on one prototype to the last bit of "
+                "float64, as in k-means, and nothing moves prototypes apart. End the temperature higher to change it."
+            )
+        return []
+
     def _report(self, name: str, trainer: pl.Trainer, failures: list[str]) -> None:
-        message = (
-            f"decomposition violated at step {trainer.global_step} in bank {name!r}: {'; '.join(failures)}. The terms "
-            "that entered the loss are not those of eq. 3 for these tokens: check a changed softmax, the mask, or "
-            "arithmetic in too low a precision."
-        )
+        message = f"decomposition violated at step {trainer.global_step} in bank {name!r}: {'; '.join(failures)}."
+        if not failures[0].startswith("V > 0"):
+            message += (
+                " The terms that entered the loss are not those of eq. 3 for these tokens: check a changed softmax, "
+                "the mask, or arithmetic in too low a precision."
+            )
         if self.on_violation == "raise":
             raise DecompositionViolationError(message)
         rank_zero_warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts of checks and violations."""
-        return {**super().state_dict(), "checks": self.checks, "violations": self.violations}
+        return {
+            **super().state_dict(),
+            "checks": self.checks,
+            "violations": self.violations,
+            "smallest_variance": self.smallest_variance,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counts."""
         super().load_state_dict(state_dict)
         self.checks, self.violations = state_dict["checks"], state_dict["violations"]
+        self.smallest_variance = dict(state_dict.get("smallest_variance", {}))  # version 0.1.0 did not keep it
 
 
 def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: float | None = None) -> list[str]:
@@ -102,10 +141,7 @@ def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: 
         dtype: Precision in which the trained terms were computed.
         tolerance: Largest error relative to the energy; by default that of the precision.
     """
-    allowed = tolerance
-    if allowed is None:
-        reduced = 0.0 if dtype == torch.float64 else REDUCED[torch.get_float32_matmul_precision()]
-        allowed = max(TOLERANCES[dtype], reduced)
+    allowed = _allowed(dtype, tolerance)
     # Rounding of the logits moves loss between L_OLS and V in proportion to energy / T; their sum does not feel it.
     split = allowed * max(1.0, errors.sharpness)
     rows = max(allowed, TOLERANCES[torch.float64])
@@ -125,3 +161,31 @@ def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: 
         for name, (error, limit) in limits.items()
         if not error <= limit  # a NaN is a violation
     ]
+
+
+def exact_variance(seen: Observation, errors: DecompositionErrors, tolerance: float | None = None) -> Tensor:
+    """V ``(H,)`` float64: the trained one where it is far above its rounding, else that of the definitions.
+
+    Args:
+        seen: What the bank saw.
+        errors: Its errors.
+        tolerance: That of :func:`find_violations`.
+    """
+    trained = seen.terms.variance.double()
+    rounding = _allowed(seen.terms.loss.dtype, tolerance)
+    if bool((trained > 100 * rounding * max(1.0, errors.sharpness) * errors.energy).all()):
+        return trained
+    return decompose(seen.tokens, seen.prototypes, seen.temperature, seen.mask).variance
+
+
+def coincide(prototypes: Tensor) -> Tensor:
+    """Whether all prototypes ``(H, K, d)`` of a head are one point to the precision of their numbers, ``(H,)``."""
+    spread = (prototypes - prototypes[:, :1]).abs().amax((1, 2))
+    return spread <= 4 * torch.finfo(prototypes.dtype).eps * prototypes.abs().amax((1, 2))
+
+
+def _allowed(dtype: torch.dtype, tolerance: float | None) -> float:
+    if tolerance is not None:
+        return tolerance
+    reduced = 0.0 if dtype == torch.float64 else REDUCED[torch.get_float32_matmul_precision()]
+    return max(TOLERANCES[dtype], reduced)

@@ -41,7 +41,7 @@ class _Evaluation(NamedTuple):
     """One pass of all processes."""
 
     readouts: Readouts
-    tokens: Tensor  # (H, N, d): sample of what the last bank saw
+    tokens: dict[str, Tensor]  # (H, N, d): sample of what each bank saw
 
 
 class FitSummary(Callback):
@@ -133,12 +133,11 @@ class FitSummary(Callback):
             self.rows["k-means, features before training"] = self._before
         else:
             self.rows["k-means, features"] = self._kmeans(module, now, now.mean)
-        signals: list[HeadSignals] = []
-        if banks:
-            bank = banks[-1]
+        signals: list[list[HeadSignals]] = []
+        for bank, tokens in zip(banks, found.tokens.values(), strict=True):
             terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
-            look = Observation(found.tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
-            signals = read_signals(look, bank.detach_assignments)
+            look = Observation(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
+            signals.append(read_signals(look, bank.detach_assignments))
         return self._format(trainer, module, signals)
 
     def _fill_probes(self, train: Readouts, test: Readouts) -> None:
@@ -159,21 +158,21 @@ class FitSummary(Callback):
 
     def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule, batches: Iterator[Batch]) -> _Evaluation | None:
         """The pass of all processes; None where one of them failed, so that none waits for another."""
-        sample = Reservoir(MAX_TOKENS)
+        samples = {name: Reservoir(MAX_TOKENS) for name in find_banks(module.head)}
 
         def run() -> Readouts:
             with isolate_rng(), trainer.precision_plugin.val_step_context():
                 return collect_readouts(
-                    module, batches, tokens=sample, to_device=lambda batch: to_device(trainer, batch)
+                    module, batches, tokens=samples, to_device=lambda batch: to_device(trainer, batch)
                 )
 
         part = self._try(run)
         if any(gather_objects(part is None)) or part is None:
             return None
-        tokens = sample.gather().transpose(0, 1) if find_banks(module.head) else torch.empty(0)
+        tokens = {name: sample.gather().transpose(0, 1) for name, sample in samples.items()}
         return _Evaluation(Readouts.cat(gather_objects(part)), tokens)
 
-    def _format(self, trainer: pl.Trainer, module: DDCLReadoutModule, signals: list[HeadSignals]) -> str:
+    def _format(self, trainer: pl.Trainer, module: DDCLReadoutModule, signals: list[list[HeadSignals]]) -> str:
         width = max(map(len, [*self.rows, *self.probes])) + 2
         titles = (f"{name.upper() if len(name) == 3 else name:>12}" for name in CLUSTERING_METRICS)
         lines = ["", " " * width + "".join(titles)]
@@ -195,12 +194,14 @@ class FitSummary(Callback):
         lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         if not signals:
             return "\n".join(lines)
-        for head, now in enumerate(signals):
-            prefix = f"head {head}: " if len(signals) > 1 else ""
-            lines.append(
-                f"{prefix}Delta {now.delta_min:.4g} (mean {now.delta_mean:.4g}), embeddings' spread {now.scale:.4g}, "
-                f"H / ln K {now.entropy_ratio:.3f}, T / T_c {now.temperature_ratio:.3g}"
-            )
+        for level, heads in enumerate(signals, 1):
+            for head, now in enumerate(heads):
+                places = [f"level {level}"] * (len(signals) > 1) + [f"head {head}"] * (len(heads) > 1)
+                prefix = f"{', '.join(places)}: " if places else ""
+                lines.append(
+                    f"{prefix}Delta {now.delta_min:.4g} (mean {now.delta_mean:.4g}), embeddings' spread "
+                    f"{now.scale:.4g}, H / ln K {now.entropy_ratio:.3f}, T / T_c {now.temperature_ratio:.3g}"
+                )
         checks = [callback for callback in trainer.callbacks if isinstance(callback, DecompositionCheck)]  # type: ignore[attr-defined]
         lines += [f"decomposition: {c.violations} violations in {c.checks} checks" for c in checks] or [
             "decomposition: not checked (add DecompositionCheck)"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
-from ddcl_lightning.collect import collect_tokens, execution_order
+from ddcl_lightning.collect import calls_per_step, collect_tokens, execution_order
 from ddcl_lightning.distributed import broadcast_object, is_first_process
 from ddcl_lightning.kmeans import InitMethod, initial_prototypes
 from ddcl_lightning.probe import find_banks, require_banks
@@ -21,8 +21,9 @@ class KMeansInitialization(Callback):
     The module's own training step runs over its own training loader, transforms, masks and all, up to the bank;
     a bounded uniform sample of the valid tokens is clustered, head by head, on the first process and sent to the
     others. Banks are done in the order in which the step calls them, so that a second level sees what the first
-    one really gives. A bank that is initialised already (a resumed or loaded run) is left alone. The pass leaves no
-    trace: loaders, random state, modes and buffers stay as they were.
+    one really gives; a bank that several layers share is started from the tokens of all of them. A bank that is
+    initialised already (a resumed or loaded run) is left alone. The pass leaves no trace: loaders, random state, modes
+    and buffers stay as they were.
 
     Args:
         method: ``"kmeans"`` (k-means++, best of ``num_restarts``) or ``"farthest_point"``.
@@ -67,13 +68,26 @@ class KMeansInitialization(Callback):
             bank = banks[name]
             if bool(bank.initialized):
                 continue
-            tokens = collect_tokens(
-                trainer, pl_module, name, bank, max_tokens=self.max_tokens, seed=self.seed, progress=progress
-            )
-            bank.set_prototypes(self._prototypes(name, bank, tokens, progress))
-            for callback in annealing:
-                # The next bank's tokens depend on this one's temperature, so it is set now.
-                callback.set_reference(trainer, name, bank, tokens)
+            # Of layers that share a bank, the later ones see sensible tokens once it has started from the first one's.
+            for calls in sorted({1, calls_per_step(pl_module, bank)}):
+                tokens = collect_tokens(
+                    trainer,
+                    pl_module,
+                    name,
+                    bank,
+                    max_tokens=self.max_tokens,
+                    seed=self.seed,
+                    progress=progress,
+                    calls=calls,
+                )
+                bank.set_prototypes(self._prototypes(name, bank, tokens, progress))
+                if bank.critical is not None and bank.fraction is not None:
+                    # Before the first batch there is no critical temperature for the next bank's tokens to depend on.
+                    bank.critical.start(tokens)
+                    bank.set_fraction(bank.fraction)
+                for callback in annealing:
+                    # The next bank's tokens depend on this one's temperature, so it is set now.
+                    callback.set_reference(trainer, name, bank, tokens)
             rank_zero_info(
                 f"{self.method}: {bank.num_heads} x {bank.num_prototypes} prototypes of {name} set from "
                 f"{tokens.shape[1]} tokens."

@@ -1,7 +1,8 @@
 """A temperature that falls, on the scale of the data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -30,9 +31,12 @@ class TemperatureAnnealing(Callback):
     the learning rates; far below it assignments are hard. Data in other units change nothing. Banks that follow their
     critical temperature while the encoder changes (``temperature_unit="critical"``) get the fraction itself.
 
+    Several callbacks, each for ``banks`` of its own, give several schedules; a list of ends gives every head its own.
+
     Args:
-        start: First temperature, > 0; not used by a callable.
-        end: Last temperature, > 0 and at most ``start``; the floor ``T_min`` of the exponential schedule.
+        start: First temperature, > 0, or a list with one per head; not used by a callable.
+        end: Last temperature, > 0 and at most ``start``, or a list with one per head; the floor ``T_min`` of the
+            exponential schedule.
         unit: ``"critical"``: fractions of T_c. ``"absolute"``: squared distances.
         schedule: ``"exponential"`` (``max(end, start exp(-e / tau))``, the paper's), ``"linear"``, ``"cosine"``, or a
             callable from the position e to a temperature in the same unit, which must not increase.
@@ -42,30 +46,36 @@ class TemperatureAnnealing(Callback):
             ``duration``.
         duration: Epochs or steps until ``end``; by default the length of the run, for the exponential schedule
             80 % of it.
+        banks: Which banks, by the pattern of their names (``"*levels.1.*"``; ``*``, ``?`` and ``[...]`` as in file
+            names).
 
     Raises:
-        ValueError: If the schedule increases or an argument is out of its range; at the start of training, if the
-            length of the run is needed and unknown.
+        ValueError: If the schedule increases or an argument is out of its range; at the start of training, if no bank
+            has such a name or another callback sets its temperature too, if a list has not one value per head, or if
+            the length of the run is needed and unknown.
     """
 
     def __init__(
         self,
-        start: float = 0.1,
-        end: float = 0.005,
+        start: float | list[float] = 0.1,
+        end: float | list[float] = 0.005,
         unit: Literal["critical", "absolute"] = "critical",
         schedule: Schedule | Callable[[float], float] = "exponential",
         per: Literal["epoch", "step"] = "epoch",
         tau: float | None = None,
         duration: float | None = None,
+        banks: str = "*",
     ) -> None:
-        for name, value in (("start", start), ("end", end)):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be a finite temperature > 0; got {value}.")
-        if end > start:
-            raise ValueError(
-                f"the temperature must not increase (Theorem 3 and deterministic annealing both need it to fall); got "
-                f"start = {start} and end = {end}. Swap them."
-            )
+        self._ends = _per_head(start, end)
+        for first, last in self._ends:
+            for name, value in (("start", first), ("end", last)):
+                if not (value > 0 and math.isfinite(value)):
+                    raise ValueError(f"{name} must be a finite temperature > 0; got {value}.")
+            if last > first:
+                raise ValueError(
+                    f"the temperature must not increase (Theorem 3 and deterministic annealing both need it to fall); "
+                    f"got start = {first} and end = {last}. Swap them."
+                )
         if unit not in ("critical", "absolute"):
             raise ValueError(f"unit must be 'critical' or 'absolute'; got {unit!r}.")
         if per not in ("epoch", "step"):
@@ -77,7 +87,7 @@ class TemperatureAnnealing(Callback):
         if duration is not None and not duration > 0:
             raise ValueError(f"duration must be > 0 {per}s; got {duration}.")
         self.start, self.end, self.unit, self.schedule = start, end, unit, schedule
-        self.per, self.tau, self.duration = per, tau, duration
+        self.per, self.tau, self.duration, self.banks = per, tau, duration, banks
         self._banks: dict[str, PrototypeBank] = {}
         self._step_before = 0
         self._forget()
@@ -86,7 +96,12 @@ class TemperatureAnnealing(Callback):
         self._references: dict[str, list[float]] = {}  # T_c of each head, by bank
         self._length: float | None = None
         self._steps = 0
-        self._last = math.inf
+        self._last = [math.inf] * len(self._ends)
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: several callbacks have several."""
+        return super().state_key if self.banks == "*" else self._generate_state_key(banks=self.banks)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
@@ -95,7 +110,24 @@ class TemperatureAnnealing(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
-        self._banks = require_banks(pl_module, type(self).__name__)
+        found = require_banks(pl_module, type(self).__name__)
+        self._banks = {name: bank for name, bank in found.items() if fnmatchcase(name, self.banks)}
+        if found and not self._banks:
+            raise ValueError(
+                f"banks must match the name of a bank; got {self.banks!r} where there are {', '.join(found)}."
+            )
+        for name, bank in self._banks.items():
+            if len(self._ends) not in (1, bank.num_heads):
+                raise ValueError(
+                    f"start and end must be one temperature, or one per head, {bank.num_heads} for bank {name!r}; got "
+                    f"{self.start} and {self.end}."
+                )
+            others = [other for other in _annealings(trainer) if other is not self and fnmatchcase(name, other.banks)]
+            if others:
+                raise ValueError(
+                    f"banks must differ between callbacks; bank {name!r} is matched by {self.banks!r} and by "
+                    f"{others[0].banks!r}. Narrow one of them."
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the critical temperature of banks that nobody has measured, and set the temperature."""
@@ -119,8 +151,10 @@ class TemperatureAnnealing(Callback):
     def set_reference(self, trainer: pl.Trainer, name: str, bank: PrototypeBank, tokens: Tensor) -> None:
         """Take T_c of a bank from a sample of its tokens, ``(H, N, d)``, and set its temperature.
 
-        A bank that follows its own critical temperature needs no sample.
+        A bank that follows its own critical temperature needs no sample. One that is not among ``banks`` is left alone.
         """
+        if name not in self._banks:
+            return
         if self.unit == "critical" and bank.fraction is None:
             critical = critical_temperature(tokens, detach_assignments=bank.detach_assignments)
             if not bool((critical > 0).all()):
@@ -130,7 +164,7 @@ class TemperatureAnnealing(Callback):
                 )
             self._references[name] = critical.tolist()
         self._fix_length(trainer)
-        self._set(name, bank, self.value(self._position(trainer)))
+        self._set(name, bank, self._values(self._position(trainer)))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the temperature of the epoch."""
@@ -153,40 +187,49 @@ class TemperatureAnnealing(Callback):
         """Count the step; ``trainer.global_step`` counts that of every optimizer under manual optimization."""
         self._steps += trainer.global_step > self._step_before
 
-    def value(self, position: float) -> float:
-        """Temperature at a position (epochs or steps from the start), in the callback's unit."""
+    def value(self, position: float) -> float | list[float]:
+        """Temperature at a position (epochs or steps from the start), in the callback's unit; per head for lists."""
+        found = self._values(position)
+        return found if isinstance(self.start, Sequence) or isinstance(self.end, Sequence) else found[0]
+
+    def _values(self, position: float) -> list[float]:
         if callable(self.schedule):
-            return float(self.schedule(position))
+            return [float(self.schedule(position))] * len(self._ends)
+        return [self._between(start, end, position) for start, end in self._ends]
+
+    def _between(self, start: float, end: float, position: float) -> float:
         if self.schedule == "exponential":
-            return max(self.end, self.start * math.exp(-position / self._time_constant()))
+            return max(end, start * math.exp(-position / self._time_constant(start, end)))
         length = self.duration if self.duration is not None else self._length
         assert length is not None
         progress = min(1.0, position / (length - 1)) if length > 1 else float(position > 0)
         share = 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.end + (self.start - self.end) * share
+        return end + (start - end) * share
 
-    def _time_constant(self) -> float:
+    def _time_constant(self, start: float, end: float) -> float:
         if self.tau is not None:
             return self.tau
-        if self.end == self.start:
+        if end == start:
             return math.inf
         if self.duration is not None:
-            return self.duration / math.log(self.start / self.end)
+            return self.duration / math.log(start / end)
         assert self._length is not None
-        return 0.8 * self._length / math.log(self.start / self.end)
+        return 0.8 * self._length / math.log(start / end)
 
     def _apply(self, trainer: pl.Trainer) -> None:
-        value = self.value(self._position(trainer))
-        if value > self._last * (1 + 1e-9):
-            raise ValueError(
-                f"the temperature must not increase; the schedule went from {self._last:.6g} to {value:.6g} at "
-                f"{self.per} {self._position(trainer):g}."
-            )
-        self._last = value
+        values = self._values(self._position(trainer))
+        for last, value in zip(self._last, values, strict=True):
+            if value > last * (1 + 1e-9):
+                raise ValueError(
+                    f"the temperature must not increase; the schedule went from {last:.6g} to {value:.6g} at "
+                    f"{self.per} {self._position(trainer):g}."
+                )
+        self._last = values
         for name, bank in self._banks.items():
-            self._set(name, bank, value)
+            self._set(name, bank, values)
 
-    def _set(self, name: str, bank: PrototypeBank, value: float) -> None:
+    def _set(self, name: str, bank: PrototypeBank, values: list[float]) -> None:
+        value = torch.tensor(values if len(values) == bank.num_heads else values * bank.num_heads)
         if bank.fraction is not None:
             bank.set_fraction(value)
         elif self.unit == "absolute":
@@ -214,9 +257,11 @@ class TemperatureAnnealing(Callback):
     def _refuse_increase(self) -> None:
         """A callable is tried at every position that the run can reach, up to a bound."""
         assert self._length is not None
+        if not callable(self.schedule):
+            return  # the named ones cannot
         previous = math.inf
         for position in range(int(min(self._length, MAX_TRIED))):
-            value = self.value(position)
+            value = float(self.schedule(position))
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"schedule must give finite temperatures > 0; got {value} at {self.per} {position}.")
             if value > previous * (1 + 1e-9):
@@ -233,3 +278,17 @@ class TemperatureAnnealing(Callback):
         """Restore them."""
         self._references, self._length = dict(state_dict["references"]), state_dict["length"]
         self._steps = state_dict["steps"]
+
+
+def _per_head(start: float | list[float], end: float | list[float]) -> list[tuple[float, float]]:
+    """First and last temperature of every head; a single pair for all of them where neither is a list."""
+    starts, ends = ([*value] if isinstance(value, Sequence) else [value] for value in (start, end))
+    size = max(len(starts), len(ends))
+    if any(len(values) not in (1, size) or not values for values in (starts, ends)):
+        raise ValueError(f"start and end must be numbers or lists of the same length; got {start} and {end}.")
+    starts, ends = (values * (size if len(values) == 1 else 1) for values in (starts, ends))
+    return list(zip(starts, ends, strict=True))
+
+
+def _annealings(trainer: pl.Trainer) -> list[TemperatureAnnealing]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, TemperatureAnnealing)]  # type: ignore[attr-defined]

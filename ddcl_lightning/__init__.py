@@ -9,6 +9,7 @@ from ddcl_lightning.backbones import (
     Backbone,
     ConvBackbone,
     IdentityBackbone,
+    PatchBackbone,
     PCABackbone,
     TimmBackbone,
     Tokens,
@@ -19,10 +20,18 @@ from ddcl_lightning.codebook_metrics import CodebookMetrics
 from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
 from ddcl_lightning.estimator import DDCLClustering
 from ddcl_lightning.functional import BankOutput, Decomposition
-from ddcl_lightning.heads import DDCLReadout, Head, ReadoutOutput
+from ddcl_lightning.heads import DDCLReadout, Head, HierarchicalReadout, ReadoutOutput
 from ddcl_lightning.metrics import ClusteringMetrics
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.optim import TokenNormalized
+from ddcl_lightning.placement import (
+    GatedPrototypes,
+    PrototypeNorm,
+    SerialPrototypes,
+    insert_prototypes,
+    quantization_loss,
+    remove_prototypes,
+)
 from ddcl_lightning.probe import find_banks
 from ddcl_lightning.quantizer import SoftVectorQuantizer
 from ddcl_lightning.rates import two_timescale_groups
@@ -50,14 +59,19 @@ __all__ = [
     "Decoder",
     "Decomposition",
     "EmbeddingScale",
+    "GatedPrototypes",
     "Head",
+    "HierarchicalReadout",
     "IdentityBackbone",
     "PCABackbone",
+    "PatchBackbone",
     "PrototypeBank",
+    "PrototypeNorm",
     "ReadoutOutput",
     "Reconstruction",
     "ReconstructionMetrics",
     "SequenceDecoder",
+    "SerialPrototypes",
     "SoftVectorQuantizer",
     "Task",
     "TimmBackbone",
@@ -65,5 +79,8 @@ __all__ = [
     "Tokens",
     "TransformersBackbone",
     "find_banks",
+    "insert_prototypes",
+    "quantization_loss",
+    "remove_prototypes",
     "two_timescale_groups",
 ]

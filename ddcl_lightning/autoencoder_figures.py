@@ -37,7 +37,14 @@ def draw_images(originals: Tensor, decoded: Tensor, title: str) -> Figure:
 
 
 def draw_atoms(
-    atoms: Tensor, counts: Tensor, low: float, high: float, title: str, *, tokens: str = "the tokens"
+    atoms: Tensor,
+    counts: Tensor,
+    low: float,
+    high: float,
+    title: str,
+    *,
+    noun: str = "code",
+    tokens: str = "the tokens",
 ) -> Figure:
     """What each code is decoded to, by falling use; codes without an atom are crossed out.
 
@@ -47,6 +54,7 @@ def draw_atoms(
         low: Value shown in black.
         high: Value shown in white.
         title: Name of the codebook.
+        noun: What the K are called.
         tokens: Whose shares these are.
     """
     order = counts.argsort(descending=True, stable=True)[:MAX_ATOMS]
@@ -66,7 +74,7 @@ def draw_atoms(
             axis.plot([0, 1], [0, 1], transform=axis.transAxes, color="tab:red", linewidth=0.8)
             axis.set_title(f"{code}: unused", fontsize=7, pad=2, color="tab:red")
     shown = "" if len(order) == len(counts) else f", the {len(order)} most used"
-    figure.suptitle(f"{title}: each code and its share of {tokens}{shown}", x=0.01, ha="left", fontsize="medium")
+    figure.suptitle(f"{title}: each {noun} and its share of {tokens}{shown}", x=0.01, ha="left", fontsize="medium")
     return figure
 
 

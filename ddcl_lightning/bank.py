@@ -1,8 +1,9 @@
 """The bank of prototypes: the one stateful piece that every head, and every callback, is about."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ddcl_lightning.critical import RunningCriticalTemperature
@@ -15,6 +16,8 @@ from ddcl_lightning.functional import (
     prototype_attention,
     prototype_attention_reference,
     prototype_slots,
+    quantize,
+    sample_codes,
 )
 
 TemperatureUnit = Literal["absolute", "critical"]
@@ -24,7 +27,7 @@ class PrototypeBank(nn.Module):
     """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
 
     Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
-    and watched.
+    and watched. A bank takes the number of prototypes of the state that it loads.
 
     Args:
         num_prototypes: K, prototypes per head, at least 1.
@@ -80,7 +83,12 @@ class PrototypeBank(nn.Module):
             self.set_temperature(temperature)
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False, need_codes: bool = False
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        need_weights: bool = False,
+        need_codes: bool = False,
+        detach_centroids: bool = False,
     ) -> BankOutput:
         """Assign tokens and return their soft centroids.
 
@@ -88,8 +96,9 @@ class PrototypeBank(nn.Module):
             tokens: ``(*, H * d)``, usually ``(B, T, H * d)``.
             mask: ``(*)`` boolean, True for valid tokens.
             need_weights: Return the assignments too; this stores them, where the default call does not.
-            need_codes: Return hard codes, token means and the entropy of the mean assignment too; this is a second
-                pass over the assignments.
+            need_codes: Return hard codes, token means and the entropy of the mean assignment too.
+            detach_centroids: The centroids and, of the terms, ``L_OLS`` and ``V`` need no gradient, as with a
+                straight-through estimator; codes then come at no extra cost (:func:`~ddcl_lightning.functional.quantize`).
 
         Returns:
             Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
@@ -107,15 +116,27 @@ class PrototypeBank(nn.Module):
         # A copy, because a schedule may set the next temperature before the backward pass reads this one.
         temperature = self.temperature.clone()
         codes, means, costs = None, None, None
-        if need_codes:
-            codes, means = assign_codes(heads.detach(), self.prototypes.detach(), temperature, flat_mask)
-            codes = codes.transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
-            # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
-            log_mass = log_sum_over_processes(means.log_mass)
-            costs = log_mass.logsumexp(-1, keepdim=True) - log_mass
-        output = attend(
-            heads, self.prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs
-        )
+        one_look = detach_centroids or not torch.is_grad_enabled()
+        if need_codes and one_look and not need_weights and not torch.compiler.is_compiling():
+            output = quantize(
+                heads,
+                self.prototypes,
+                temperature,
+                flat_mask,
+                detach_assignments=self.detach_assignments,
+                total=log_sum_over_processes,
+            )
+            assert output.codes is not None
+            codes, means = output.codes, output.means
+        else:
+            if need_codes:
+                codes, means = assign_codes(heads.detach(), self.prototypes.detach(), temperature, flat_mask)
+                # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
+                log_mass = log_sum_over_processes(means.log_mass)
+                costs = log_mass.logsumexp(-1, keepdim=True) - log_mass
+            output = attend(
+                heads, self.prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs
+            )
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
         lead = tokens.shape[:-1]
@@ -123,6 +144,8 @@ class PrototypeBank(nn.Module):
         if weights is not None:
             weights = weights.reshape(self.num_heads, *lead, -1).movedim(0, max(len(lead) - 1, 0))
         centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
+        if codes is not None:
+            codes = codes.transpose(0, 1).reshape(*lead, self.num_heads)
         return output._replace(centroids=centroids, weights=weights, codes=codes, means=means)
 
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -146,6 +169,12 @@ class PrototypeBank(nn.Module):
         """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
         heads, _ = self.split_heads(tokens)
         return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
+
+    def sample(self, tokens: Tensor) -> Tensor:
+        """A prototype per token and head, drawn from the assignments: indices ``(*, H)`` int64, for ``(*, H * d)``."""
+        heads, _ = self.split_heads(tokens)
+        drawn = sample_codes(heads, self.prototypes, self.temperature)
+        return drawn.transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
     def slots(self, tokens: Tensor, mask: Tensor | None = None, values: Tensor | None = None) -> Tensor:
         """One summary of every sample per prototype, see :func:`~ddcl_lightning.functional.prototype_slots`.
@@ -182,6 +211,41 @@ class PrototypeBank(nn.Module):
             raise ValueError("prototypes must be finite; got NaN or infinity.")
         self.prototypes.copy_(prototypes)
         self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def resize(self, prototypes: Tensor) -> None:
+        """Take ``(H, K', d)`` values in the place of the ``(H, K, d)``; the parameter stays the same object.
+
+        Its gradient is dropped, and the state that an optimizer keeps for it has to follow:
+        :func:`~ddcl_lightning.resizing.resize_bank` does both.
+        """
+        if prototypes.dim() != 3 or prototypes.shape[1] < 1 or prototypes[:, 0].shape != self.prototypes[:, 0].shape:
+            raise ValueError(
+                f"prototypes must have shape ({self.num_heads}, K, {self.dim}) with K >= 1; got "
+                f"{tuple(prototypes.shape)}."
+            )
+        if not bool(torch.isfinite(prototypes).all()):
+            raise ValueError("prototypes must be finite; got NaN or infinity.")
+        self._make_room(prototypes.shape[1])
+        self.prototypes.copy_(prototypes)
+
+    def _make_room(self, num_prototypes: int) -> None:
+        self.prototypes.grad = None
+        self.prototypes.data = self.prototypes.data.new_zeros(self.num_heads, num_prototypes, self.dim)
+        self.num_prototypes = num_prototypes
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Make room for a bank that has grown since it was built."""
+        saved = state_dict.get(f"{prefix}prototypes")
+        if isinstance(saved, Tensor) and saved.dim() == 3:
+            heads, size, dim = saved.shape
+            if (heads, dim) == (self.num_heads, self.dim) and size not in (0, self.num_prototypes):
+                rank_zero_info(
+                    f"{prefix.rstrip('.') or 'a bank'} was built with {self.num_prototypes} prototypes and loads "
+                    f"{size}: it takes their number."
+                )
+                self._make_room(size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def set_temperature(self, temperature: float | Tensor) -> None:

@@ -17,11 +17,12 @@ from ddcl_lightning.batch import Batch
 from ddcl_lightning.compat import silent_logging, to_device, train_batches
 from ddcl_lightning.distributed import is_first_process
 from ddcl_lightning.probe import bank_inputs
+from ddcl_lightning.rarity import PrototypeRarity
 from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.scale import EmbeddingScale
 
 # Their output in evaluation mode, before any training, is not what a bank will see.
-BATCH_STATISTICS = (EmbeddingScale, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_STATISTICS = (EmbeddingScale, PrototypeRarity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Reached(BaseException):
@@ -76,6 +77,7 @@ def collect_tokens(
     max_tokens: int,
     seed: int = 0,
     progress: bool = False,
+    calls: int | None = None,
 ) -> torch.Tensor:
     """A uniform sample of the valid tokens that reach a bank in one pass over the training data.
 
@@ -91,6 +93,7 @@ def collect_tokens(
         max_tokens: Size of the sample over all processes.
         seed: Seed of the sample.
         progress: Show a bar over batches on the first process.
+        calls: How many calls of the bank to sample in each step; by default one for each layer that shares it.
 
     Returns:
         ``(H, M, d)`` float32 on the CPU, the same on every process, in canonical order.
@@ -99,13 +102,18 @@ def collect_tokens(
         ValueError: If no valid token reached the bank.
     """
     reservoir = Reservoir(max_tokens, seed)
+    wanted = calls_per_step(module, bank) if calls is None else calls
+    left = wanted
 
     def stop_at_bank(called: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        nonlocal left
+        left -= 1
         tokens, mask = bank_inputs(bank, args, kwargs)
         heads, flat_mask = bank.split_heads(tokens, mask)
         valid = heads if flat_mask is None else heads[:, flat_mask[0]]
         reservoir.add(valid.transpose(0, 1).float())
-        raise _Reached
+        if left <= 0:
+            raise _Reached
 
     total = trainer.num_training_batches
     endless = math.isinf(total)
@@ -120,6 +128,7 @@ def collect_tokens(
                 leave=False,
             )
             for number, batch in enumerate(batches):
+                left = wanted
                 _run_step(trainer, module, batch, number)
                 full = reservoir.seen >= reservoir.capacity
                 if endless and trainer.strategy.reduce_boolean_decision(full, all=True):
@@ -127,6 +136,13 @@ def collect_tokens(
     finally:
         handle.remove()
     return reservoir.gather().transpose(0, 1).contiguous()
+
+
+def calls_per_step(module: nn.Module, bank: PrototypeBank) -> int:
+    """How many layers inside of ``module`` share a bank, at least 1; what only holds such layers is none of them."""
+    parents = [parent for parent in module.modules() if any(child is bank for child in parent.children())]
+    layers = [one for one in parents if not any(other in set(one.modules()) - {one} for other in parents)]
+    return max(1, len(layers))
 
 
 @contextmanager

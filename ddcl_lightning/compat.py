@@ -1,6 +1,7 @@
 """Every use of a private field of Lightning, in one place; ``tests/test_compat.py`` fails when one of them changes."""
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ddcl_lightning.batch import Batch
@@ -91,6 +94,7 @@ def _independent_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
     """A copy with its own place in the data; a persistent worker pool belongs to the training loop."""
     clone = copy.copy(loader)
     clone._iterator = None
+    clone.__dict__.pop("_resume", None)  # so does the place from which a ResumableDataLoader is to go on
     return clone
 
 
@@ -109,3 +113,18 @@ def to_device(trainer: pl.Trainer, batch: Batch) -> Batch:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch)
     return trainer.strategy.batch_to_device(batch)
+
+
+def rebuild_ddp(trainer: pl.Trainer) -> None:
+    """Wrap the module anew after a parameter has changed its shape; no effect outside of plain DDP.
+
+    DistributedDataParallel sizes its buckets, and autograd its gradient accumulators, for the parameters that it was
+    given. Every process has to call this at the same place, between steps.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return
+    strategy.model._remove_autograd_hooks()
+    strategy.model = strategy.lightning_module
+    gc.collect()  # the old reducer sits in cycles and keeps the accumulators of the old shapes
+    strategy.configure_ddp()

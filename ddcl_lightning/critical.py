@@ -61,6 +61,17 @@ class RunningCriticalTemperature(nn.Module):
             self.lambda_max.copy_(length.squeeze(-1))
         return self.lambda_max
 
+    @torch.no_grad()
+    def start(self, tokens: Tensor) -> None:
+        """Begin anew from a sample ``(H, N, d)``, the same on every process; it counts as one batch."""
+        z = tokens.to(self.covariance.device, torch.float64)
+        centred = z - z.mean(-2, keepdim=True)
+        values, vectors = torch.linalg.eigh(centred.mT @ centred / z.shape[-2])
+        self.covariance.copy_((vectors * values.unsqueeze(-2)) @ vectors.mT)
+        self.direction.copy_(vectors[..., -1])
+        self.lambda_max.copy_(values[..., -1].clamp(min=0.0))
+        self.num_batches.fill_(1)
+
 
 def _covariance(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes."""

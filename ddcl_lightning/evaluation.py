@@ -1,6 +1,6 @@
 """Readouts of a whole data set, judged from outside by scikit-learn: linear probe and k-means."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ def collect_readouts(
     module: DDCLReadoutModule,
     batches: Iterable[Batch],
     *,
-    tokens: Reservoir | None = None,
+    tokens: Mapping[str, Reservoir] | None = None,
     to_device: Callable[[Batch], Batch] | None = None,
     max_samples: int = MAX_SAMPLES,
 ) -> Readouts:
@@ -73,7 +73,7 @@ def collect_readouts(
     Args:
         module: Backbone and head.
         batches: A data loader, or any batches.
-        tokens: Takes a sample of the tokens that the head's last bank sees.
+        tokens: Takes a sample of the tokens that banks of the head see, by the name of the bank.
         to_device: Moves a batch to the module.
         max_samples: Stop after the batch that reaches this number.
 
@@ -88,7 +88,7 @@ def collect_readouts(
     done = 0
     module.eval()
     try:
-        with BankProbe({name: bank} if bank else {}, seen.__setitem__):
+        with BankProbe(banks, seen.__setitem__):
             for batch in batches:
                 if to_device is not None:
                     batch = to_device(batch)
@@ -106,8 +106,8 @@ def collect_readouts(
                         torch.empty(size, 0, dtype=torch.int64) if clusters is None else clusters.argmax(-1).cpu(),
                     )
                 )
-                if tokens is not None and bank is not None:
-                    tokens.add(all_tokens(seen[name]))
+                for place, sample in (tokens or {}).items():
+                    sample.add(all_tokens(seen[place]))
                 done += size
                 if done >= max_samples:
                     break

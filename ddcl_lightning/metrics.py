@@ -193,6 +193,13 @@ class ClusteringMetrics(Metric):
         self.add_state("counts", zeros, dist_reduce_fx="sum")
         self.add_state("sizes", zeros[:, 0].clone(), dist_reduce_fx="sum")
 
+    def resize(self, num_clusters: int) -> None:
+        """Start anew with another K, for a bank whose size has changed."""
+        self.num_clusters = num_clusters
+        zeros = torch.zeros(num_clusters, self.num_classes, dtype=torch.int64, device=self.counts.device)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
+        self.add_state("sizes", zeros[:, 0].clone(), dist_reduce_fx="sum")
+
     def update(self, assignments: Tensor, labels: Tensor) -> None:
         """Add a batch.
 

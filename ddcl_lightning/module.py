@@ -18,6 +18,7 @@ from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
+from ddcl_lightning.probe import find_banks
 from ddcl_lightning.rates import (
     LRSchedule,
     check_ratio,
@@ -52,8 +53,9 @@ class DDCLReadoutModule(pl.LightningModule):
         prototype_optimizer_args: Its arguments other than ``lr``. Prototypes get no weight decay unless it says so.
         encoder_optimizer: The same for encoder and task.
         encoder_optimizer_args: Its arguments other than ``lr``.
-        lr_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: one factor for all rates.
-        warmup_steps: Steps of linear warm-up, for all rates.
+        lr_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: one factor for all rates, but that of
+            ``"TokenNormalized"``: a share of the way is no step size, and has no reason to shrink.
+        warmup_steps: Steps of linear warm-up, likewise.
         gradient_clip_val: Largest norm of all gradients together, > 0; None does not clip. Joint, because clipping each
             optimizer on its own would change the ratio of their steps.
         accumulate_grad_batches: Batches per optimizer step, at least 1.
@@ -239,10 +241,13 @@ class DDCLReadoutModule(pl.LightningModule):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by role: ``prototypes``, ``encoder`` (they move what a bank sees) and ``task``."""
-        fast = [p for p in self.head.prototype_parameters() if p.requires_grad]
-        moving = [*self.backbone.parameters(), *self.head.embedding_parameters()]
+        placed = [bank.prototypes for bank in find_banks(self.backbone).values()]  # inside of the network
+        prototypes = [*placed, *self.head.prototype_parameters()]
+        inside = parameter_ids(placed)
+        moving = [*(p for p in self.backbone.parameters() if id(p) not in inside), *self.head.embedding_parameters()]
+        fast = [p for p in prototypes if p.requires_grad]
         slow = [p for p in moving if p.requires_grad and self.rho > 0]
-        known = parameter_ids([*self.head.prototype_parameters(), *moving])
+        known = parameter_ids([*prototypes, *moving])
         rest = [
             p for part in (self.head, self.task) for p in part.parameters() if p.requires_grad and id(p) not in known
         ]
@@ -257,7 +262,7 @@ class DDCLReadoutModule(pl.LightningModule):
                 [{"params": groups["prototypes"], "lr": self.lr_prototypes, "name": "prototypes"}]
             )
             if isinstance(fast, TokenNormalized):
-                fast.watch(self.head)
+                fast.watch(self)
             optimizers.append(fast)
         rates = {"encoder": self.rho * self.lr_prototypes, "task": self.lr_task}
         slow = [{"params": groups[name], "lr": rate, "name": name} for name, rate in rates.items() if groups[name]]
@@ -310,11 +315,13 @@ class DDCLReadoutModule(pl.LightningModule):
 
     def _apply_schedule(self, optimizers: list[LightningOptimizer]) -> None:
         factor = lr_factor(self.lr_schedule, self.trainer.global_step, self._total_steps, self.warmup_steps)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            if group["lr"] != group["set_lr"] and group["set_lr"] > 0:
-                group["base_lr"] *= group["lr"] / group["set_lr"]  # somebody rescaled it: keep their factor
-            group["lr"] = group["set_lr"] = group["base_lr"] * factor
-            self.log(f"lr/{group['name']}", group["lr"])
+        for optimizer in optimizers:
+            follows = not isinstance(optimizer.optimizer, TokenNormalized)
+            for group in optimizer.param_groups:
+                if group["lr"] != group["set_lr"] and group["set_lr"] > 0:
+                    group["base_lr"] *= group["lr"] / group["set_lr"]  # somebody rescaled it: keep their factor
+                group["lr"] = group["set_lr"] = group["base_lr"] * (factor if follows else 1.0)
+                self.log(f"lr/{group['name']}", group["lr"])
 
     def _gradient_parameters(self, optimizers: list[LightningOptimizer]) -> list[nn.Parameter]:
         """Parameters that step along their gradients; the token-normalised step does not use them."""

@@ -10,6 +10,7 @@ from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
 
 QuantizerGradient = Literal["straight_through", "soft"]
+TrainingOutput = Literal["hard", "soft"]
 
 
 class QuantizerTerms(NamedTuple):
@@ -33,7 +34,7 @@ class QuantizerOutput(NamedTuple):
     """Output of :class:`SoftVectorQuantizer`.
 
     Attributes:
-        quantized: What the decoder reads, in the shape of the input: soft centroids in training, codes in evaluation.
+        quantized: What the decoder reads, in the shape of the input: codes, or in training also soft centroids.
         indices: Hard codes, int64: ``(B, T)`` or ``(B, H, W)``, with a last dimension of heads if there are several.
         terms: See :class:`QuantizerTerms`.
     """
@@ -46,8 +47,10 @@ class QuantizerOutput(NamedTuple):
 class SoftVectorQuantizer(nn.Module):
     """Soft vector quantisation (section 5.1, eq. 16) with hard codes at evaluation.
 
-    In training the decoder reads the soft centroids ``c_n`` at a temperature that is a fraction of the critical one of
-    the tokens as they are; in evaluation it reads the nearest code. As the fraction falls, the two become the same.
+    Assignments are soft, at a temperature that is a fraction of the critical one of the tokens as they are: codes and
+    encoder learn from them. In evaluation the decoder reads the nearest code. In training it reads the same
+    (``training_output="hard"``), or the soft centroid ``c_n`` (``"soft"``, the paper's); as the fraction falls, the two
+    become one.
 
     The paper's claim that soft assignments leave no code dead holds for soft codes only: at a temperature where
     hard codes are any good, assignments underflow for codes that the encoder leaves behind, and gradients with
@@ -57,7 +60,7 @@ class SoftVectorQuantizer(nn.Module):
 
     Its claim that no straight-through estimator is needed fails in the same place: the derivative of ``c_n`` vanishes
     for tokens that are well inside of a code's cell. So the default passes the decoder's gradient straight
-    through, ``c_n = z_n + sg[c_n - z_n]``; ``gradient="soft"`` is the paper's.
+    through, ``z_n + sg[p_n - z_n]``; ``gradient="soft"`` is the paper's. See docs/measurements.md for figures.
 
     Args:
         dim: D, dimension of the tokens.
@@ -69,10 +72,14 @@ class SoftVectorQuantizer(nn.Module):
             the decoder gets used to mixtures, and hard codes reconstruct badly. Too low from the start: the first
             codes to be near tokens keep them, as in k-means.
         commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens, so that it is free of their
-            scale. Too low: tokens run away from their codes. Too high: the encoder serves the codes, not the decoder.
+            scale, but not of that of the decoder's loss: about a quarter of the variance of what is reconstructed (0.03
+            for pixels in [0, 1]). Too low: tokens run away from their codes. Too high: the encoder serves the codes,
+            not the decoder (ten times as much: errors up by 15 to 70 %).
         entropy_weight: Weight >= 0 of the bonus on the entropy (nats) of the mean assignment. Too low: codes
             share the work unevenly. Too high: tokens are sent to codes that are not theirs.
         gradient: ``"straight_through"`` or ``"soft"``, see above.
+        training_output: ``"hard"`` or ``"soft"``: what the decoder reads in training, see above. With soft centroids,
+            too high a temperature at the end leaves a gap to the hard codes.
 
     Attributes:
         bank: The codes, a :class:`~ddcl_lightning.PrototypeBank` that callbacks find.
@@ -89,9 +96,10 @@ class SoftVectorQuantizer(nn.Module):
         code_dim: int | None = None,
         num_heads: int = 1,
         temperature: float = 0.05,
-        commitment_weight: float = 0.25,
-        entropy_weight: float = 0.01,
+        commitment_weight: float = 0.03,
+        entropy_weight: float = 0.001,
         gradient: QuantizerGradient = "straight_through",
+        training_output: TrainingOutput = "hard",
     ) -> None:
         super().__init__()
         for name, value in (("commitment_weight", commitment_weight), ("entropy_weight", entropy_weight)):
@@ -99,6 +107,8 @@ class SoftVectorQuantizer(nn.Module):
                 raise ValueError(f"{name} must be >= 0; got {value}.")
         if gradient not in get_args(QuantizerGradient):
             raise ValueError(f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}.")
+        if training_output not in get_args(TrainingOutput):
+            raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
         if dim < 1:
             raise ValueError(f"dim must be at least 1; got {dim}.")
         if code_dim is None:
@@ -108,7 +118,7 @@ class SoftVectorQuantizer(nn.Module):
                     "dimension yourself."
                 )
             code_dim = dim // num_heads
-        self.dim, self.gradient = dim, gradient
+        self.dim, self.gradient, self.training_output = dim, gradient, training_output
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.bank = PrototypeBank(
             num_codes, code_dim, num_heads=num_heads, temperature=temperature, temperature_unit="critical"
@@ -132,13 +142,15 @@ class SoftVectorQuantizer(nn.Module):
         """
         tokens = self._tokens(z, mask)
         embedded = tokens if self.input_projection is None else self.input_projection(tokens)
-        output = self.bank(embedded, mask, need_codes=True)
+        output = self.bank(
+            embedded, mask, need_codes=True, detach_centroids=self.gradient == "straight_through" or not self.training
+        )
         hard = self._look_up(output.codes)
         quantized = hard
         if self.training:
-            quantized = output.centroids
-            if self.gradient == "straight_through":
-                quantized = embedded + (quantized - embedded).detach()
+            carrier = embedded if self.gradient == "straight_through" else output.centroids
+            value = hard if self.training_output == "hard" else output.centroids
+            quantized = carrier + (value - carrier).detach()
         terms = self._terms(output, hard.detach(), mask)
         return QuantizerOutput(self._restore(self._project(quantized, mask), z), self._squeeze(output.codes, z), terms)
 
@@ -191,7 +203,7 @@ class SoftVectorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the parts."""
-        return f"dim={self.dim}, gradient={self.gradient!r}"
+        return f"dim={self.dim}, gradient={self.gradient!r}, training_output={self.training_output!r}"
 
     def _tokens(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(B, T, D)`` of either form of input."""

@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import DDCLAttention
-from ddcl_lightning.functional import soft_assign
+from ddcl_lightning import DDCLAttention, PrototypeBank
+from ddcl_lightning.functional import decompose, soft_assign
 
 
 def by_hand(layer: DDCLAttention, x: Tensor) -> Tensor:
@@ -180,6 +181,13 @@ def test_compile_with_dynamic_batch() -> None:
         ({"residual": True, "output_projection": False}, "output_projection must not be False with residual=True"),
         ({"embedding_scale": "batch"}, "mode must be one of"),
         ({"prototype_dim": 0}, "must be at least 1; got 0"),
+        ({"num_prototypes": None}, "num_prototypes must be given, or a bank to share; got neither"),
+        ({"context_dim": 0}, "context_dim must be at least 1, or None for no context; got 0"),
+        ({"bank": PrototypeBank(5, 8)}, "what makes a bank must be left out; got num_prototypes = 5"),
+        (
+            {"num_prototypes": None, "bank": PrototypeBank(5, 8), "num_heads": 2, "temperature": 0.3},
+            "got num_heads = 2, temperature = 0.3",
+        ),
     ],
 )
 def test_refusals(options: dict[str, object], message: str) -> None:
@@ -197,3 +205,136 @@ def test_refuses_tokens_and_masks_that_do_not_fit() -> None:
         layer(torch.randn(2, 3, 8), torch.ones(2, 3))
     with pytest.raises(ValueError, match="tokens must be finite"):
         layer(torch.full((2, 3, 8), torch.nan))
+
+
+# Sampling ----------------------------------------------------------------------------------------
+
+
+def test_sampled_prototypes_have_the_soft_centroid_as_their_mean() -> None:
+    layer, x = (
+        DDCLAttention(6, 5, num_heads=2, temperature=2.0, output_projection=False, sampling=True),
+        torch.randn(3, 6),
+    )
+    draws = layer(x.expand(20_000, 3, 6))
+    distances = torch.cdist(draws.tokens[:, 0, :3], layer.bank.prototypes[0])
+    assert float(distances.amin(-1).max().detach()) < 5e-3  # prototypes, not mixtures
+    assert len(distances.argmin(-1).unique()) > 1
+    soft = draws.centroids[0]
+    deviation = draws.tokens.std(0) / 20_000**0.5
+    # 18 entries, each within 4.5 standard errors.
+    assert bool(((draws.tokens.mean(0) - soft).abs() < 4.5 * deviation + 1e-6).all())
+
+
+def test_samples_follow_the_assignments() -> None:
+    bank, x = PrototypeBank(4, 2, num_heads=2, temperature=torch.tensor([0.7, 3.0])), torch.randn(1, 4)
+    weights = bank(x.unsqueeze(0), need_weights=True).weights[0, :, 0]  # (H, K)
+    codes = bank.sample(x.expand(20_000, 4))
+    assert codes.shape == (20_000, 2)
+    for head in range(2):
+        shares = torch.bincount(codes[:, head], minlength=4) / 20_000
+        torch.testing.assert_close(shares, weights[head].detach(), atol=0.02, rtol=0)
+
+
+def test_sampling_streams_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, x = PrototypeBank(4, 2, temperature=1e-6), torch.randn(50, 2)
+    monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", 12)
+    assert torch.equal(bank.sample(x), bank.codes(x))  # cold: the nearest one
+
+
+def test_sampling_changes_neither_loss_terms_nor_gradients_nor_evaluation() -> None:
+    soft = DDCLAttention(6, 5, temperature=2.0, residual=True)
+    sampling = DDCLAttention(6, 5, temperature=2.0, residual=True, sampling=True)
+    sampling.load_state_dict(soft.state_dict())
+    x, probe = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    outputs = [layer(x) for layer in (soft, sampling)]
+    assert not torch.equal(outputs[0].tokens, outputs[1].tokens)
+    assert torch.equal(outputs[0].centroids, outputs[1].centroids)
+    assert all(torch.equal(*pair) for pair in zip(outputs[0].terms, outputs[1].terms, strict=True))
+    for output in outputs:
+        ((output.tokens * probe).sum() + output.terms.loss.sum()).backward()
+    torch.testing.assert_close(sampling.bank.prototypes.grad, soft.bank.prototypes.grad)
+    assert torch.equal(sampling.eval()(x).tokens, soft.eval()(x).tokens)
+
+
+def test_sampling_leaves_padding_zero() -> None:
+    layer, mask = DDCLAttention(6, 5, sampling=True), torch.tensor([[True, True, False]])
+    output = layer(torch.randn(1, 3, 6).masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
+    assert not output.tokens[~mask].any()
+    assert bool(output.tokens.isfinite().all())
+
+
+# Context -----------------------------------------------------------------------------------------
+
+
+def conditioned(**options: Any) -> DDCLAttention:
+    layer = DDCLAttention(6, 5, temperature=0.9, context_dim=2, **options)
+    assert layer.context_projection is not None
+    assert not layer.context_projection.weight.any()  # starts as the layer without a context
+    nn.init.normal_(layer.context_projection.weight)
+    return layer
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_decomposition_is_exact_for_every_sample_with_its_own_prototypes(heads: int) -> None:
+    """The oracle moves the prototypes, sample by sample, in float64; the layer moves tokens."""
+    layer = conditioned(num_heads=heads, output_projection=False).double()
+    x, context = torch.randn(3, 7, 6, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([[7], [4], [5]])
+    read, whole = x if layer.input_projection is None else layer.input_projection(x), layer(x, mask, context=context)
+    totals = torch.zeros(3, heads, dtype=torch.float64)
+    for sample in range(3):
+        output = layer(x[sample], mask[sample], context=context[sample])
+        moved = layer.context_projection(context[sample]).unflatten(0, (heads, 1, -1)) + layer.bank.prototypes
+        tokens, valid = read[sample].unflatten(-1, (heads, -1)).transpose(0, 1), mask[sample].expand(heads, -1)
+        exact = decompose(tokens, moved, layer.bank.temperature, valid)
+        for found, expected in zip(output.terms, exact, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(exact.loss, exact.ols + exact.variance, rtol=1e-10, atol=1e-12)
+        q = soft_assign(tokens, moved, layer.bank.temperature)
+        centroids = (q @ moved).transpose(0, 1).flatten(1).masked_fill(~mask[sample].unsqueeze(-1), 0.0)
+        torch.testing.assert_close(output.tokens, centroids)
+        torch.testing.assert_close(whole.tokens[sample], centroids)
+        totals += mask[sample].sum() * torch.stack([*exact])
+    torch.testing.assert_close(torch.stack([*whole.terms]), totals / mask.sum())
+
+
+def test_context_is_learned_by_the_loss() -> None:
+    layer = DDCLAttention(6, 5, context_dim=2)
+    layer(torch.randn(3, 7, 6), context=torch.randn(3, 2)).terms.loss.sum().backward()
+    assert layer.context_projection.weight.grad.abs().min() > 0
+
+
+def test_context_reaches_samples_too() -> None:
+    layer, context = conditioned(sampling=True), torch.randn(3, 2)
+    output = layer(torch.randn(3, 7, 6), context=context)
+    moved = layer.bank.prototypes + layer.context_projection(context).unsqueeze(1)
+    assert float(torch.cdist(output.tokens, moved).amin(-1).max().detach()) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "context", "message"),
+    [
+        ({}, torch.zeros(2, 3), r"context belongs to a layer with context_dim; got shape \(2, 3\)"),
+        ({"context_dim": 3}, None, r"context must have shape \(2, 3\), one vector.*; got None"),
+        ({"context_dim": 3}, torch.zeros(2, 4), r"got \(2, 4\)"),
+        ({"context_dim": 3}, torch.zeros(2, 5, 3), r"got \(2, 5, 3\)"),
+        ({"context_dim": 3}, torch.zeros(3), r"got \(3,\)"),
+    ],
+)
+def test_refuses_contexts_that_do_not_fit(options: dict[str, int], context: Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DDCLAttention(8, 4, **options)(torch.randn(2, 5, 8), context=context)
+
+
+# Sharing, tested further in test_placement.py ----------------------------------------------------
+
+
+def test_shared_bank_is_the_other_layers() -> None:
+    first = DDCLAttention(8, 5, num_heads=2, temperature=0.3)
+    second = DDCLAttention(8, bank=first.bank)
+    assert second.bank is first.bank
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(second(x).tokens, first(x).tokens)
+    first.bank.set_temperature(0.1)
+    assert torch.equal(second(x).tokens, first(x).tokens)

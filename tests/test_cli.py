@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddcl_lightning import DDCLReadoutModule, PCABackbone, heads
 from ddcl_lightning.cli import main, resolve_configs
@@ -63,6 +64,11 @@ def tiny_vit(folder: Path) -> Path:
 LOCAL: dict[str, Callable[[Path], list[str]]] = {
     "bert_imdb": lambda folder: text_words(folder, 2),
     "bert_newsgroups": lambda folder: text_words(folder, 20),
+    # The tiny file has fewer different words than the recipe has prototypes.
+    "bert_newsgroups_hierarchical": lambda folder: [
+        *text_words(folder, 20),
+        "--model.head.init_args.num_prototypes=[6,20]",
+    ],
     "bert_sst2": lambda folder: text_words(folder, 2, "validation"),
     "cnn_fashion_mnist": lambda folder: [f"--data.init_args.path={idx_folder(folder / 'images')}"],
     "vit_cifar10": lambda folder: [
@@ -90,6 +96,36 @@ def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsy
     row = lines[header + 1]
     assert row.startswith("prototypes (last step)")
     assert all(float(cell) >= 0 for cell in row.split()[-5:])
+
+
+@pytest.mark.parametrize("end_to_end", ["false", "true"])
+def test_a_hierarchy_reports_its_levels_and_draws_them(
+    end_to_end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--config", "digits_hierarchical", *QUICK, f"--model.head.init_args.end_to_end={end_to_end}"])
+    lines = capsys.readouterr().out.splitlines()
+    levels = [line for line in lines if line.startswith("level ")]
+    assert [line.split(":")[0] for line in levels] == ["level 1", "level 2"]
+    ratios = [float(line.split("T / T_c ")[1]) for line in levels]
+    # Each has a schedule of its own: the second of two epochs is 1 / (0.8 * 2) of the way.
+    assert ratios == [pytest.approx(0.1 * ratio**0.625, rel=0.2) for ratio in (0.1, 0.05)]
+    accuracy = next(line for line in lines if line.startswith("prototypes (last step)")).split()[-5]
+    assert float(accuracy) > 0.6
+    tags = EventAccumulator(str(next(tmp_path.rglob("version_0")))).Reload().Tags()
+    assert {f"prototypes/head.levels.{level}.bank" for level in (0, 1)} <= set(tags["images"])
+    assert {f"ddcl/variance/head.levels.{level}.bank" for level in (0, 1)} <= set(tags["scalars"])
+
+
+def test_a_hierarchical_checkpoint_predicts_and_goes_on(tmp_path: Path) -> None:
+    main(["fit", "--config", "digits_hierarchical", *QUICK])
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    main(["predict", "--config", "digits_hierarchical", *QUICK, "--ckpt_path", str(checkpoint)])
+    table = pd.read_csv("assignments.csv")
+    assert len(table) == 1797
+    assert table["prototype_1"].max() < 10
+    more = ["--trainer.max_epochs=3", "--ckpt_path", str(checkpoint)]
+    main(["fit", "--config", "digits_hierarchical", *QUICK[:-1], *more])
+    assert list(tmp_path.rglob("epoch=2-step=24.ckpt"))
 
 
 HEADS = sorted(name for name in heads.__all__ if name.endswith("Pooling"))

@@ -21,7 +21,7 @@ from ddcl_lightning import (
 )
 from ddcl_lightning.callbacks import CollapseWarning, DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DebrisDataModule
-from ddcl_lightning.heads import SoftVQ
+from ddcl_lightning.heads import HierarchicalReadout, SoftVQ
 from tests.tiny import quiet_trainer
 
 # Centred embeddings give the bias of the encoder a gradient of zero, whose rounding Adam would blow up to whole steps.
@@ -47,6 +47,12 @@ def soft_codes() -> tuple[Head, Task]:
     """Their temperature, entropy bonus and codes depend on the tokens of all processes."""
     head = SoftVQ(4, num_heads=2, temperature=0.3, entropy_weight=0.1)
     return head, Reconstruction(SequenceDecoder(6, hidden_dim=8))
+
+
+def hierarchy() -> tuple[Head, Task]:
+    """Every level's temperature, and the rarity of the first one's prototypes, are those of all processes."""
+    head = HierarchicalReadout([4, 3], tokens=["all", "rare_mean"], embedding_scale="total", prototype_dim=3)
+    return head, Clustering(4)
 
 
 def train(folder: Path, processes: int, parts: Callable[[], tuple[Head, Task]], **kwargs: Any) -> list[dict[str, Any]]:
@@ -76,8 +82,9 @@ def train(folder: Path, processes: int, parts: Callable[[], tuple[Head, Task]], 
         (clustering, {"gradient_clip_val": 1.0}),
         (clustering, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}),
         (soft_codes, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}),
+        (hierarchy, {}),
     ],
-    ids=["adam", "token_normalized", "soft_codes"],
+    ids=["adam", "token_normalized", "soft_codes", "hierarchy"],
 )
 def test_two_processes_equal_one(
     tmp_path: Path, parts: Callable[[], tuple[Head, Task]], kwargs: dict[str, Any]

@@ -38,7 +38,7 @@ def test_rows_are_samples_in_order_without_padding() -> None:
     module = DDCLReadoutModule(IdentityBackbone(4), head, Clustering())
     module.backbone.eval()
     sample = Reservoir(10_000)
-    found = collect_readouts(module, batches, tokens=sample)
+    found = collect_readouts(module, batches, tokens={"attention.bank": sample})
     assert len(found) == 15
     first = batches[0]
     assert torch.allclose(found.mean[1], first["x"][1, :3].mean(0))

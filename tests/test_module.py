@@ -11,7 +11,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 
-from ddcl_lightning import Classification, Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone, PCABackbone
+from ddcl_lightning import (
+    Classification,
+    Clustering,
+    DDCLAttention,
+    DDCLReadout,
+    DDCLReadoutModule,
+    IdentityBackbone,
+    PCABackbone,
+    SerialPrototypes,
+)
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.optim import TokenNormalized
@@ -41,6 +50,33 @@ def test_encoder_rate_is_derived_from_rho() -> None:
     assert rates == {"prototypes": 0.02, "encoder": 0.005, "task": 0.005}
     rates = module_of_rates(clustering_module(Classification(4), lr_prototypes=0.02, rho=0.5).configure_optimizers())
     assert rates == {"prototypes": 0.02, "encoder": 0.01, "task": 0.02}
+
+
+class PlacedBackbone(LinearBackbone):
+    """An encoder with prototypes inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.serial = SerialPrototypes(DDCLAttention(3, 4, residual=True))
+
+    def forward(self, batch: Any) -> Any:
+        tokens = super().forward(batch)
+        return tokens._replace(values=self.serial(tokens.values, tokens.mask))
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "TokenNormalized"])
+def test_prototypes_inside_of_the_backbone_step_as_prototypes(optimizer: str) -> None:
+    module = DDCLReadoutModule(
+        PlacedBackbone(), DDCLReadout(4, temperature=2.0), Classification(4), prototype_optimizer=optimizer
+    )
+    groups = module.parameter_groups()
+    placed = module.backbone.serial.layer.bank.prototypes
+    assert [id(p) for p in groups["prototypes"]] == [id(placed), id(module.head.attention.bank.prototypes)]
+    assert id(placed) not in {id(p) for p in groups["encoder"]}
+    assert sum(len(group) for group in groups.values()) == len(list(module.parameters()))
+    before = placed.detach().clone()
+    quiet_trainer(max_epochs=1).fit(module, loader())
+    assert not torch.equal(placed.detach(), before)
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
@@ -159,6 +195,16 @@ def test_one_schedule_drives_both_rates(schedule: Any) -> None:
     assert last == pytest.approx(
         {"constant": 0.02, "linear": 0.02 / 9, "cosine": 0.02 * 0.5 * (1 + math.cos(8 / 9 * math.pi))}[schedule]
     )
+
+
+def test_the_schedule_leaves_a_share_of_the_way_alone() -> None:
+    spy = Spy()
+    module = clustering_module(
+        Classification(4), lr_schedule="cosine", rho=0.1, lr_prototypes=0.02, prototype_optimizer="TokenNormalized"
+    )
+    quiet_trainer(max_epochs=3, callbacks=[spy]).fit(module, loader())
+    assert {rates["prototypes"] for rates in spy.rates} == {0.02}
+    assert spy.rates[-1]["encoder"] < 0.1 * spy.rates[0]["encoder"]
 
 
 class Meddler(pl.Callback):

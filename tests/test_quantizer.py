@@ -51,13 +51,16 @@ def test_evaluation_reads_the_nearest_codes(heads: int) -> None:
     torch.testing.assert_close(quantized.view(24, heads, -1), expected)
 
 
-def test_training_reads_soft_centroids_and_the_loss_is_its_definition() -> None:
-    vq = quantizer(commitment_weight=0.3, entropy_weight=0.2)
+@pytest.mark.parametrize("output", ["hard", "soft"])
+@pytest.mark.parametrize("gradient", ["straight_through", "soft"])
+def test_what_training_reads_and_the_loss_is_its_definition(gradient: Any, output: Any) -> None:
+    vq = quantizer(commitment_weight=0.3, entropy_weight=0.2, gradient=gradient, training_output=output)
     z = torch.randn(4, 10, 6)
     quantized, _, terms = vq(z)
     flat, codes, temperature = z.view(40, 6), vq.codebook[0], float(vq.bank.temperature)
     q = soft_assign(flat, codes, temperature)
-    torch.testing.assert_close(quantized.view(40, 6), q @ codes)
+    expected = q @ codes if output == "soft" else codes[q.argmax(1)]
+    torch.testing.assert_close(quantized.view(40, 6), expected)
     distances = torch.cdist(flat, codes).square()
     spread = flat.var(0, correction=0).sum()
     mean = q.mean(0)

@@ -128,3 +128,19 @@ def test_refusals() -> None:
         followed.set_fraction(0.0)
     with pytest.raises(ValueError, match="fraction belongs to banks with temperature_unit='critical'"):
         PrototypeBank(3, 2).set_fraction(0.1)
+
+
+def test_it_begins_anew_from_a_sample_and_goes_on_from_there() -> None:
+    tokens = torch.randn(2, 400, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [3.0, 2.0, 1.0, 1.0, 1.0]
+    )
+    running = RunningCriticalTemperature(2, 5)
+    for _ in range(3):
+        running(100 * tokens)
+    running.start(tokens)
+    torch.testing.assert_close(4 * running.lambda_max.double(), critical_temperature(tokens), rtol=1e-5, atol=0.0)
+    running(2 * tokens)  # the second batch counts as much as the sample
+    torch.testing.assert_close(4 * running.lambda_max.double(), 2.5 * critical_temperature(tokens), rtol=1e-3, atol=0.0)
+    one = torch.zeros(2, 3, 5)
+    running.start(one)
+    assert running.lambda_max.tolist() == [0.0, 0.0]

@@ -3,6 +3,7 @@
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.backbones.conv import ConvBackbone
 from ddcl_lightning.backbones.identity import IdentityBackbone
+from ddcl_lightning.backbones.patches import PatchBackbone
 from ddcl_lightning.backbones.pca import PCABackbone
 from ddcl_lightning.backbones.pretrained import PretrainedBackbone
 from ddcl_lightning.backbones.timm import TimmBackbone
@@ -13,6 +14,7 @@ __all__ = [
     "ConvBackbone",
     "IdentityBackbone",
     "PCABackbone",
+    "PatchBackbone",
     "PretrainedBackbone",
     "TimmBackbone",
     "Tokens",

@@ -42,6 +42,10 @@ class Backbone(nn.Module, ABC):
     def forward(self, batch: Batch) -> Tokens:
         """Tokens ``(B, T, embed_dim)`` and mask of a batch as the data loader yields it."""
 
+    def pieces(self, batch: Batch) -> Tensor | None:
+        """What the tokens are of, as images ``(B, T, C, H, W)``, to draw prototypes with; None where there are none."""
+        return None
+
     def needs_fit(self) -> bool:
         """Whether ``fit`` must be called before ``forward``."""
         return False

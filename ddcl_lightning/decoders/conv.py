@@ -17,7 +17,9 @@ class ConvDecoder(Decoder):
     """Tokens of a grid, row by row, to images: each width doubles the height and the width.
 
     Takes what :class:`~ddcl_lightning.ConvBackbone` makes: with the same number of widths, in reverse, an image comes
-    back in its own size. A stage is one residual block, normalised in groups, and a transposed convolution.
+    back in its own size. A stage is one residual block, normalised in groups, and a transposed convolution; a last
+    convolution makes the pixels of ``widths[-1] / 2`` channels in full size. (With pixels straight from the transposed
+    convolution, errors were half as large again on Fashion-MNIST.)
 
     Args:
         out_channels: C of the images.
@@ -54,9 +56,10 @@ class ConvDecoder(Decoder):
     def build(self, token_dim: int) -> None:
         """Create the layers for tokens of dimension ``token_dim``."""
         self.token_dim = token_dim
-        sizes = [*self.widths, self.out_channels]
-        self.projection = nn.Conv2d(token_dim, sizes[0], kernel_size=1)
-        self.stages = nn.Sequential(*(_stage(before, after) for before, after in pairwise(sizes)))
+        last = max(1, self.widths[-1] // 2)
+        self.projection = nn.Conv2d(token_dim, self.widths[0], kernel_size=1)
+        self.stages = nn.Sequential(*(_stage(before, after) for before, after in pairwise([*self.widths, last])))
+        self.pixels = nn.Sequential(nn.GELU(), nn.Conv2d(last, self.out_channels, kernel_size=3, padding=1))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images ``(B, C, H, W)`` of ``(B, T, token_dim)`` tokens; a mask must be True everywhere."""
@@ -67,7 +70,7 @@ class ConvDecoder(Decoder):
                 f"{int((~mask).sum())} places of padding. Use SequenceDecoder for sequences."
             )
         grid = tokens.mT.reshape(len(tokens), -1, *self._grid(tokens.shape[1]))
-        images: Tensor = self.stages(self.projection(grid.to(self.projection.weight.dtype)))
+        images: Tensor = self.pixels(self.stages(self.projection(grid.to(self.projection.weight.dtype))))
         if self.size is not None:
             images = images[..., : self.size[0], : self.size[1]]
         return images.sigmoid() if self.output == "sigmoid" else images

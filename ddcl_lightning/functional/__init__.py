@@ -11,6 +11,7 @@ from ddcl_lightning.functional.assignment import (
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
+    sample_codes,
     soft_assign,
 )
 from ddcl_lightning.functional.critical import critical_factor, critical_temperature, prototype_critical_temperatures
@@ -24,7 +25,9 @@ from ddcl_lightning.functional.diagnostics import (
     separation,
     total_variance,
 )
+from ddcl_lightning.functional.quantization import quantize
 from ddcl_lightning.functional.slots import prototype_slots
+from ddcl_lightning.functional.split import SplitTest, split_test
 from ddcl_lightning.functional.token_means import assign_codes, merge_token_means, token_means
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "Decomposition",
     "DecompositionErrors",
     "Separation",
+    "SplitTest",
     "TokenMeans",
     "assign_codes",
     "assignment_statistics",
@@ -48,8 +52,11 @@ __all__ = [
     "prototype_attention_reference",
     "prototype_critical_temperatures",
     "prototype_slots",
+    "quantize",
+    "sample_codes",
     "separation",
     "soft_assign",
+    "split_test",
     "token_means",
     "total_variance",
 ]

@@ -236,3 +236,29 @@ def nearest_prototype(tokens: Tensor, prototypes: Tensor) -> Tensor:
             z = tokens[..., rows, :].to(dtype) - center
             codes[..., rows] = (z @ p.mT - half_norms).argmax(-1)
     return codes
+
+
+@torch.no_grad()
+def sample_codes(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
+    """One prototype per token, drawn from its soft assignment, so that the mean of ``p_code`` is the soft centroid.
+
+    The draw is a race of exponential clocks with rates ``q_nk``, in log space (the Gumbel-max trick), from the global
+    random state.
+
+    Args:
+        tokens: ``(..., N, d)``, finite at padding too.
+        prototypes: ``(..., K, d)``.
+        temperature: ``T > 0`` in units of squared distance; a float or one value per leading index, ``(...)``.
+
+    Returns:
+        ``(..., N)`` int64. Streamed over tokens: the ``N x K`` assignments are never stored whole.
+    """
+    check_shapes(tokens, prototypes, None)
+    dtype = accumulation_dtype(tokens, prototypes)
+    p = prototypes.to(dtype)
+    codes = torch.empty(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
+    with torch.autocast(tokens.device.type, enabled=False):
+        for rows in token_chunks(tokens.shape[-2], p[..., 0].numel()):
+            log_q = _log_assign(tokens[..., rows, :].to(dtype), p, temperature)
+            codes[..., rows] = (log_q - torch.empty_like(log_q).exponential_().log()).argmax(-1)
+    return codes

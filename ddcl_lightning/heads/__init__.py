@@ -3,6 +3,7 @@
 from ddcl_lightning.heads.attention_pooling import AttentionPooling
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.heads.ddcl import DDCLReadout
+from ddcl_lightning.heads.hierarchical import HierarchicalReadout
 from ddcl_lightning.heads.perceiver import PerceiverPooling
 from ddcl_lightning.heads.pma import PMAPooling
 from ddcl_lightning.heads.pooling import CLSPooling, MaxPooling, MeanPooling
@@ -15,6 +16,7 @@ __all__ = [
     "CLSPooling",
     "DDCLReadout",
     "Head",
+    "HierarchicalReadout",
     "MaxPooling",
     "MeanPooling",
     "PMAPooling",

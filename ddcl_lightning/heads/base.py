@@ -95,6 +95,13 @@ class Head(nn.Module, ABC):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
         """Read out ``(B, T, embed_dim)`` tokens with mask ``(B, T)``, True for valid tokens."""
 
+    def fixed_bank_size(self) -> str | None:
+        """Why the number of prototypes must stay as built, or None where nothing depends on it.
+
+        A head whose shapes are free of it overrides this, for :class:`~ddcl_lightning.callbacks.AdaptiveBankSize`.
+        """
+        return f"{type(self).__name__} does not say that it can change"
+
     def bound_scale(self) -> None:
         """Bound the scale of the embeddings if the user left the choice open.
 

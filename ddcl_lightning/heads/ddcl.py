@@ -85,7 +85,7 @@ class DDCLReadout(Head):
             raise ValueError(f"repulsion must be >= 0; got {repulsion}.")
         if repulsion > 0 and num_prototypes < 2:
             raise ValueError(f"repulsion needs at least 2 prototypes; got num_prototypes = {num_prototypes}.")
-        self.num_prototypes, self.num_heads, self.prototype_dim = num_prototypes, num_heads, prototype_dim
+        self._num_prototypes, self.num_heads, self.prototype_dim = num_prototypes, num_heads, prototype_dim
         self.temperature, self.pooling, self.residual = temperature, pooling, residual
         self.embedding_scale, self.detach_assignments, self.repulsion = (
             embedding_scale,
@@ -130,15 +130,29 @@ class DDCLReadout(Head):
         return dim - 1 if self.num_heads == 1 and dim == embed_dim > 1 else dim
 
     @property
+    def num_prototypes(self) -> int:
+        """K of the bank as it is now, which may have grown."""
+        return self._num_prototypes if self.input_dim is None else self.attention.bank.num_prototypes
+
+    @property
     def token_dim(self) -> int:
         """Dimension of the mixtures."""
         return self.attention.output_dim
+
+    def fixed_bank_size(self) -> str | None:
+        """Whatever reads more than centroids has a width that depends on K."""
+        if self.pooling != "centroid":
+            return f"pooling={self.pooling!r} has a width that depends on it (pooling='centroid' has not)"
+        return None
 
     def init_args(self) -> dict[str, Any]:
         """The arguments, with the scale that an ``"auto"`` one became."""
         args = super().init_args()
         if self.input_dim is not None and self.attention.scale.mode != "none":
             args["embedding_scale"] = self.attention.scale.mode
+        if self.budget is not None and self.num_prototypes != self._num_prototypes:
+            # The budget was spent on another number of prototypes, and would give another dimension now.
+            args["budget"], args["prototype_dim"] = None, self.attention.bank.dim
         return args
 
     def bound_scale(self) -> None:

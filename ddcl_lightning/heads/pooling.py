@@ -81,6 +81,14 @@ def mean_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return masked_mean(tokens.mT, None if mask is None else mask[:, None, :].expand(tokens.mT.shape))
 
 
+def code_shares(codes: Tensor, num_codes: int, mask: Tensor | None) -> Tensor:
+    """Share of each sample's valid tokens that have each code, ``(B, H, K)``, of hard codes ``(B, T, H)``."""
+    books = codes.clamp(min=0).transpose(1, 2)
+    valid = torch.ones_like(books) if mask is None else mask.unsqueeze(1).expand_as(books)
+    counts = torch.zeros(*books.shape[:2], num_codes, device=codes.device)
+    return counts.scatter_add_(2, books, valid.to(counts.dtype)) / valid.sum(-1, keepdim=True)
+
+
 class _Summary(PoolingLayer):
     """A summary without parameters, and the control ``GELU(W s + b)`` on top where a width is given."""
 

@@ -1,18 +1,16 @@
 """Soft vector quantisation as a readout: the bottleneck of an autoencoder, or a discrete summary of a sample."""
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.pooling import mean_token
-from ddcl_lightning.quantizer import QuantizerGradient, SoftVectorQuantizer
+from ddcl_lightning.heads.pooling import code_shares, mean_token
+from ddcl_lightning.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
 
 
 class SoftVQ(Head):
     """A :class:`~ddcl_lightning.SoftVectorQuantizer` between encoder and decoder (section 7.4, eq. 16).
 
-    Its tokens are soft centroids while training and hard codes in evaluation; a sample is their mean. The commitment
+    Its tokens are codes (while training also soft centroids, by choice); a sample is their mean. The commitment
     ``L_q``, free of the tokens' scale, and the entropy bonus are the readout's ``regularization``: the task's
     ``quantization_weight`` is not used. Codes start by ``KMeansInitialization``, their temperature, a fraction of the
     critical one of the tokens as they are, falls by ``TemperatureAnnealing(unit="critical")``, and they move by
@@ -27,6 +25,7 @@ class SoftVQ(Head):
         commitment_weight: See :class:`~ddcl_lightning.SoftVectorQuantizer`, as for the arguments below.
         entropy_weight: See there.
         gradient: See there.
+        training_output: See there.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
@@ -42,14 +41,16 @@ class SoftVQ(Head):
         code_dim: int | None = None,
         num_heads: int = 1,
         temperature: float = 0.05,
-        commitment_weight: float = 0.25,
-        entropy_weight: float = 0.01,
+        commitment_weight: float = 0.03,
+        entropy_weight: float = 0.001,
         gradient: QuantizerGradient = "straight_through",
+        training_output: TrainingOutput = "hard",
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.num_codes, self.code_dim, self.num_heads, self.temperature = num_codes, code_dim, num_heads, temperature
-        self.commitment_weight, self.entropy_weight, self.gradient = commitment_weight, entropy_weight, gradient
+        self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
+        self.gradient, self.training_output = gradient, training_output
         self.num_codebooks = num_heads
         self._create(1 if code_dim else max(num_heads, 1))  # refuse early what no embed_dim could mend
         if embed_dim is not None:
@@ -73,6 +74,7 @@ class SoftVQ(Head):
             commitment_weight=self.commitment_weight,
             entropy_weight=self.entropy_weight,
             gradient=self.gradient,
+            training_output=self.training_output,
         )
 
     def embedding_parameters(self) -> list[nn.Parameter]:
@@ -86,10 +88,7 @@ class SoftVQ(Head):
         tokens, mask = fill_padding(tokens, mask)
         found = self.quantizer(tokens, mask)
         codes = found.indices.unsqueeze(-1) if self.num_heads == 1 else found.indices
-        shares = None
-        if not self.training:
-            hard = one_hot(codes, self.num_codes).float()
-            shares = torch.stack([mean_token(hard[:, :, head], mask) for head in range(self.num_heads)], 1)
+        shares = None if self.training else code_shares(codes, self.num_codes, mask)
         return ReadoutOutput(
             found.quantized,
             mean_token(found.quantized, mask),

@@ -4,13 +4,12 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from ddcl_lightning.distributed import broadcast_object
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.heads.base import ReadoutOutput, check_tokens, fill_padding
-from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer, mean_token
+from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer, code_shares, mean_token
 from ddcl_lightning.kmeans import initial_prototypes
 from ddcl_lightning.reservoir import Reservoir
 
@@ -166,7 +165,7 @@ class VQPooling(PoolingHead):
         found = self.layer(tokens, mask)
         shares = None
         if not self.training:
-            shares = mean_token(one_hot(found.codes, self.num_codes).float(), mask).unsqueeze(1)
+            shares = code_shares(found.codes.unsqueeze(-1), self.num_codes, mask)
         codes = found.codes if mask is None else found.codes.masked_fill(~mask, -1)
         loss = self.weight * (found.codebook_loss + self.beta * found.commitment_loss)
         return ReadoutOutput(

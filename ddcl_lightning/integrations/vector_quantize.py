@@ -3,12 +3,10 @@
 import difflib
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.pooling import mean_token
+from ddcl_lightning.heads.pooling import code_shares, mean_token
 
 try:
     import vector_quantize_pytorch as library
@@ -92,8 +90,7 @@ class LibraryVQ(Head):
         loss = self.weight * found[2].sum() if len(found) > 2 else None
         shares = None
         if not self.training and self.num_codes is not None:
-            hard = one_hot(codes.clamp(min=0), self.num_codes).float()
-            shares = torch.stack([mean_token(hard[:, :, book], mask) for book in range(self.num_codebooks)], 1)
+            shares = code_shares(codes, self.num_codes, mask)
         return ReadoutOutput(
             quantized, mean_token(quantized, mask), assignments=shares, regularization=loss, codes=codes
         )

@@ -68,4 +68,7 @@ class Clustering(Task):
         if truth is None:
             truth = torch.full_like(clusters[:, 0], -1)
         for head, metric in enumerate(metrics.values()):
+            assert isinstance(metric, ClusteringMetrics)
+            if metric.num_clusters != readout.assignments.shape[-1]:  # the bank has changed since the last evaluation
+                metric.resize(readout.assignments.shape[-1])
             metric.update(clusters[:, head], truth)

@@ -2,15 +2,16 @@ import math
 
 import pytest
 import torch
-from toys import Masked, Project, fit
+from toys import Masked, Project, TwoLevels, fit
 
 from ddcl_lightning import bank as bank_module
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks import DecompositionCheck, DecompositionViolationError, KMeansInitialization
-from ddcl_lightning.callbacks.decomposition_check import find_violations
-from ddcl_lightning.functional import BankOutput, Decomposition, DecompositionErrors
+from ddcl_lightning.callbacks.decomposition_check import exact_variance, find_violations
+from ddcl_lightning.functional import BankOutput, Decomposition, DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional import prototype_attention as right
 from ddcl_lightning.functional import prototype_attention_reference as reference
+from ddcl_lightning.probe import Observation
 
 
 def wrong_temperature(tokens, prototypes, temperature, mask=None, **kwargs):
@@ -179,3 +180,86 @@ def test_the_tolerance_follows_the_precision_that_the_user_allows():
 def test_refusals(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DecompositionCheck(**kwargs)
+
+
+# V > 0 at every level ----------------------------------------------------------------------------
+
+
+def level_two_falls_together(together=True):
+    """A hierarchy of which only the upper bank has lost its spread."""
+    module = TwoLevels(lr=1e-4)
+    with torch.no_grad():
+        prototypes = module.top.bank.prototypes
+        first = prototypes[:, :1].clone()
+        prototypes.copy_(first if together else first + 1e-3 * torch.randn_like(prototypes))
+    return module
+
+
+def test_a_bank_whose_prototypes_coincide_fails_the_check_though_the_identity_holds():
+    words = r"bank 'top.bank': V > 0: its 2 prototypes coincide .* lower the temperature below the critical one"
+    with pytest.raises(DecompositionViolationError, match=words) as error:
+        fit(level_two_falls_together(), DecompositionCheck(every_n_batches=1))
+    assert "softmax" not in str(error.value)
+
+
+def test_each_bank_is_judged_on_its_own_and_counted():
+    check = DecompositionCheck(every_n_batches=1, on_violation="warn")
+    with pytest.warns(UserWarning, match=r"violated at step \d+ in bank 'top.bank': V > 0") as caught:
+        fit(level_two_falls_together(), check)
+    assert not any("layer.bank" in str(warning.message) for warning in caught)
+    assert (check.checks, check.violations) == (24, 12)
+    assert check.smallest_variance["top.bank"] < 1e-12 < check.smallest_variance["layer.bank"]
+
+
+def test_prototypes_that_are_only_close_pass():
+    check = DecompositionCheck(every_n_batches=1)
+    fit(level_two_falls_together(together=False), check)
+    assert (check.checks, check.violations) == (24, 0)
+    assert 0 < check.smallest_variance["top.bank"] < 1e-4
+
+
+def test_assignments_that_are_hard_to_the_last_bit_are_said_once_and_are_no_violation(caplog):
+    check = DecompositionCheck(every_n_batches=1)
+    with caplog.at_level("INFO"):
+        fit(Project(temperature=1e-6, lr=1e-6), KMeansInitialization(), check)
+    words = "V = 0 at step 1 in bank 'layer.bank', whose prototypes differ"
+    assert sum(words in record.message for record in caplog.records) == 1
+    assert check.violations == 0
+    assert check.smallest_variance == {"layer.bank": 0.0}
+
+
+def test_a_single_prototype_has_no_spread_and_needs_none():
+    check = DecompositionCheck(every_n_batches=1)
+    fit(Project(num_prototypes=1), check)
+    assert (check.violations, check.smallest_variance) == (0, {"layer.bank": 0.0})
+
+
+def test_the_smallest_variance_is_the_exact_one_below_the_rounding_of_the_trained_one():
+    """At a low temperature float32 leaves nothing of V but rounding, which may even be negative."""
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 200, 8)
+    prototypes = torch.randn(1, 5, 8)
+    temperature = torch.tensor([0.02])
+    exact = decompose(tokens, prototypes, temperature)
+    terms = right(tokens, prototypes, temperature).terms
+    rounded = Decomposition(terms.loss, terms.ols, terms.variance * 0 - 1e-9)
+    errors = decomposition_errors(tokens, prototypes, temperature, rounded)
+    seen = Observation(tokens, None, prototypes, temperature, rounded)
+    assert torch.equal(exact_variance(seen, errors), exact.variance)
+    assert float(exact.variance) > 0
+    soft = torch.tensor([20.0])
+    terms = right(tokens, prototypes, soft).terms
+    seen = Observation(tokens, None, prototypes, soft, terms)
+    errors = decomposition_errors(tokens, prototypes, soft, terms)
+    assert torch.equal(exact_variance(seen, errors), terms.variance.double())
+
+
+def test_the_smallest_variance_survives_a_resume():
+    check = DecompositionCheck(every_n_batches=1)
+    fit(Project(), check)
+    other = DecompositionCheck()
+    other.load_state_dict(check.state_dict())
+    assert other.smallest_variance == check.smallest_variance
+    old = {key: value for key, value in check.state_dict().items() if key != "smallest_variance"}
+    other.load_state_dict(old)
+    assert other.smallest_variance == {}

@@ -238,3 +238,111 @@ def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(
 def test_the_temperature_is_logged():
     trainer = fit(Project(), TemperatureAnnealing(start=3.0, end=3.0, unit="absolute"))
     assert float(trainer.callback_metrics["ddcl/temperature/layer.bank"]) == 3.0
+
+
+# Several schedules -------------------------------------------------------------------------------
+
+
+class Levels(pl.Callback):
+    """Temperatures of both banks of TwoLevels in force during every batch."""
+
+    def __init__(self):
+        self.seen = {"layer": [], "top": []}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for name, values in self.seen.items():
+            values.append(getattr(pl_module, name).bank.temperature.tolist())
+
+
+def both_levels(*callbacks, module=None, max_epochs=4, **kwargs):
+    levels = Levels()
+    fit(module or TwoLevels(), *callbacks, levels, max_epochs=max_epochs, **kwargs)
+    return {name: values[::6] for name, values in levels.seen.items()}
+
+
+def test_two_callbacks_give_two_schedules():
+    first = TemperatureAnnealing(start=8.0, end=2.0, unit="absolute", schedule="linear", banks="layer.*")
+    second = TemperatureAnnealing(start=0.5, end=0.25, unit="absolute", schedule="linear", duration=2, banks="t?p.*")
+    found = both_levels(first, second)
+    assert np.ravel(found["layer"]) == pytest.approx([8.0, 6.0, 4.0, 2.0])
+    assert np.ravel(found["top"]) == pytest.approx([0.5, 0.25, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("kmeans", [False, True])
+def test_banks_that_no_pattern_matches_keep_their_temperature(kmeans):
+    annealing = TemperatureAnnealing(start=0.1, end=0.1, banks="layer.*")
+    found = both_levels(annealing, *[KMeansInitialization()] * kmeans)
+    assert np.ravel(found["top"]).tolist() == [1.0] * 4
+    assert set(annealing.state_dict()["references"]) == {"layer.bank"}
+
+
+def test_a_list_gives_every_head_its_own_temperature():
+    annealing = TemperatureAnnealing(
+        start=[8.0, 1.0], end=[2.0, 1.0], unit="absolute", schedule="linear", banks="layer.*"
+    )
+    found = both_levels(annealing, module=TwoLevels(num_heads=2, output_projection=False))
+    assert np.asarray(found["layer"]).T.tolist() == [pytest.approx([8.0, 6.0, 4.0, 2.0]), [1.0] * 4]
+    assert annealing.value(0) == [8.0, 1.0]
+    assert TemperatureAnnealing(tau=1.0).value(0) == 0.1
+
+
+def test_the_ends_of_heads_may_differ_one_by_one_in_fractions_too():
+    one_start = temperatures(Project(num_heads=2), start=8.0, end=[4.0, 1.0], unit="absolute", max_epochs=5)
+    assert one_start[::6] == pytest.approx([8.0, 8 * 2**-0.25, 8 * 2**-0.5, 8 * 2**-0.75, 4.0])  # its own tau
+    module = Project(num_heads=2)
+    even = Project(num_heads=2)
+    fit(even, TemperatureAnnealing(start=1.0, end=1.0), max_epochs=1)
+    fit(module, TemperatureAnnealing(start=[0.5, 0.1], end=[0.5, 0.1]), max_epochs=1)
+    expected = torch.tensor([0.5, 0.1]) * even.layer.bank.temperature
+    torch.testing.assert_close(module.layer.bank.temperature, expected)
+    followed = Project(num_heads=2, temperature_unit="critical")
+    fit(followed, TemperatureAnnealing(start=[0.5, 0.1], end=[0.4, 0.1]), max_epochs=5)
+    assert followed.layer.bank.fraction.tolist() == pytest.approx([0.4, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([{"banks": "*levels.0.*"}], r"banks must match the name of a bank; got '\*levels.0.\*' where there are top"),
+        ([{}, {"banks": "top.*"}], r"bank 'top.bank' is matched by '\*' and by 'top.\*'. Narrow one of them"),
+        ([{"start": [0.1, 0.1]}], "one per head, 1 for bank 'top.bank'"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused_before_the_first_step(callbacks, message):
+    module = TwoLevels()
+    with pytest.raises(ValueError, match=message):
+        both_levels(*(TemperatureAnnealing(**kwargs) for kwargs in callbacks), module=module)
+    assert module.losses == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"start": [0.1, 0.2], "end": [0.1, 0.1, 0.1]}, "numbers or lists of the same length"),
+        ({"start": [], "end": 0.1}, "numbers or lists of the same length"),
+        ({"start": [0.2, 0.1], "end": 0.15}, r"must not increase .* start = 0.1 and end = 0.15"),
+        ({"start": [0.2, -0.1], "end": 0.1}, "start must be a finite temperature > 0; got -0.1"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        TemperatureAnnealing(**kwargs)
+
+
+def test_several_callbacks_keep_their_states_apart_in_a_checkpoint(tmp_path):
+    def annealings():
+        return [
+            TemperatureAnnealing(start=0.8, end=0.1, per="step", duration=30, banks="layer.*"),
+            TemperatureAnnealing(start=0.2, end=0.1, per="step", duration=20, banks="top.*"),
+        ]
+
+    whole = annealings()
+    fit(TwoLevels(), *whole, max_epochs=4)
+    half = fit(TwoLevels(), *annealings(), max_epochs=2, enable_checkpointing=False)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, levels = annealings(), Levels()
+    fit(TwoLevels(), *resumed, levels, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert [callback.state_dict()["steps"] for callback in resumed] == [24, 24]
+    for name, callback in zip(("layer", "top"), whole, strict=True):
+        critical = callback.state_dict()["references"][f"{name}.bank"][0]
+        assert levels.seen[name][0][0] == pytest.approx(critical * callback.value(12), rel=1e-6)

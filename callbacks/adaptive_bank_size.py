@@ -1,0 +1,249 @@
+"""A bank that finds its own number of prototypes."""
+
+import math
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.callbacks._base import BankCallback, log_name, starts_anew
+from ddcl_lightning.collect import collect_tokens
+from ddcl_lightning.compat import rebuild_ddp
+from ddcl_lightning.distributed import broadcast_object, is_first_process
+from ddcl_lightning.heads.base import Head
+from ddcl_lightning.probe import require_banks
+from ddcl_lightning.rates import run_length
+from ddcl_lightning.resizing import Resize, SizeRules, plan_resize, resize_bank
+from ddcl_lightning.seeding import resolve_seed
+
+
+class AdaptiveBankSize(Callback):
+    """Splits, merges and prunes prototypes while they train: a bank that starts small finds its K (section 8.7).
+
+    Every so often it looks at a sample of the tokens that reach the bank and
+
+    - *prunes* a prototype that held less than ``prune / K`` of them at ``patience`` checks in a row;
+    - *merges* prototypes that coincide, closer than ``merge * sqrt(T)``;
+    - *splits* a prototype where T is below its own critical temperature (4 lambda_max of the covariance of its
+      tokens, 2 with detached assignments), so that its halves will not fall together again, and where two clusters
+      fit its tokens significantly better than one Gaussian (:func:`~ddcl_lightning.functional.split_test`). The first
+      alone is deterministic annealing: it goes on splitting for as long as T falls. The second ends it.
+
+    The test asks whether tokens are one Gaussian: a long or flat distribution is a reason to split too, and clusters
+    that overlap to one bell stay together. A split is not undone for being needless, so start with few prototypes. With
+    ``significance=None`` the last temperature alone sets K.
+
+    A change comes right after an optimizer step. The parameter stays the same object; state of the optimizers that goes
+    by rows (Adam, SGD, RMSprop, ...) is handed on from a prototype to its halves. Checkpoints load at the size that
+    they were saved with, under plain DDP all processes change alike, and ``CollapseWarning`` looks anew. It takes one
+    forward pass over the training data, up to the bank, per check.
+
+    Args:
+        min_prototypes: Smallest K, at least 1.
+        max_prototypes: Largest K.
+        every: Epochs or steps between checks, at least 1.
+        per: ``"epoch"`` or ``"step"`` (a batch after which several optimizers step counts as one).
+        duration: Epochs or steps after which the size stays, > 0; by default 80 % of the run, so that what has split
+            last can settle.
+        significance: Chance in (0, 0.5) with which a Gaussian is split in two; None does not test.
+        margin: T must be below a prototype's own critical temperature by this share, >= 0.
+        merge: See above, >= 0; 0 merges none.
+        prune: See above, in [0, 1); 0 prunes none. No half of a split may be smaller either.
+        patience: See above, at least 1.
+        banks: Which banks, by the pattern of their names, as in ``TemperatureAnnealing``.
+        max_tokens: Size of the sample.
+        seed: Seed of sample and test; by default that of ``seed_everything``, or 0.
+
+    Attributes:
+        history: ``(global_step, K)`` at the start and after every change, by bank.
+
+    Raises:
+        ValueError: If an argument is out of its range; before training, if a bank has several heads (they share K)
+            or lies in a head whose shapes depend on K, if the strategy is neither a single device nor DDP, if
+            weights are averaged, or if no bank has such a name.
+    """
+
+    def __init__(
+        self,
+        min_prototypes: int = 2,
+        max_prototypes: int = 64,
+        every: int = 1,
+        per: Literal["epoch", "step"] = "epoch",
+        duration: float | None = None,
+        significance: float | None = 0.01,
+        margin: float = 0.1,
+        merge: float = 0.1,
+        prune: float = 0.1,
+        patience: int = 2,
+        banks: str = "*",
+        max_tokens: int = 16_384,
+        seed: int | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 {per}; got {every}.")
+        if per not in ("epoch", "step"):
+            raise ValueError(f"per must be 'epoch' or 'step'; got {per!r}.")
+        if duration is not None and not duration > 0:
+            raise ValueError(f"duration must be > 0 {per}s; got {duration}.")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1; got {max_tokens}.")
+        self.rules = SizeRules(min_prototypes, max_prototypes, margin, significance, merge, prune, patience)
+        self.every, self.per, self.duration, self.banks = every, per, duration, banks
+        self.max_tokens, self.seed = max_tokens, resolve_seed(seed)
+        self._banks: dict[str, PrototypeBank] = {}
+        self._step_before = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.history: dict[str, list[tuple[int, int]]] = {}
+        self._idle: dict[str, list[int]] = {}  # checks in a row for which each prototype was idle
+        self._end: float | None = None
+        self._steps = 0
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: several callbacks have several."""
+        return super().state_key if self.banks == "*" else self._generate_state_key(banks=self.banks)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        if starts_anew(trainer, stage):
+            self._forget()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the banks, and refuse what cannot change its size."""
+        found = require_banks(pl_module, type(self).__name__)
+        self._banks = {name: bank for name, bank in found.items() if fnmatchcase(name, self.banks)}
+        if found and not self._banks:
+            raise ValueError(
+                f"banks must match the name of a bank; got {self.banks!r} where there are {', '.join(found)}."
+            )
+        if self._banks and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(
+                f"strategy {type(trainer.strategy).__name__} does not let a parameter change its shape, which "
+                "AdaptiveBankSize needs; use a single device or strategy='ddp'."
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and self._banks:
+                raise ValueError(
+                    f"{type(callback).__name__} averages weights of one shape, which AdaptiveBankSize changes. Remove "
+                    "one of them, or average in a second run that starts from the checkpoint of the first."
+                )
+        for name, bank in self._banks.items():
+            self._require_free_size(pl_module, name, bank)
+            self.history.setdefault(name, [(trainer.global_step, bank.num_prototypes)])
+
+    def _require_free_size(self, module: pl.LightningModule, name: str, bank: PrototypeBank) -> None:
+        if bank.num_heads > 1:
+            raise ValueError(
+                "num_heads must be 1 for a bank that changes its size, since all heads share one K; got "
+                f"{bank.num_heads} in {name!r}. Use several layers of one head."
+            )
+        if not self.rules.min_prototypes <= bank.num_prototypes <= self.rules.max_prototypes:
+            raise ValueError(
+                f"num_prototypes must start between min_prototypes = {self.rules.min_prototypes} and max_prototypes = "
+                f"{self.rules.max_prototypes}; got {bank.num_prototypes} in {name!r}."
+            )
+        path = name.split(".")
+        for depth in range(len(path)):
+            owner = module.get_submodule(".".join(path[:depth]))
+            reason = owner.fixed_bank_size() if isinstance(owner, Head) else None
+            if reason is not None:
+                raise ValueError(
+                    f"the number of prototypes of {name!r} must stay as built: {reason}. Remove AdaptiveBankSize, or "
+                    "narrow its banks."
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fix the end of the changes where the run starts; a resumed run keeps that of the first."""
+        if self._end is None:
+            self._end = 0.8 * run_length(trainer, self.per) if self.duration is None else self.duration
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step."""
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check after every so many steps."""
+        if trainer.global_step > self._step_before:
+            self._steps += 1
+            if self.per == "step":
+                self._check(trainer, pl_module, self._steps)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check after every so many epochs, and log K."""
+        if self.per == "epoch":
+            self._check(trainer, pl_module, trainer.current_epoch + 1)
+        for name, bank in self._banks.items():
+            pl_module.log(log_name(name, "num_prototypes"), float(bank.num_prototypes))
+
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule, position: int) -> None:
+        assert self._end is not None
+        if position % self.every or position > self._end:
+            return
+        changed = [name for name, bank in self._banks.items() if self._resize(trainer, module, name, bank)]
+        if changed:
+            rebuild_ddp(trainer)
+
+    def _resize(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, bank: PrototypeBank) -> bool:
+        """Look at one bank; whether it has changed."""
+        plan = self._plan(trainer, module, name, bank)
+        self._idle[name] = plan.idle
+        if not plan.changes:
+            return False
+        before = bank.num_prototypes
+        resize_bank(bank, plan, trainer.optimizers)
+        self.history[name].append((trainer.global_step, bank.num_prototypes))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BankCallback):
+                callback.bank_resized(name)
+        shown = "; ".join(plan.changes[:4]) + ("; ..." if len(plan.changes) > 4 else "")
+        rank_zero_info(
+            f"AdaptiveBankSize: {name} from {before} to {bank.num_prototypes} prototypes at step "
+            f"{trainer.global_step}: {shown}."
+        )
+        return True
+
+    def _plan(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, bank: PrototypeBank) -> Resize:
+        """Decided on one process; an error there is an error everywhere, or the others would wait for ever."""
+        tokens = collect_tokens(trainer, module, name, bank, max_tokens=self.max_tokens, seed=self.seed)
+        result: Resize | ValueError | None = None
+        if is_first_process():
+            idle = self._idle.get(name, [0] * bank.num_prototypes)
+            try:
+                result = plan_resize(
+                    tokens[0],
+                    bank.prototypes[0].detach(),
+                    float(bank.temperature[0]),
+                    self.rules,
+                    idle,
+                    detach_assignments=bank.detach_assignments,
+                    seed=self.seed,
+                )
+            except ValueError as error:
+                result = ValueError(f"the size of bank {name!r} cannot be judged: {error}")
+        result = broadcast_object(result)
+        if isinstance(result, ValueError):
+            raise result
+        assert result is not None
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sizes so far, idle prototypes and the end of the changes: a resumed run decides as the uninterrupted one."""
+        history = {name: [list(point) for point in points] for name, points in self.history.items()}
+        end = None if self._end is None or math.isinf(self._end) else self._end
+        return {"history": history, "idle": dict(self._idle), "end": end, "steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.history = {name: [(step, size) for step, size in points] for name, points in state_dict["history"].items()}
+        self._idle, self._end = dict(state_dict["idle"]), state_dict["end"]
+        self._steps = state_dict["steps"]

@@ -1,0 +1,142 @@
+"""Pictures of what the prototypes of every level stand for, for TensorBoard or as files."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ddcl_lightning.autoencoder_figures import draw_atoms
+from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning.callbacks._base import head_name, starts_anew
+from ddcl_lightning.callbacks._figures import emit, figure_folder
+from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
+from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.probe import BankProbe, Observation, find_banks
+
+
+class LevelFigures(Callback):
+    """Draws every ``every_n_epochs`` each bank's prototypes as pictures: the mean of what each is nearest to.
+
+    A bank that reads one vector per image shows mean images; one that reads the backbone's tokens shows the mean
+    pieces that the tokens are of, where the backbone knows them (:class:`~ddcl_lightning.PatchBackbone`, or any with
+    ``pieces``). All are of the first validation batch; prototypes that nothing of it is nearest to are crossed out.
+    Banks that cannot be shown, and data that are no images, are named once and left out.
+
+    Figures go to TensorBoard; with another logger, or none, they are written as PNG files to the folder ``figures``
+    in that of the run.
+
+    Args:
+        every_n_epochs: Interval between figures; the end of training is drawn too.
+
+    Raises:
+        ValueError: If the interval is below 1, or the module is no DDCLReadoutModule.
+    """
+
+    def __init__(self, every_n_epochs: int = 10) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
+        self.every_n_epochs = every_n_epochs
+        self._batch: Batch = None
+        self._drawn_at = -1
+        self._left_out: set[str] = set()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the module, and forget an earlier run."""
+        if not isinstance(pl_module, DDCLReadoutModule):
+            raise ValueError(
+                f"LevelFigures needs a DDCLReadoutModule; got {type(pl_module).__name__}. Remove the callback, or use "
+                "PrototypeFigures."
+            )
+        if starts_anew(trainer, stage):
+            self._batch, self._drawn_at, self._left_out = None, -1, set()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first batch of the validation data."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._batch = batch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, if this epoch is due."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw where it ended, however it ended."""
+        if self._drawn_at != trainer.global_step:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._drawn_at = trainer.global_step
+        folder = figure_folder(trainer)
+        if not trainer.is_global_zero or self._batch is None:
+            return
+        assert isinstance(module, DDCLReadoutModule)
+        seen: dict[str, Observation] = {}
+        modes = {child: child.training for child in module.modules()}
+        module.eval()
+        try:
+            with (
+                torch.no_grad(),
+                trainer.precision_plugin.val_step_context(),
+                BankProbe(find_banks(module), seen.__setitem__),
+            ):
+                module(self._batch)
+                pieces = module.backbone.pieces(self._batch)
+        finally:
+            for child, training in modes.items():
+                child.training = training
+        for name, observed in seen.items():
+            shown = self._shown(observed, pieces)
+            if shown is None:
+                self._leave_out(name)
+                continue
+            for label, figure in _pictures(name, observed, *shown):
+                emit(trainer, figure, f"prototypes/{label}", folder)
+
+    def _shown(self, seen: Observation, pieces: Tensor | None) -> tuple[Tensor, str] | None:
+        """One image ``(N, C, H, W)`` for each token of a bank, and what they are."""
+        images = inputs(self._batch)
+        if seen.mask is not None or images.dim() != 4:
+            return None
+        images = images / 255 if images.dtype == torch.uint8 else images
+        if seen.tokens.shape[1] == len(images):
+            return images, "the validation images (one batch)"
+        if pieces is not None and seen.tokens.shape[1] == pieces.shape[0] * pieces.shape[1]:
+            return pieces.flatten(0, 1), "the pieces of the validation images (one batch)"
+        return None
+
+    def _leave_out(self, name: str) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            rank_zero_info(
+                f"LevelFigures leaves out {name}: its tokens are neither whole images nor the pieces that the backbone "
+                "knows. Images are batches with x (B, C, H, W), all tokens valid."
+            )
+
+
+def _pictures(name: str, seen: Observation, images: Tensor, tokens: str) -> list[tuple[str, Figure]]:
+    """One figure per head."""
+    codes = nearest_prototype(seen.tokens, seen.prototypes)
+    heads, size = seen.prototypes.shape[:2]
+    rows = images.detach().float().cpu()
+    low, high = (float(value) for value in rows.aminmax())
+    figures = []
+    for head in range(heads):
+        label = head_name(name, head, heads)
+        means, counts = mean_tokens(rows.flatten(1).unsqueeze(1), codes[head].cpu().unsqueeze(1), size)
+        atoms = torch.unflatten(means, -1, rows.shape[1:])
+        figures.append((label, draw_atoms(atoms, counts, low, high, label, noun="prototype", tokens=tokens)))
+    return figures

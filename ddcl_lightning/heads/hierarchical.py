@@ -1,0 +1,314 @@
+"""Prototypes of prototypes: a stack of banks, each of which reads what the one below makes of its tokens."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput
+from ddcl_lightning.bank import TemperatureUnit
+from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens
+from ddcl_lightning.heads.budget import check_width, widest
+from ddcl_lightning.heads.pooling import first_token, mean_token
+from ddcl_lightning.rarity import PrototypeRarity
+from ddcl_lightning.scale import EmbeddingScale, ScaleMode
+
+LevelTokens = Literal["all", "first", "mean", "rare_mean", "rare_inputs", "joined"]
+LevelPooling = Literal["last", "all"]
+RARE = ("rare_mean", "rare_inputs")
+
+
+class HierarchicalReadout(Head):
+    """Several banks on top of each other: level l + 1 reads the soft centroids of level l (section 5.2, eq. 17).
+
+    Every argument that a level can have of its own is one value for all, or a list with one per level. Every level
+    has its own loss terms, temperature and critical temperature, and the callbacks treat it as a bank of its own, named
+    ``head.levels.0.bank``, ``head.levels.1.bank`` and so on. ``KMeansInitialization`` starts them from the first to
+    the last, so that a level is started from what the one below really gives.
+
+    The centroids of a level spread less than its tokens, and their means less again, so one temperature for all levels
+    is above the critical one of the last, whose prototypes then fall together. Therefore temperatures are fractions of
+    each level's own critical temperature, followed while the levels below move.
+
+    Args:
+        num_prototypes: K of each level, a list with one number per level, from the tokens up.
+        num_heads: H of each level.
+        prototype_dim: d of each level; by default the dimension of what the level reads, ``// num_heads``. Another
+            one projects.
+        temperature: Initial T > 0 of each level, in the unit below. A ``TemperatureAnnealing`` callback replaces it
+            (``banks="*levels.1.*"`` gives one level a schedule of its own).
+        tokens: What each level reads of the level below (the first one of the backbone): ``"all"``: every valid token;
+            ``"first"``: the first valid one; ``"mean"``: the mean valid one, one vector per sample; ``"rare_mean"``:
+            the same with tokens weighted by the rarity of their prototypes
+            (:class:`~ddcl_lightning.rarity.PrototypeRarity`), which keeps what distinguishes samples;
+            ``"rare_inputs"``: that mean of what the level below has read, not of its centroids (the strongest for
+            clustering text, see docs/measurements.md); ``"joined"``: all of them side by side, in their order, for
+            samples of ``num_tokens`` tokens. By default ``"all"`` for every level but the last, which reads the
+            ``"mean"`` as the paper does. The two rare means store the assignments of the level below.
+        embedding_scale: Bound on the scale of what each level reads, see :class:`~ddcl_lightning.EmbeddingScale`;
+            ``"auto"`` whitens exactly where a trained encoder or projection could lower a level's loss by shrinking its
+            tokens, without a task loss, and does nothing otherwise.
+        end_to_end: Let gradients pass from a level to those below and to the encoder. By default every level's input is
+            fixed for its own loss, as in the paper: no loss, the task's included, reaches below the level that it is
+            computed from.
+        pooling: ``"last"``: the mean soft centroid of the last level; ``"all"``: those of all levels side by side,
+            through which a task's loss reaches every level.
+        temperature_unit: ``"critical"`` or ``"absolute"``, see :class:`~ddcl_lightning.PrototypeBank`. The tokens of a
+            frozen encoder do not move, so that their level may be ``"absolute"`` and save the covariance of every
+            batch; ``TemperatureAnnealing`` then measures its critical temperature once.
+        detach_assignments: Hold assignments constant in the backward pass (eq. 10).
+        num_tokens: T of the samples, for ``"joined"``.
+        embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+        budget: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the largest
+            dimension for all levels within it is found by ``build``. The first level of such a head always projects.
+
+    Attributes:
+        levels: The layers, one :class:`~ddcl_lightning.DDCLAttention` each.
+
+    Raises:
+        ValueError: If an argument is out of its range, has not one value per level, or does not go with another; in
+            ``build``, if sizes do not fit each other or the budget is too small.
+    """
+
+    levels: nn.ModuleList
+    rarities: nn.ModuleDict
+
+    def __init__(
+        self,
+        num_prototypes: list[int],
+        num_heads: int | list[int] = 1,
+        prototype_dim: int | list[int] | None = None,
+        temperature: float | list[float] = 0.1,
+        tokens: LevelTokens | list[LevelTokens] | None = None,
+        embedding_scale: ScaleMode | Literal["auto"] | list[ScaleMode | Literal["auto"]] = "auto",
+        end_to_end: bool = False,
+        pooling: LevelPooling = "last",
+        temperature_unit: TemperatureUnit | list[TemperatureUnit] = "critical",
+        detach_assignments: bool = False,
+        num_tokens: int | None = None,
+        embed_dim: int | None = None,
+        budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_prototypes, Sequence) or not num_prototypes:
+            raise ValueError(
+                f"num_prototypes must be a list with the prototypes of each level, [64, 20] for two; got "
+                f"{num_prototypes!r}. For a single bank use DDCLReadout."
+            )
+        self.num_prototypes, self.num_heads, self.prototype_dim = num_prototypes, num_heads, prototype_dim
+        self.temperature, self.temperature_unit = temperature, temperature_unit
+        self.tokens, self.embedding_scale = tokens, embedding_scale
+        self.end_to_end, self.pooling, self.detach_assignments = end_to_end, pooling, detach_assignments
+        self.num_tokens, self.budget = num_tokens, budget
+        self._heads: list[int] = self._each("num_heads", num_heads)
+        self._dims: list[int | None] = self._each("prototype_dim", prototype_dim)
+        self._scales: list[ScaleMode | Literal["auto"]] = self._each("embedding_scale", embedding_scale)
+        self._temperatures: list[float] = self._each("temperature", temperature)
+        self._units: list[TemperatureUnit] = self._each("temperature_unit", temperature_unit)
+        last: LevelTokens = "mean" if self.num_levels > 1 else "all"
+        default: list[LevelTokens] = ["all" for _ in self.num_prototypes[1:]]
+        default.append(last)
+        self._reads: list[LevelTokens] = default if tokens is None else self._each("tokens", tokens)
+        check_width("prototype_dim", next(filter(None, self._dims), None), budget)
+        self._check_choices()
+        if embed_dim is not None:
+            self.build(embed_dim)
+
+    @property
+    def num_levels(self) -> int:
+        """L."""
+        return len(self.num_prototypes)
+
+    def _each(self, name: str, value: Any) -> list[Any]:
+        """One value per level."""
+        if not isinstance(value, (list, tuple)):
+            return [value] * self.num_levels
+        if len(value) != self.num_levels:
+            raise ValueError(
+                f"{name} must be one value for all levels or a list with one per level, {self.num_levels} as in "
+                f"num_prototypes = {list(self.num_prototypes)}; got {list(value)}."
+            )
+        return list(value)
+
+    def _check_choices(self) -> None:
+        for name, values, allowed in (
+            ("tokens", self._reads, get_args(LevelTokens)),
+            ("embedding_scale", self._scales, ("auto", *get_args(ScaleMode))),
+            ("pooling", [self.pooling], get_args(LevelPooling)),
+        ):
+            for value in values:
+                if value not in allowed:
+                    raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+        if self._reads[0] in RARE:
+            raise ValueError(
+                f"tokens of the first level must not be {self._reads[0]!r}, which weighs tokens by the prototypes of "
+                "the level below. Use 'all' there."
+            )
+        if ("joined" in self._reads) != (self.num_tokens is not None):
+            raise ValueError(
+                f"num_tokens belongs to tokens 'joined', which needs it; got num_tokens = {self.num_tokens} with "
+                f"tokens {self._reads}."
+            )
+        if self.num_tokens is not None and self.num_tokens < 1:
+            raise ValueError(f"num_tokens must be at least 1, the tokens of a sample; got {self.num_tokens}.")
+        single = next((level for level, reads in enumerate(self._reads) if reads != "all"), self.num_levels)
+        for reads in self._reads[single + 1 :]:
+            if reads in ("joined", *RARE):
+                raise ValueError(
+                    f"tokens must not be {reads!r} above a level that reads one vector per sample; got {self._reads}. "
+                    "Use 'all' there."
+                )
+
+    def build(self, embed_dim: int) -> None:
+        """Create the levels for tokens of dimension ``embed_dim``."""
+        if check_rebuild(self, embed_dim):
+            return
+        dims = self._dims if self.budget is None else [self._widest(embed_dim, self.budget)] * self.num_levels
+        self.levels, self.rarities = nn.ModuleList(), nn.ModuleDict()
+        width = below = embed_dim
+        for level, reads in enumerate(self._reads):
+            width = below = self._width(reads, width, below)
+            scale = self._scales[level]
+            layer = DDCLAttention(
+                width,
+                self.num_prototypes[level],
+                num_heads=self._heads[level],
+                prototype_dim=dims[level],
+                temperature=self._temperatures[level],
+                # The level above reads the concatenated centroids, and so does the task.
+                output_projection=False,
+                embedding_scale="none" if scale == "auto" else scale,
+                detach_assignments=self.detach_assignments,
+                temperature_unit=self._units[level],
+            )
+            self.levels.append(layer)
+            if level + 1 < self.num_levels and self._reads[level + 1] in RARE:
+                self.rarities[str(level)] = PrototypeRarity(self._heads[level], self.num_prototypes[level])
+            width = layer.output_dim
+        self.pooled_dim = width if self.pooling == "last" else sum(self._layer(i).output_dim for i in self._range())
+        super().build(embed_dim)
+
+    def _width(self, reads: LevelTokens, width: int, below: int) -> int:
+        """Dimension of what a level reads, above one that reads ``below`` and gives ``width`` numbers per token."""
+        if reads == "joined":
+            assert self.num_tokens is not None
+            return width * self.num_tokens
+        return below if reads == "rare_inputs" else width
+
+    def _widest(self, embed_dim: int, budget: int) -> int:
+        """The prototypes' largest dimension d for all levels: the parameters are projections and prototypes."""
+
+        def count(dim: int) -> int:
+            total, width, below = 0, embed_dim, embed_dim
+            for level, (heads, size, reads) in enumerate(
+                zip(self._heads, self.num_prototypes, self._reads, strict=True)
+            ):
+                width = below = self._width(reads, width, below)
+                total += heads * dim * (size + (width if level == 0 or heads > 1 or dim != width else 0))
+                width = heads * dim
+            return total
+
+        dim = widest(count, budget)
+        # One head in the tokens' own space has no projection, and would leave most of the budget unused.
+        return dim - 1 if self._heads[0] == 1 and dim == embed_dim > 1 else dim
+
+    def _range(self) -> range:
+        return range(self.num_levels)
+
+    def _layer(self, level: int) -> DDCLAttention:
+        layer = self.levels[level]
+        assert isinstance(layer, DDCLAttention)
+        return layer
+
+    @property
+    def token_dim(self) -> int:
+        """Dimension of the last level's mixtures."""
+        return self._layer(self.num_levels - 1).output_dim
+
+    def init_args(self) -> dict[str, Any]:
+        """The arguments, with the scales that ``"auto"`` ones became."""
+        args = super().init_args()
+        if self.input_dim is not None:
+            bounded = [self._layer(level).scale.mode for level in self._range()]
+            args["embedding_scale"] = [
+                now if now != "none" else given for now, given in zip(bounded, self._scales, strict=True)
+            ]
+        return args
+
+    def bound_scale(self) -> None:
+        """Whiten what the first level reads, and what others do if something trained can shrink it."""
+        for level in self._range():
+            layer = self._layer(level)
+            moves = level == 0 or self.end_to_end or layer.input_projection is not None
+            if moves and self._scales[level] == "auto":
+                layer.scale = EmbeddingScale(layer.scale.dim, "whiten")
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The projections into the levels' spaces, where there are any."""
+        projections = (self._layer(level).input_projection for level in self._range())
+        return [parameter for one in projections if one is not None for parameter in one.parameters()]
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
+        """Read out ``(B, T, embed_dim)`` tokens; assignments to the last level are returned in evaluation mode.
+
+        The readout's tokens are those of the last level, ``(B, 1, *)`` where it reads one vector per sample.
+        """
+        check_tokens(self, tokens, mask)
+        terms: list[Decomposition] = []
+        pooled: list[Tensor] = []
+        below: DDCLAttentionOutput | None = None
+        inputs = tokens
+        for level in self._range():
+            if self._reads[level] == "rare_inputs":
+                tokens = inputs
+            if level > 0 and not self.end_to_end:
+                tokens = tokens.detach()
+            tokens, mask = self._read(level, tokens, mask, below)
+            inputs = tokens
+            last = level == self.num_levels - 1
+            need_weights = (last and not self.training) or str(level) in self.rarities
+            below = self._layer(level)(tokens, mask, need_weights)
+            tokens = below.tokens
+            terms.append(below.terms)
+            if last or self.pooling == "all":
+                pooled.append(mean_token(tokens, mask))
+        assert below is not None
+        assignments = None
+        if not self.training and below.weights is not None:
+            lengths = None if mask is None else mask[:, None, None, :].expand(below.weights.mT.shape)
+            assignments = masked_mean(below.weights.mT, lengths)
+        return ReadoutOutput(tokens, torch.cat(pooled, -1), terms, assignments)
+
+    def _read(
+        self, level: int, tokens: Tensor, mask: Tensor | None, below: DDCLAttentionOutput | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a level reads of tokens ``(B, T, D)``, and the mask of that."""
+        reads = self._reads[level]
+        if reads == "all":
+            return tokens, mask
+        if reads == "joined":
+            return self._join(tokens, mask), None
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if reads in RARE:
+            assert below is not None
+            assert below.weights is not None
+            weights = self.rarities[str(level - 1)](below.weights.detach(), mask).to(tokens.dtype).unsqueeze(-1)
+            return (weights * tokens).sum(1, keepdim=True) / weights.sum(1, keepdim=True), None
+        return (first_token if reads == "first" else mean_token)(tokens, mask).unsqueeze(1), None
+
+    def _join(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"tokens must be num_tokens = {self.num_tokens} per sample to be joined; got {tokens.shape[1]}. Set "
+                "num_tokens, or read their mean."
+            )
+        if mask is not None and mask.device.type == "cpu" and not bool(mask.all()):
+            raise ValueError(
+                "mask must leave every token valid where a level reads them joined, each in its own place; got "
+                "padding. Read their mean instead."
+            )
+        return tokens.flatten(1).unsqueeze(1)

@@ -1,0 +1,55 @@
+"""How rare every prototype is among samples, which says how much a token of it tells about its sample."""
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.distributed import sum_over_processes
+
+RAREST = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
+LEAST = 1e-6  # weight of a token whose prototype is in every sample; where all are, the weights are even
+
+
+class PrototypeRarity(nn.Module):
+    """Weighs tokens by ``ln(1 / share) ** 2``, the share of samples in which their prototype occurs.
+
+    The logarithm is the inverse document frequency (Sparck Jones 1972); it counts twice, as in the cosine of two
+    vectors that are weighted by it. A prototype occurs in a sample as far as the assignments of its tokens sum up to 1.
+    The shares are followed from batch to batch over all processes; before the first batch all tokens weigh the same.
+
+    Args:
+        num_heads: H of the bank whose assignments are read.
+        num_prototypes: K.
+        momentum: Weight of the newest batch, in (0, 1]. The first batches are averaged evenly until it is reached.
+
+    Attributes:
+        share: Buffer ``(H, K)`` in [0, 1].
+
+    Raises:
+        ValueError: If the momentum is out of range.
+    """
+
+    share: Tensor
+    num_batches: Tensor
+
+    def __init__(self, num_heads: int, num_prototypes: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        self.momentum = momentum
+        self.register_buffer("share", torch.ones(num_heads, num_prototypes))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weights ``(B, T)`` >= 0 of tokens with assignments ``(B, H, T, K)`` and mask ``(B, T)``; 0 for padding."""
+        q = assignments.to(self.share.dtype)
+        if mask is not None:
+            q = q.masked_fill(~mask[:, None, :, None], 0.0)
+        if self.training:
+            found = sum_over_processes(torch.cat([q.sum(-2).clamp(max=1.0).sum(0).flatten(), q.new_tensor([len(q)])]))
+            self.num_batches += 1
+            weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(q.dtype)
+            self.share.lerp_((found[:-1] / found[-1].clamp(min=1.0)).view_as(self.share), weight)
+        rarity = -self.share.clamp(RAREST, 1.0).log()
+        weights = (q * rarity[None, :, None, :]).sum(-1).mean(1).square() + LEAST
+        return weights if mask is None else weights.masked_fill(~mask, 0.0)
