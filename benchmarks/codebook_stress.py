@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _common import forget_peak, load, options, peak_since_mib, plus_minus, quiet_trainer, save
-from codebooks import EMA, OURS, SHARE
+from codebooks import EMA, OURS, RELOCATE, SHARE
 from torch import Tensor, nn
 
 from ddcl_lightning import (
@@ -134,6 +134,7 @@ def train(args: argparse.Namespace, case: str, name: str, seed: int) -> dict[str
         METHODS[name](codes),
         Reconstruction(ConvDecoder(1, (32,)), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",
+        prototype_optimizer_args={} if adam else {"relocate": RELOCATE},
         lr_prototypes=lr_prototypes if rate < lr_prototypes else 2 * rate,
         rho=rate / (lr_prototypes if rate < lr_prototypes else 2 * rate),
         lr_task=rate,
@@ -180,7 +181,7 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Callable[[], None]:
     if name == OURS:
         vq = SoftVectorQuantizer(DIM, codes, temperature=0.005)
         vq.bank.set_prototypes(start.unsqueeze(0))
-        optimizer = TokenNormalized([vq.bank.prototypes], lr=SHARE).watch(vq)
+        optimizer = TokenNormalized([vq.bank.prototypes], lr=SHARE, relocate=RELOCATE).watch(vq)
 
         def ours() -> None:
             tokens.grad = None

@@ -35,12 +35,12 @@ SEEDS = (0, 1, 2)
 DIM = 16
 EVAL_BATCH = 250
 RATE = 1e-3  # of encoder and decoder, cosine
-SHARE = 0.02  # of the way that our codes go in a step
+SHARE, RELOCATE = 0.02, 0.5  # of the way that our codes go in a step; of the mean distortion, see TokenNormalized
 WATCHED = 2_000  # test images that are looked at after every epoch; all of them are at the end
 LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
 
-OURS, PAPER = "soft codes", "soft codes as in the paper, Adam"
+OURS, STILL, PAPER = "soft codes", "soft codes, no relocation", "soft codes as in the paper, Adam"
 
 
 def _weights(variance: float) -> dict[str, float]:
@@ -52,6 +52,7 @@ Create = Callable[[int, float], Head]  # number of codes, variance of the images
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
     OURS: lambda codes, variance: SoftVQ(codes, **_weights(variance)),
+    STILL: lambda codes, variance: SoftVQ(codes, **_weights(variance)),
     f"{OURS}, soft output": lambda codes, variance: SoftVQ(codes, **_weights(variance), training_output="soft"),
     f"{OURS}, soft output and gradient": lambda codes, variance: SoftVQ(
         codes, **_weights(variance), training_output="soft", gradient="soft"
@@ -130,6 +131,7 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         METHODS[name](args.codes, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",
+        prototype_optimizer_args={} if adam or name == STILL else {"relocate": RELOCATE},
         lr_prototypes=lr_prototypes,
         rho=RATE / lr_prototypes,
         lr_task=RATE,

@@ -42,12 +42,12 @@ PLAN = (
     ("prototypes", "1/4", 3, 3),
     ("narrow MLP", "1/4", 3, 3),
     ("linear", "1/8", 1, 3),
-    ("prototypes, tokens of the original model", "1/4", 0, 1),
-    ("prototypes, no linear path", "1/4", 1, 0),
-    ("prototypes", "1/2", 1, 1),
-    ("narrow MLP", "1/2", 1, 1),
+    ("prototypes", "1/2", 1, 0),
+    ("narrow MLP", "1/2", 1, 0),
     ("prototypes", "1", 1, 0),
     ("narrow MLP", "1", 1, 0),
+    ("prototypes, no linear path", "1/4", 1, 0),
+    ("prototypes, tokens of the original model", "1/4", 0, 1),
 )
 
 

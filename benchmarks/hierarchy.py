@@ -49,7 +49,14 @@ DIM = 128  # of the tokens: their first singular directions, not centred, so tha
 SIZES = [64, 20]  # the paper's
 HELD, LAST = 0.5, 0.02  # the paper's one temperature, as fractions of level 1's critical one; its values are lost
 LEVEL_1, LEVEL_2 = (0.1, 0.02), (0.1, 0.005)  # ours, of each level's own
-METHODS = ("ours, rare mean of tokens", "ours, rare mean of centroids", "paper, one T annealed", "paper, one T held")
+METHODS = (
+    "ours, rare mean of tokens",
+    "ours, rare mean of centroids",
+    "ours, mean of centroids",
+    "paper, one T annealed",
+    "paper, one T held",
+    "paper, T of each level",  # the paper's but for the temperature, which alone is ours
+)
 
 
 class SmallestSpread(BankCallback):
@@ -140,17 +147,21 @@ def digits() -> Features:
 
 def head_and_schedules(method: str, sizes: list[int], critical: float) -> tuple[HierarchicalReadout, list[Any]]:
     """A head, and what sets its temperatures; ``critical`` is that of the tokens as they are."""
+    own = [
+        TemperatureAnnealing(*LEVEL_1, per="step", banks="*levels.0.*"),
+        TemperatureAnnealing(*LEVEL_2, per="step", banks="*levels.1.*"),
+    ]
+    if method.endswith("each level"):
+        return HierarchicalReadout(sizes, temperature_unit=["absolute", "critical"]), own
     if method.startswith("paper"):
         last = HELD if method.endswith("held") else LAST
         annealing = TemperatureAnnealing(start=HELD * critical, end=last * critical, unit="absolute", per="step")
         return HierarchicalReadout(sizes, temperature_unit="absolute", temperature=HELD * critical), [annealing]
-    reads: Any = ["all", "rare_inputs" if method.endswith("tokens") else "rare_mean"]
+    above = "rare_inputs" if method.endswith("tokens") else "rare_mean" if "rare" in method else "mean"
+    reads: Any = ["all", above]
     # A frozen encoder's tokens do not move: their critical temperature is measured once. Those of level 2 do.
     head = HierarchicalReadout(sizes, tokens=reads, embedding_scale="unit", temperature_unit=["absolute", "critical"])
-    return head, [
-        TemperatureAnnealing(*LEVEL_1, per="step", banks="*levels.0.*"),
-        TemperatureAnnealing(*LEVEL_2, per="step", banks="*levels.1.*"),
-    ]
+    return head, own
 
 
 def train(features: Features, method: str, sizes: list[int], critical: float, seed: int, epochs: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.codebook_metrics import CodebookMetrics
 from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
 from ddcl_lightning.estimator import DDCLClustering
+from ddcl_lightning.feedforward import DDCLFeedForward
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import DDCLReadout, Head, HierarchicalReadout, ReadoutOutput
 from ddcl_lightning.metrics import ClusteringMetrics
@@ -36,6 +37,7 @@ from ddcl_lightning.probe import find_banks
 from ddcl_lightning.quantizer import SoftVectorQuantizer
 from ddcl_lightning.rates import two_timescale_groups
 from ddcl_lightning.reconstruction_metrics import ReconstructionMetrics
+from ddcl_lightning.replacement import distill_feedforward, initialize_feedforward, replace_feedforward
 from ddcl_lightning.scale import EmbeddingScale
 from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
 
@@ -54,6 +56,7 @@ __all__ = [
     "DDCLAttention",
     "DDCLAttentionOutput",
     "DDCLClustering",
+    "DDCLFeedForward",
     "DDCLReadout",
     "DDCLReadoutModule",
     "Decoder",
@@ -78,9 +81,12 @@ __all__ = [
     "TokenNormalized",
     "Tokens",
     "TransformersBackbone",
+    "distill_feedforward",
     "find_banks",
+    "initialize_feedforward",
     "insert_prototypes",
     "quantization_loss",
     "remove_prototypes",
+    "replace_feedforward",
     "two_timescale_groups",
 ]

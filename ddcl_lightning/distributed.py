@@ -52,6 +52,25 @@ def log_sum_over_processes(value: Tensor) -> Tensor:
     return largest + sum_over_processes((value - largest).exp()).log()
 
 
+def take_from_one_process(value: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
+    """For every row that of one process which has it, the same everywhere, without gradient.
+
+    Args:
+        value: ``(*, d)``.
+        available: ``(*)`` boolean, whether this process has the row.
+
+    Returns:
+        ``(*, d)``, zero where no process has the row, and ``(*)`` boolean, whether one has.
+    """
+    value = value.masked_fill(~available.unsqueeze(-1), 0.0)
+    if world_size() == 1:
+        return value, available
+    number = dist.get_rank() + 1
+    owner = max_over_processes(available.long() * number)
+    mine = available & (owner == number)
+    return sum_over_processes(value.detach().masked_fill(~mine.unsqueeze(-1), 0.0)), owner > 0
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in rank order, on every process."""
     if world_size() == 1:

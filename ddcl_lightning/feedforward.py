@@ -149,7 +149,7 @@ class DDCLFeedForward(PlacedPrototypes):
                 "output of the MLP for each token."
             )
         parts = []
-        for part in tokens.split(CHUNK):
+        for part in torch.split(tokens, CHUNK):
             mixed = self.bank(self.input_projection(part)).centroids
             parts.append(mixed if self.linear is None else torch.cat([mixed, part], -1))
         weight, bias = ridge_regression(torch.cat(parts), targets)

@@ -11,9 +11,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.distributed import max_over_processes, sum_over_processes
-from ddcl_lightning.functional import TokenMeans, merge_token_means, token_means
+from ddcl_lightning.distributed import max_over_processes, sum_over_processes, take_from_one_process
+from ddcl_lightning.functional import (
+    Cells,
+    TokenMeans,
+    cells,
+    merge_cells,
+    merge_token_means,
+    nearest_prototype,
+    token_means,
+)
 from ddcl_lightning.probe import BankProbe, Observation, find_banks
+
+CROWDED = 1.5  # a cell with this many times the mean distortion may get a second prototype
+RECENT = 0.05  # weight of the newest step in the running distortion of a cell
 
 
 class TokenNormalized(Optimizer):
@@ -28,20 +39,30 @@ class TokenNormalized(Optimizer):
     It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
     prototypes through it.
 
+    Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
+    ``relocate`` moves such prototypes to where the error is, like the enhanced LBG algorithm (Patane and Russo 2001):
+    one whose cell holds less than that share of the mean distortion goes to a token of a cell that holds more
+    than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least one may.
+
     Args:
         params: Prototype parameters of banks.
         lr: Share of the way to go per step, in (0, 1].
+        relocate: Share of the mean distortion in [0, 1) under which a prototype moves elsewhere; 0 never moves any. 0.5
+            suits codebooks; leave it at 0 where prototypes have to keep their meaning.
 
     Raises:
-        ValueError: If the rate is out of range.
+        ValueError: If an argument is out of range.
         RuntimeError: At a step without a forward pass in training mode since the last, or without ``watch``.
     """
 
-    def __init__(self, params: Any, lr: float = 0.05) -> None:
+    def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0) -> None:
         if not 0 < lr <= 1:
             raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
-        super().__init__(params, {"lr": lr})
+        if not 0 <= relocate < 1:
+            raise ValueError(f"relocate must be in [0, 1), a share of the mean distortion; got {relocate}.")
+        super().__init__(params, {"lr": lr, "relocate": relocate})
         self._statistics: dict[Tensor, TokenMeans] = {}
+        self._cells: dict[Tensor, Cells] = {}
         self._probe: BankProbe | None = None
         self._banks: dict[str, PrototypeBank] = {}
 
@@ -68,10 +89,15 @@ class TokenNormalized(Optimizer):
             new = token_means(seen.tokens, seen.prototypes, seen.temperature, seen.mask)
         old = self._statistics.get(key)
         self._statistics[key] = new if old is None else merge_token_means(old, new)
+        if any(group["relocate"] > 0 for group in self.param_groups):
+            codes = nearest_prototype(seen.tokens, seen.prototypes) if seen.codes is None else seen.codes
+            found = cells(seen.tokens, seen.prototypes, codes, seen.mask)
+            self._cells[key] = merge_cells(self._cells[key], found) if key in self._cells else found
 
     def forget(self, prototypes: Tensor) -> None:
         """Drop what was seen of a bank since the last step, for one whose size changes."""
         self._statistics.pop(prototypes, None)
+        self._cells.pop(prototypes, None)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -93,7 +119,41 @@ class TokenNormalized(Optimizer):
                     )
                 target = _reduce(self._statistics.pop(prototypes))
                 prototypes.lerp_(target.to(prototypes.dtype), group["lr"])
+                if group["relocate"] > 0:
+                    self._relocate(prototypes, self._cells.pop(prototypes), group["relocate"])
         return loss
+
+    def _relocate(self, prototypes: Tensor, found: Cells, share: float) -> None:
+        """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded."""
+        latest = sum_over_processes(torch.stack([found.distortion, found.count], -1))
+        running = self.state[prototypes].setdefault("cells", latest).lerp(latest, RECENT)
+        distortion = running[..., 0]
+        mean = distortion.mean(-1, keepdim=True)
+        most = max(1, distortion.shape[-1] // 64)
+        order = distortion.sort(dim=-1, stable=True).indices
+        empty, crowded = order[:, :most], order.flip(-1)[:, :most]
+        token, seen = take_from_one_process(found.token, found.occupied)
+
+        def rows(index: Tensor, values: Tensor) -> Tensor:
+            return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+        # What its tokens lose: all of them go to the nearest other prototype, at the worst.
+        source = rows(empty, prototypes)
+        apart = torch.cdist(source.to(running.dtype), prototypes.to(running.dtype)).square()
+        neighbour = apart.scatter(2, empty.unsqueeze(-1), torch.inf).amin(-1)
+        loss = running[..., 1].gather(1, empty) * neighbour
+        filled = distortion.gather(1, crowded)
+        moves = (distortion.gather(1, empty) < share * mean) & (filled > CROWDED * mean) & (loss < filled)
+        moves = (moves & seen.gather(1, crowded)).unsqueeze(-1)
+
+        target = torch.where(moves, rows(crowded, token).to(prototypes.dtype), source)
+        prototypes.scatter_(1, empty.unsqueeze(-1).expand_as(target), target)
+        # Both parts of a cell that was split start with half of it.
+        half = rows(crowded, running) / 2
+        for index in (empty, crowded):
+            divided = torch.where(moves, half, rows(index, running))
+            running.scatter_(1, index.unsqueeze(-1).expand_as(divided), divided)
+        self.state[prototypes]["cells"] = running
 
 
 def _reduce(statistics: TokenMeans) -> Tensor:
@@ -113,7 +173,7 @@ def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: T
         parents: Old row of each new one, ``(K',)`` int64.
 
     Raises:
-        ValueError: If a state has neither the parameter's shape nor a single number; nothing has changed then.
+        ValueError: If a state has neither the parameter's rows nor a single number; nothing has changed then.
     """
     changes: list[tuple[dict[str, Any], str, Tensor]] = []
     mine = [o for o in optimizers if any(p is prototypes for group in o.param_groups for p in group["params"])]
@@ -122,7 +182,7 @@ def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: T
         for name, value in state.items():
             if not isinstance(value, Tensor) or (value.numel() <= 1 and value.shape != prototypes.shape):
                 continue
-            if value.shape != prototypes.shape:
+            if value.shape[:2] != prototypes.shape[:2]:
                 raise ValueError(
                     f"optimizer {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for prototypes "
                     f"{tuple(prototypes.shape)}, which cannot follow a change of their number. Use Adam, SGD or "

@@ -48,6 +48,7 @@ class Observation:
         temperature: ``(H,)``.
         terms: The terms that the call returned, ``(H,)`` each.
         means: Token means, where the call has computed them.
+        codes: Index of the nearest prototype, ``(H, N)`` int64, likewise.
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class Observation:
     temperature: Tensor
     terms: Decomposition
     means: TokenMeans | None = None
+    codes: Tensor | None = None
 
     def valid_tokens(self) -> Tensor:
         """Tokens without padding, ``(H, M, d)``."""
@@ -88,12 +90,9 @@ class BankProbe:
             tokens, mask = bank_inputs(bank, args, kwargs)
             heads, flat_mask = bank.split_heads(tokens.detach(), mask)
             terms = Decomposition(*(term.detach() for term in output.terms))
-            self._observer(
-                name,
-                Observation(
-                    heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms, output.means
-                ),
-            )
+            codes = None if output.codes is None else output.codes.reshape(-1, bank.num_heads).T
+            prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
+            self._observer(name, Observation(heads, flat_mask, prototypes, temperature, terms, output.means, codes))
 
         return hook
 

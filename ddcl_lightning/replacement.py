@@ -55,7 +55,7 @@ class _Site:
         like = next(self.modules[0].parameters())
         parts = []
         with _evaluating(*self.modules):
-            for part in tokens.split(CHUNK):
+            for part in torch.split(tokens, CHUNK):
                 hidden = part.to(like).unsqueeze(0)  # Hugging Face chunks along a dimension of its own
                 for module in self.modules:
                     hidden = module(hidden)
@@ -99,7 +99,7 @@ class FeedForwardReplacement:
                     f"{type(self.model.get_submodule(name)).__name__}. Restore later replacements first."
                 )
         for name, part in self.parts.items():
-            like = next(part.parameters())
+            like = next(part.parameters(), next(self._sites[name].modules[0].parameters()))
             for module in self._sites[name].modules:
                 module.to(like.device, like.dtype).train(part.training)
         self._take_out()
@@ -328,7 +328,7 @@ def _relative_error(part: nn.Module, tokens: Tensor, targets: Tensor) -> float:
     """Squared error over the variance of the targets."""
     like = next(part.parameters())
     with _evaluating(part):
-        found = torch.cat([part(rows.to(like)).cpu() for rows in tokens.split(CHUNK)])
+        found = torch.cat([part(rows.to(like)).cpu() for rows in torch.split(tokens, CHUNK)])
     spread = (targets - targets.mean(0)).square().sum().clamp(min=torch.finfo(targets.dtype).tiny)
     return float((found - targets).square().sum() / spread)
 

@@ -154,3 +154,55 @@ def test_refuses_a_mask_of_numbers(need_weights: bool) -> None:
 
 def test_repr_names_the_sizes() -> None:
     assert "num_prototypes=6, dim=4, num_heads=2" in repr(PrototypeBank(6, 4, num_heads=2))
+
+
+def test_a_bank_changes_its_size_in_place() -> None:
+    bank = PrototypeBank(3, 4, temperature=2.0)
+    parameter, tokens = bank.prototypes, torch.randn(9, 4)
+    bank(tokens).terms.loss.sum().backward()
+    for size in (5, 1, 3):
+        new = torch.randn(1, size, 4)
+        bank.resize(new)
+        assert bank.prototypes is parameter
+        assert parameter.grad is None
+        assert bank.num_prototypes == size
+        assert torch.equal(parameter, new)
+        output = bank(tokens, need_weights=True)
+        assert output.weights.shape == (1, 9, size)
+        output.terms.loss.sum().backward()
+        assert parameter.grad is not None
+        assert parameter.grad.shape == (1, size, 4)
+    assert "num_prototypes=3" in repr(bank)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4), (1, 5, 3), (1, 0, 4)])
+def test_resize_keeps_heads_and_dimension(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"prototypes must have shape \(1, K, 4\) with K >= 1; got"):
+        PrototypeBank(3, 4).resize(torch.zeros(shape))
+
+
+def test_resize_refuses_what_is_not_finite() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        PrototypeBank(3, 4).resize(torch.full((1, 2, 4), torch.nan))
+
+
+@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_bank_loads_at_the_size_that_was_saved(size: int, assign: bool) -> None:
+    saved = PrototypeBank(3, 4, num_heads=2, temperature_unit="critical")
+    saved.train()(torch.randn(9, 8))
+    saved.resize(torch.randn(2, size, 4))
+    layer = torch.nn.Sequential(PrototypeBank(3, 4, num_heads=2, temperature_unit="critical"))
+    layer.load_state_dict({f"0.{name}": value for name, value in saved.state_dict().items()}, assign=assign)
+    bank = layer[0]
+    assert isinstance(bank, PrototypeBank)
+    assert bank.num_prototypes == size
+    assert isinstance(bank.prototypes, torch.nn.Parameter)
+    tokens = torch.randn(5, 8)
+    assert torch.equal(bank.eval()(tokens).centroids, saved.eval()(tokens).centroids)
+
+
+@pytest.mark.parametrize("other", [PrototypeBank(3, 5), PrototypeBank(3, 4, num_heads=2)])
+def test_another_dimension_or_number_of_heads_is_still_an_error(other: PrototypeBank) -> None:
+    with pytest.raises(RuntimeError, match="size mismatch for prototypes"):
+        PrototypeBank(3, 4).load_state_dict(other.state_dict())

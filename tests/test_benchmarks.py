@@ -37,15 +37,18 @@ def text_options(folder: Path, task: str) -> list[str]:
     return ["--task", task, "--encoder", str(encoder), "--data", str(folder), "--cache", str(folder / "cache")]
 
 
+ENCODED = ("feature_cache", "feedforward")
+
+
 def cache_options(folder: Path) -> list[str]:
-    """The same for the cache."""
+    """The same for the cache and the replaced MLPs."""
     options = text_options(folder, "sst2")
     return ["--encoder", options[options.index("--encoder") + 1], "--data", str(folder)]
 
 
 CASES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
-    **{name: (name, lambda folder: []) for name in SCRIPTS if name not in ("text_readouts", "feature_cache")},
-    "feature_cache": ("feature_cache", cache_options),
+    **{name: (name, lambda folder: []) for name in SCRIPTS if name not in ("text_readouts", *ENCODED)},
+    **{name: (name, cache_options) for name in ENCODED},
     **{f"text_{task}": ("text_readouts", lambda folder, task=task: text_options(folder, task)) for task in TEXTS},
 }
 

@@ -16,6 +16,7 @@ from ddcl_lightning.distributed import (
     is_first_process,
     max_over_processes,
     sum_over_processes,
+    take_from_one_process,
     world_size,
 )
 from ddcl_lightning.reservoir import Reservoir
@@ -41,12 +42,12 @@ def scaled_step(mode: ScaleMode, rank: int, processes: int) -> tuple[list[Tensor
     return gradients, dict(scale.state_dict())
 
 
-def token_normalized_step(rank: int, processes: int) -> Tensor:
+def token_normalized_step(rank: int, processes: int, relocate: float = 0.0) -> Tensor:
     torch.manual_seed(0)
     bank = PrototypeBank(4, 3, temperature=0.02).double()
     with torch.no_grad():
         bank.prototypes[0, 3] = 60.0  # its mass underflows on both processes
-    optimizer = TokenNormalized([bank.prototypes], lr=0.4).watch(bank)
+    optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocate=relocate).watch(bank)
     x, mask = tokens_and_mask()
     share = slice(None) if processes == 1 else slice(0, 2) if rank == 0 else slice(2, None)  # of unequal sizes
     bank(x[share], mask[share])
@@ -64,6 +65,8 @@ def shared_sample(rank: int, processes: int) -> tuple[Tensor, Tensor]:
 
 def primitives(rank: int) -> dict[str, Any]:
     value = torch.tensor([1.0 + rank, 5.0 - rank], requires_grad=True)
+    rows = torch.tensor([[1.0], [2.0], [3.0]]) + 10 * rank
+    taken, found = take_from_one_process(rows, torch.tensor([True, rank == 0, False]))
     (sum_over_processes(value) * torch.tensor([1.0, 10.0 * (rank + 1)])).sum().backward()
     return {
         "world_size": world_size(),
@@ -74,6 +77,8 @@ def primitives(rank: int) -> dict[str, Any]:
         "gathered": gather_objects({"rank": rank}),
         "broadcast": broadcast_object(f"from {rank}"),
         "value": value.detach(),
+        "taken": taken.flatten().tolist(),
+        "found": found.tolist(),
     }
 
 
@@ -83,6 +88,7 @@ def everything(rank: int, processes: int) -> dict[str, Any]:
         "total": scaled_step("total", rank, processes),
         "whiten": scaled_step("whiten", rank, processes),
         "step": token_normalized_step(rank, processes),
+        "relocated": token_normalized_step(rank, processes, relocate=0.9),
         "sample": shared_sample(rank, processes),
         "primitives": primitives(rank),
     }
@@ -116,10 +122,12 @@ def test_embedding_scale_equals_the_joint_batch(mode: ScaleMode, two: list[dict[
 
 @pytest.mark.slow
 def test_token_normalized_equals_the_joint_batch(two: list[dict[str, Any]]) -> None:
-    expected = token_normalized_step(0, 1)
-    assert bool(expected.isfinite().all())
+    plain, relocated = token_normalized_step(0, 1), token_normalized_step(0, 1, relocate=0.9)
+    assert bool(plain.isfinite().all())
+    assert (plain != relocated).any(-1).sum() == 1
     for found in two:
-        torch.testing.assert_close(found["step"], expected)
+        torch.testing.assert_close(found["step"], plain)
+        torch.testing.assert_close(found["relocated"], relocated)
 
 
 @pytest.mark.slow
@@ -142,6 +150,8 @@ def test_collective_operations(two: list[dict[str, Any]]) -> None:
         assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert found["broadcast"] == "from 0"
         assert found["value"].tolist() == [1.0 + rank, 5.0 - rank]  # the inputs stay as they were
+        assert found["taken"] == [11.0, 2.0, 0.0]
+        assert found["found"] == [True, True, False]
 
 
 def test_one_process_is_the_identity() -> None:
@@ -152,3 +162,5 @@ def test_one_process_is_the_identity() -> None:
     assert found["gradient"].tolist() == [1.0, 10.0]
     assert found["gathered"] == [{"rank": 0}]
     assert found["broadcast"] == "from 0"
+    assert found["taken"] == [1.0, 2.0, 0.0]
+    assert found["found"] == [True, True, False]

@@ -129,6 +129,8 @@ def test_starts_from_k_means_and_least_squares() -> None:
     outcomes = torch.randn(4, 8).repeat(50, 1)
     layer.train().start_from(x, outcomes)
     assert layer.training
+    assert layer.bank.critical is not None
+    assert int(layer.bank.critical.num_batches) == 1  # the least squares have not moved T
     slices = layer.input_projection(centers).detach()
     assert float(torch.cdist(layer.bank.prototypes[0].detach(), slices).min(0).values.max()) < 0.05
     expected = 0.05 * critical_temperature(layer.input_projection(x).unsqueeze(0))

@@ -83,6 +83,60 @@ def test_two_accumulated_batches_equal_the_joint_one() -> None:
     torch.testing.assert_close(*results)
 
 
+def crowded(relocate: float, accumulate: int = 1) -> tuple[PrototypeBank, TokenNormalized, Tensor]:
+    """Three wide cells and two narrow ones: two heads, the second far from the tokens of the first."""
+    centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [20.0, 20.0], [20.1, 20.0]], dtype=torch.float64)
+    width = torch.tensor([2.0, 1.0, 1.0, 0.01, 0.01], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, 5, 2, dtype=torch.float64, generator=generator)
+    tokens = (centers + width.unsqueeze(-1) * noise).flatten(0, 1)
+    both = torch.cat([tokens, tokens + 50], -1)
+    bank = PrototypeBank(5, 2, num_heads=2, temperature=0.01).double()
+    bank.set_prototypes(torch.stack([centers, centers + 50]))
+    optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocate=relocate).watch(bank)
+    for part in both.chunk(accumulate):
+        bank(part)
+    return bank, optimizer, both
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_prototype_of_an_empty_cell_moves_into_the_most_crowded_one(accumulate: int) -> None:
+    bank, optimizer, tokens = crowded(0.5, accumulate)
+    before = bank.prototypes.detach().clone()
+    optimizer.step()
+    for head in range(2):
+        moved = (bank.prototypes[head] - before[head]).abs().sum(-1) > 1e-3
+        assert moved.tolist() in ([False, False, False, True, False], [False, False, False, False, True])
+        # To the last token of the widest cell.
+        own = tokens[:, 2 * head : 2 * head + 2]
+        cell = torch.cdist(own, before[head]).argmin(1) == 0
+        torch.testing.assert_close(bank.prototypes[head][moved][0].detach(), own[cell][-1])
+    running = optimizer.state[bank.prototypes]["cells"]
+    torch.testing.assert_close(running[1, int(moved.nonzero())], running[1, 0])
+    widest = 0.5 * float((tokens[::5, :2] - before[0, 0]).square().sum())
+    assert running[0, 0].tolist() == pytest.approx([widest, 20.0], rel=1e-6)
+
+
+def test_relocation_stops_where_the_error_is_spread_evenly_and_never_starts_at_zero() -> None:
+    bank, optimizer, tokens = crowded(0.0)
+    before = bank.prototypes.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(bank.prototypes.detach(), before)
+    assert not optimizer.state[bank.prototypes]
+    bank, optimizer, tokens = crowded(0.5)
+    optimizer.param_groups[0]["lr"] = 0.5
+    errors = []
+    for _ in range(60):
+        errors.append(float(bank(tokens).terms.loss.detach().sum()))
+        optimizer.step()
+    assert errors[-1] < 0.8 * errors[0]
+    settled = bank.prototypes.detach().clone()
+    for _ in range(5):
+        bank(tokens)
+        optimizer.step()
+    torch.testing.assert_close(bank.prototypes.detach(), settled, atol=0.2, rtol=0)
+
+
 def test_evaluation_does_not_count() -> None:
     bank, optimizer = bank_and_optimizer()
     bank.eval()

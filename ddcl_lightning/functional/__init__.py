@@ -14,6 +14,7 @@ from ddcl_lightning.functional.assignment import (
     sample_codes,
     soft_assign,
 )
+from ddcl_lightning.functional.cells import Cells, cells, merge_cells
 from ddcl_lightning.functional.critical import critical_factor, critical_temperature, prototype_critical_temperatures
 from ddcl_lightning.functional.decomposition import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional.diagnostics import (
@@ -33,6 +34,7 @@ from ddcl_lightning.functional.token_means import assign_codes, merge_token_mean
 __all__ = [
     "AssignmentStatistics",
     "BankOutput",
+    "Cells",
     "Decomposition",
     "DecompositionErrors",
     "Separation",
@@ -40,12 +42,14 @@ __all__ = [
     "TokenMeans",
     "assign_codes",
     "assignment_statistics",
+    "cells",
     "critical_factor",
     "critical_temperature",
     "decompose",
     "decomposition_errors",
     "effective_dimension",
     "log_barrier",
+    "merge_cells",
     "merge_token_means",
     "nearest_prototype",
     "prototype_attention",

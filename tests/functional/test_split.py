@@ -55,9 +55,7 @@ def test_both_halves_need_their_tokens() -> None:
     assert split_test(z, min_tokens=10).score < lonely.score
 
 
-@pytest.mark.parametrize(
-    "tokens", [torch.zeros(0, 3), torch.randn(15, 3), torch.ones(50, 3), 1e6 + torch.zeros(50, 3)]
-)
+@pytest.mark.parametrize("tokens", [torch.zeros(0, 3), torch.randn(15, 3), torch.ones(50, 3), 1e6 + torch.zeros(50, 3)])
 def test_what_cannot_be_split_is_not(tokens: Tensor) -> None:
     found = split_test(tokens)
     assert found.score == -math.inf

@@ -1,0 +1,58 @@
+"""What lies in the cell of each prototype: how many tokens, how far away, and one of them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional._common import accumulation_dtype, check_shapes
+
+
+class Cells(NamedTuple):
+    """The tokens that are nearest to each prototype.
+
+    Attributes:
+        count: Their number, ``(H, K)``, a float.
+        distortion: Sum of their squared distances to the prototype, ``(H, K)``.
+        token: The last one of them, ``(H, K, d)``; zero where there is none.
+        occupied: Whether there is one, ``(H, K)`` boolean.
+    """
+
+    count: Tensor
+    distortion: Tensor
+    token: Tensor
+    occupied: Tensor
+
+
+@torch.no_grad()
+def cells(tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None = None) -> Cells:
+    """Look into the cells.
+
+    Args:
+        tokens: ``(H, N, d)``.
+        prototypes: ``(H, K, d)``.
+        codes: Index of the nearest prototype, ``(H, N)`` int64.
+        mask: ``(H, N)`` boolean, True for valid tokens.
+    """
+    check_shapes(tokens, prototypes, mask)
+    dtype = accumulation_dtype(tokens, prototypes)
+    heads, size, dim = prototypes.shape
+    z, p = tokens.to(dtype), prototypes.to(dtype)
+    distance = (z - p.gather(1, codes.unsqueeze(-1).expand(-1, -1, dim))).square().sum(-1)
+    position = torch.arange(z.shape[1], device=z.device).expand(heads, -1)
+    if mask is not None:
+        distance, position = distance.masked_fill(~mask, 0.0), position.masked_fill(~mask, -1)
+    valid = torch.ones_like(distance) if mask is None else mask.to(dtype)
+    count, distortion = (z.new_zeros(heads, size).scatter_add_(1, codes, value) for value in (valid, distance))
+    last = position.new_full((heads, size), -1).scatter_reduce_(1, codes, position, "amax")
+    occupied = last >= 0
+    token = z.gather(1, last.clamp(min=0).unsqueeze(-1).expand(-1, -1, dim))
+    return Cells(count, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), occupied)
+
+
+def merge_cells(first: Cells, second: Cells) -> Cells:
+    """Cells of two sets of tokens together; of the tokens, those of the second set come first."""
+    token = torch.where(second.occupied.unsqueeze(-1), second.token, first.token)
+    return Cells(
+        first.count + second.count, first.distortion + second.distortion, token, first.occupied | second.occupied
+    )
