@@ -232,7 +232,7 @@ class PrototypeBank(nn.Module):
     def _make_room(self, num_prototypes: int) -> None:
         self.prototypes.grad = None
         room = self.prototypes.data.new_zeros(self.num_heads, num_prototypes, self.dim)
-        # While a graph of an earlier call lives, autograd keeps the parameter's old shape. It forgets it with the dtype.
+        # While a graph of an earlier call lives, autograd keeps the parameter's old shape; it drops it with the dtype.
         self.prototypes.data = room.to(torch.bfloat16 if room.dtype == torch.float32 else torch.float32)
         self.prototypes.data = room
         self.num_prototypes = num_prototypes

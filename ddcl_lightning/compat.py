@@ -124,7 +124,7 @@ def rebuild_ddp(trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
         return
-    strategy.model._remove_autograd_hooks()
+    strategy.model._remove_autograd_hooks()  # type: ignore[no-untyped-call]
     strategy.model = strategy.lightning_module
     gc.collect()  # the old reducer sits in cycles and keeps the accumulators of the old shapes
     strategy.configure_ddp()

@@ -125,7 +125,7 @@ class TokenNormalized(Optimizer):
 
     def _relocate(self, prototypes: Tensor, found: Cells, share: float) -> None:
         """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded."""
-        latest = sum_over_processes(torch.stack([found.distortion, found.count], -1))
+        latest = sum_over_processes(torch.stack([found.distortion, found.number], -1))
         running = self.state[prototypes].setdefault("cells", latest).lerp(latest, RECENT)
         distortion = running[..., 0]
         mean = distortion.mean(-1, keepdim=True)

@@ -12,13 +12,13 @@ class Cells(NamedTuple):
     """The tokens that are nearest to each prototype.
 
     Attributes:
-        count: Their number, ``(H, K)``, a float.
+        number: How many, ``(H, K)``, a float.
         distortion: Sum of their squared distances to the prototype, ``(H, K)``.
         token: The last one of them, ``(H, K, d)``; zero where there is none.
         occupied: Whether there is one, ``(H, K)`` boolean.
     """
 
-    count: Tensor
+    number: Tensor
     distortion: Tensor
     token: Tensor
     occupied: Tensor
@@ -43,16 +43,16 @@ def cells(tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None
     if mask is not None:
         distance, position = distance.masked_fill(~mask, 0.0), position.masked_fill(~mask, -1)
     valid = torch.ones_like(distance) if mask is None else mask.to(dtype)
-    count, distortion = (z.new_zeros(heads, size).scatter_add_(1, codes, value) for value in (valid, distance))
+    number, distortion = (z.new_zeros(heads, size).scatter_add_(1, codes, value) for value in (valid, distance))
     last = position.new_full((heads, size), -1).scatter_reduce_(1, codes, position, "amax")
     occupied = last >= 0
     token = z.gather(1, last.clamp(min=0).unsqueeze(-1).expand(-1, -1, dim))
-    return Cells(count, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), occupied)
+    return Cells(number, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), occupied)
 
 
 def merge_cells(first: Cells, second: Cells) -> Cells:
     """Cells of two sets of tokens together; of the tokens, those of the second set come first."""
     token = torch.where(second.occupied.unsqueeze(-1), second.token, first.token)
     return Cells(
-        first.count + second.count, first.distortion + second.distortion, token, first.occupied | second.occupied
+        first.number + second.number, first.distortion + second.distortion, token, first.occupied | second.occupied
     )

@@ -172,8 +172,8 @@ class _Quantize(torch.autograd.Function):
             *(zero_padding(part, mask) / count for part in (token_loss, token_cost)),
             *(part / count for part in (prototype_loss, prototype_cost)),
         )
-        outputs = (mean_ols.squeeze(-1), mean_variance.squeeze(-1), zero_padding(centroids + center, mask))
-        outputs += (torch.cat(codes, -1), log_mass, means + center)
+        terms = (mean_ols.squeeze(-1), mean_variance.squeeze(-1))
+        outputs = (*terms, zero_padding(centroids + center, mask), torch.cat(codes, -1), log_mass, means + center)
         ctx.mark_non_differentiable(*outputs)
         return loss.squeeze(-1), cost.squeeze(-1), *outputs
 

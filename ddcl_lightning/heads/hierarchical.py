@@ -29,9 +29,9 @@ class HierarchicalReadout(Head):
     ``head.levels.0.bank``, ``head.levels.1.bank`` and so on. ``KMeansInitialization`` starts them from the first to
     the last, so that a level is started from what the one below really gives.
 
-    The centroids of a level spread less than its tokens, and their means less again, so one temperature for all levels
-    is above the critical one of the last, whose prototypes then fall together. Therefore temperatures are fractions of
-    each level's own critical temperature, followed while the levels below move.
+    Means of a level's centroids can spread much less than its tokens, and one temperature for all levels is then above
+    the critical one of the last, whose assignments become uniform. Therefore temperatures are fractions of each level's
+    own critical temperature, followed while the levels below move.
 
     Args:
         num_prototypes: K of each level, a list with one number per level, from the tokens up.
@@ -44,10 +44,11 @@ class HierarchicalReadout(Head):
             ``"first"``: the first valid one; ``"mean"``: the mean valid one, one vector per sample; ``"rare_mean"``:
             the same with tokens weighted by the rarity of their prototypes
             (:class:`~ddcl_lightning.rarity.PrototypeRarity`), which keeps what distinguishes samples;
-            ``"rare_inputs"``: that mean of what the level below has read, not of its centroids (the strongest for
-            clustering text, see docs/measurements.md); ``"joined"``: all of them side by side, in their order, for
-            samples of ``num_tokens`` tokens. By default ``"all"`` for every level but the last, which reads the
-            ``"mean"`` as the paper does. The two rare means store the assignments of the level below.
+            ``"rare_inputs"``: that mean of what the level below has read, not of its centroids (the best of those we
+            tried for clustering text, and not eq. 17 to the letter; see docs/measurements.md); ``"joined"``: all of
+            them side by side, in their order, for samples of ``num_tokens`` tokens. By default ``"all"`` for every
+            level but the last, which reads the ``"mean"`` as the paper does. The two rare means store the assignments
+            of the level below.
         embedding_scale: Bound on the scale of what each level reads, see :class:`~ddcl_lightning.EmbeddingScale`;
             ``"auto"`` whitens exactly where a trained encoder or projection could lower a level's loss by shrinking its
             tokens, without a task loss, and does nothing otherwise.

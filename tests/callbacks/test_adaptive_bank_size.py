@@ -17,7 +17,7 @@ from ddcl_lightning import (
     DDCLReadoutModule,
     Head,
     PCABackbone,
-    SoftVectorQuantizer,
+    SequenceDecoder,
     find_banks,
 )
 from ddcl_lightning.callbacks import (
@@ -32,8 +32,8 @@ from ddcl_lightning.callbacks import (
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.tasks import Classification, Reconstruction
-from tests.tiny import quiet_trainer
 from tests.tiny import loader as tiny_loader
+from tests.tiny import quiet_trainer
 
 SIX = {"size": 240, "clusters": 6}
 
@@ -240,14 +240,8 @@ def test_collapse_warning_looks_anew_after_a_change() -> None:
     assert len(next(iter(watch._watches.values())).use.hits) == 6
 
 
-class Vq(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.vq = SoftVectorQuantizer(4, 4)
-
-
 def refusal(module: pl.LightningModule, data: Any = None, **kwargs: Any) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="number of|num_heads|num_prototypes|banks") as error:
         fit(module, AdaptiveBankSize(**kwargs), data=data)
     return str(error.value)
 
@@ -343,8 +337,6 @@ def test_the_banks_of_a_module_are_found_again_after_a_change() -> None:
 
 def test_reconstruction_of_tokens_takes_a_bank_that_grows() -> None:
     """The decoder reads centroids, whose dimension does not depend on their number."""
-    from ddcl_lightning import SequenceDecoder
-
     head = DDCLReadout(2, embedding_scale="none")
     module = DDCLReadoutModule(PCABackbone(4, 4), head, Reconstruction(SequenceDecoder(4), target="x"), rho=0.0)
     grown(module, data=tiny_loader(size=64), max_epochs=4)

@@ -57,6 +57,7 @@ def module(**head: Any) -> DDCLReadoutModule:
         SoftVQ(**{"num_codes": 12, **head}),
         Reconstruction(ConvDecoder(1, (8,))),
         prototype_optimizer="TokenNormalized",
+        prototype_optimizer_args={"relocate": 0.9},
         lr_prototypes=0.1,
         rho=0.05,
         lr_task=5e-3,
