@@ -34,8 +34,9 @@ class AdaptiveBankSize(Callback):
       alone is deterministic annealing: it goes on splitting for as long as T falls. The second ends it.
 
     The test asks whether tokens are one Gaussian: a long or flat distribution is a reason to split too, and clusters
-    that overlap to one bell stay together. A split is not undone for being needless, so start with few prototypes. With
-    ``significance=None`` the last temperature alone sets K.
+    that overlap to one bell stay together; many alike may pass for one, so a start with 4 can end better than one with
+    2. A split is not undone for being needless, so start with few. With ``significance=None`` the last temperature sets
+    K.
 
     A change comes right after an optimizer step. The parameter stays the same object; state of the optimizers that goes
     by rows (Adam, SGD, RMSprop, ...) is handed on from a prototype to its halves. Checkpoints load at the size that

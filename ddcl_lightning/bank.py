@@ -98,7 +98,8 @@ class PrototypeBank(nn.Module):
             need_weights: Return the assignments too; this stores them, where the default call does not.
             need_codes: Return hard codes, token means and the entropy of the mean assignment too.
             detach_centroids: The centroids and, of the terms, ``L_OLS`` and ``V`` need no gradient, as with a
-                straight-through estimator; codes then come at no extra cost (:func:`~ddcl_lightning.functional.quantize`).
+                straight-through estimator; codes then come at no extra cost, see
+                :func:`~ddcl_lightning.functional.quantize`.
 
         Returns:
             Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens

@@ -241,7 +241,7 @@ def test_collapse_warning_looks_anew_after_a_change() -> None:
 
 
 def refusal(module: pl.LightningModule, data: Any = None, **kwargs: Any) -> str:
-    with pytest.raises(ValueError, match="number of|num_heads|num_prototypes|banks") as error:
+    with pytest.raises(ValueError, match=r"number of|num_heads|num_prototypes|banks") as error:
         fit(module, AdaptiveBankSize(**kwargs), data=data)
     return str(error.value)
 
