@@ -97,6 +97,24 @@ def test_superfluous_prototypes_merge_and_idle_ones_go() -> None:
     assert [size for _, size in adaptive.history["layer.bank"]] == [9, 8, 6]
 
 
+def test_idle_checks_are_counted_on_after_a_restart(tmp_path: Path) -> None:
+    """Idle at the only check of the first run, so pruned at the first one of the second."""
+    sizes = []
+    for resumed in (False, True):
+        module = Project(num_prototypes=7, lr=0.0, temperature=0.1)
+        centers = torch.stack([blobs(**SIX)[0][blobs(**SIX)[1] == label].mean(0) for label in range(6)])
+        module.layer.bank.set_prototypes(torch.cat([centers, torch.full((1, 4), 99.0)]).unsqueeze(0))
+        callbacks = [
+            AdaptiveBankSize(duration=9),
+            ModelCheckpoint(tmp_path, f"{resumed}", enable_version_counter=False),
+        ]
+        path = tmp_path / "False.ckpt" if resumed else None
+        kwargs: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+        fit(module, *callbacks, data=six(), max_epochs=1 + resumed, ckpt_path=path, **kwargs)
+        sizes.append(module.layer.bank.num_prototypes)
+    assert sizes == [7, 6]
+
+
 def test_every_bank_has_its_own_size_and_a_pattern_chooses() -> None:
     module = TwoLevels(num_prototypes=2)
     adaptive = grown(module, banks="layer*")
