@@ -104,11 +104,8 @@ def test_idle_checks_are_counted_on_after_a_restart(tmp_path: Path) -> None:
         module = Project(num_prototypes=7, lr=0.0, temperature=0.1)
         centers = torch.stack([blobs(**SIX)[0][blobs(**SIX)[1] == label].mean(0) for label in range(6)])
         module.layer.bank.set_prototypes(torch.cat([centers, torch.full((1, 4), 99.0)]).unsqueeze(0))
-        callbacks = [
-            AdaptiveBankSize(duration=9),
-            ModelCheckpoint(tmp_path, f"{resumed}", enable_version_counter=False),
-        ]
-        path = tmp_path / "False.ckpt" if resumed else None
+        callbacks = [AdaptiveBankSize(duration=9), ModelCheckpoint(tmp_path / str(resumed), "last")]
+        path = tmp_path / "False" / "last.ckpt" if resumed else None
         kwargs: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path}
         fit(module, *callbacks, data=six(), max_epochs=1 + resumed, ckpt_path=path, **kwargs)
         sizes.append(module.layer.bank.num_prototypes)
