@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import torch
 from _common import forget_peak, load, options, peak_since_mib, plus_minus, quiet_trainer, save
 from codebooks import EMA, OURS, RELOCATE, SHARE
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddcl_lightning import (
     ConvBackbone,
@@ -128,15 +128,17 @@ def train(args: argparse.Namespace, case: str, name: str, seed: int) -> dict[str
         batch_size=64, val_fraction=0.2, as_images=True, seed=seed, limit=200 if args.quick else None
     )
     adam = name.startswith("VQ-VAE")
-    lr_prototypes = 10 * RATE if adam else 10 * SHARE if rate > RATE else SHARE
+    lr_prototypes = 10 * RATE if adam else SHARE * rate / RATE
+    if lr_prototypes <= rate:
+        lr_prototypes = 2 * rate
     module = DDCLReadoutModule(
         ConvBackbone(1, DIM, (32,)),
         METHODS[name](codes),
         Reconstruction(ConvDecoder(1, (32,)), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",
         prototype_optimizer_args={} if adam else {"relocate": RELOCATE},
-        lr_prototypes=lr_prototypes if rate < lr_prototypes else 2 * rate,
-        rho=rate / (lr_prototypes if rate < lr_prototypes else 2 * rate),
+        lr_prototypes=lr_prototypes,
+        rho=rate / lr_prototypes,
         lr_task=rate,
     )
     callbacks = [TemperatureAnnealing(start=0.05, end=0.0005, per="step"), Start(settings.get("start", ""), seed)]
@@ -198,8 +200,6 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Callable[[], None]:
             place.copy_(start.expand_as(place))
     parameters = [p for p in head.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, RATE) if parameters else None
-    if isinstance(head, nn.Module):
-        head.train()
 
     def step() -> None:
         tokens.grad = None

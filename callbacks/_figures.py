@@ -1,10 +1,15 @@
-"""Where the callbacks' figures go."""
+"""Where the callbacks' figures go, and when those of validation data are drawn."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
+
+from ddcl_lightning.batch import Batch
+from ddcl_lightning.callbacks._base import starts_anew
 
 MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
 
@@ -22,3 +27,67 @@ def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
     if not boards:
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / f"{name.replace('/', '_')}-step={trainer.global_step:06d}.png", dpi=120)
+
+
+class ValidationFigures(Callback):
+    """Draws from the first batch of the validation data every ``every_n_epochs``, and where training ends.
+
+    Variants write :meth:`require`, :meth:`draw`, and :meth:`forget` where they remember more than the batch.
+
+    Args:
+        every_n_epochs: Interval, at least 1.
+
+    Raises:
+        ValueError: If the interval is below 1.
+    """
+
+    def __init__(self, every_n_epochs: int) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
+        self.every_n_epochs = every_n_epochs
+        self._batch: Batch = None
+        self._drawn_at = -1
+
+    def require(self, module: pl.LightningModule) -> None:
+        """Raise a ValueError if a module has nothing to draw."""
+
+    def forget(self) -> None:
+        """Drop what is remembered of an earlier run."""
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw, from ``self._batch``; called on every process."""
+        raise NotImplementedError
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the module, and forget an earlier run."""
+        self.require(pl_module)
+        if starts_anew(trainer, stage):
+            self._batch, self._drawn_at = None, -1
+            self.forget()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first batch of the validation data."""
+        if batch_idx == 0 and dataloader_idx == 0:
+            self._batch = batch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, if this epoch is due."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw where it ended, however it ended."""
+        if self._drawn_at != trainer.global_step:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._drawn_at = trainer.global_step
+        self.draw(trainer, module)

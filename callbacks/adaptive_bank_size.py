@@ -1,7 +1,6 @@
 """A bank that finds its own number of prototypes."""
 
 import math
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,7 +12,7 @@ from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks._base import BankCallback, log_name, starts_anew
 from ddcl_lightning.collect import collect_tokens
 from ddcl_lightning.compat import rebuild_ddp
-from ddcl_lightning.distributed import broadcast_object, is_first_process
+from ddcl_lightning.distributed import from_first_process
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.probe import require_banks
 from ddcl_lightning.rates import run_length
@@ -117,12 +116,7 @@ class AdaptiveBankSize(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the banks, and refuse what cannot change its size."""
-        found = require_banks(pl_module, type(self).__name__)
-        self._banks = {name: bank for name, bank in found.items() if fnmatchcase(name, self.banks)}
-        if found and not self._banks:
-            raise ValueError(
-                f"banks must match the name of a bank; got {self.banks!r} where there are {', '.join(found)}."
-            )
+        self._banks = require_banks(pl_module, type(self).__name__, self.banks)
         if self._banks and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
                 f"strategy {type(trainer.strategy).__name__} does not let a parameter change its shape, which "
@@ -214,28 +208,21 @@ class AdaptiveBankSize(Callback):
         return True
 
     def _plan(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, bank: PrototypeBank) -> Resize:
-        """Decided on one process; an error there is an error everywhere, or the others would wait for ever."""
+        """Decided on one process."""
         tokens = collect_tokens(trainer, module, name, bank, max_tokens=self.max_tokens, seed=self.seed)
-        result: Resize | ValueError | None = None
-        if is_first_process():
-            idle = self._idle.get(name, [0] * bank.num_prototypes)
-            try:
-                result = plan_resize(
-                    tokens[0],
-                    bank.prototypes[0].detach(),
-                    float(bank.temperature[0]),
-                    self.rules,
-                    idle,
-                    detach_assignments=bank.detach_assignments,
-                    seed=self.seed,
-                )
-            except ValueError as error:
-                result = ValueError(f"the size of bank {name!r} cannot be judged: {error}")
-        result = broadcast_object(result)
-        if isinstance(result, ValueError):
-            raise result
-        assert result is not None
-        return result
+
+        def decide() -> Resize:
+            return plan_resize(
+                tokens[0],
+                bank.prototypes[0].detach(),
+                float(bank.temperature[0]),
+                self.rules,
+                self._idle.get(name, [0] * bank.num_prototypes),
+                detach_assignments=bank.detach_assignments,
+                seed=self.seed,
+            )
+
+        return from_first_process(decide, f"the size of bank {name!r} cannot be judged")
 
     def state_dict(self) -> dict[str, Any]:
         """Sizes so far, idle prototypes and the end of the changes: a resumed run decides as the uninterrupted one."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.collect import calls_per_step, collect_tokens, execution_order
-from ddcl_lightning.distributed import broadcast_object, is_first_process
+from ddcl_lightning.distributed import from_first_process
 from ddcl_lightning.kmeans import InitMethod, initial_prototypes
 from ddcl_lightning.probe import find_banks, require_banks
 from ddcl_lightning.seeding import resolve_seed
@@ -94,28 +94,22 @@ class KMeansInitialization(Callback):
             )
 
     def _prototypes(self, name: str, bank: PrototypeBank, tokens: Tensor, progress: bool) -> Tensor:
-        """Clustered on one process; an error there is an error everywhere, or the others would wait for ever."""
-        result: Tensor | ValueError | None = None
-        if is_first_process():
-            try:
-                result = torch.stack(
-                    [
-                        initial_prototypes(
-                            head,
-                            bank.num_prototypes,
-                            method=self.method,
-                            num_restarts=self.num_restarts,
-                            seed=self.seed,
-                            progress=progress,
-                            description=f"{self.method} of {name}",
-                        )
-                        for head in tokens
-                    ]
-                )
-            except ValueError as error:
-                result = ValueError(f"bank {name!r} cannot be initialised: {error}")
-        result = broadcast_object(result)
-        if isinstance(result, ValueError):
-            raise result
-        assert result is not None
-        return result.to(bank.prototypes)
+        """Clustered on one process."""
+
+        def cluster() -> Tensor:
+            return torch.stack(
+                [
+                    initial_prototypes(
+                        head,
+                        bank.num_prototypes,
+                        method=self.method,
+                        num_restarts=self.num_restarts,
+                        seed=self.seed,
+                        progress=progress,
+                        description=f"{self.method} of {name}",
+                    )
+                    for head in tokens
+                ]
+            )
+
+        return from_first_process(cluster, f"bank {name!r} cannot be initialised").to(bank.prototypes)

@@ -1,25 +1,23 @@
 """Pictures of what the prototypes of every level stand for, for TensorBoard or as files."""
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddcl_lightning.autoencoder_figures import draw_atoms
-from ddcl_lightning.batch import Batch, inputs
-from ddcl_lightning.callbacks._base import head_name, starts_anew
-from ddcl_lightning.callbacks._figures import emit, figure_folder
+from ddcl_lightning.batch import inputs
+from ddcl_lightning.callbacks._base import head_name
+from ddcl_lightning.callbacks._figures import ValidationFigures, emit, figure_folder
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import BankProbe, Observation, find_banks
 
 
-class LevelFigures(Callback):
+class LevelFigures(ValidationFigures):
     """Draws every ``every_n_epochs`` each bank's prototypes as pictures: the mean of what each is nearest to.
 
     A bank that reads one vector per image shows mean images; one that reads the backbone's tokens shows the mean
@@ -38,66 +36,36 @@ class LevelFigures(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
-        self.every_n_epochs = every_n_epochs
-        self._batch: Batch = None
-        self._drawn_at = -1
+        super().__init__(every_n_epochs)
         self._left_out: set[str] = set()
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the module, and forget an earlier run."""
-        if not isinstance(pl_module, DDCLReadoutModule):
+    def require(self, module: pl.LightningModule) -> None:
+        """Only a DDCLReadoutModule says what its tokens are pieces of."""
+        if not isinstance(module, DDCLReadoutModule):
             raise ValueError(
-                f"LevelFigures needs a DDCLReadoutModule; got {type(pl_module).__name__}. Remove the callback, or use "
+                f"LevelFigures needs a DDCLReadoutModule; got {type(module).__name__}. Remove the callback, or use "
                 "PrototypeFigures."
             )
-        if starts_anew(trainer, stage):
-            self._batch, self._drawn_at, self._left_out = None, -1, set()
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first batch of the validation data."""
-        if batch_idx == 0 and dataloader_idx == 0:
-            self._batch = batch
+    def forget(self) -> None:
+        """Name anew what is left out."""
+        self._left_out = set()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, if this epoch is due."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw where it ended, however it ended."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._drawn_at = trainer.global_step
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw the prototypes of every bank that can be shown."""
         folder = figure_folder(trainer)
         if not trainer.is_global_zero or self._batch is None:
             return
         assert isinstance(module, DDCLReadoutModule)
         seen: dict[str, Observation] = {}
-        modes = {child: child.training for child in module.modules()}
-        module.eval()
-        try:
-            with (
-                torch.no_grad(),
-                trainer.precision_plugin.val_step_context(),
-                BankProbe(find_banks(module), seen.__setitem__),
-            ):
-                module(self._batch)
-                pieces = module.backbone.pieces(self._batch)
-        finally:
-            for child, training in modes.items():
-                child.training = training
+        with (
+            evaluating(module),
+            torch.no_grad(),
+            trainer.precision_plugin.val_step_context(),
+            BankProbe(find_banks(module), seen.__setitem__),
+        ):
+            module(self._batch)
+            pieces = module.backbone.pieces(self._batch)
         for name, observed in seen.items():
             shown = self._shown(observed, pieces)
             if shown is None:

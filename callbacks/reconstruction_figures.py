@@ -4,23 +4,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ddcl_lightning.autoencoder_figures import draw_atoms, draw_codebook_history, draw_images
-from ddcl_lightning.batch import Batch
-from ddcl_lightning.callbacks._base import starts_anew
-from ddcl_lightning.callbacks._figures import MAX_POINTS, emit, figure_folder
+from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures, emit, figure_folder
 from ddcl_lightning.codebook_metrics import CodebookMetrics
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.figures import draw_usage
+from ddcl_lightning.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.tasks.reconstruction import Reconstruction
 
 CURVES = ("mse", "psnr", "usage", "perplexity")
 
 
-class ReconstructionFigures(Callback):
+class ReconstructionFigures(ValidationFigures):
     """Draws every ``every_n_epochs`` what an autoencoder makes of its validation data, and how its codes are used.
 
     * images beside what comes back, always the first ones of the validation data;
@@ -43,39 +41,26 @@ class ReconstructionFigures(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("num_images", num_images)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
-        self.every_n_epochs, self.num_images = every_n_epochs, num_images
+        super().__init__(every_n_epochs)
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1; got {num_images}.")
+        self.num_images = num_images
         self._history: list[dict[str, float]] = []
-        self._batch: Batch = None
         self._counts: Tensor | None = None
-        self._drawn_at = -1
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the module, and forget an earlier run."""
-        task = getattr(pl_module, "task", None)
-        if not (isinstance(pl_module, DDCLReadoutModule) and isinstance(task, Reconstruction)):
+    def require(self, module: pl.LightningModule) -> None:
+        """Only a Reconstruction has images to show."""
+        task = getattr(module, "task", None)
+        if not (isinstance(module, DDCLReadoutModule) and isinstance(task, Reconstruction)):
             raise ValueError(
                 "ReconstructionFigures needs a DDCLReadoutModule whose task is Reconstruction; got "
-                f"{type(pl_module).__name__} with task {type(task).__name__}. Remove the callback, or use "
+                f"{type(module).__name__} with task {type(task).__name__}. Remove the callback, or use "
                 "PrototypeFigures."
             )
-        if starts_anew(trainer, stage):
-            self._history, self._batch, self._counts, self._drawn_at = [], None, None, -1
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first batch of the validation data."""
-        if batch_idx == 0 and dataloader_idx == 0:
-            self._batch = batch
+    def forget(self) -> None:
+        """Drop the curves and counts of an earlier run."""
+        self._history, self._counts = [], None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the counts of the codes, over all processes, before the module logs and forgets them."""
@@ -94,30 +79,14 @@ class ReconstructionFigures(Callback):
         if len(self._history) > MAX_POINTS:
             del self._history[1::2]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, if this epoch is due."""
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw where it ended, however it ended."""
-        if self._drawn_at != trainer.global_step:
-            self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._drawn_at = trainer.global_step
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Draw images, atoms, the use of the codes and its history."""
         folder = figure_folder(trainer)
         if not trainer.is_global_zero or self._batch is None or not self._history:
             return
         assert isinstance(module, DDCLReadoutModule)
-        modes = {child: child.training for child in module.modules()}
-        module.eval()
-        try:
-            with torch.no_grad(), trainer.precision_plugin.val_step_context():
-                figures = self._pictures(module)
-        finally:
-            for child, training in modes.items():
-                child.training = training
+        with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            figures = self._pictures(module)
         if self._counts is not None:
             counts = self._counts.cpu()
             for book, used in enumerate(counts):

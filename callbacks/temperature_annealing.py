@@ -110,12 +110,7 @@ class TemperatureAnnealing(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
-        found = require_banks(pl_module, type(self).__name__)
-        self._banks = {name: bank for name, bank in found.items() if fnmatchcase(name, self.banks)}
-        if found and not self._banks:
-            raise ValueError(
-                f"banks must match the name of a bank; got {self.banks!r} where there are {', '.join(found)}."
-            )
+        self._banks = require_banks(pl_module, type(self).__name__, self.banks)
         for name, bank in self._banks.items():
             if len(self._ends) not in (1, bank.num_heads):
                 raise ValueError(

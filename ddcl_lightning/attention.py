@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.bank import PrototypeBank, TemperatureUnit
@@ -186,9 +185,7 @@ class DDCLAttention(nn.Module):
 
     def _sample(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """A prototype per token and head from its assignments, heads side by side, ``(B, T, num_heads * d)``."""
-        codes = self.bank.sample(embedded)
-        heads = torch.arange(self.bank.num_heads, device=codes.device)
-        drawn = self.bank.prototypes[heads, codes].flatten(-2)
+        drawn = self.bank.look_up(self.bank.sample(embedded))
         return zero_padding(drawn.to(embedded.dtype), mask)
 
     def _shift(self, tokens: Tensor, context: Tensor | None) -> Tensor | None:

@@ -171,6 +171,11 @@ class PrototypeBank(nn.Module):
         heads, _ = self.split_heads(tokens)
         return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
+    def look_up(self, codes: Tensor) -> Tensor:
+        """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``."""
+        heads = torch.arange(self.num_heads, device=codes.device)
+        return self.prototypes[heads, codes].flatten(-2)
+
     def sample(self, tokens: Tensor) -> Tensor:
         """A prototype per token and head, drawn from the assignments: indices ``(*, H)`` int64, for ``(*, H * d)``."""
         heads, _ = self.split_heads(tokens)

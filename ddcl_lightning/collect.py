@@ -16,6 +16,7 @@ from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.compat import silent_logging, to_device, train_batches
 from ddcl_lightning.distributed import is_first_process
+from ddcl_lightning.modes import evaluating
 from ddcl_lightning.probe import bank_inputs
 from ddcl_lightning.rarity import PrototypeRarity
 from ddcl_lightning.reservoir import Reservoir
@@ -148,22 +149,21 @@ def calls_per_step(module: nn.Module, bank: PrototypeBank) -> int:
 @contextmanager
 def _without_trace(module: pl.LightningModule) -> Iterator[None]:
     """Let training steps run that are no training: no gradients, no dropout, no logging, everything put back after."""
-    modes = {child: child.training for child in module.modules()}
+    training = [child for child in module.modules() if child.training]
     trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
     buffers = [
-        (child, name, buffer, buffer.clone()) for child in modes for name, buffer in child.named_buffers(recurse=False)
+        (child, name, buffer, buffer.clone())
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
     ]
-    module.eval()
-    for child, training in modes.items():
-        if isinstance(child, BATCH_STATISTICS):
-            child.train(training)
     try:
         # The batches restore the random state when they end, which may be before a step draws from it.
-        with torch.no_grad(), isolate_rng(), silent_logging(module):
+        with evaluating(module), torch.no_grad(), isolate_rng(), silent_logging(module):
+            for child in training:
+                if isinstance(child, BATCH_STATISTICS):
+                    child.train()
             yield
     finally:
-        for child, training in modes.items():
-            child.training = training
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)  # a step that ended early may have left an optimizer toggled
         for child, name, buffer, value in buffers:

@@ -1,10 +1,13 @@
 """The few collective operations that the layers and callbacks need; each is the identity in a single process."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -92,3 +95,20 @@ def broadcast_object(value: Any) -> Any:
 def is_first_process() -> bool:
     """Whether this process is the one that computes on behalf of all."""
     return world_size() == 1 or dist.get_rank() == 0
+
+
+def from_first_process(compute: Callable[[], Result], failure: str) -> Result:
+    """What the first process computes, on every process.
+
+    A ValueError there is one everywhere, or the others would wait for ever; its message starts with ``failure``.
+    """
+    result: Result | ValueError | None = None
+    if is_first_process():
+        try:
+            result = compute()
+        except ValueError as error:
+            result = ValueError(f"{failure}: {error}")
+    shared: Result | ValueError = broadcast_object(result)
+    if isinstance(shared, ValueError):
+        raise shared
+    return shared

@@ -15,6 +15,7 @@ from ddcl_lightning.batch import Batch, labels
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.kmeans import initial_prototypes
 from ddcl_lightning.metrics import ClusteringMetrics
+from ddcl_lightning.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import BankProbe, Observation, all_tokens, find_banks
 from ddcl_lightning.reservoir import Reservoir
@@ -82,38 +83,32 @@ def collect_readouts(
     """
     banks = find_banks(module.head)
     name, bank = list(banks.items())[-1] if banks else ("", None)
-    modes = {child: child.training for child in module.modules()}
     seen: dict[str, Observation] = {}
     parts: list[Readouts] = []
     done = 0
-    module.eval()
-    try:
-        with BankProbe(banks, seen.__setitem__):
-            for batch in batches:
-                if to_device is not None:
-                    batch = to_device(batch)
-                values, mask = module.backbone(batch)
-                readout = module.head(values, mask)
-                size = len(values)
-                clusters = readout.assignments
-                parts.append(
-                    Readouts(
-                        readout.pooled.float().cpu(),
-                        _mean_token(values, mask),
-                        values[:, 0].float().cpu(),
-                        _mean_input(seen[name], size) if bank else torch.empty(size, 0),
-                        _class_labels(batch, size),
-                        torch.empty(size, 0, dtype=torch.int64) if clusters is None else clusters.argmax(-1).cpu(),
-                    )
+    with evaluating(module), BankProbe(banks, seen.__setitem__):
+        for batch in batches:
+            if to_device is not None:
+                batch = to_device(batch)
+            values, mask = module.backbone(batch)
+            readout = module.head(values, mask)
+            size = len(values)
+            clusters = readout.assignments
+            parts.append(
+                Readouts(
+                    readout.pooled.float().cpu(),
+                    _mean_token(values, mask),
+                    values[:, 0].float().cpu(),
+                    _mean_input(seen[name], size) if bank else torch.empty(size, 0),
+                    _class_labels(batch, size),
+                    torch.empty(size, 0, dtype=torch.int64) if clusters is None else clusters.argmax(-1).cpu(),
                 )
-                for place, sample in (tokens or {}).items():
-                    sample.add(all_tokens(seen[place]))
-                done += size
-                if done >= max_samples:
-                    break
-    finally:
-        for child, training in modes.items():
-            child.training = training
+            )
+            for place, sample in (tokens or {}).items():
+                sample.add(all_tokens(seen[place]))
+            done += size
+            if done >= max_samples:
+                break
     if not parts:
         raise ValueError("batches must hold at least one batch; got none. Check the data loader.")
     return Readouts.cat(parts)

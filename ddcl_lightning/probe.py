@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
@@ -20,8 +21,8 @@ def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
     return {name: bank for name, bank in module.named_modules() if isinstance(bank, PrototypeBank)}
 
 
-def require_banks(module: nn.Module, caller: str) -> dict[str, PrototypeBank]:
-    """The same, with an error that names the caller where there is none.
+def require_banks(module: nn.Module, caller: str, pattern: str = "*") -> dict[str, PrototypeBank]:
+    """Those whose name matches the caller's ``banks`` pattern, with an error that names the caller where there is none.
 
     A module whose ``banks_optional`` is True may have none: its heads can be swapped, and a callback that has nothing
     to look at then says so and stays idle.
@@ -34,7 +35,10 @@ def require_banks(module: nn.Module, caller: str) -> dict[str, PrototypeBank]:
             f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or "
             "any module that holds a PrototypeBank) as an attribute, or remove the callback."
         )
-    return banks
+    chosen = {name: bank for name, bank in banks.items() if fnmatchcase(name, pattern)}
+    if banks and not chosen:
+        raise ValueError(f"banks must match the name of a bank; got {pattern!r} where there are {', '.join(banks)}.")
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class SoftVectorQuantizer(nn.Module):
         output = self.bank(
             embedded, mask, need_codes=True, detach_centroids=self.gradient == "straight_through" or not self.training
         )
-        hard = self._look_up(output.codes)
+        hard = self.bank.look_up(output.codes)
         quantized = hard
         if self.training:
             carrier = embedded if self.gradient == "straight_through" else output.centroids
@@ -186,7 +186,7 @@ class SoftVectorQuantizer(nn.Module):
                 f"indices must be in [0, num_codes = {size}); got values from {int(codes.min())} to "
                 f"{int(codes.max())}. Pass what encode returns."
             )
-        quantized = self._project(self._look_up(codes.flatten(1, -2)), None)
+        quantized = self._project(self.bank.look_up(codes.flatten(1, -2)), None)
         if codes.dim() == 3:
             return quantized
         return torch.unflatten(quantized.mT, -1, codes.shape[1:3])
@@ -219,11 +219,6 @@ class SoftVectorQuantizer(nn.Module):
             return z.flatten(2).mT
         check_mask(z, mask)
         return zero_padding(z, mask)  # a NaN left in the padding would reach the gradients of the projection
-
-    def _look_up(self, codes: Tensor) -> Tensor:
-        """Codes ``(B, T, H)`` as vectors, heads side by side, ``(B, T, H * d)``."""
-        heads = torch.arange(self.bank.num_heads, device=codes.device)
-        return self.bank.prototypes[heads, codes].flatten(-2)
 
     def _project(self, quantized: Tensor, mask: Tensor | None) -> Tensor:
         if self.output_projection is not None:

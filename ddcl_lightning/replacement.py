@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from ddcl_lightning.feedforward import DDCLFeedForward
+from ddcl_lightning.modes import evaluating
 from ddcl_lightning.placement import PlacedPrototypes, _MaskReader
 from ddcl_lightning.rates import lr_factor
 from ddcl_lightning.reservoir import Reservoir
@@ -54,7 +55,7 @@ class _Site:
         """The MLP on tokens ``(N, D)``, in evaluation mode and its own dtype; float32 comes out."""
         like = next(self.modules[0].parameters())
         parts = []
-        with _evaluating(*self.modules):
+        with evaluating(*self.modules):
             for part in torch.split(tokens, CHUNK):
                 hidden = part.to(like).unsqueeze(0)  # Hugging Face chunks along a dimension of its own
                 for module in self.modules:
@@ -327,7 +328,7 @@ def _distill(
 def _relative_error(part: nn.Module, tokens: Tensor, targets: Tensor) -> float:
     """Squared error over the variance of the targets."""
     like = next(part.parameters())
-    with _evaluating(part):
+    with evaluating(part):
         found = torch.cat([part(rows.to(like)).cpu() for rows in torch.split(tokens, CHUNK)])
     spread = (targets - targets.mean(0)).square().sum().clamp(min=torch.finfo(targets.dtype).tiny)
     return float((found - targets).square().sum() / spread)
@@ -382,7 +383,7 @@ def _collect(
     handles = [model.register_forward_pre_hook(read_mask, with_kwargs=True)]
     handles += [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for batch in batches:
                 if isinstance(batch, Mapping):
                     model(**{key: _to(value, device) for key, value in batch.items()})
@@ -399,19 +400,6 @@ def _collect(
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _evaluating(*roots: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards."""
-    modes = {module: module.training for root in roots for module in root.modules()}
-    for root in roots:
-        root.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _choose(model: nn.Module, blocks: Blocks) -> list[_Site]:

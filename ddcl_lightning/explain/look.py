@@ -12,6 +12,7 @@ from ddcl_lightning.batch import Batch, size
 from ddcl_lightning.explain.explanation import Span
 from ddcl_lightning.functional import nearest_prototype, soft_assign
 from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import BankProbe, Observation, find_banks
 
@@ -77,14 +78,8 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Watch the bank, without gradients and in evaluation mode; modes are put back."""
         banks: dict[str, PrototypeBank] = {self._name: self.bank}
-        modes = {child: child.training for child in self._module.modules()}
-        self._module.eval()
-        try:
-            with torch.no_grad(), BankProbe(banks, self._seen.__setitem__):
-                yield
-        finally:
-            for child, training in modes.items():
-                child.training = training
+        with evaluating(self._module), torch.no_grad(), BankProbe(banks, self._seen.__setitem__):
+            yield
 
     def __call__(self, batch: Batch) -> Look:
         """Run a batch, on the module's device."""

@@ -50,7 +50,9 @@ def quantize(
     dtype = accumulation_dtype(tokens, prototypes)
     with torch.autocast(tokens.device.type, enabled=False):
         scale = temperature_like(temperature, prototypes.to(dtype))
-        found = _Quantize.apply(tokens.to(dtype), prototypes.to(dtype), scale, mask, detach_assignments, total)
+        wanted = torch.is_grad_enabled() and (tokens.requires_grad or prototypes.requires_grad)
+        through_q = wanted and not detach_assignments
+        found = _Quantize.apply(tokens.to(dtype), prototypes.to(dtype), scale, mask, through_q, total)
     loss, cost, ols, variance, centroids, codes, log_mass, means = found
     return BankOutput(
         centroids.to(tokens.dtype),
@@ -72,7 +74,7 @@ class _Quantize(torch.autograd.Function):
         prototypes: Tensor,
         temperature: Tensor,
         mask: Tensor | None,
-        detach_assignments: bool,
+        through_q: bool,
         total: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, ...]:
         center = prototypes.mean(-2, keepdim=True)
@@ -89,7 +91,7 @@ class _Quantize(torch.autograd.Function):
         heads = max(1, z[..., 0].numel() // max(1, num_tokens))
         step = max(1, BLOCK_ELEMENTS // (size * heads))
         blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
-        keep = heads * num_tokens * size <= KEPT_ELEMENTS
+        keep = through_q and heads * num_tokens * size <= KEPT_ELEMENTS
         kept: list[Tensor] = []
 
         def relative(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +105,6 @@ class _Quantize(torch.autograd.Function):
         wide = dim + 1
         per_prototype = z.new_zeros(*p.shape[:-1], 2 * wide)  # for u = 1 and u = b
         weighted = z.new_zeros(*p.shape[:-1], wide)  # of q l instead of q
-        gradients = not detach_assignments
         for rows in blocks:
             logits, largest, where = relative(rows)
             weights = logits.exp()
@@ -113,7 +114,7 @@ class _Quantize(torch.autograd.Function):
             total_weight = attended[..., -1:]
             shares = query[..., rows, :] * (valid[..., rows, :] / total_weight)
             columns = [attended[..., :-1] / total_weight]
-            if gradients:
+            if through_q:
                 # b = sum_k q l, and sum_k q l p; l is the logarithm of q up to a constant of the token.
                 logits.mul_(weights)
                 slopes = logits @ torch.cat([p, torch.ones_like(norms)], -1) / total_weight
@@ -149,7 +150,7 @@ class _Quantize(torch.autograd.Function):
 
         token_loss, token_cost = 2 * error, torch.zeros_like(error)
         prototype_loss, prototype_cost = 2 * (mass * p - tokens_sum), torch.zeros_like(p)
-        if gradients:
+        if through_q:
             slope = found[..., dim + 1 :]
             token_loss -= 2 * (slope[..., :-1] - slope[..., -1:] * centroids)
             pull, reach = per_prototype[..., wide:], weighted

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Project, fit
@@ -90,7 +91,7 @@ def test_it_leaves_the_run_as_it_was(tmp_path):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-NOTHING = figures_module.Callback()
+NOTHING = Callback()
 
 
 @pytest.mark.parametrize(
