@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _common import forget_peak, load, options, peak_since_mib, plus_minus, quiet_trainer, save
-from codebooks import EMA, OURS, RELOCATE, SHARE
+from codebooks import EMA, OURS, RELOCATE, SHARE, first_fraction
 from torch import Tensor
 
 from ddcl_lightning import (
@@ -44,7 +44,7 @@ SEEDS = (0, 1, 2)
 DIM, RATE, EPOCHS = 16, 2e-3, 10
 VARIANCE = 0.14  # of the pixels
 METHODS: dict[str, Callable[[int], Head]] = {
-    OURS: lambda codes: SoftVQ(codes, commitment_weight=0.25 * VARIANCE, entropy_weight=0.01 * VARIANCE),
+    OURS: lambda codes: SoftVQ(codes, commitment_weight=0.25 * VARIANCE, entropy_weight=0.01 * 64 / codes * VARIANCE),
     "VQ-VAE, straight-through": lambda codes: VQPooling(codes, weight=VARIANCE),
     "EMA": lambda codes: LibraryVQ(
         "VectorQuantize",
@@ -141,7 +141,9 @@ def train(args: argparse.Namespace, case: str, name: str, seed: int) -> dict[str
         rho=rate / lr_prototypes,
         lr_task=rate,
     )
-    callbacks = [TemperatureAnnealing(start=0.05, end=0.0005, per="step"), Start(settings.get("start", ""), seed)]
+    start = first_fraction(codes)
+    annealing = TemperatureAnnealing(start=start, end=start / 100, per="step")
+    callbacks = [annealing, Start(settings.get("start", ""), seed)]
     shifted = settings.get("shift", False)
     quiet_trainer(1 if args.quick else EPOCHS, [*callbacks, *([Shift()] if shifted else [])]).fit(module, data)
     module.eval()

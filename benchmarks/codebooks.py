@@ -35,7 +35,7 @@ SEEDS = (0, 1, 2)
 DIM = 16
 EVAL_BATCH = 250
 RATE = 1e-3  # of encoder and decoder, cosine
-SHARE, RELOCATE = 0.02, 0.5  # of the way that our codes go in a step; of the mean distortion, see TokenNormalized
+SHARE, RELOCATE = 0.02, 0.5  # of the way that our codes go in a step; of the mean load, see TokenNormalized
 WATCHED = 2_000  # test images that are looked at after every epoch; all of them are at the end
 LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
@@ -44,20 +44,28 @@ OURS, LIGHT = "soft codes", "soft codes, less commitment, faster"
 STILL, PAPER = "soft codes, no relocation", "soft codes as in the paper, Adam"
 
 
-def _weights(variance: float, commitment: float = 0.25) -> dict[str, float]:
-    """Weights of the quantiser's losses, for a reconstruction loss in units of the images' variance."""
-    return {"commitment_weight": commitment * variance, "entropy_weight": 0.01 * variance}
+def _weights(codes: int, variance: float, commitment: float = 0.25) -> dict[str, float]:
+    """Weights of the quantiser's losses, for a reconstruction loss in units of the images' variance.
+
+    The bonus pulls at a token by 1 / T, so that its weight goes with the temperature.
+    """
+    return {"commitment_weight": commitment * variance, "entropy_weight": 0.01 * 64 / codes * variance}
+
+
+def first_fraction(codes: int) -> float:
+    """Temperature at the start over the critical one, at the end a hundredth of it: cells shrink with K, so T does."""
+    return min(0.2, 0.05 * 64 / codes)
 
 
 Create = Callable[[int, float], Head]  # number of codes, variance of the images
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
-    OURS: lambda codes, variance: SoftVQ(codes, **_weights(variance)),
-    LIGHT: lambda codes, variance: SoftVQ(codes, **_weights(variance, commitment=0.1)),
-    STILL: lambda codes, variance: SoftVQ(codes, **_weights(variance)),
-    f"{OURS}, soft output": lambda codes, variance: SoftVQ(codes, **_weights(variance), training_output="soft"),
+    OURS: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance)),
+    LIGHT: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, commitment=0.1)),
+    STILL: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance)),
+    f"{OURS}, soft output": lambda codes, variance: SoftVQ(codes, **_weights(codes, variance), training_output="soft"),
     f"{OURS}, soft output and gradient": lambda codes, variance: SoftVQ(
-        codes, **_weights(variance), training_output="soft", gradient="soft"
+        codes, **_weights(codes, variance), training_output="soft", gradient="soft"
     ),
     PAPER: lambda codes, variance: SoftVQ(
         codes, commitment_weight=0.25 * variance, entropy_weight=0.0, training_output="soft", gradient="soft"
@@ -140,8 +148,9 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         lr_schedule="cosine",
     )
     history = History()
+    start = 0.05 if name == PAPER else first_fraction(args.codes)
     callbacks = [
-        TemperatureAnnealing(start=0.05, end=0.0005, per="step"),
+        TemperatureAnnealing(start=start, end=start / 100, per="step"),
         KMeansInitialization(num_restarts=1, max_tokens=16_384, progress=False),
         history,
     ]

@@ -23,8 +23,8 @@ from ddcl_lightning.functional import (
 )
 from ddcl_lightning.probe import BankProbe, Observation, find_banks
 
-CROWDED = 1.5  # a cell with this many times the mean distortion may get a second prototype
-RECENT = 0.05  # weight of the newest step in the running distortion of a cell
+CROWDED = 1.5  # a cell with this many times the mean load may get a second prototype
+RECENT = 0.05  # weight of the newest step in what is remembered of a cell
 
 
 class TokenNormalized(Optimizer):
@@ -40,27 +40,35 @@ class TokenNormalized(Optimizer):
     prototypes through it.
 
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
-    ``relocate`` moves such prototypes to where the error is, like the enhanced LBG algorithm (Patane and Russo 2001):
-    one whose cell holds less than that share of the mean distortion goes to a token of a cell that holds more
+    ``relocate`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does (Patane and Russo
+    2001): one whose cell bears less than that share of the mean load goes to a token of a cell that bears more
     than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least one may.
+    The load of a cell with n tokens and the distortion D is ``n^b D^(1 - b)`` with ``b = balance``.
 
     Args:
         params: Prototype parameters of banks.
         lr: Share of the way to go per step, in (0, 1].
-        relocate: Share of the mean distortion in [0, 1) under which a prototype moves elsewhere; 0 never moves any. 0.5
+        relocate: Share of the mean load in [0, 1) under which a prototype moves elsewhere; 0 never moves any. 0.5
             suits codebooks; leave it at 0 where prototypes have to keep their meaning.
+        balance: What prototypes share evenly, in [0, 1]: 0 the distortion (least error in the tokens' space, as in
+            the enhanced LBG algorithm), 1 the tokens (highest perplexity), or a mixture. Without relocation it does
+            nothing.
 
     Raises:
         ValueError: If an argument is out of range.
         RuntimeError: At a step without a forward pass in training mode since the last, or without ``watch``.
     """
 
-    def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0) -> None:
+    def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0, balance: float = 0.75) -> None:
         if not 0 < lr <= 1:
             raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
         if not 0 <= relocate < 1:
-            raise ValueError(f"relocate must be in [0, 1), a share of the mean distortion; got {relocate}.")
-        super().__init__(params, {"lr": lr, "relocate": relocate})
+            raise ValueError(f"relocate must be in [0, 1), a share of the mean load; got {relocate}.")
+        if not 0 <= balance <= 1:
+            raise ValueError(
+                f"balance must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got {balance}."
+            )
+        super().__init__(params, {"lr": lr, "relocate": relocate, "balance": balance})
         self._statistics: dict[Tensor, TokenMeans] = {}
         self._cells: dict[Tensor, Cells] = {}
         self._probe: BankProbe | None = None
@@ -120,17 +128,18 @@ class TokenNormalized(Optimizer):
                 target = _reduce(self._statistics.pop(prototypes))
                 prototypes.lerp_(target.to(prototypes.dtype), group["lr"])
                 if group["relocate"] > 0:
-                    self._relocate(prototypes, self._cells.pop(prototypes), group["relocate"])
+                    self._relocate(prototypes, self._cells.pop(prototypes), group["relocate"], group["balance"])
         return loss
 
-    def _relocate(self, prototypes: Tensor, found: Cells, share: float) -> None:
+    def _relocate(self, prototypes: Tensor, found: Cells, share: float, balance: float) -> None:
         """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded."""
         latest = sum_over_processes(torch.stack([found.distortion, found.number], -1))
         running = self.state[prototypes].setdefault("cells", latest).lerp(latest, RECENT)
-        distortion = running[..., 0]
-        mean = distortion.mean(-1, keepdim=True)
-        most = max(1, distortion.shape[-1] // 64)
-        order = distortion.sort(dim=-1, stable=True).indices
+        distortion, number = running.unbind(-1)
+        load = number**balance * distortion ** (1 - balance)
+        mean = load.mean(-1, keepdim=True)
+        most = max(1, load.shape[-1] // 64)
+        order = load.sort(dim=-1, stable=True).indices
         empty, crowded = order[:, :most], order.flip(-1)[:, :most]
         token, seen = take_from_one_process(found.token, found.occupied)
 
@@ -141,10 +150,10 @@ class TokenNormalized(Optimizer):
         source = rows(empty, prototypes)
         apart = torch.cdist(source.to(running.dtype), prototypes.to(running.dtype)).square()
         neighbour = apart.scatter(2, empty.unsqueeze(-1), torch.inf).amin(-1)
-        loss = running[..., 1].gather(1, empty) * neighbour
-        filled = distortion.gather(1, crowded)
-        moves = (distortion.gather(1, empty) < share * mean) & (filled > CROWDED * mean) & (loss < filled)
-        moves = (moves & seen.gather(1, crowded)).unsqueeze(-1)
+        loss = number.gather(1, empty) * neighbour
+        moves = (load.gather(1, empty) < share * mean) & (load.gather(1, crowded) > CROWDED * mean)
+        moves &= (loss < distortion.gather(1, crowded)) & seen.gather(1, crowded)
+        moves = moves.unsqueeze(-1)
 
         target = torch.where(moves, rows(crowded, token).to(prototypes.dtype), source)
         prototypes.scatter_(1, empty.unsqueeze(-1).expand_as(target), target)

@@ -117,6 +117,22 @@ def test_a_prototype_of_an_empty_cell_moves_into_the_most_crowded_one(accumulate
     assert running[0, 0].tolist() == pytest.approx([widest, 20.0], rel=1e-6)
 
 
+@pytest.mark.parametrize(("balance", "moves"), [(0.0, False), (0.5, True), (1.0, True)])
+def test_balance_weighs_numbers_of_tokens_against_their_distortion(balance: float, moves: bool) -> None:
+    """The last prototype has the fewest tokens, the one before it the least distortion."""
+    centers = torch.tensor([[0.0, 0.0], [50.0, 0.0], [40.0, 0.0]], dtype=torch.float64)
+    numbers, widths = torch.tensor([300, 30, 3]), torch.tensor([1.0, 0.5, 4.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(333, 2, dtype=torch.float64, generator=generator).clamp(-1.2, 1.2)
+    tokens = centers.repeat_interleave(numbers, 0) + widths.repeat_interleave(numbers).unsqueeze(-1) * noise
+    bank = PrototypeBank(3, 2, temperature=0.01).double()
+    bank.set_prototypes(centers.unsqueeze(0))
+    optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocate=0.5, balance=balance).watch(bank)
+    bank(tokens)
+    optimizer.step()
+    assert bool((bank.prototypes.detach()[0, 2] - centers[2]).norm() > 1) is moves
+
+
 def test_relocation_stops_where_the_error_is_spread_evenly_and_never_starts_at_zero() -> None:
     bank, optimizer, tokens = crowded(0.0)
     before = bank.prototypes.detach().clone()
