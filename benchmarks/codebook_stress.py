@@ -44,7 +44,7 @@ SEEDS = (0, 1, 2)
 DIM, RATE, EPOCHS = 16, 2e-3, 10
 VARIANCE = 0.14  # of the pixels
 METHODS: dict[str, Callable[[int], Head]] = {
-    OURS: lambda codes: SoftVQ(codes, commitment_weight=0.25 * VARIANCE, entropy_weight=0.01 * 64 / codes * VARIANCE),
+    OURS: lambda codes: SoftVQ(codes, commitment_weight=0.1 * VARIANCE, entropy_weight=0.01 * 64 / codes * VARIANCE),
     "VQ-VAE, straight-through": lambda codes: VQPooling(codes, weight=VARIANCE),
     "EMA": lambda codes: LibraryVQ(
         "VectorQuantize",

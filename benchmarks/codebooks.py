@@ -35,16 +35,18 @@ SEEDS = (0, 1, 2)
 DIM = 16
 EVAL_BATCH = 250
 RATE = 1e-3  # of encoder and decoder, cosine
-SHARE, RELOCATE = 0.02, 0.5  # of the way that our codes go in a step; of the mean load, see TokenNormalized
+SHARE, RELOCATE = 0.05, 0.5  # of the way that our codes go in a step; of the mean load, see TokenNormalized
 WATCHED = 2_000  # test images that are looked at after every epoch; all of them are at the end
 LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
 
-OURS, LIGHT = "soft codes", "soft codes, less commitment, faster"
-STILL, PAPER = "soft codes, no relocation", "soft codes as in the paper, Adam"
+OURS, PAPER = "soft codes", "soft codes as in the paper, Adam"
+SLOW = "soft codes, more commitment, slower"  # and what was tried with it
+BY_ERROR, STILL, SOFT = f"{SLOW}, relocation by error", f"{SLOW}, no relocation", f"{SLOW}, soft output"
+RELOCATION: dict[str, dict[str, float]] = {STILL: {}, BY_ERROR: {"relocate": RELOCATE, "balance": 0.0}}
 
 
-def _weights(codes: int, variance: float, commitment: float = 0.25) -> dict[str, float]:
+def _weights(codes: int, variance: float, commitment: float = 0.1) -> dict[str, float]:
     """Weights of the quantiser's losses, for a reconstruction loss in units of the images' variance.
 
     The bonus pulls at a token by 1 / T, so that its weight goes with the temperature.
@@ -61,11 +63,12 @@ Create = Callable[[int, float], Head]  # number of codes, variance of the images
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
     OURS: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance)),
-    LIGHT: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, commitment=0.1)),
-    STILL: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance)),
-    f"{OURS}, soft output": lambda codes, variance: SoftVQ(codes, **_weights(codes, variance), training_output="soft"),
-    f"{OURS}, soft output and gradient": lambda codes, variance: SoftVQ(
-        codes, **_weights(codes, variance), training_output="soft", gradient="soft"
+    SLOW: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25)),
+    BY_ERROR: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25)),
+    STILL: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25)),
+    SOFT: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25), training_output="soft"),
+    f"{SOFT} and gradient": lambda codes, variance: SoftVQ(
+        codes, **_weights(codes, variance, 0.25), training_output="soft", gradient="soft"
     ),
     PAPER: lambda codes, variance: SoftVQ(
         codes, commitment_weight=0.25 * variance, entropy_weight=0.0, training_output="soft", gradient="soft"
@@ -135,13 +138,13 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     variance = float(images.var())
     widths = (16,) if args.quick else (32, 64)
     adam = name.startswith("VQ-VAE") or name == PAPER
-    lr_prototypes = 10 * RATE if adam else 2.5 * SHARE if name == LIGHT else SHARE  # a rate of Adam, or a share
+    lr_prototypes = 10 * RATE if adam else 0.02 if name.startswith(SLOW) else SHARE  # a rate of Adam, or a share
     module = DDCLReadoutModule(
         ConvBackbone(channels, args.dim, widths),
         METHODS[name](args.codes, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",
-        prototype_optimizer_args={} if adam or name == STILL else {"relocate": RELOCATE},
+        prototype_optimizer_args={} if adam else RELOCATION.get(name, {"relocate": RELOCATE}),
         lr_prototypes=lr_prototypes,
         rho=RATE / lr_prototypes,
         lr_task=RATE,

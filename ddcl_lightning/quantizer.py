@@ -73,7 +73,7 @@ class SoftVectorQuantizer(nn.Module):
             codes to be near tokens keep them, as in k-means. Cells shrink with K, so that 3 / K is a good start and a
             hundredth of it a good end from 64 codes on.
         commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens, so that it is free of their
-            scale, but not of that of the decoder's loss: about a quarter of the variance of what is reconstructed (0.03
+            scale, but not of that of the decoder's loss: about a tenth of the variance of what is reconstructed (0.01
             for pixels in [0, 1]). Too low: tokens run away from their codes. Too high: the encoder serves the codes,
             not the decoder (ten times as much: errors up by 15 to 70 %).
         entropy_weight: Weight >= 0 of the bonus on the entropy (nats) of the mean assignment. Too low: codes
@@ -98,7 +98,7 @@ class SoftVectorQuantizer(nn.Module):
         code_dim: int | None = None,
         num_heads: int = 1,
         temperature: float = 0.05,
-        commitment_weight: float = 0.03,
+        commitment_weight: float = 0.01,
         entropy_weight: float = 0.001,
         gradient: QuantizerGradient = "straight_through",
         training_output: TrainingOutput = "hard",

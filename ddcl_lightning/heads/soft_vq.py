@@ -41,7 +41,7 @@ class SoftVQ(Head):
         code_dim: int | None = None,
         num_heads: int = 1,
         temperature: float = 0.05,
-        commitment_weight: float = 0.03,
+        commitment_weight: float = 0.01,
         entropy_weight: float = 0.001,
         gradient: QuantizerGradient = "straight_through",
         training_output: TrainingOutput = "hard",

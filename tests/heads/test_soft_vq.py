@@ -91,7 +91,7 @@ def test_every_code_is_used_and_hard_codes_reconstruct(precision: str) -> None:
     assert found["val/perplexity"] > 8  # of 12, per codebook
     assert found["train/code_gap"] < 0.02
     # Hard codes in validation lose little against soft ones in training, and both beat the mean image by far.
-    assert found["val/mse"] < 0.06
+    assert found["val/mse"] < 0.07  # the mean image: 0.14
     assert abs(found["val/mse"] - found["train/reconstruction"]) < 0.02
     checks = next(callback for callback in trainer.callbacks if isinstance(callback, DecompositionCheck))
     assert checks.checks > 20
