@@ -42,8 +42,8 @@ EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
 
 OURS, PAPER = "soft codes", "soft codes as in the paper, Adam"
 SLOW = "soft codes, more commitment, slower"  # and what was tried with it
-BY_ERROR, STILL, SOFT = f"{SLOW}, relocation by error", f"{SLOW}, no relocation", f"{SLOW}, soft output"
-RELOCATION: dict[str, dict[str, float]] = {STILL: {}, BY_ERROR: {"relocate": RELOCATE, "balance": 0.0}}
+BY_ERROR, STILL = f"{SLOW}, relocation by error", f"{SLOW}, no relocation"
+SOFT = f"{STILL}, soft output"
 
 
 def _weights(codes: int, variance: float, commitment: float = 0.1) -> dict[str, float]:
@@ -139,12 +139,15 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     widths = (16,) if args.quick else (32, 64)
     adam = name.startswith("VQ-VAE") or name == PAPER
     lr_prototypes = 10 * RATE if adam else 0.02 if name.startswith(SLOW) else SHARE  # a rate of Adam, or a share
+    relocation: dict[str, Any] = {} if adam or name.startswith(STILL) else {"relocate": RELOCATE}
+    if name == BY_ERROR:
+        relocation["balance"] = 0.0
     module = DDCLReadoutModule(
         ConvBackbone(channels, args.dim, widths),
         METHODS[name](args.codes, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",
-        prototype_optimizer_args={} if adam else RELOCATION.get(name, {"relocate": RELOCATE}),
+        prototype_optimizer_args=relocation,
         lr_prototypes=lr_prototypes,
         rho=RATE / lr_prototypes,
         lr_task=RATE,
