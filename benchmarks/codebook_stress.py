@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _common import forget_peak, load, options, peak_since_mib, plus_minus, quiet_trainer, save
-from codebooks import EMA, OURS, RELOCATE, SHARE, first_fraction
+from codebooks import EMA, OURS, RELOCATE, SHARE, annealing, soft
 from torch import Tensor
 
 from ddcl_lightning import (
@@ -33,7 +33,6 @@ from ddcl_lightning import (
     SoftVectorQuantizer,
     TokenNormalized,
 )
-from ddcl_lightning.callbacks import TemperatureAnnealing
 from ddcl_lightning.codebook_metrics import codebook_counts
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ, VQPooling
@@ -44,7 +43,7 @@ SEEDS = (0, 1, 2)
 DIM, RATE, EPOCHS = 16, 2e-3, 10
 VARIANCE = 0.14  # of the pixels
 METHODS: dict[str, Callable[[int], Head]] = {
-    OURS: lambda codes: SoftVQ(codes, commitment_weight=0.1 * VARIANCE, entropy_weight=0.01 * 64 / codes * VARIANCE),
+    OURS: lambda codes: soft()(codes, VARIANCE),
     "VQ-VAE, straight-through": lambda codes: VQPooling(codes, weight=VARIANCE),
     "EMA": lambda codes: LibraryVQ(
         "VectorQuantize",
@@ -128,9 +127,7 @@ def train(args: argparse.Namespace, case: str, name: str, seed: int) -> dict[str
         batch_size=64, val_fraction=0.2, as_images=True, seed=seed, limit=200 if args.quick else None
     )
     adam = name.startswith("VQ-VAE")
-    lr_prototypes = 10 * RATE if adam else SHARE * rate / RATE
-    if lr_prototypes <= rate:
-        lr_prototypes = 2 * rate
+    lr_prototypes = max(10 * RATE if adam else SHARE * rate / RATE, 2 * rate)
     module = DDCLReadoutModule(
         ConvBackbone(1, DIM, (32,)),
         METHODS[name](codes),
@@ -141,9 +138,7 @@ def train(args: argparse.Namespace, case: str, name: str, seed: int) -> dict[str
         rho=rate / lr_prototypes,
         lr_task=rate,
     )
-    start = first_fraction(codes)
-    annealing = TemperatureAnnealing(start=start, end=start / 100, per="step")
-    callbacks = [annealing, Start(settings.get("start", ""), seed)]
+    callbacks = [annealing(codes), Start(settings.get("start", ""), seed)]
     shifted = settings.get("shift", False)
     quiet_trainer(1 if args.quick else EPOCHS, [*callbacks, *([Shift()] if shifted else [])]).fit(module, data)
     module.eval()
@@ -230,15 +225,18 @@ def prepare_autoencoder(batch_size: int) -> Callable[[], None]:
     return step
 
 
+def _seconds(step: Callable[[], None]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
 def cost(args: argparse.Namespace) -> dict[str, Any]:
     """Time and memory of a step against K; methods take turns, and the fastest turns count."""
     shape = (2, 64, DIM) if args.quick else (64, 64, DIM)
     rows = []
-    autoencoder, beside = prepare_autoencoder(shape[0]), math.inf
-    for _ in range(2 if args.quick else 12):
-        start = time.process_time()
-        autoencoder()
-        beside = min(beside, time.process_time() - start)
+    autoencoder = prepare_autoencoder(shape[0])
+    beside = min(_seconds(autoencoder) for _ in range(2 if args.quick else 12))
     for codes in SIZES[:2] if args.quick else SIZES:
         tokens = torch.randn(*shape, requires_grad=True)
         turns = 2 if args.quick else 12 if codes <= 1024 else 5
@@ -253,9 +251,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
         times: dict[str, list[float]] = {name: [] for name in METHODS}
         for _ in range(turns):
             for name, step in steps.items():
-                start = time.process_time()
-                step()
-                times[name].append(time.process_time() - start)
+                times[name].append(_seconds(step))
         for name in METHODS:
             rows.append(
                 {"codes": codes, "method": name, "ms": round(1e3 * min(times[name]), 2), "mib": memory.get(name)}

@@ -46,33 +46,37 @@ BY_ERROR, STILL = f"{SLOW}, relocation by error", f"{SLOW}, no relocation"
 SOFT = f"{STILL}, soft output"
 
 
-def _weights(codes: int, variance: float, commitment: float = 0.1) -> dict[str, float]:
-    """Weights of the quantiser's losses, for a reconstruction loss in units of the images' variance.
+Create = Callable[[int, float], Head]  # number of codes, variance of the images
+
+
+def soft(commitment: float = 0.1, **options: Any) -> Create:
+    """Soft codes whose weights suit a reconstruction loss in units of the images' variance.
 
     The bonus pulls at a token by 1 / T, so that its weight goes with the temperature.
     """
-    return {"commitment_weight": commitment * variance, "entropy_weight": 0.01 * 64 / codes * variance}
+
+    def create(codes: int, variance: float) -> Head:
+        weights = {"commitment_weight": commitment * variance, "entropy_weight": 0.01 * 64 / codes * variance}
+        return SoftVQ(codes, **{**weights, **options})
+
+    return create
 
 
-def first_fraction(codes: int) -> float:
-    """Temperature at the start over the critical one, at the end a hundredth of it: cells shrink with K, so T does."""
-    return min(0.2, 0.05 * 64 / codes)
+def annealing(codes: int) -> TemperatureAnnealing:
+    """From a fraction of the critical temperature to a hundredth of it; cells shrink with K, so T does."""
+    start = min(0.2, 0.05 * 64 / codes)
+    return TemperatureAnnealing(start=start, end=start / 100, per="step")
 
 
-Create = Callable[[int, float], Head]  # number of codes, variance of the images
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
-    OURS: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance)),
-    SLOW: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25)),
-    BY_ERROR: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25)),
-    STILL: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25)),
-    SOFT: lambda codes, variance: SoftVQ(codes, **_weights(codes, variance, 0.25), training_output="soft"),
-    f"{SOFT} and gradient": lambda codes, variance: SoftVQ(
-        codes, **_weights(codes, variance, 0.25), training_output="soft", gradient="soft"
-    ),
-    PAPER: lambda codes, variance: SoftVQ(
-        codes, commitment_weight=0.25 * variance, entropy_weight=0.0, training_output="soft", gradient="soft"
-    ),
+    OURS: soft(),
+    SLOW: soft(0.25),
+    BY_ERROR: soft(0.25),
+    STILL: soft(0.25),
+    SOFT: soft(0.25, training_output="soft"),
+    f"{SOFT} and gradient": soft(0.25, training_output="soft", gradient="soft"),
+    PAPER: soft(0.25, entropy_weight=0.0, training_output="soft", gradient="soft"),
     "VQ-VAE, straight-through": lambda codes, variance: VQPooling(codes, weight=variance),
     "EMA, k-means, expiry": lambda codes, variance: LibraryVQ(
         "VectorQuantize",
@@ -154,9 +158,8 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         lr_schedule="cosine",
     )
     history = History()
-    start = 0.05 if name == PAPER else first_fraction(args.codes)
     callbacks = [
-        TemperatureAnnealing(start=start, end=start / 100, per="step"),
+        annealing(64 if name == PAPER else args.codes),  # the rule for K is ours
         KMeansInitialization(num_restarts=1, max_tokens=16_384, progress=False),
         history,
     ]
