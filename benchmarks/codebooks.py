@@ -25,7 +25,16 @@ import lightning.pytorch as pl
 import torch
 from _common import load, options, plus_minus, quiet_trainer, save
 
-from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, Reconstruction
+from ddcl_lightning import (
+    ConvBackbone,
+    ConvDecoder,
+    DDCLReadoutModule,
+    EmbeddingScale,
+    Head,
+    Reconstruction,
+    Tokens,
+)
+from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule
 from ddcl_lightning.heads import MeanPooling, SoftVQ, VQPooling
@@ -41,6 +50,8 @@ LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ;
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
 
 OURS, PAPER = "soft codes", "soft codes as in the paper, Adam"
+STANDARD, WIDE = "soft codes, standardised tokens", "soft codes, standardised tokens, not projected"
+EMA_STANDARD = "EMA, k-means, expiry, standardised tokens"  # not documented by anybody: what the tokens alone bring
 SLOW = "soft codes, more commitment, slower"  # and what was tried with it
 BY_ERROR, STILL = f"{SLOW}, relocation by error", f"{SLOW}, no relocation"
 SOFT = f"{STILL}, soft output"
@@ -49,14 +60,14 @@ SOFT = f"{STILL}, soft output"
 Create = Callable[[int, float], Head]  # number of codes, variance of the images
 
 
-def soft(commitment: float = 0.1, **options: Any) -> Create:
+def soft(commitment: float = 0.1, entropy: float = 0.01, **options: Any) -> Create:
     """Soft codes whose weights suit a reconstruction loss in units of the images' variance.
 
     The bonus pulls at a token by 1 / T, so that its weight goes with the temperature.
     """
 
     def create(codes: int, variance: float) -> Head:
-        weights = {"commitment_weight": commitment * variance, "entropy_weight": 0.01 * 64 / codes * variance}
+        weights = {"commitment_weight": commitment * variance, "entropy_weight": entropy * 64 / codes * variance}
         return SoftVQ(codes, **{**weights, **options})
 
     return create
@@ -68,9 +79,41 @@ def annealing(codes: int) -> TemperatureAnnealing:
     return TemperatureAnnealing(start=start, end=start / 100, per="step")
 
 
+def compact(codes: int) -> int | None:
+    """Dimensions that standardised tokens are projected to: few codes have no use for many."""
+    return 8 if codes <= 64 else None
+
+
+def standardised(codes: int, variance: float) -> Head:
+    """Soft codes of standardised tokens, which bear more commitment and a larger bonus."""
+    return soft(0.25, 0.04, embedding_scale="per_dimension", code_dim=compact(codes))(codes, variance)
+
+
+class StandardisedBackbone(ConvBackbone):
+    """Tokens as ours are before they are quantised, for a rival that has no such option."""
+
+    def __init__(self, in_channels: int, embed_dim: int, widths: tuple[int, ...], code_dim: int) -> None:
+        super().__init__(in_channels, embed_dim, widths)
+        self.code_projection = torch.nn.Linear(embed_dim, code_dim) if code_dim != embed_dim else torch.nn.Identity()
+        self.scale = EmbeddingScale(code_dim, "per_dimension")
+        self.embed_dim = code_dim
+
+    def forward(self, batch: Batch) -> Tokens:
+        """Projected and standardised tokens ``(B, T, code_dim)``."""
+        return Tokens(self.scale(self.code_projection(super().forward(batch)[0])))
+
+
+def ema(codes: int, variance: float) -> Head:
+    """Codes as moving averages, with the settings that the library documents."""
+    arguments = {"codebook_size": codes, **EMA, "rotation_trick": False, "commitment_weight": 0.25}
+    return LibraryVQ("VectorQuantize", arguments, weight=variance)
+
+
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
     OURS: soft(),
+    STANDARD: standardised,
+    WIDE: soft(0.25, 0.04, embedding_scale="per_dimension"),
     SLOW: soft(0.25),
     BY_ERROR: soft(0.25),
     STILL: soft(0.25),
@@ -78,11 +121,8 @@ METHODS: dict[str, Create] = {
     f"{SOFT} and gradient": soft(0.25, training_output="soft", gradient="soft"),
     PAPER: soft(0.25, entropy_weight=0.0, training_output="soft", gradient="soft"),
     "VQ-VAE, straight-through": lambda codes, variance: VQPooling(codes, weight=variance),
-    "EMA, k-means, expiry": lambda codes, variance: LibraryVQ(
-        "VectorQuantize",
-        {"codebook_size": codes, **EMA, "rotation_trick": False, "commitment_weight": 0.25},
-        weight=variance,
-    ),
+    "EMA, k-means, expiry": ema,
+    EMA_STANDARD: ema,
     "rotation trick": lambda codes, variance: LibraryVQ(
         "VectorQuantize", {"codebook_size": codes, **EMA, "rotation_trick": True}, weight=variance
     ),
@@ -146,8 +186,11 @@ def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     relocation: dict[str, Any] = {} if adam or name.startswith(STILL) else {"relocate": RELOCATE}
     if name == BY_ERROR:
         relocation["balance"] = 0.0
+    backbone = ConvBackbone(channels, args.dim, widths)
+    if name == EMA_STANDARD:
+        backbone = StandardisedBackbone(channels, args.dim, widths, compact(args.codes) or args.dim)
     module = DDCLReadoutModule(
-        ConvBackbone(channels, args.dim, widths),
+        backbone,
         METHODS[name](args.codes, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",

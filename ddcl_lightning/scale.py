@@ -51,7 +51,7 @@ class EmbeddingScale(nn.Module):
     def __init__(self, dim: int, mode: ScaleMode = "per_dimension", momentum: float = 0.1) -> None:
         super().__init__()
         if mode not in get_args(ScaleMode):
-            raise ValueError(f"mode must be one of {get_args(ScaleMode)}; got {mode!r}.")
+            raise ValueError(f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}.")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
         self.dim, self.mode, self.momentum = dim, mode, momentum

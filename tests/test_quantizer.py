@@ -131,6 +131,35 @@ def test_padding_changes_nothing() -> None:
     assert not masked.quantized[~mask].any()
 
 
+@pytest.mark.parametrize("code_dim", [None, 3])
+def test_tokens_in_other_units_get_the_same_codes(code_dim: int | None) -> None:
+    """By statistics of the batch in training, and by running ones after it."""
+    z = torch.randn(8, 40, 6)
+    # A projection mixes the dimensions, so that only one unit for all of them is undone behind it.
+    units = torch.tensor([0.5, 1.0, 10.0, 5.0, 0.5, 4.0]) if code_dim is None else 50 * torch.ones(6)
+    found = []
+    for tokens in (z, 7 + z * units):
+        vq = quantizer(embedding_scale="per_dimension", code_dim=code_dim)
+        training = vq(tokens)
+        evaluated = vq.eval()(tokens)
+        assert torch.equal(evaluated.indices, training.indices)  # the first batch is all that was seen
+        torch.testing.assert_close(evaluated.quantized, vq.decode(vq.encode(tokens)))
+        scaled = vq.scale(tokens if vq.input_projection is None else vq.input_projection(tokens)).reshape(1, 320, -1)
+        torch.testing.assert_close(scaled.var(1, correction=0), torch.ones(1, code_dim or 6), rtol=1e-3, atol=1e-3)
+        assert torch.equal(evaluated.indices.flatten(), nearest_prototype(scaled, vq.codebook).flatten())
+        found.append(evaluated.indices)
+    assert torch.equal(*found)
+
+
+def test_encoding_in_training_leaves_the_running_statistics_alone() -> None:
+    vq = quantizer(embedding_scale="per_dimension")
+    vq(torch.randn(4, 30, 6))
+    before = copy.deepcopy(vq.state_dict())
+    vq.encode(5 + torch.randn(4, 30, 6))
+    assert vq.scale.training
+    assert all(torch.equal(value, before[name]) for name, value in vq.state_dict().items())
+
+
 @pytest.mark.parametrize("start", ["equal", "far", "duplicates"])
 def test_codes_come_back_from_bad_starts(start: str) -> None:
     """With the token-normalised step; under Adam they stay where they are."""
@@ -221,6 +250,7 @@ def test_it_sits_in_a_sequential_model() -> None:
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0; got -1.0"),
         ({"entropy_weight": math.nan}, "entropy_weight must be >= 0; got nan"),
         ({"gradient": "rotate"}, r"gradient must be one of \('straight_through', 'soft'\); got 'rotate'"),
+        ({"embedding_scale": "batch"}, "mode must be one of .*, a layer's embedding_scale too; got 'batch'"),
     ],
 )
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:

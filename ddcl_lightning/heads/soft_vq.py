@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import code_shares, mean_token
 from ddcl_lightning.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
+from ddcl_lightning.scale import ScaleMode
 
 
 class SoftVQ(Head):
@@ -27,6 +28,7 @@ class SoftVQ(Head):
         gradient: See there.
         training_output: See there.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+        embedding_scale: See there, as for the weights above.
 
     Raises:
         ValueError: If an argument is out of its range; in ``build``, if sizes do not fit each other.
@@ -46,11 +48,12 @@ class SoftVQ(Head):
         gradient: QuantizerGradient = "straight_through",
         training_output: TrainingOutput = "hard",
         embed_dim: int | None = None,
+        embedding_scale: ScaleMode = "none",
     ) -> None:
         super().__init__()
         self.num_codes, self.code_dim, self.num_heads, self.temperature = num_codes, code_dim, num_heads, temperature
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
-        self.gradient, self.training_output = gradient, training_output
+        self.gradient, self.training_output, self.embedding_scale = gradient, training_output, embedding_scale
         self.num_codebooks = num_heads
         self._create(1 if code_dim else max(num_heads, 1))  # refuse early what no embed_dim could mend
         if embed_dim is not None:
@@ -75,6 +78,7 @@ class SoftVQ(Head):
             entropy_weight=self.entropy_weight,
             gradient=self.gradient,
             training_output=self.training_output,
+            embedding_scale=self.embedding_scale,
         )
 
     def embedding_parameters(self) -> list[nn.Parameter]:

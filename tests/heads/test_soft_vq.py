@@ -14,6 +14,7 @@ from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, T
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.optim import TokenNormalized
+from ddcl_lightning.scale import ScaleMode
 
 
 def setup(**options: Any) -> tuple[SoftVQ, Tensor, Tensor]:
@@ -81,10 +82,11 @@ def fit(model: DDCLReadoutModule, **options: Any) -> pl.Trainer:
     return trainer
 
 
+@pytest.mark.parametrize("scale", ["none", "per_dimension"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_every_code_is_used_and_hard_codes_reconstruct(precision: str) -> None:
+def test_every_code_is_used_and_hard_codes_reconstruct(precision: Any, scale: ScaleMode) -> None:
     pl.seed_everything(0, verbose=False)
-    model = module(num_heads=2)
+    model = module(num_heads=2, embedding_scale=scale)
     trainer = fit(model, precision=precision)
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert found["train/usage"] == found["val/usage"] == 1.0
@@ -101,20 +103,21 @@ def test_every_code_is_used_and_hard_codes_reconstruct(precision: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
-def test_resuming_in_the_middle_of_an_epoch_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", ["none", "per_dimension"])
+def test_resuming_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, scale: ScaleMode) -> None:
     pl.seed_everything(0, verbose=False)
     saving = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    whole = module()
+    whole = module(embedding_scale=scale)
     fit(whole, callbacks=[saving], enable_checkpointing=True, max_epochs=2)
     pl.seed_everything(1, verbose=False)
-    resumed = module()
+    resumed = module(embedding_scale=scale)
     fit(resumed, ckpt_path=tmp_path / "step=3.ckpt", max_epochs=2)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
-    head, tokens, _ = setup(num_heads=2, code_dim=2, gradient="soft")
+    head, tokens, _ = setup(num_heads=2, code_dim=2, gradient="soft", embedding_scale="per_dimension")
     head(tokens)  # the temperature has followed the tokens
     head.eval().save_pretrained(tmp_path)
     loaded = Head.from_pretrained(tmp_path)
@@ -131,6 +134,7 @@ def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
         ({"gradient": "hard"}, "gradient must be one of"),
         ({"num_heads": 4}, "dim must be divisible by num_heads; got 6 and 4"),
         ({"temperature": -1.0}, "fraction must be finite and > 0"),
+        ({"embedding_scale": "batch"}, "mode must be one of"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
