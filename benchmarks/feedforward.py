@@ -39,8 +39,8 @@ SIZES = {"1/4": (1 / 16, 1.0), "1/2": (3 / 16, 2.0), "1": (7 / 16, 4.0)}
 ONE, ALL = "one block", "all blocks"
 # Method, size, seeds with one block, seeds with all.
 PLAN = (
-    ("prototypes", "1/4", 1, 3),
-    ("narrow MLP", "1/4", 1, 3),
+    ("prototypes", "1/4", 3, 3),
+    ("narrow MLP", "1/4", 3, 3),
     ("linear", "1/8", 1, 1),
     ("prototypes", "1/2", 1, 0),
     ("narrow MLP", "1/2", 1, 0),
