@@ -153,6 +153,17 @@ def layer(**kwargs: Any) -> DDCLAttention:
     return DDCLAttention(DIM, PROTOTYPES, **{**FRACTION, **kwargs})
 
 
+def heads(fractions: list[float]) -> Transformer:
+    """Residual prototypes after every block, in heads whose temperatures are fractions of their own critical ones."""
+
+    def create() -> SerialPrototypes:
+        placed = SerialPrototypes(layer(residual=True, num_heads=len(fractions)))
+        placed.layer.bank.set_fraction(torch.tensor(fractions))
+        return placed
+
+    return after(range(DEPTH), create)
+
+
 NETWORKS: dict[str, Callable[[], Transformer]] = {
     "plain (LayerNorm)": Transformer,
     "plain, wider": lambda: Transformer(hidden=2 * DIM + 24),  # as large as with residual prototypes
@@ -160,6 +171,8 @@ NETWORKS: dict[str, Callable[[], Transformer]] = {
     "serial, mixture, last block": lambda: after(range(DEPTH - 1, DEPTH), lambda: SerialPrototypes(layer())),
     "serial, residual, every block": lambda: after(range(DEPTH), lambda: SerialPrototypes(layer(residual=True))),
     "serial, residual, one shared bank": shared,
+    "serial, residual, 4 heads, T = 0.1 T_c": lambda: heads(4 * [0.1]),
+    "serial, residual, 4 heads, T from 0.02 to 0.5 T_c": lambda: heads([0.02, 0.06, 0.17, 0.5]),
     "gated, every block": lambda: after(range(DEPTH), lambda: GatedPrototypes(layer())),
     "RMSNorm": lambda: Transformer(lambda: nn.RMSNorm(DIM)),
     "PrototypeNorm, T = 0.1 T_c": lambda: Transformer(lambda: PrototypeNorm(DIM, 8, temperature=0.1)),
