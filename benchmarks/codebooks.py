@@ -84,9 +84,13 @@ def compact(codes: int) -> int | None:
     return 8 if codes <= 64 else None
 
 
-def standardised(codes: int, variance: float) -> Head:
+def standardised(code_dim: Callable[[int], int | None]) -> Create:
     """Soft codes of standardised tokens, which bear more commitment and a larger bonus."""
-    return soft(0.25, 0.04, embedding_scale="per_dimension", code_dim=compact(codes))(codes, variance)
+
+    def create(codes: int, variance: float) -> Head:
+        return soft(0.25, 0.04, embedding_scale="per_dimension", code_dim=code_dim(codes))(codes, variance)
+
+    return create
 
 
 class StandardisedBackbone(ConvBackbone):
@@ -112,8 +116,8 @@ def ema(codes: int, variance: float) -> Head:
 METHODS: dict[str, Create] = {
     "no bottleneck": lambda codes, variance: MeanPooling(),
     OURS: soft(),
-    STANDARD: standardised,
-    WIDE: soft(0.25, 0.04, embedding_scale="per_dimension"),
+    STANDARD: standardised(compact),
+    WIDE: standardised(lambda codes: None),
     SLOW: soft(0.25),
     BY_ERROR: soft(0.25),
     STILL: soft(0.25),

@@ -52,6 +52,7 @@ DIM = 128
 SIZES = [64, 20]  # the paper's
 HELD, LAST = 0.5, 0.02  # the paper's one temperature, as fractions of level 1's critical one; its values are lost
 LEVEL_1, LEVEL_2 = (0.1, 0.02), (0.1, 0.005)  # ours, of each level's own
+VIEWS = ("k-means, CLS", "k-means, mean", "k-means, mean, unit length")
 METHODS = (
     "ours, rare mean of tokens",
     "ours, rare mean of centroids",
@@ -219,11 +220,10 @@ def run(features: Features, args: argparse.Namespace, result: dict[str, Any]) ->
     critical = float(critical_temperature(features.sample(16_384)))
     mean = features.mean()
     first = features.x[torch.arange(len(features.y)), features.mask.int().argmax(1)].float()
-    views = {"k-means, CLS": first, "k-means, mean": mean, "k-means, mean, unit length": normalize(mean)}
+    views = dict(zip(VIEWS, (first, mean, normalize(mean)), strict=True))
     seeds = SEEDS[: 1 if args.quick else None]
     done = {(one["method"], one["seed"]) for one in runs}
-    wanted = [method for method in (*views, *METHODS) if not args.methods or method in args.methods]
-    for method, seed in ((method, seed) for seed in seeds for method in wanted):
+    for method, seed in ((method, seed) for seed in seeds for method in args.methods):
         if (method, seed) in done:
             continue
         if method in views:
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "feature_cache", help="folder of the features")
     parser.add_argument("--posts", choices=("train", "test"), default="train", help="what is clustered, and scored")
     parser.add_argument("--dim", type=int, default=DIM, help="dimension of the tokens")
-    parser.add_argument("--methods", nargs="*", help="some of the rows; by default all")
+    parser.add_argument("--methods", nargs="*", choices=(*VIEWS, *METHODS), default=(*VIEWS, *METHODS))
     args = parser.parse_args()
     args.name = "hierarchy" + ("_test" if args.posts == "test" else "") + (f"_d{args.dim}" if args.dim != DIM else "")
     if args.encoder is None and not args.quick:
