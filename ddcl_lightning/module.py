@@ -1,7 +1,6 @@
 """The LightningModule: any backbone, any head, any task, stepped on two time scales."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning import compat
 from ddcl_lightning.backbones.base import Backbone
@@ -28,6 +26,7 @@ from ddcl_lightning.rates import (
     parameter_ids,
     run_length,
 )
+from ddcl_lightning.stage_metrics import StageMetrics, check_new
 from ddcl_lightning.tasks.base import Task
 
 
@@ -131,9 +130,9 @@ class DDCLReadoutModule(pl.LightningModule):
         if task.unsupervised and self.parameter_groups()["encoder"]:
             head.bound_scale()
         metrics = {"train": task.train_metrics(), "val": task.metrics(), "test": task.metrics()}
-        self.stage_metrics = nn.ModuleDict(
-            {f"{stage}_metrics": nn.ModuleDict(_metric_keys(found)) for stage, found in metrics.items()}
-        )
+        stages = {stage: StageMetrics(stage, of_stage) for stage, of_stage in metrics.items()}
+        check_new(stages.values())
+        self.stage_metrics = nn.ModuleDict({f"{stage}_metrics": held for stage, held in stages.items()})
 
     # Forward ------------------------------------------------------------------------------------
 
@@ -160,7 +159,8 @@ class DDCLReadoutModule(pl.LightningModule):
         self.log_dict(
             {f"train/{name}": value.detach() for name, value in {**readout.signals, **losses}.items()}, on_step=True
         )
-        self.task.update_train_metrics(self._metrics("train"), readout, batch)
+        self._metrics("train").reserve([*readout.signals, *losses])
+        self.task.update_train_metrics(self._metrics("train").by_name(), readout, batch)
         if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             self._step_optimizers()
         return loss.detach()
@@ -340,24 +340,16 @@ class DDCLReadoutModule(pl.LightningModule):
         size = readout.pooled.shape[0]
         losses = self.task.losses(readout, batch)
         self.log_dict({f"{stage}/{name}": value for name, value in losses.items()}, batch_size=size)
-        self.task.update_metrics(self._metrics(stage), readout, batch)
+        self._metrics(stage).reserve(losses)
+        self.task.update_metrics(self._metrics(stage).by_name(), readout, batch)
 
-    def _metrics(self, stage: str) -> Mapping[str, Metric | MetricCollection]:
+    def _metrics(self, stage: str) -> StageMetrics:
         held = self.stage_metrics[f"{stage}_metrics"]
-        assert isinstance(held, nn.ModuleDict)
-        return {key.removeprefix("metric_"): metric for key, metric in held.items()}  # type: ignore[misc]
+        assert isinstance(held, StageMetrics)
+        return held
 
     def _log_metrics(self, stage: str) -> None:
-        for prefix, metric in self._metrics(stage).items():
-            parts = [part for part in metric.modules() if isinstance(part, Metric)]
-            if stage == "train" and not any(part.update_called for part in parts):
-                continue  # a run resumed at the very end of an epoch has seen nothing of it, on any process
-            values = metric.compute()
-            defined = {name: value.float() for name, value in values.items() if not bool(value.isnan())}
-            self.log_dict({f"{stage}/{prefix}{name}": value for name, value in defined.items()})
-            metric.reset()
-
-
-def _metric_keys(metrics: Mapping[str, Metric | MetricCollection]) -> dict[str, nn.Module]:
-    # A ModuleDict takes no empty key (nor "train"), and a single head's metrics have no prefix.
-    return {f"metric_{name}": metric for name, metric in metrics.items()}
+        values = self._metrics(stage).compute(
+            lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)
+        )
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})

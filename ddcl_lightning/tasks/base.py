@@ -30,7 +30,12 @@ class Task(nn.Module, ABC):
         """Scalar losses of a batch: ``"loss"`` is what trains, the others are logged beside it."""
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
-        """New metrics for one evaluation stage, by name; the module keeps one set per stage."""
+        """New metrics for one evaluation stage, by name; the module keeps one set per stage.
+
+        A metric of one value is logged under its name, ``{"mae": MeanAbsoluteError()}`` as ``val/mae``; one of several
+        (a ``MetricCollection``, a wrapper, a dictionary) under its name followed by the name of each value; a vector as
+        ``val/acc_0``, ``val/acc_1`` and so on. NaN, None and metrics without data are left out.
+        """
         return {}
 
     def update_metrics(

@@ -1,0 +1,139 @@
+"""What a task's metrics of one stage come to: named scalars, whatever form each metric computes."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Number
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import Running
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+KEY = "metric_"  # a ModuleDict takes no empty key (nor "train"), and a single head's metrics have no prefix
+
+
+class StageMetrics(nn.ModuleDict):
+    """The metrics of one stage, by name, and their values under the names that are logged.
+
+    A metric of one value is logged under its own name, one of several (a dictionary, a ``MetricCollection``, a wrapper)
+    under its name followed by that of each value, and a vector under its name and the place of each entry, ``acc_0``.
+    What is undefined (NaN, None, empty) is left out, as is a metric that no process has updated.
+
+    Args:
+        stage: ``"train"``, ``"val"`` or ``"test"``, for messages.
+        metrics: What the task returned.
+
+    Raises:
+        TypeError: If it is no mapping from names to torchmetrics metrics.
+        ValueError: If a name holds a dot, which no module's name may.
+    """
+
+    def __init__(self, stage: str, metrics: Mapping[str, Metric | MetricCollection]) -> None:
+        super().__init__()
+        self.stage = stage
+        self._taken: set[str] = set()
+        rule = f"a task's metrics (stage {stage!r}) must be a dict of names to torchmetrics metrics or collections"
+        if not isinstance(metrics, (Mapping, MetricCollection)):
+            raise TypeError(f"{rule}; got {type(metrics).__name__}. Return {{'name': metric}}.")
+        for name, metric in metrics.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{rule}; got the name {name!r}. Name it by a string.")
+            if not isinstance(metric, (Metric, MetricCollection)):
+                raise TypeError(
+                    f"{rule}; got {type(metric).__name__} under {name!r}. Put several into a MetricCollection; the "
+                    "history of a metric is the logger's to keep."
+                )
+            if "." in name:
+                raise ValueError(f"the name of a metric must not hold a dot; got {name!r}. Write it without.")
+            self[KEY + name] = metric
+
+    def by_name(self) -> dict[str, Metric | MetricCollection]:
+        """The metrics under the task's own names."""
+        return {key.removeprefix(KEY): metric for key, metric in self.items()}  # type: ignore[misc]
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Keep names for what is logged beside the metrics of this stage, its losses."""
+        self._taken.update(names)
+
+    def compute(self, anywhere: Callable[[bool], bool]) -> dict[str, Tensor]:
+        """All values as float32 scalars, and a fresh start for the metrics; every process must call it.
+
+        Args:
+            anywhere: Whether a condition holds on any process. Metrics synchronise, so that all must compute, or none.
+
+        Raises:
+            TypeError: If a metric computes what is no scalar, vector or dictionary of them.
+            ValueError: If a value has no name, or the name of another one.
+        """
+        values: dict[str, Tensor] = {}
+        for name, metric in self.by_name().items():
+            if not anywhere(any(_has_data(part) for part in metric.modules())):
+                continue
+            for key, value in self._scalars(name, metric.compute()):
+                if key in values or key in self._taken:
+                    raise ValueError(
+                        f"values that are logged must differ in name; got '{self.stage}/{key}' from metric {name!r} "
+                        "and from another metric or loss. Rename one of them in the task."
+                    )
+                if not bool(value.isnan()):
+                    values[key] = value
+        # Only now: metrics may be made of one another.
+        for metric in self.by_name().values():
+            metric.reset()
+        return values
+
+    def _scalars(self, name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+        """One computed value as named scalars."""
+        if isinstance(value, Mapping):
+            for key, entry in value.items():
+                # Values of a dictionary within a dictionary are parted from its name, which is no prefix.
+                inner = {f"_{k}": v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
+                yield from self._scalars(f"{name}{key}", inner)
+            return
+        if value is None:
+            return
+        if isinstance(value, (Number, np.generic, np.ndarray)):
+            value = torch.as_tensor(value)
+        if not isinstance(value, Tensor) or value.is_complex() or (value.dim() > 1 and value.numel() > 1):
+            form = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)[:80]
+            raise TypeError(
+                f"metric {name!r} of stage {self.stage!r} must compute real numbers: a scalar, a vector or a "
+                f"dictionary of them; got {form}. Reduce it, or show it from a callback of your own."
+            )
+        if value.numel() and not name:
+            raise ValueError(
+                f"a metric that computes no dictionary needs a name to be logged under (stage {self.stage!r}); got ''. "
+                "Return {'name': metric} from the task."
+            )
+        entries = value.detach().float().reshape(-1)
+        if value.dim() == 0 or value.numel() == 1:
+            yield name, entries[0]
+        else:
+            yield from ((f"{name}_{i}", entry) for i, entry in enumerate(entries))
+
+
+def _has_data(part: nn.Module) -> bool:
+    if isinstance(part, Running):
+        return True  # it does not know: it resets the metric that it is of at every update
+    # Other wrappers keep saying yes after a reset; the metrics in them do not.
+    return isinstance(part, Metric) and not isinstance(part, WrapperMetric) and bool(part.update_called)
+
+
+def check_new(stages: Iterable[StageMetrics]) -> None:
+    """Raise if stages share a metric: what one counts, the other would reset.
+
+    Raises:
+        ValueError: Naming the metric.
+    """
+    owners: dict[int, str] = {}
+    for metrics in stages:
+        for name, metric in metrics.by_name().items():
+            for part in metric.modules():
+                if isinstance(part, Metric) and owners.setdefault(id(part), metrics.stage) != metrics.stage:
+                    raise ValueError(
+                        f"a task's metrics must be new at every call, since each stage counts its own; got metric "
+                        f"{name!r} in stages {owners[id(part)]!r} and {metrics.stage!r}. Create it in metrics(), or "
+                        "return its clone()."
+                    )
