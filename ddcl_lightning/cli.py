@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import ArgumentError
+from jsonargparse import SUPPRESS, ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -20,6 +20,7 @@ from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
+from ddcl_lightning.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
 
@@ -39,19 +40,53 @@ class DDCLCommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and say in the first line which key is wrong and what was probably meant."""
+        given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
+        name = next((word for word in given if word in SUBCOMMANDS), None)
+        self._accept_settings_of_others()
+        strange = [
+            key for key in self._foreign.get(name or "", ()) for word in given if word.split("=")[0] == f"--{key}"
+        ]
+        if strange:
+            raise SystemExit(
+                _fail(f"unknown key {strange[0]!r} for {name}. Leave it out: it belongs to another command.")
+            )
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
-            name = next((word for word in given if word in SUBCOMMANDS), None)
             raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+        for name in self._foreign.get(self.config.get("subcommand") or "", ()):
+            self.config[self.config["subcommand"]].pop(name, None)
         self._given = self._model_settings()
+        self._check_checkpoint()
         if self.config.get("subcommand") == "explain":
             asked = self.config["explain"]
             try:
                 check_request(asked["ckpt_path"], asked["output"])
             except ValueError as error:
                 raise SystemExit(_fail(str(error))) from None
+
+    def _accept_settings_of_others(self) -> None:
+        """Let the config that one subcommand wrote serve every other: what only the others know is passed over."""
+        own = {name: {action.dest for action in self._parser(name)._actions} for name in SUBCOMMANDS}
+        every = set().union(*own.values())
+        self._foreign = {name: sorted(every - known) for name, known in own.items()}
+        for name, keys in self._foreign.items():
+            for key in keys:
+                self._parser(name).add_argument(f"--{key}", type=Any, default=SUPPRESS, help=SUPPRESS)
+
+    def _check_checkpoint(self) -> None:
+        """Let a checkpoint run nothing: no pickle, and no module that it names and the user does not."""
+        config = self.config.get(self.config.get("subcommand") or "")
+        path = config.get("ckpt_path") if config else None
+        if path is None:
+            return
+        if config.get("weights_only") is None:
+            config["weights_only"] = True  # Lightning's default is to run the pickles of a URL
+        given = {value for value in vars(config.as_flat()).values() if isinstance(value, str)}
+        try:
+            check_hyper_parameters(DDCLReadoutModule, stored_hyper_parameters(path), str(path), trusted=given)
+        except UntrustedName as error:
+            raise SystemExit(_fail(str(error))) from None
 
     def _model_settings(self) -> dict[str, Any]:
         """Settings of the model by their dotted names."""

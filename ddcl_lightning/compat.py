@@ -9,16 +9,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ddcl_lightning.batch import Batch
+
+# Reads a checkpoint from wherever the trainer can: a path, an open file, a URL, what fsspec knows.
+load_checkpoint = _load
+# A class method that says so where it is called on an instance, as Lightning's own ``load_from_checkpoint`` does.
+restricted_classmethod = _restricted_classmethod
 
 
 def count_one_step(optimizers: Sequence[LightningOptimizer]) -> None:

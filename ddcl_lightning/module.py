@@ -1,8 +1,9 @@
 """The LightningModule: any backbone, any head, any task, stepped on two time scales."""
 
+import inspect
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,6 +29,10 @@ from ddcl_lightning.rates import (
 )
 from ddcl_lightning.stage_metrics import StageMetrics, check_new
 from ddcl_lightning.tasks.base import Task
+from ddcl_lightning.trust import check_hyper_parameters, stored_hyper_parameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DDCLReadoutModule(pl.LightningModule):
@@ -133,6 +138,29 @@ class DDCLReadoutModule(pl.LightningModule):
         stages = {stage: StageMetrics(stage, of_stage) for stage, of_stage in metrics.items()}
         check_new(stages.values())
         self.stage_metrics = nn.ModuleDict({f"{stage}_metrics": held for stage, held in stages.items()})
+
+    @compat.restricted_classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> "Self":
+        """Lightning's, for files of others too: no pickle runs, and no module is imported because the file names it.
+
+        Raises:
+            ValueError: If the hyperparameters name something that :mod:`ddcl_lightning.trust` does not let them name.
+        """
+        if weights_only:
+            known = {"_class_path", *inspect.signature(cls).parameters} - set(kwargs)  # Lightning leaves out the rest
+            stored = stored_hyper_parameters(checkpoint_path)
+            check_hyper_parameters(cls, {k: v for k, v in stored.items() if k in known}, str(checkpoint_path))
+        return super().load_from_checkpoint(  # type: ignore[misc]
+            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+        )
 
     # Forward ------------------------------------------------------------------------------------
 

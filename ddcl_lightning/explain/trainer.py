@@ -27,6 +27,7 @@ class ExplainingTrainer(pl.Trainer):
         inputs: int = 20,
         indices: list[int] | None = None,
         max_samples: int = 10_000,
+        weights_only: bool | None = None,
     ) -> None:
         """Write a report of what the prototypes of a trained model stand for, as one HTML page.
 
@@ -39,6 +40,7 @@ class ExplainingTrainer(pl.Trainer):
             inputs: Inputs to show, spread over the data; 0 shows none.
             indices: Places of inputs to show instead, such as [3, 17]: the column ``index`` of ``ddcl predict``.
             max_samples: Training samples to look at.
+            weights_only: As for :meth:`~lightning.pytorch.Trainer.predict`.
 
         Raises:
             ValueError: If an argument is out of its range, there is no checkpoint, or the head has no prototypes.
@@ -53,7 +55,13 @@ class ExplainingTrainer(pl.Trainer):
         # Nothing is predicted: a prediction over no batches sets up and restores the model just as `predict` does.
         self.limit_predict_batches = 0
         try:
-            self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path)
+            self.predict(
+                model,
+                datamodule=datamodule,
+                return_predictions=False,
+                ckpt_path=ckpt_path,
+                weights_only=weights_only,
+            )
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
