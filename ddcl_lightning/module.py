@@ -158,9 +158,7 @@ class DDCLReadoutModule(pl.LightningModule):
             known = {"_class_path", *inspect.signature(cls).parameters} - set(kwargs)  # Lightning leaves out the rest
             stored = stored_hyper_parameters(checkpoint_path)
             check_hyper_parameters(cls, {k: v for k, v in stored.items() if k in known}, str(checkpoint_path))
-        return super().load_from_checkpoint(  # type: ignore[misc]
-            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
-        )
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     # Forward ------------------------------------------------------------------------------------
 

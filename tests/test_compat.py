@@ -1,9 +1,11 @@
 """The private fields of Lightning that compat.py relies on: these fail when one of them changes."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -104,3 +106,21 @@ def test_silent_logging_restores_the_module() -> None:
         module.log_dict({"a": 1.0})
     assert "log" not in module.__dict__
     assert "log_dict" not in module.__dict__
+
+
+def test_checkpoints_are_read_from_files_and_without_pickles(tmp_path: Path) -> None:
+    torch.save({"hyper_parameters": {"rho": 0.1}}, tmp_path / "a.ckpt")
+    assert compat.load_checkpoint(tmp_path / "a.ckpt", weights_only=True) == {"hyper_parameters": {"rho": 0.1}}
+    with (tmp_path / "a.ckpt").open("rb") as file:
+        assert compat.load_checkpoint(file, map_location="meta", weights_only=True)["hyper_parameters"]
+
+
+def test_a_restricted_class_method_says_so_on_an_instance() -> None:
+    class Loads:
+        @compat.restricted_classmethod
+        def load(cls) -> type:
+            return cls
+
+    assert Loads.load() is Loads
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        Loads().load()
