@@ -4,6 +4,7 @@ from ddcl_lightning.callbacks.adaptive_bank_size import AdaptiveBankSize
 from ddcl_lightning.callbacks.assignment_writer import AssignmentWriter
 from ddcl_lightning.callbacks.collapse_warning import CollapseError, CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck, DecompositionViolationError
+from ddcl_lightning.callbacks.exact_resume import ExactResume
 from ddcl_lightning.callbacks.fit_summary import FitSummary
 from ddcl_lightning.callbacks.kmeans_initialization import KMeansInitialization
 from ddcl_lightning.callbacks.level_figures import LevelFigures
@@ -19,6 +20,7 @@ __all__ = [
     "CollapseWarning",
     "DecompositionCheck",
     "DecompositionViolationError",
+    "ExactResume",
     "FitSummary",
     "KMeansInitialization",
     "LevelFigures",

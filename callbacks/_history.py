@@ -41,7 +41,7 @@ class PrototypeUse:
 
 @dataclass
 class HeadHistory:
-    """What is remembered of one head between readings; everything but the tokens is saved."""
+    """What is remembered of one head between readings."""
 
     use: PrototypeUse
     tokens: deque[Tensor] = field(default_factory=deque)
@@ -54,6 +54,7 @@ class HeadHistory:
 
     def add_tokens(self, tokens: Tensor) -> None:
         """Take an even part of a batch's ``(N, d)`` tokens, and drop those that newer ones make needless."""
+        self.tokens = deque(earlier.to(tokens.device) for earlier in self.tokens)  # a resumed run's come from a file
         self.tokens.append(tokens[:: math.ceil(len(tokens) / ENOUGH_TOKENS)].float())
         while sum(map(len, self.tokens)) - len(self.tokens[0]) >= ENOUGH_TOKENS:
             self.tokens.popleft()

@@ -195,9 +195,10 @@ class CollapseWarning(BankCallback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Highest separations, use and running streaks: a resumed run warns as the uninterrupted one would."""
+        """Recent tokens, highest separations, use and streaks: a resumed run warns as the uninterrupted one would."""
         heads = {
             f"{name}\n{head}": {
+                "tokens": [tokens.cpu().clone() for tokens in watch.tokens],
                 "readings": watch.readings,
                 "log_delta": list(watch.log_delta),
                 "peak_delta": watch.peak_delta,
@@ -217,6 +218,7 @@ class CollapseWarning(BankCallback):
         for key, saved in state_dict["heads"].items():
             name, head = key.split("\n")
             self._watches[name, int(head)] = HeadHistory(
+                tokens=deque(saved.get("tokens", ())),  # not in checkpoints of 0.1
                 readings=saved["readings"],
                 log_delta=deque(saved["log_delta"], maxlen=TREND_READINGS),
                 peak_delta=saved["peak_delta"],

@@ -131,6 +131,7 @@ class ResumableDataLoader(DataLoader[Batch]):
     # On the class: Lightning may rebuild a loader from the arguments of DataLoader alone.
     _progress = (0, 0)  # epoch, batches handed out in that epoch
     _resume: dict[str, Any] | None = None
+    _own_generator = False
 
     def state_dict(self) -> dict[str, Any]:
         """Place in the data, as plain numbers."""
@@ -152,6 +153,10 @@ class ResumableDataLoader(DataLoader[Batch]):
             return
         first = self._take_first_batch(sampler.epoch)
         sampler.start = first * (self.batch_size or 1)
+        if self.generator is None or self._own_generator:
+            # Beginning a pass draws the workers' seed. From the global generator, a resumed run would draw once more.
+            self.generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
+            self._own_generator = True
         for batches, batch in enumerate(super().__iter__(), start=first + 1):
             self._progress = (sampler.epoch, batches)
             yield batch

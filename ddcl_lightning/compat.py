@@ -135,3 +135,71 @@ def rebuild_ddp(trainer: pl.Trainer) -> None:
     strategy.model = strategy.lightning_module
     gc.collect()  # the old reducer sits in cycles and keeps the accumulators of the old shapes
     strategy.configure_ddp()
+
+
+def settle_progress(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Make the progress in a checkpoint say what is left of its epoch, so that a resumed run does all of it once.
+
+    Lightning counts a batch as done after the hook in which most checkpoints are written. Resumed from there it leaves
+    out the validation that was due, and after the last batch of an epoch the epoch's end too; under ``max_steps`` it
+    ends an epoch twice. Call while the checkpoint is being written, in a hook of that name.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    progress = checkpoint["loops"]["fit_loop"]
+    epochs, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    validation = progress["epoch_loop.val_loop.batch_progress"]
+    if epochs["current"]["ready"] == epochs["current"]["processed"]:  # the epoch is over
+        _complete(epochs)
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+        return
+    if trainer.fit_loop._data_fetcher is None or not batches["current"]["ready"]:
+        return
+    validating = trainer.validating
+    in_batch_end = batches["current"]["processed"] > batches["current"]["completed"]
+    finished = batches["is_last_batch"] or batches["current"]["ready"] == trainer.num_training_batches
+    due = validating or validation_is_due(trainer)
+    stepped = progress["epoch_loop.state_dict"]
+    if in_batch_end and (due or finished):
+        _complete(batches)
+        if not due and not epoch_loop._should_accumulate():
+            stepped["_batches_that_stepped"] += 1
+    elif due and not in_batch_end and not validating and not epoch_loop._should_accumulate():
+        stepped["_batches_that_stepped"] -= 1  # a resumed run counts it again where it skips the validation
+    counted = validation["current"]
+    validated = validation["is_last_batch"] and counted["completed"] == counted["ready"] > 0
+    if due and (in_batch_end or (validating and not validated)):
+        # "In the middle of it, before the first batch": it starts anew.
+        validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        validation["current"] = dict.fromkeys(counted, 0)
+        validation["is_last_batch"] = False
+
+
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the batch that training is at the end of."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def _complete(progress: dict[str, Any]) -> None:
+    for counts in (progress["total"], progress["current"]):
+        counts["completed"] = counts["processed"]
+
+
+def resumes_inside_epoch(trainer: pl.Trainer) -> bool:
+    """Whether, in ``on_train_start``, the run goes on inside of an epoch that another has begun."""
+    return trainer.fit_loop.restarted_mid_epoch
+
+
+def end_finished_epoch(trainer: pl.Trainer) -> None:
+    """Let a run that was resumed after the last batch of an epoch go on with the epoch's end, and with no batch.
+
+    Call in ``on_train_start``. Lightning would ask a loader that has begun anew for one more where no validation is
+    due.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    batches = epoch_loop.batch_progress
+    finished = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
+    if epoch_loop.restarting and batches.current.ready and finished and not validation_is_due(trainer):
+        epoch_loop.val_loop._has_run = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -227,6 +228,13 @@ class DDCLReadoutModule(pl.LightningModule):
         self._log_metrics("test")
 
     # Set-up -------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run needs: checkpoints from which it goes on exactly."""
+        from ddcl_lightning.callbacks.exact_resume import ExactResume
+
+        present = any(isinstance(callback, ExactResume) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if present else [ExactResume()]
 
     def setup(self, stage: str) -> None:
         """Refuse set-ups under which two manual optimizers do not work."""

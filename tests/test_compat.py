@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization import manual
@@ -124,3 +125,30 @@ def test_a_restricted_class_method_says_so_on_an_instance() -> None:
     assert Loads.load() is Loads
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         Loads().load()
+
+
+def test_lightning_still_leaves_out_what_follows_the_last_batch_of_a_resumed_epoch(tmp_path: Path) -> None:
+    """When this fails Lightning does by itself what settle_progress is for."""
+
+    class Validations(pl.Callback):
+        count = 0
+
+        def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            self.count += not trainer.sanity_checking
+
+    counts = []
+    for settle in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not settle:
+                patch.setattr(compat, "settle_progress", lambda *_: None)
+            saving = ModelCheckpoint(tmp_path / str(settle), "{step}", every_n_train_steps=4)
+            quiet_trainer(max_epochs=1, callbacks=[saving], enable_checkpointing=True).fit(
+                clustering_module(), loader(), loader()
+            )
+            again = ModelCheckpoint(tmp_path / "again", "{step}", every_n_train_steps=4)
+            resumed = quiet_trainer(
+                max_epochs=1, callbacks=[validations := Validations(), again], enable_checkpointing=True
+            )
+            resumed.fit(clustering_module(), loader(), loader(), ckpt_path=saving.best_model_path)
+            counts.append(validations.count)
+    assert counts == [1, 0]

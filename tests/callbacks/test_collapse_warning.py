@@ -220,9 +220,22 @@ def test_a_resumed_run_warns_as_the_whole_one(tmp_path):
     with reports("last 208 tokens"):
         run(rest, max_epochs=3, ckpt_path=tmp_path / "two.ckpt")
     assert signs(rest) == [("dead", 13)]
-    checkpoint = torch.load(tmp_path / "two.ckpt", weights_only=True)
-    state = checkpoint["callbacks"]["CollapseWarning"]
-    assert "tokens" not in state["heads"]["layer.bank\n0"]  # checkpoints stay small
+
+
+def test_a_resumed_run_reads_the_signals_of_the_whole_one_bit_for_bit(tmp_path):
+    def run(watch, **kwargs):
+        data = loader(size=4800, batch_size=480, shuffle=False)
+        return fit(Project(), KMeansInitialization(), watch, TemperatureAnnealing(duration=2), data=data, **kwargs)
+
+    whole, first, rest = (CollapseWarning(every_n_batches=1) for _ in range(3))
+    run(whole, max_epochs=2)
+    run(first, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    run(rest, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    assert rest.signals["layer.bank"][0].scalars() == whole.signals["layer.bank"][0].scalars()
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["callbacks"]["CollapseWarning"]
+    window = saved["heads"]["layer.bank\n0"]["tokens"]
+    assert sum(map(len, window)) == 5 * 480  # enough for a covariance, and no more
+    assert sum(tokens.untyped_storage().nbytes() for tokens in window) == 5 * 480 * 4 * 4
 
 
 def test_another_run_starts_without_memory():

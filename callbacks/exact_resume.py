@@ -1,0 +1,92 @@
+"""Resumed runs that repeat the uninterrupted one bit for bit."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ddcl_lightning import compat
+from ddcl_lightning.checkpoints import WholeCheckpointIO
+from ddcl_lightning.distributed import gather_objects
+from ddcl_lightning.random_state import random_states, set_random_states
+
+
+class ExactResume(Callback):
+    """Completes Lightning's checkpoints, so that a run resumed from one goes on as if it had never stopped.
+
+    - The states of the random generators (torch on the CPU and the devices, numpy, Python; of every process its own)
+      are saved and restored: dropout continues where it was. With another number of processes they are left alone.
+    - A checkpoint written at a batch's end knows whether a validation or the end of the epoch was still to come, and
+      the resumed run does it, once.
+    - Files are written whole: a run that is killed while it saves leaves the checkpoint before.
+
+    ``DDCLReadoutModule`` brings it along; add it to the trainer of a module of your own. What it cannot know is the
+    place in the data: in the middle of an epoch the loader must have ``state_dict`` and ``load_state_dict``, as those
+    of the shipped data modules, or the epoch's data start anew.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] | None = None
+        self._before_validation: dict[str, Any] | None = None
+        self._device = torch.device("cpu")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Know the device and let checkpoints appear whole."""
+        self._states = self._before_validation = None
+        self._device = trainer.strategy.root_device
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say what is left of the epoch."""
+        compat.settle_progress(trainer, checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the generators of all processes, in rank order; inside a validation those before it."""
+        return {"random": gather_objects(self._before_validation or random_states(self._device))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until the run is about to go on."""
+        self._states = state_dict["random"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue before the loaders are asked for their order, which a new epoch draws first."""
+        self._restore(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Continue inside of an epoch, whose order was drawn long ago."""
+        if compat.resumes_inside_epoch(trainer):
+            self._restore(trainer)
+            compat.end_finished_epoch(trainer)
+        self._states = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A run that is interrupted in the validation to come will begin it anew."""
+        self._before_validation = random_states(self._device) if compat.validation_is_due(trainer) else None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checkpoints written from here on follow the validation."""
+        self._before_validation = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The epoch that was resumed is over."""
+        trainer.fit_loop.epoch_loop.on_iteration_done()
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        if self._states is None:
+            return
+        if len(self._states) != trainer.world_size:
+            rank_zero_warn(
+                f"the checkpoint holds the random states of {len(self._states)} processes and this run has "
+                f"{trainer.world_size}, so what it draws differs from the run before."
+            )
+            self._states = None
+            return
+        set_random_states(self._states[trainer.global_rank], self._device)

@@ -1,0 +1,63 @@
+"""Files that appear whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A file to write in the same folder, which takes the place of ``path`` when the block ends without an error.
+
+    Until then ``path`` stays as it was; after an error, an interruption or a kill too.
+
+    Args:
+        path: File to write; its folder must exist. A symbolic link is followed.
+
+    Raises:
+        OSError: If it cannot be written, with the file, the reason and what to do; nothing is left behind.
+    """
+    target = Path(os.path.realpath(path))
+    draft: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem[:40]}-", suffix=f".part{target.suffix}", dir=target.parent
+        )
+        draft = Path(name)
+        os.close(handle)
+        yield draft
+        with draft.open("rb+") as written:
+            os.fsync(written.fileno())
+        draft.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        os.replace(draft, target)
+        draft = None
+    except OSError as error:
+        raise _refusal(error, path) from error
+    finally:
+        if draft is not None:
+            with suppress(OSError):
+                draft.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole, in UTF-8; a lone surrogate, which has no encoding, is written as its escape.
+
+    Raises:
+        OSError: As :func:`whole_file`.
+    """
+    with whole_file(path) as draft:
+        draft.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _refusal(error: OSError, path: str | Path) -> OSError:
+    reason = error.strerror or str(error)
+    message = f"{str(path)!r} cannot be written ({reason}); what was there before is as it was. Make room or choose "
+    return type(error)(f"{message}another place, and try again.")
