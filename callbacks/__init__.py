@@ -11,6 +11,7 @@ from ddcl_lightning.callbacks.level_figures import LevelFigures
 from ddcl_lightning.callbacks.prototype_figures import PrototypeFigures
 from ddcl_lightning.callbacks.ratio_guard import RatioGuard
 from ddcl_lightning.callbacks.reconstruction_figures import ReconstructionFigures
+from ddcl_lightning.callbacks.save_on_signal import SaveOnSignal
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "PrototypeFigures",
     "RatioGuard",
     "ReconstructionFigures",
+    "SaveOnSignal",
     "TemperatureAnnealing",
 ]

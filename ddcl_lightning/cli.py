@@ -15,9 +15,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
-from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
+from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
+from ddcl_lightning.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
 from ddcl_lightning.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
@@ -37,6 +38,7 @@ class DDCLCommandLine(LightningCLI):
         """Add the callbacks that every run has, visible under ``--print_config``."""
         parser.add_lightning_class_args(FitSummary, "summary")
         parser.add_lightning_class_args(AssignmentWriter, "predictions")
+        parser.add_lightning_class_args(SaveOnSignal, "interruption")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and say in the first line which key is wrong and what was probably meant."""
@@ -127,6 +129,16 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Words after ``ddcl``, or a config as a dict; by default those of the process.
     """
+    with interruptible():
+        try:
+            _main(args)
+        except Interrupted as end:
+            if not end.reported:
+                print(f"Ended by {signal_name(end.number)}; nothing was written.", file=sys.stderr)
+            raise SystemExit(end.code) from None
+
+
+def _main(args: ArgsType) -> None:
     if args is not None and not isinstance(args, list):
         _run(args)
         return

@@ -3,7 +3,7 @@
 import copy
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -203,3 +203,21 @@ def end_finished_epoch(trainer: pl.Trainer) -> None:
     finished = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
     if epoch_loop.restarting and batches.current.ready and finished and not validation_is_due(trainer):
         epoch_loop.val_loop._has_run = True
+
+
+def take_signals(trainer: pl.Trainer, agree: Callable[[], None]) -> None:
+    """Leave SIGTERM to a handler of ours that is in place already; Lightning would start a collective inside its own.
+
+    Call before the trainer registers its handlers, in ``setup``.
+
+    Args:
+        trainer: Of this process.
+        agree: Called before every batch in place of Lightning's broadcast, where there are several processes.
+    """
+    trainer._signal_connector._sigterm_notifier_fn = lambda *_: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = agree  # type: ignore[method-assign]
+
+
+def request_stop(trainer: pl.Trainer) -> None:
+    """Make Lightning raise its SIGTERMException as soon as the batch in progress, or its epoch, is over."""
+    trainer._signal_connector.received_sigterm = True

@@ -1,0 +1,220 @@
+"""Kill runs of the recipes at random moments, resume them until they end, and compare the ends bit for bit.
+
+Every trial starts ``ddcl fit`` in a process of its own, sends SIGKILL or SIGTERM at a random moment, and resumes from
+the newest checkpoint; some are killed again. Compared with the run that nobody killed: weights and buffers, the state
+of the optimizers, and that of the callbacks, the random generators among them.
+
+    python benchmarks/kills.py --trials 60
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from _common import options, save
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+
+from ddcl_lightning import IdentityBackbone, cli
+
+LIMIT = 300.0  # seconds after which a run counts as hanging
+_ADD = "--trainer.callbacks+="
+_DROPOUT = ["--model.backbone", "kills.DroppedOut", "--trainer.max_epochs", "4"]
+_SPLITS = ["--trainer.callbacks.max_prototypes=24", "--trainer.callbacks.significance=null"]
+RUNS: dict[str, list[str]] = {  # what makes each recipe short
+    "digits": ["--trainer.max_epochs", "4"],
+    "digits, dropout": _DROPOUT,
+    "digits, adaptive": ["--trainer.max_epochs", "5", f"{_ADD}AdaptiveBankSize", *_SPLITS],
+    "digits_adaptive": ["--trainer.max_epochs", "8"],
+    "digits_soft_vq": ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"],
+    "digits_vqvae": ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"],
+    "digits_hierarchical": ["--trainer.max_epochs", "2"],
+    "debris": ["--trainer.max_epochs", "12", "--trainer.check_val_every_n_epoch", "2"],
+    "vit_digits": ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "5", "--summary.compare", "false"],
+}
+
+
+class DroppedOut(IdentityBackbone):
+    """A trainable encoder of digits with dropout."""
+
+    def __init__(self, in_features: int = 64, p: float = 0.3) -> None:
+        super().__init__(in_features)
+        self.net = nn.Sequential(nn.Linear(in_features, 16), nn.Dropout(p))
+        self.embed_dim = 16
+
+    def forward(self, batch: Any) -> Any:
+        """Tokens of a batch."""
+        tokens = super().forward(batch)
+        return tokens._replace(values=self.net(tokens.values))
+
+
+class End(Callback):
+    """Writes all that a run ends with to ``path``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it."""
+        states = {
+            callback.state_key: callback.state_dict()
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if not isinstance(callback, ModelCheckpoint)  # it knows its folder
+        }
+        optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        end = {"step": trainer.global_step, "epoch": trainer.current_epoch, "callbacks": states}
+        torch.save({**end, "optimizers": optimizers, "weights": pl_module.state_dict()}, self.path)
+
+
+def start(name: str, folder: Path, checkpoint: Path | None = None) -> int:
+    """Begin a run in a process of its own; its number."""
+    words = ["fit", "--config", name.partition(",")[0], *RUNS[name]]
+    words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    words += [f"{_ADD}lightning.pytorch.callbacks.ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}/saved"]
+    words += ["--trainer.callbacks.every_n_train_steps=2", "--trainer.callbacks.save_top_k=-1"]
+    words += [f"{_ADD}kills.End", f"--trainer.callbacks.path={folder}/end.pt"]
+    words += [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+    folder.mkdir(parents=True, exist_ok=True)
+    process = os.fork()  # the imports are done
+    if process:
+        return process
+    code = 1
+    try:
+        os.chdir(folder)
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        cli.main(words)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait(process: int, limit: float = LIMIT) -> int | None:
+    """The exit code; None, and the process killed, after ``limit`` seconds."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The readable checkpoint of the latest step, and the names of those that cannot be read."""
+    readable, torn = [], []
+    for path in folder.rglob("*.ckpt"):
+        try:
+            step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+            readable.append((step, path.stat().st_mtime, path))
+        except Exception:
+            torn.append(path.name)
+    return (max(readable)[-1] if readable else None), torn
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Where two nested states differ."""
+    if torch.is_tensor(one) and torch.is_tensor(other):
+        if one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()):
+            yield where
+    elif isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other):
+        for key in one:
+            yield from differences(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        for place, (first, second) in enumerate(zip(one, other, strict=True)):
+            yield from differences(first, second, f"{where}[{place}]")
+    elif not (one == other or (one != one and other != other)):
+        yield where
+
+
+def trial(name: str, folder: Path, whole: Any, seconds: float, draw: random.Random) -> dict[str, Any]:
+    """One run that is killed, some twice, and resumed."""
+    kills: list[str] = []
+    torn: list[str] = []
+    checkpoint = None
+    for _ in range(draw.choice([1, 1, 2])):
+        process = start(name, folder, checkpoint)
+        number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        code = wait_for(process, draw.uniform(0.1, 0.95) * seconds)
+        if code is None:
+            os.kill(process, number)
+            code = wait(process, 30.0)
+        at, unreadable = newest(folder)
+        torn += unreadable
+        checkpoint = at
+        kills.append(f"{number.name} -> {code} from {at.name if at else 'nothing'}")
+    (folder / "end.pt").unlink(missing_ok=True)
+    code = wait(start(name, folder, checkpoint))
+    if code != 0:
+        return {"kills": kills, "torn": torn, "end": f"exit code {code}"}
+    different = list(differences(whole, torch.load(folder / "end.pt", weights_only=False)))
+    return {"kills": kills, "torn": torn, "end": "equal" if not different else f"differs: {different[:5]}"}
+
+
+def wait_for(process: int, seconds: float) -> int | None:
+    """The exit code, or None if the process is still there after that time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    return None
+
+
+def campaign(names: list[str], trials: int, seed: int, root: Path) -> list[dict[str, Any]]:
+    """``trials`` trials, spread evenly over the recipes."""
+    draw, results = random.Random(seed), []
+    wholes: dict[str, tuple[Any, float]] = {}
+    for number in range(trials):
+        name = names[number % len(names)]
+        if name not in wholes:
+            began = time.monotonic()
+            code = wait(start(name, root / name / "whole"))
+            if code != 0:
+                raise RuntimeError(f"{name} ends with {code}: {(root / name / 'whole' / 'log').read_text()[-2000:]}")
+            wholes[name] = torch.load(root / name / "whole" / "end.pt", weights_only=False), time.monotonic() - began
+        folder = root / name / str(number)
+        result = {"recipe": name, **trial(name, folder, *wholes[name], draw)}
+        print(number, result, flush=True)
+        results.append(result)
+        if result["end"] == "equal":
+            shutil.rmtree(folder)
+    return results
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipes", nargs="+", default=list(RUNS), choices=list(RUNS))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as root:
+        results = campaign(given.recipes[:1] if given.quick else given.recipes, 1 if given.quick else given.trials,
+                           given.seed, Path(root))  # fmt: skip
+    equal = sum(result["end"] == "equal" for result in results)
+    print(f"{equal} of {len(results)} ends are equal, {sum(len(r['kills']) for r in results)} kills")
+    save(given.output, "kills", {"seed": given.seed, "equal": equal, "trials": results})
+
+
+if __name__ == "__main__":
+    main()
