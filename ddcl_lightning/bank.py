@@ -1,6 +1,6 @@
 """The bank of prototypes: the one stateful piece that every head, and every callback, is about."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,11 +19,13 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
+from ddcl_lightning.guarded_state import FINITE, FLAG, POSITIVE, GuardedState, Rules, keep_unless, running_dtype
+from ddcl_lightning.shared_parameters import note_prototypes
 
 TemperatureUnit = Literal["absolute", "critical"]
 
 
-class PrototypeBank(nn.Module):
+class PrototypeBank(GuardedState):
     """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
 
     Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
@@ -43,7 +45,7 @@ class PrototypeBank(nn.Module):
         prototypes: Parameter ``(H, K, d)``.
         temperature: Buffer ``(H,)``, T in units of squared distance, saved with the state.
         fraction: Buffer ``(H,)``, T as a fraction of the critical one, or None for absolute temperatures.
-        initialized: Boolean buffer, saved with the state: whether the prototypes were set from data.
+        initialized: Buffer, saved with the state: 1 if the prototypes were set from data, else 0.
 
     Raises:
         ValueError: If a size is below 1 or the temperature is not positive.
@@ -52,6 +54,12 @@ class PrototypeBank(nn.Module):
     temperature: Tensor
     fraction: Tensor | None
     initialized: Tensor
+    state_rules: ClassVar[Rules] = {
+        "prototypes": FINITE,
+        "temperature": POSITIVE,
+        "fraction": POSITIVE,
+        "initialized": FLAG,
+    }
 
     def __init__(
         self,
@@ -70,13 +78,13 @@ class PrototypeBank(nn.Module):
         self.num_prototypes, self.dim, self.num_heads = num_prototypes, dim, num_heads
         self.detach_assignments = detach_assignments
         self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
-        self.register_buffer("temperature", torch.ones(num_heads))
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("temperature", torch.ones(num_heads, dtype=running_dtype()))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
         if temperature_unit not in get_args(TemperatureUnit):
             raise ValueError(f"temperature_unit must be one of {get_args(TemperatureUnit)}; got {temperature_unit!r}.")
         relative = temperature_unit == "critical"
         self.critical = RunningCriticalTemperature(num_heads, dim) if relative else None
-        self.register_buffer("fraction", torch.ones(num_heads) if relative else None)
+        self.register_buffer("fraction", torch.ones(num_heads, dtype=running_dtype()) if relative else None)
         if relative:
             self.set_fraction(temperature)
         else:
@@ -89,6 +97,7 @@ class PrototypeBank(nn.Module):
         need_weights: bool = False,
         need_codes: bool = False,
         detach_centroids: bool = False,
+        detach_prototypes: bool = False,
     ) -> BankOutput:
         """Assign tokens and return their soft centroids.
 
@@ -100,6 +109,7 @@ class PrototypeBank(nn.Module):
             detach_centroids: The centroids and, of the terms, ``L_OLS`` and ``V`` need no gradient, as with a
                 straight-through estimator; codes then come at no extra cost, see
                 :func:`~ddcl_lightning.functional.quantize`.
+            detach_prototypes: Hold the prototypes constant: gradients reach the tokens only.
 
         Returns:
             Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
@@ -111,6 +121,9 @@ class PrototypeBank(nn.Module):
                 is valid or the terms are not finite; the message says which input is to blame.
         """
         heads, flat_mask = self.split_heads(tokens, mask)
+        prototypes = self.prototypes.detach() if detach_prototypes else self.prototypes
+        if self.training and not torch.compiler.is_compiling():
+            note_prototypes(self.prototypes)
         if self.critical is not None and self.training:
             self._follow(self.critical(heads.detach(), flat_mask))
         attend = prototype_attention_reference if need_weights else prototype_attention
@@ -121,7 +134,7 @@ class PrototypeBank(nn.Module):
         if need_codes and one_look and not need_weights and not torch.compiler.is_compiling():
             output = quantize(
                 heads,
-                self.prototypes,
+                prototypes,
                 temperature,
                 flat_mask,
                 detach_assignments=self.detach_assignments,
@@ -131,12 +144,12 @@ class PrototypeBank(nn.Module):
             codes, means = output.codes, output.means
         else:
             if need_codes:
-                codes, means = assign_codes(heads.detach(), self.prototypes.detach(), temperature, flat_mask)
+                codes, means = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
                 # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
                 log_mass = log_sum_over_processes(means.log_mass)
                 costs = log_mass.logsumexp(-1, keepdim=True) - log_mass
             output = attend(
-                heads, self.prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs
+                heads, prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs
             )
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
@@ -216,7 +229,7 @@ class PrototypeBank(nn.Module):
         if not bool(torch.isfinite(prototypes).all()):
             raise ValueError("prototypes must be finite; got NaN or infinity.")
         self.prototypes.copy_(prototypes)
-        self.initialized.fill_(True)
+        self.initialized.fill_(1.0)
 
     @torch.no_grad()
     def resize(self, prototypes: Tensor) -> None:
@@ -243,7 +256,7 @@ class PrototypeBank(nn.Module):
         self.prototypes.data = room
         self.num_prototypes = num_prototypes
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def fit_to_state(self, prefix: str, state_dict: dict[str, Any]) -> None:
         """Make room for a bank that has grown since it was built."""
         saved = state_dict.get(f"{prefix}prototypes")
         if isinstance(saved, Tensor) and saved.dim() == 3:
@@ -254,7 +267,6 @@ class PrototypeBank(nn.Module):
                     f"{size}: it takes their number."
                 )
                 self._make_room(size)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def set_temperature(self, temperature: float | Tensor) -> None:
@@ -292,7 +304,8 @@ class PrototypeBank(nn.Module):
         """Set T from the fraction; tokens without variance have no critical temperature and leave it as it is."""
         assert self.fraction is not None
         latest = self.fraction * critical_factor(self.detach_assignments) * lambda_max
-        self.temperature.copy_(torch.where(latest > 0, latest.to(self.temperature.dtype), self.temperature))
+        latest = latest.to(self.temperature.dtype)
+        keep_unless((latest > 0) & torch.isfinite(latest), self.temperature, latest)
 
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
         if bool(torch.isfinite(output.terms.loss).all()):

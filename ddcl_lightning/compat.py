@@ -1,4 +1,7 @@
-"""Every use of a private field of Lightning, in one place; ``tests/test_compat.py`` fails when one of them changes."""
+"""Every use of a private field of Lightning, and one of torch, in one place.
+
+``tests/test_compat.py`` fails when one of them changes.
+"""
 
 import copy
 import gc
@@ -59,6 +62,11 @@ def accept_checkpoints_after_steps() -> None:
 def accept_frozen_modules_in_eval_mode() -> None:
     """Silence the warning that modules start training in evaluation mode: a frozen encoder stays in it on purpose."""
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+
+def recomputing() -> bool:
+    """Whether this runs inside of a backward pass: a forward that checkpointing runs again, which counts no more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def given_by_cli() -> bool:

@@ -1,20 +1,34 @@
 """The critical temperature of tokens that move, followed from batch to batch."""
 
-import torch
-from torch import Tensor, nn
+from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+from ddcl_lightning.compat import recomputing
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
+from ddcl_lightning.guarded_state import (
+    COUNT,
+    COVARIANCE,
+    DIRECTION,
+    NOT_NEGATIVE,
+    GuardedState,
+    Rules,
+    keep_unless,
+    running_dtype,
+)
 
 ITERATIONS = 4  # of the power method per batch: the direction is kept, so they add up over the batches
 
 
-class RunningCriticalTemperature(nn.Module):
+class RunningCriticalTemperature(GuardedState):
     """Follows ``lambda_max`` of the covariance of every head's tokens, which sets their critical temperature.
 
     An encoder that learns changes the scale of its tokens by orders of magnitude, and with it what a temperature means.
     The running covariance is that of all processes; its largest eigenvalue is found by a power method that goes on from
-    batch to batch, so that a step costs ``H d^2`` beyond the covariance itself and never waits for the device.
+    batch to batch, so that a step costs ``H d^2`` beyond the covariance itself and never waits for the device. A batch
+    with a non-finite valid token on any process, or without a valid one, leaves everything as it is.
 
     Args:
         num_heads: H.
@@ -33,6 +47,12 @@ class RunningCriticalTemperature(nn.Module):
     covariance: Tensor
     direction: Tensor
     num_batches: Tensor
+    state_rules: ClassVar[Rules] = {
+        "lambda_max": NOT_NEGATIVE,
+        "covariance": COVARIANCE,
+        "direction": DIRECTION,
+        "num_batches": COUNT,
+    }
 
     def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
         super().__init__()
@@ -40,25 +60,32 @@ class RunningCriticalTemperature(nn.Module):
             raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
         self.momentum = momentum
         generator = torch.Generator().manual_seed(0)  # the same start everywhere, and the global state left alone
-        self.register_buffer("lambda_max", torch.zeros(num_heads))
-        self.register_buffer("covariance", torch.zeros(num_heads, dim, dim))
-        self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator))
+        dtype = running_dtype()
+        self.register_buffer("lambda_max", torch.zeros(num_heads, dtype=dtype))
+        self.register_buffer("covariance", torch.zeros(num_heads, dim, dim, dtype=dtype))
+        self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator, dtype=dtype))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Take in ``(H, N, d)`` tokens with mask ``(H, N)`` and return ``lambda_max``, ``(H,)``."""
+        if recomputing():
+            return self.lambda_max
         with torch.autocast(tokens.device.type, enabled=False):
-            latest = _covariance(tokens, mask).to(self.covariance.dtype)
-            self.num_batches += 1
-            weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(latest.dtype)
-            self.covariance.lerp_(latest, weight)
+            latest, count = _covariance(tokens, mask)
+            weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(self.covariance.dtype)
+            covariance, direction = self.covariance.lerp(latest.to(self.covariance.dtype), weight), self.direction
             for _ in range(ITERATIONS):
-                image = (self.covariance @ self.direction.unsqueeze(-1)).squeeze(-1)
+                image = (covariance @ direction.unsqueeze(-1)).squeeze(-1)
                 length = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
                 # Tokens without variance leave the direction as it is, for those that come.
-                self.direction.copy_(torch.where(length > 0, image / length, self.direction))
-            self.lambda_max.copy_(length.squeeze(-1))
+                direction = torch.where(length > 0, image / length, direction)
+            # Not finite in one place is not finite here, and everywhere alike: sums are those of all processes.
+            usable = (count > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
+            self.num_batches += usable
+            keep_unless(usable, self.covariance, covariance)
+            keep_unless(usable, self.direction, direction)
+            keep_unless(usable, self.lambda_max, length.squeeze(-1))
         return self.lambda_max
 
     @torch.no_grad()
@@ -73,11 +100,11 @@ class RunningCriticalTemperature(nn.Module):
         self.num_batches.fill_(1)
 
 
-def _covariance(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes."""
+def _covariance(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes, and their number."""
     z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
     keep = torch.ones_like(z[..., :1]) if mask is None else mask.unsqueeze(-1).to(z.dtype)
     sums = sum_over_processes(torch.cat([z.sum(-2), keep.sum(-2)], -1))
     count = sums[..., -1:].clamp(min=1.0)
     centred = (z - (sums[..., :-1] / count).unsqueeze(-2)) * keep
-    return sum_over_processes(centred.mT @ centred) / count.unsqueeze(-1)
+    return sum_over_processes(centred.mT @ centred) / count.unsqueeze(-1), sums[0, -1]

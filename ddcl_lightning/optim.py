@@ -12,16 +12,10 @@ from torch.optim import Optimizer
 
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.distributed import max_over_processes, sum_over_processes, take_from_one_process
-from ddcl_lightning.functional import (
-    Cells,
-    TokenMeans,
-    cells,
-    merge_cells,
-    merge_token_means,
-    nearest_prototype,
-    token_means,
-)
-from ddcl_lightning.probe import BankProbe, Observation, find_banks
+from ddcl_lightning.functional import Cells, TokenMeans
+from ddcl_lightning.probe import find_banks
+from ddcl_lightning.shared_parameters import follow_alone, release
+from ddcl_lightning.step_statistics import StepStatistics
 
 CROWDED = 1.5  # a cell with this many times the mean load may get a second prototype
 RECENT = 0.05  # weight of the newest step in what is remembered of a cell
@@ -37,7 +31,10 @@ class TokenNormalized(Optimizer):
     tokens it is nearest to. Statistics add up over accumulated batches and over processes.
 
     It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
-    prototypes through it.
+    prototypes through it. But it counts tokens as gradients count: those of calls that a backward pass has gone
+    through since the last step or ``zero_grad``, see :class:`~ddcl_lightning.step_statistics.StepStatistics`. Frozen
+    prototypes (``requires_grad_(False)``) stay where they are. Prototypes of half precision move by a copy in
+    float32, or small steps would be rounded away.
 
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
     ``relocate`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does (Patane and Russo
@@ -56,56 +53,82 @@ class TokenNormalized(Optimizer):
 
     Raises:
         ValueError: If an argument is out of range.
-        RuntimeError: At a step without a forward pass in training mode since the last, or without ``watch``.
+        RuntimeError: At a step without a forward pass in training mode since the last, or without ``watch``; at the
+            step of any other optimizer that has one of the prototypes too.
     """
 
     def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0, balance: float = 0.75) -> None:
-        if not 0 < lr <= 1:
-            raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
-        if not 0 <= relocate < 1:
-            raise ValueError(f"relocate must be in [0, 1), a share of the mean load; got {relocate}.")
-        if not 0 <= balance <= 1:
-            raise ValueError(
-                f"balance must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got {balance}."
-            )
+        _check_range(lr, relocate, balance)
         super().__init__(params, {"lr": lr, "relocate": relocate, "balance": balance})
-        self._statistics: dict[Tensor, TokenMeans] = {}
-        self._cells: dict[Tensor, Cells] = {}
-        self._probe: BankProbe | None = None
+        self._statistics: StepStatistics | None = None
         self._banks: dict[str, PrototypeBank] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy, pickled or deep, follows nothing until it is told what.
+        self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_banks", {})
+
     def watch(self, module: nn.Module) -> "TokenNormalized":
-        """Follow the banks in ``module`` whose prototypes are optimised here; returns self."""
+        """Follow the banks in ``module`` whose prototypes are optimised here, in place of another; returns self."""
         mine = {id(p) for group in self.param_groups for p in group["params"]}
-        self._banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in mine}
-        if len(self._banks) < len(mine):
+        banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in mine}
+        if len(banks) < len(mine):
             raise ValueError(
-                f"TokenNormalized optimises {len(mine)} parameters but only {len(self._banks)} of them are prototypes "
+                f"TokenNormalized optimises {len(mine)} parameters but only {len(banks)} of them are prototypes "
                 f"of a bank in {type(module).__name__}. Give it prototype parameters only."
             )
-        if self._probe is not None:
-            self._probe.close()
-        self._probe = BankProbe(self._banks, self._accumulate, training_only=True)
-        self._probe.armed = True
+        self.close()
+        self._banks = banks
+        follow_alone(self, {f"{name}.prototypes".lstrip("."): bank.prototypes for name, bank in banks.items()})
+        self._statistics = StepStatistics(banks, self._relocates)
         return self
 
-    @torch.no_grad()
-    def _accumulate(self, name: str, seen: Observation) -> None:
-        key = self._banks[name].prototypes
-        new = seen.means
-        if new is None:
-            new = token_means(seen.tokens, seen.prototypes, seen.temperature, seen.mask)
-        old = self._statistics.get(key)
-        self._statistics[key] = new if old is None else merge_token_means(old, new)
-        if any(group["relocate"] > 0 for group in self.param_groups):
-            codes = nearest_prototype(seen.tokens, seen.prototypes) if seen.codes is None else seen.codes
-            found = cells(seen.tokens, seen.prototypes, codes, seen.mask)
-            self._cells[key] = merge_cells(self._cells[key], found) if key in self._cells else found
+    def close(self) -> None:
+        """Stop to follow the banks, so that another optimizer may have their prototypes."""
+        release(self)
+        if self._statistics is not None:
+            self._statistics.close()
+        self._statistics, self._banks = None, {}
+
+    def _relocates(self) -> bool:
+        return any(group["relocate"] > 0 for group in self.param_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore rates and memory, after a look at them.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        for group in state_dict["param_groups"]:
+            _check_range(**{name: group.get(name, default) for name, default in self.defaults.items()})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        memory = [(p, state_dict["state"].get(key, {})) for p, key in zip(parameters, keys, strict=False)]
+        for _, held in memory:
+            for name, value in held.items():
+                clean = value.isfinite() & ((value >= 0) if name == "cells" else torch.tensor(True))
+                if not bool(clean.all()):
+                    raise ValueError(
+                        f"{name!r} in the state of TokenNormalized must be finite{' and >= 0' * (name == 'cells')}; "
+                        f"got {float(value[~clean][0])}. The state is damaged: load another."
+                    )
+        super().load_state_dict(state_dict)
+        for parameter, held in memory:  # which torch has rounded to the parameter's precision
+            for name, value in held.items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, and with them what was seen since the last step."""
+        super().zero_grad(set_to_none)
+        if self._statistics is not None:
+            for bank in self._banks.values():
+                self._statistics.drop(bank.prototypes)
 
     def forget(self, prototypes: Tensor) -> None:
-        """Drop what was seen of a bank since the last step, for one whose size changes."""
-        self._statistics.pop(prototypes, None)
-        self._cells.pop(prototypes, None)
+        """Drop what was seen of a bank since the last step; a step before anything new leaves it as it is."""
+        if self._statistics is not None:
+            self._statistics.drop(prototypes, on_purpose=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -114,34 +137,47 @@ class TokenNormalized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._statistics is None:
+            raise RuntimeError("TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it.")
         for group in self.param_groups:
             for prototypes in group["params"]:
-                if self._probe is None:
-                    raise RuntimeError(
-                        "TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it."
-                    )
-                if prototypes not in self._statistics:
-                    raise RuntimeError(
-                        "TokenNormalized needs a forward pass in training mode before each step. Check that the "
-                        "bank is used by the training step and that the module is in training mode."
-                    )
-                target = _reduce(self._statistics.pop(prototypes))
-                prototypes.lerp_(target.to(prototypes.dtype), group["lr"])
-                if group["relocate"] > 0:
-                    self._relocate(prototypes, self._cells.pop(prototypes), group["relocate"], group["balance"])
+                seen = self._statistics.take(prototypes)
+                if seen is None:
+                    continue
+                precise = self._precise(prototypes)
+                target, seen_by_some = _reduce(seen.means)
+                precise.copy_(torch.where(seen_by_some, precise.lerp(target.to(precise.dtype), group["lr"]), precise))
+                if group["relocate"] > 0 and seen.cells is not None:
+                    self._relocate(prototypes, precise, seen.cells, group["relocate"], group["balance"])
+                prototypes.copy_(precise)
         return loss
 
-    def _relocate(self, prototypes: Tensor, found: Cells, share: float, balance: float) -> None:
+    def _precise(self, prototypes: Tensor) -> Tensor:
+        """Where the prototypes are, in float32 or wider."""
+        if prototypes.dtype.itemsize >= 4:
+            return prototypes
+        state = self.state[prototypes]
+        rounded = prototypes.float()
+        kept = state.get("precise", rounded)
+        # Somebody else may have moved them since.
+        precise = torch.where(kept.to(prototypes.dtype) == prototypes, kept, rounded)
+        state["precise"] = precise
+        return precise
+
+    def _relocate(self, key: Tensor, prototypes: Tensor, lying: Cells, share: float, balance: float) -> None:
         """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded."""
-        latest = sum_over_processes(torch.stack([found.distortion, found.number], -1))
-        running = self.state[prototypes].setdefault("cells", latest).lerp(latest, RECENT)
+        latest = sum_over_processes(torch.stack([lying.distortion, lying.number], -1))
+        before = self.state[key].get("cells", torch.zeros_like(latest))
+        # The first look counts whole, one without tokens not at all.
+        weight = torch.where(before[..., 1].any(), RECENT, 1.0) * latest[..., 1].any()
+        running = before.lerp(latest, weight.to(latest.dtype))
         distortion, number = running.unbind(-1)
         load = number**balance * distortion ** (1 - balance)
         mean = load.mean(-1, keepdim=True)
         most = max(1, load.shape[-1] // 64)
         order = load.sort(dim=-1, stable=True).indices
         empty, crowded = order[:, :most], order.flip(-1)[:, :most]
-        token, seen = take_from_one_process(found.token, found.occupied)
+        token, seen = take_from_one_process(lying.token, lying.occupied)
 
         def rows(index: Tensor, values: Tensor) -> Tensor:
             return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
@@ -162,14 +198,31 @@ class TokenNormalized(Optimizer):
         for index in (empty, crowded):
             divided = torch.where(moves, half, rows(index, running))
             running.scatter_(1, index.unsqueeze(-1).expand_as(divided), divided)
-        self.state[prototypes]["cells"] = running
+        self.state[key]["cells"] = running
 
 
-def _reduce(statistics: TokenMeans) -> Tensor:
-    """Means over all processes, weighted by mass; the largest mass is taken out so that nothing underflows."""
+def _check_range(lr: float, relocate: float, balance: float) -> None:
+    if not 0 < lr <= 1:
+        raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
+    if not 0 <= relocate < 1:
+        raise ValueError(f"relocate must be in [0, 1), a share of the mean load; got {relocate}.")
+    if not 0 <= balance <= 1:
+        raise ValueError(
+            f"balance must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got {balance}."
+        )
+
+
+def _reduce(statistics: TokenMeans) -> tuple[Tensor, Tensor]:
+    """Means over all processes, weighted by mass, and whether there is any mass, ``(H, K, 1)``.
+
+    The largest mass is taken out so that nothing underflows.
+    """
     log_mass, mean = statistics
-    weight = (log_mass - max_over_processes(log_mass)).exp().unsqueeze(-1)
-    return sum_over_processes(weight * mean) / sum_over_processes(weight)
+    largest = max_over_processes(log_mass)
+    some = (largest > -torch.inf).unsqueeze(-1)
+    weight = (log_mass - largest).exp().unsqueeze(-1).masked_fill(~some, 0.0)
+    total = sum_over_processes(weight)
+    return sum_over_processes(weight * mean) / torch.where(some, total, 1.0), some
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Finding prototype banks inside any module, and looking at what passes through them."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.functional import BankOutput, Decomposition, TokenMeans
+from ddcl_lightning.functional import BankOutput, Decomposition
 
 
 def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
@@ -51,8 +52,6 @@ class Observation:
         prototypes: ``(H, K, d)``.
         temperature: ``(H,)``.
         terms: The terms that the call returned, ``(H,)`` each.
-        means: Token means, where the call has computed them.
-        codes: Index of the nearest prototype, ``(H, N)`` int64, likewise.
     """
 
     tokens: Tensor
@@ -60,8 +59,6 @@ class Observation:
     prototypes: Tensor
     temperature: Tensor
     terms: Decomposition
-    means: TokenMeans | None = None
-    codes: Tensor | None = None
 
     def valid_tokens(self) -> Tensor:
         """Tokens without padding, ``(H, M, d)``."""
@@ -71,34 +68,74 @@ class Observation:
 Observer = Callable[[str, Observation], None]
 
 
+class BankHook:
+    """A forward hook of one bank: on copies of the bank, pickled or deep, it is idle, as it is when its owner is gone.
+
+    Args:
+        name: Name of the bank.
+        bank: The bank.
+        look: Method of the owner, called with the name and what a forward hook is called with.
+        of_training: Show calls in training mode only, and those inside of a compiled module too, whose graph breaks
+            there.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        bank: PrototypeBank | None = None,
+        look: "weakref.WeakMethod[Any] | None" = None,
+        of_training: bool = False,
+    ) -> None:
+        self._name, self._look, self._of_training = name, look, of_training
+        self._bank = None if bank is None else weakref.ref(bank)
+
+    def __call__(
+        self, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
+    ) -> BankOutput | None:
+        """What the bank returns in place of its output, or None."""
+        if self._of_training:
+            return self._show_eagerly(bank, args, kwargs, output) if bank.training else None
+        return None if torch.compiler.is_compiling() else self._show(bank, args, kwargs, output)
+
+    def _show(
+        self, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
+    ) -> BankOutput | None:
+        look = None if self._look is None or self._bank is None or self._bank() is not bank else self._look()
+        shown: BankOutput | None = None if look is None else look(self._name, bank, args, kwargs, output)
+        return shown
+
+    _show_eagerly = torch.compiler.disable(_show)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> tuple[type["BankHook"], tuple[()]]:
+        return BankHook, ()
+
+
 class BankProbe:
     """Calls an observer on every forward of the given banks while armed; costs nothing otherwise.
 
     Args:
         banks: Banks by name.
         observer: Called with the name and the observation.
-        training_only: Ignore forwards of banks in evaluation mode.
     """
 
-    def __init__(self, banks: Mapping[str, PrototypeBank], observer: Observer, *, training_only: bool = False) -> None:
+    def __init__(self, banks: Mapping[str, PrototypeBank], observer: Observer) -> None:
         self.armed = False
-        self._observer, self._training_only = observer, training_only
+        self._observer = observer
+        look = weakref.WeakMethod(self._look)
         self._handles: list[RemovableHandle] = [
-            bank.register_forward_hook(self._hook(name), with_kwargs=True) for name, bank in banks.items()
+            bank.register_forward_hook(BankHook(name, bank, look), with_kwargs=True) for name, bank in banks.items()
         ]
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput) -> None:
-            if not self.armed or (self._training_only and not bank.training):
-                return
-            tokens, mask = bank_inputs(bank, args, kwargs)
-            heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-            terms = Decomposition(*(term.detach() for term in output.terms))
-            codes = None if output.codes is None else output.codes.reshape(-1, bank.num_heads).T
-            prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
-            self._observer(name, Observation(heads, flat_mask, prototypes, temperature, terms, output.means, codes))
-
-        return hook
+    def _look(
+        self, name: str, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
+    ) -> None:
+        if not self.armed:
+            return
+        tokens, mask = bank_inputs(bank, args, kwargs)
+        heads, flat_mask = bank.split_heads(tokens.detach(), mask)
+        terms = Decomposition(*(term.detach() for term in output.terms))
+        prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
+        self._observer(name, Observation(heads, flat_mask, prototypes, temperature, terms))
 
     def close(self) -> None:
         """Remove the hooks."""

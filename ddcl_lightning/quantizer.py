@@ -10,6 +10,7 @@ from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
 from ddcl_lightning.modes import evaluating
 from ddcl_lightning.scale import EmbeddingScale, ScaleMode
+from ddcl_lightning.step_statistics import straight_through
 
 QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
@@ -63,6 +64,11 @@ class SoftVectorQuantizer(nn.Module):
     Its claim that no straight-through estimator is needed fails in the same place: the derivative of ``c_n`` vanishes
     for tokens that are well inside of a code's cell. So the default passes the decoder's gradient straight
     through, ``z_n + sg[p_n - z_n]``; ``gradient="soft"`` is the paper's. See docs/measurements.md for figures.
+
+    Evaluation mode moves nothing: no code, temperature or statistic, and no gradient for the codes, while gradients
+    pass straight through to the tokens. So ``vq.eval()`` is how an encoder is trained against a finished codebook.
+    ``vq.bank.requires_grad_(False)`` keeps the codes where they are in training mode too, in which the temperature
+    goes on following the tokens.
 
     Args:
         dim: D, dimension of the tokens.
@@ -154,15 +160,13 @@ class SoftVectorQuantizer(nn.Module):
         """
         tokens = self._tokens(z, mask)
         embedded = self._embed(tokens, mask)
+        straight = self.gradient == "straight_through" or not self.training
         output = self.bank(
-            embedded, mask, need_codes=True, detach_centroids=self.gradient == "straight_through" or not self.training
+            embedded, mask, need_codes=True, detach_centroids=straight, detach_prototypes=not self.training
         )
         hard = self.bank.look_up(output.codes)
-        quantized = hard
-        if self.training:
-            carrier = embedded if self.gradient == "straight_through" else output.centroids
-            value = hard if self.training_output == "hard" else output.centroids
-            quantized = carrier + (value - carrier).detach()
+        value = output.centroids if self.training and self.training_output == "soft" else hard
+        quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
         terms = self._terms(output, hard.detach(), mask)
         return QuantizerOutput(self._restore(self._project(quantized, mask), z), self._squeeze(output.codes, z), terms)
 

@@ -1,20 +1,25 @@
 """How rare every prototype is among samples, which says how much a token of it tells about its sample."""
 
-import torch
-from torch import Tensor, nn
+from typing import ClassVar
 
+import torch
+from torch import Tensor
+
+from ddcl_lightning.compat import recomputing
 from ddcl_lightning.distributed import sum_over_processes
+from ddcl_lightning.guarded_state import COUNT, SHARE, GuardedState, Rules, keep_unless, running_dtype
 
 RAREST = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
 LEAST = 1e-6  # weight of a token whose prototype is in every sample; where all are, the weights are even
 
 
-class PrototypeRarity(nn.Module):
+class PrototypeRarity(GuardedState):
     """Weighs tokens by ``ln(1 / share) ** 2``, the share of samples in which their prototype occurs.
 
     The logarithm is the inverse document frequency (Sparck Jones 1972); it counts twice, as in the cosine of two
     vectors that are weighted by it. A prototype occurs in a sample as far as the assignments of its tokens sum up to 1.
-    The shares are followed from batch to batch over all processes; before the first batch all tokens weigh the same.
+    The shares are followed from batch to batch over all processes; before the first batch all tokens weigh the same. A
+    batch whose assignments are not finite leaves them as they are.
 
     Args:
         num_heads: H of the bank whose assignments are read.
@@ -30,13 +35,14 @@ class PrototypeRarity(nn.Module):
 
     share: Tensor
     num_batches: Tensor
+    state_rules: ClassVar[Rules] = {"share": SHARE, "num_batches": COUNT}
 
     def __init__(self, num_heads: int, num_prototypes: int, momentum: float = 0.05) -> None:
         super().__init__()
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
         self.momentum = momentum
-        self.register_buffer("share", torch.ones(num_heads, num_prototypes))
+        self.register_buffer("share", torch.ones(num_heads, num_prototypes, dtype=running_dtype()))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -45,11 +51,13 @@ class PrototypeRarity(nn.Module):
         q = assignments.to(self.share.dtype)
         if mask is not None:
             q = q.masked_fill(~mask[:, None, :, None], 0.0)
-        if self.training:
+        if self.training and not recomputing():
             found = sum_over_processes(torch.cat([q.sum(-2).clamp(max=1.0).sum(0).flatten(), q.new_tensor([len(q)])]))
-            self.num_batches += 1
-            weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(q.dtype)
-            self.share.lerp_((found[:-1] / found[-1].clamp(min=1.0)).view_as(self.share), weight)
+            usable = torch.isfinite(found).all() & (found[-1] > 0)
+            weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(q.dtype)
+            self.num_batches += usable
+            latest = (found[:-1] / found[-1].clamp(min=1.0)).view_as(self.share)
+            keep_unless(usable, self.share, self.share.lerp(latest, weight))
         rarity = -self.share.clamp(RAREST, 1.0).log()
         weights = (q * rarity[None, :, None, :]).sum(-1).mean(1).square() + LEAST
         return weights if mask is None else weights.masked_fill(~mask, 0.0)

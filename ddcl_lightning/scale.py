@@ -1,20 +1,22 @@
 """A bound on the scale of embeddings, without which an unsupervised encoder shrinks everything."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
+from ddcl_lightning.compat import recomputing
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
+from ddcl_lightning.guarded_state import COUNT, COVARIANCE, FINITE, GuardedState, Rules, keep_unless, running_dtype
 
 ScaleMode = Literal["none", "unit", "per_dimension", "total", "whiten"]
 
 SMALLEST_VARIANCE = 1e-24  # tokens below it count as constant; its power -3/2, a gradient, must fit float32
 
 
-class EmbeddingScale(nn.Module):
+class EmbeddingScale(GuardedState):
     """Centre tokens and fix their scale, with running statistics for evaluation.
 
     ``L_q`` falls when an encoder shrinks its embeddings, so under a pure quantisation loss every encoder that
@@ -22,7 +24,8 @@ class EmbeddingScale(nn.Module):
     that direction out of the gradient; but with every dimension at unit variance the loss still falls when all
     dimensions become copies of one. Whitening takes that direction out too (a fast encoder still ends with about K - 1
     directions in use). Unlike batch normalisation there is no affine part (which could shrink again), padding is
-    ignored, and statistics are sums over all processes.
+    ignored, and statistics are sums over all processes. A batch with a non-finite valid token, or without a valid one,
+    leaves the running statistics as they are (and comes out as NaN).
 
     Args:
         dim: Dimension D of the tokens.
@@ -47,6 +50,7 @@ class EmbeddingScale(nn.Module):
     mean: Tensor
     variance: Tensor
     num_batches: Tensor
+    state_rules: ClassVar[Rules] = {"mean": FINITE, "variance": COVARIANCE, "num_batches": COUNT}
 
     def __init__(self, dim: int, mode: ScaleMode = "per_dimension", momentum: float = 0.1) -> None:
         super().__init__()
@@ -55,8 +59,11 @@ class EmbeddingScale(nn.Module):
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
         self.dim, self.mode, self.momentum = dim, mode, momentum
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("variance", torch.eye(dim) if mode == "whiten" else torch.ones(dim))
+        dtype = running_dtype()
+        self.register_buffer("mean", torch.zeros(dim, dtype=dtype))
+        self.register_buffer(
+            "variance", torch.eye(dim, dtype=dtype) if mode == "whiten" else torch.ones(dim, dtype=dtype)
+        )
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -70,8 +77,8 @@ class EmbeddingScale(nn.Module):
         tokens = zero_padding(tokens, mask)  # a NaN there would reach the gradients, as 0 * NaN
         statistics = self._batch_statistics(tokens, mask) if self.training else None
         if statistics is not None:
-            mean, variance = statistics
-            self._update(mean.detach(), variance.detach())
+            mean, variance, count = statistics
+            self._update(mean.detach(), variance.detach(), count.detach())
         else:
             mean, variance = self.mean, self.variance
             if self.training:
@@ -82,8 +89,8 @@ class EmbeddingScale(nn.Module):
             scaled = self._apply_scale(tokens.to(dtype) - mean.to(dtype), variance.to(dtype))
         return scaled.to(tokens.dtype)
 
-    def _batch_statistics(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Mean and (co)variance over the valid tokens of all processes, in two passes; None for too small a batch."""
+    def _batch_statistics(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Mean, (co)variance and number of all processes' valid tokens, in two passes; None for too small a batch."""
         flat = tokens.reshape(-1, self.dim).to(accumulation_dtype(tokens))
         keep = torch.ones_like(flat[:, :1]) if mask is None else mask.reshape(-1, 1).to(flat.dtype)
         sums = sum_over_processes(torch.cat([flat.sum(0), keep.sum(0)]))
@@ -99,13 +106,15 @@ class EmbeddingScale(nn.Module):
         centred = (flat - mean) * keep
         with torch.autocast(tokens.device.type, enabled=False):
             total = centred.mT @ centred if self.mode == "whiten" else centred.square().sum(0)
-        return mean, sum_over_processes(total) / count
+        return mean, sum_over_processes(total) / count, sums[-1]
 
     def _apply_scale(self, centred: Tensor, variance: Tensor) -> Tensor:
         """Scale centred tokens; the floors are relative, so that data in tiny units are scaled up all the same."""
         if self.mode == "whiten":
             floor = 1e-4 * variance.diagonal().mean() + SMALLEST_VARIANCE
             eye = torch.eye(self.dim, dtype=variance.dtype, device=variance.device)
+            # The eigenvectors of NaN are an error, and what is scaled by it is NaN anyway.
+            variance = torch.where(torch.isfinite(variance).all(), variance, eye)
             root: Tensor = _InverseSquareRoot.apply(variance + floor * eye)
             return centred @ root
         average = variance.mean()
@@ -113,11 +122,14 @@ class EmbeddingScale(nn.Module):
         return centred * (average if self.mode == "total" else variance).add(floor).rsqrt()
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches += 1
-        weight = (1.0 / self.num_batches).clamp(min=self.momentum).to(self.mean.dtype)
-        self.mean.lerp_(mean.to(self.mean.dtype), weight)
-        self.variance.lerp_(variance.to(self.variance.dtype), weight)
+    def _update(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        if recomputing():
+            return
+        usable = (count > 0) & torch.isfinite(mean).all() & torch.isfinite(variance).all()
+        weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(self.mean.dtype)
+        self.num_batches += usable
+        keep_unless(usable, self.mean, self.mean.lerp(mean.to(self.mean.dtype), weight))
+        keep_unless(usable, self.variance, self.variance.lerp(variance.to(self.variance.dtype), weight))
 
     def extra_repr(self) -> str:
         """Dimension and mode, for ``print``."""

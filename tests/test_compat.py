@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization import manual
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from ddcl_lightning import compat
@@ -152,3 +153,16 @@ def test_lightning_still_leaves_out_what_follows_the_last_batch_of_a_resumed_epo
             resumed.fit(clustering_module(), loader(), loader(), ckpt_path=saving.best_model_path)
             counts.append(validations.count)
     assert counts == [1, 0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_forward_knows_that_it_is_run_again(reentrant: bool) -> None:
+    seen = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(compat.recomputing())
+        return x.sin().square()
+
+    checkpoint(forward, torch.ones(3, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    assert seen == [False, True]
+    assert not compat.recomputing()

@@ -31,9 +31,9 @@ def test_error_without_banks_names_the_caller() -> None:
         require_banks(nn.Linear(2, 2), "Watcher")
 
 
-def observe(training_only: bool = False) -> tuple[PrototypeBank, BankProbe, list[Observation]]:
+def observe() -> tuple[PrototypeBank, BankProbe, list[Observation]]:
     bank, seen = PrototypeBank(3, 4, num_heads=2), []
-    probe = BankProbe({"it": bank}, lambda name, observed: seen.append(observed), training_only=training_only)
+    probe = BankProbe({"it": bank}, lambda name, observed: seen.append(observed))
     return bank, probe, seen
 
 
@@ -51,15 +51,6 @@ def test_observes_only_while_armed() -> None:
     bank(tokens)
     assert len(seen) == 2
     assert not bank._forward_hooks
-
-
-def test_training_only() -> None:
-    bank, probe, seen = observe(training_only=True)
-    probe.armed = True
-    bank.eval()(torch.randn(5, 8))
-    assert not seen
-    bank.train()(torch.randn(5, 8))
-    assert len(seen) == 1
 
 
 def test_observation_is_what_the_call_saw() -> None:

@@ -1,5 +1,7 @@
 """Principal components as a linear encoder."""
 
+from typing import ClassVar
+
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
@@ -8,9 +10,10 @@ from torch.nn.functional import linear
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.backbones.identity import as_tokens
 from ddcl_lightning.batch import Batch, inputs, mask
+from ddcl_lightning.guarded_state import FINITE, FLAG, SHARE, GuardedState, Rules, running_dtype
 
 
-class PCABackbone(Backbone):
+class PCABackbone(GuardedState, Backbone):
     """A linear map fitted by principal component analysis of the training data, frozen unless told otherwise.
 
     A trainable one is a linear encoder *initialised* by PCA: after the first step it is no longer a PCA, and its
@@ -23,7 +26,7 @@ class PCABackbone(Backbone):
         trainable: Let the encoder's optimizer move the map after the fit.
 
     Attributes:
-        fitted: Boolean buffer, saved with the state: a resumed run is not fitted again.
+        fitted: Buffer, 1 after the fit and 0 before, saved with the state: a resumed run is not fitted again.
         explained_variance_ratio: Buffer, share of the variance that the kept components hold; 0 before the fit.
 
     Raises:
@@ -33,6 +36,7 @@ class PCABackbone(Backbone):
 
     fitted: Tensor
     explained_variance_ratio: Tensor
+    state_rules: ClassVar[Rules] = {"weight": FINITE, "bias": FINITE, "fitted": FLAG, "explained_variance_ratio": SHARE}
 
     def __init__(self, in_features: int, num_components: int, whiten: bool = False, trainable: bool = False) -> None:
         super().__init__()
@@ -42,8 +46,8 @@ class PCABackbone(Backbone):
         self.whiten, self.trainable = whiten, trainable
         self.weight = nn.Parameter(torch.zeros(num_components, in_features), requires_grad=trainable)
         self.bias = nn.Parameter(torch.zeros(num_components), requires_grad=trainable)
-        self.register_buffer("fitted", torch.tensor(False))
-        self.register_buffer("explained_variance_ratio", torch.zeros(()))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("explained_variance_ratio", torch.zeros((), dtype=running_dtype()))
 
     def needs_fit(self) -> bool:
         """Whether the components are still missing."""
@@ -78,7 +82,7 @@ class PCABackbone(Backbone):
         self.weight.copy_(weight)
         self.bias.copy_(-weight @ torch.from_numpy(pca.mean_))
         self.explained_variance_ratio.fill_(float(pca.explained_variance_ratio_.sum()))
-        self.fitted.fill_(True)
+        self.fitted.fill_(1.0)
 
     def forward(self, batch: Batch) -> Tokens:
         """Components ``(B, T, num_components)`` of the batch's ``x``, with its ``mask``."""

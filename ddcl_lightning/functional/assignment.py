@@ -56,6 +56,8 @@ class BankOutput(NamedTuple):
         cost: Mean over valid tokens of ``sum_k q_nk cost_k``, ``(...)``, or None without costs.
         codes: Hard codes, where a :class:`~ddcl_lightning.PrototypeBank` was asked for them.
         means: Token means, likewise.
+        anchor: A zero on which gradients hang that are passed around such a call of a bank, or None unless an optimizer
+            follows it.
     """
 
     centroids: Tensor
@@ -64,6 +66,7 @@ class BankOutput(NamedTuple):
     cost: Tensor | None = None
     codes: Tensor | None = None
     means: TokenMeans | None = None
+    anchor: Tensor | None = None
 
 
 def soft_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:

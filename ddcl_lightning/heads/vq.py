@@ -1,6 +1,6 @@
 """Hard vector quantisation with a straight-through gradient as a readout."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning.distributed import broadcast_object
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import masked_mean, zero_padding
+from ddcl_lightning.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.heads.base import ReadoutOutput, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer, code_shares, mean_token
 from ddcl_lightning.kmeans import initial_prototypes
@@ -33,7 +34,7 @@ class Quantized(NamedTuple):
     commitment_loss: Tensor
 
 
-class VectorQuantizer(PoolingLayer):
+class VectorQuantizer(GuardedState, PoolingLayer):
     """Replaces every token by its nearest code (van den Oord et al. 2017, eq. 1 to 3).
 
     Args:
@@ -46,11 +47,12 @@ class VectorQuantizer(PoolingLayer):
     Attributes:
         codebook: Parameter ``(K, d)``.
         counts: Buffer ``(K,)`` int64: valid tokens on each code in the last call, on this process.
-        initialized: Boolean buffer, saved with the state: whether the codes were set from data.
+        initialized: Buffer, saved with the state: 1 if the codes were set from data, else 0. Frozen codes never are.
     """
 
     counts: Tensor
     initialized: Tensor
+    state_rules: ClassVar[Rules] = {"codebook": FINITE, "initialized": FLAG}
 
     def __init__(self, embed_dim: int, dim: int, num_codes: int, project: bool, init: CodebookInit = "uniform") -> None:
         super().__init__()
@@ -61,12 +63,12 @@ class VectorQuantizer(PoolingLayer):
             nn.init.orthogonal_(self.projection.weight)
         self.codebook = nn.Parameter(torch.empty(num_codes, dim).uniform_(-1 / num_codes, 1 / num_codes))
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64), persistent=False)
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Quantized:
         """Quantise ``(B, T, D)`` tokens with mask ``(B, T)``."""
         embedded = tokens if self.projection is None else self.projection(tokens)
-        if self.training and self.init == "kmeans" and not bool(self.initialized):
+        if self.training and self.init == "kmeans" and self.codebook.requires_grad and not bool(self.initialized):
             self._start(embedded if mask is None else embedded[mask])
         codes = nearest_prototype(embedded.detach().flatten(0, 1), self.codebook.detach()).view(embedded.shape[:-1])
         found = self.codebook[codes]
@@ -87,7 +89,7 @@ class VectorQuantizer(PoolingLayer):
         sample.add(tokens.flatten(0, -2).float())
         codes = broadcast_object(initial_prototypes(sample.gather(), len(self.codebook)))
         self.codebook.copy_(codes)
-        self.initialized.fill_(True)
+        self.initialized.fill_(1.0)
 
 
 class VQPooling(PoolingHead):

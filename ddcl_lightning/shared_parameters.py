@@ -1,0 +1,78 @@
+"""Two things that go wrong with prototypes in optimizers, found out at the step and said by name."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_FOLLOWED: "weakref.WeakKeyDictionary[Optimizer, dict[int, str]]" = weakref.WeakKeyDictionary()
+_PROTOTYPES: "weakref.WeakValueDictionary[int, Tensor]" = weakref.WeakValueDictionary()
+_hooked = False
+
+
+def follow_alone(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse the step of any other optimizer that has one of these parameters, for as long as this one follows them.
+
+    An optimizer that followed one of them before gives way.
+    """
+    _hook()
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for theirs in _FOLLOWED.values():
+        for shared in names.keys() & theirs.keys():
+            del theirs[shared]
+    _FOLLOWED[optimizer] = names
+
+
+def release(optimizer: Optimizer) -> None:
+    """Let others have what an optimizer followed."""
+    _FOLLOWED.pop(optimizer, None)
+
+
+def note_prototypes(parameter: Tensor) -> None:
+    """Check at the step of every optimizer that what it keeps for these prototypes has their number."""
+    if id(parameter) not in _PROTOTYPES:
+        _hook()
+        _PROTOTYPES[id(parameter)] = parameter
+
+
+def check_state(optimizer: Optimizer, prototypes: Tensor) -> None:
+    """Raise if an optimizer keeps rows of another number of prototypes.
+
+    Raises:
+        RuntimeError: If so.
+    """
+    held: Mapping[str, Any] = optimizer.state.get(prototypes, {})
+    for name, value in held.items():
+        # A single number, or what a class reshapes as it likes, is no matter of rows.
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] != prototypes.shape[:2]:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} keeps {name!r} of {value.shape[1]} prototypes per head, of which there "
+                f"are {prototypes.shape[1]} now: a state with another number of them was loaded into the one and not "
+                "into the other. Create the optimizer after loading the module, or load the state of both."
+            )
+
+
+def _hook() -> None:
+    global _hooked
+    if not _hooked:
+        register_optimizer_step_pre_hook(_before_step)
+        _hooked = True
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    theirs = [(other, names) for other, names in _FOLLOWED.items() if other is not optimizer]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            key = id(parameter)
+            if key in _PROTOTYPES:
+                check_state(optimizer, parameter)
+            for other, names in theirs:
+                if key in names:
+                    raise RuntimeError(
+                        f"parameter {names[key]!r} is in two optimizers, {type(other).__name__} and "
+                        f"{type(optimizer).__name__}, which would both move it. Leave it out of one of them; a "
+                        f"{type(other).__name__} that is not in use any more lets go of it by close()."
+                    )
