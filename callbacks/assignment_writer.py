@@ -1,7 +1,7 @@
 """Predictions as a table: for every sample its strongest prototypes."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,49 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ddcl_lightning.batch import labels
+from ddcl_lightning.datamodules._origin import check_names, listing, writable
 from ddcl_lightning.distributed import gather_objects, is_first_process
 
 
 class AssignmentWriter(BasePredictionWriter):
     """Writes what ``predict`` finds: one row per sample (and head), its top prototypes and their weights.
 
-    Columns: ``dataloader`` where there are several, ``index`` (place in the data set), ``head`` where there are
-    several, ``prototype_1``, ``weight_1``, ``prototype_2``, ... by falling weight, and what the task predicts.
+    Columns: ``dataloader`` where there are several, ``index``, ``head`` where there are several, ``prototype_1``,
+    ``weight_1``, ``prototype_2``, ... by falling weight, what the task predicts, and what was asked for.
+
+    ``index`` is the number of the row in the user's file, from 0, to join by: rows that the data module drops, holds
+    out or leaves out change no other row's number. A line says how many of them there are, and which.
 
     ``predict_step`` must return a dict of tensors: ``assignments`` ``(B, H, K)`` where there are prototypes, and
-    columns ``(B,)``. A sample's place is its ``index`` ``(B,)`` among them, or else what the loader's sampler drew;
+    columns ``(B,)``. A sample's number is its ``index`` ``(B,)`` among them, or else what the loader's sampler drew;
     a loader without a sampler is counted through.
 
     Args:
         path: ``.csv`` or ``.parquet`` file; None writes nothing. Parquet needs ``pip install ddcl-lightning[parquet]``.
         top: Prototypes per row, at least 1.
+        columns: What else to write of each row: names of columns of the user's file (an id, say), ``label``, ``text``,
+            ``file``, ``split``; of other data modules, keys of the batch (``label`` is ``y``).
+        dropped: Add the rows that the data module left out, with the reason in a column ``left_out`` and no prototypes.
 
     Raises:
         ValueError: If an argument is out of its range. Path and format are checked before prediction starts.
         TypeError: During prediction, if ``predict_step`` returns something else.
     """
 
-    def __init__(self, path: str | None = "assignments.csv", top: int = 3) -> None:
+    def __init__(
+        self,
+        path: str | None = "assignments.csv",
+        top: int = 3,
+        columns: list[str] | None = None,
+        dropped: bool = False,
+    ) -> None:
         super().__init__("batch")
         if top < 1:
             raise ValueError(f"top must be at least 1 prototype per row; got {top}.")
         if path is not None and Path(path).suffix not in (".csv", ".parquet"):
             raise ValueError(f"path must end in .csv or .parquet; got {path!r}.")
-        self.path, self.top = path, top
+        self.path, self.top, self.columns, self.dropped = path, top, columns, dropped
         self._tables: list[pd.DataFrame] = []
         self._counted: dict[int, int] = {}  # samples so far, by loader
 
@@ -59,6 +73,9 @@ class AssignmentWriter(BasePredictionWriter):
         folder = Path(self.path).parent
         if not folder.is_dir():
             raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
+        known = getattr(trainer.datamodule, "row_names", None)
+        if known is not None:
+            check_names(self.columns or (), known)
 
     def write_on_batch_end(
         self,
@@ -83,28 +100,51 @@ class AssignmentWriter(BasePredictionWriter):
         self._counted[dataloader_idx] = done + size
         places = torch.tensor(batch_indices) if batch_indices else torch.arange(done, done + size)
         table = assignment_table({"index": places, **prediction}, self.top)
+        for name, cells in self._asked(trainer, batch, table["index"].tolist(), size).items():
+            table[name] = cells
         table.insert(0, "dataloader", dataloader_idx)
         self._tables.append(table)
+
+    def _asked(self, trainer: pl.Trainer, batch: Any, numbers: list[int], size: int) -> dict[str, list[Any]]:
+        """Cells of the columns asked for, one for each of the numbers: those of B samples, each as often as heads."""
+        data = trainer.datamodule
+        if hasattr(data, "describe_rows"):
+            cells: dict[str, list[Any]] = data.describe_rows(numbers, [*data.row_columns, *(self.columns or ())])
+            return cells
+        return {
+            name: [cell for cell in batch_column(batch, name, size) for _ in range(len(numbers) // size)]
+            for name in self.columns or ()
+        }
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the rows of all processes, in the order of the data set."""
         if self.path is None:
             return
-        tables = [table for part in gather_objects(self._tables) for table in part]
+        gathered = gather_objects(self._tables)
+        tables = [table for part in gathered for table in part]
         self._tables = []
         if not is_first_process() or not tables:
             return
         table = pd.concat(tables)
         keys = ["dataloader", "index"] + ["head"] * ("head" in table)
-        # A sampler that pads the last batch of a process repeats samples.
-        table = table.drop_duplicates(keys).sort_values(keys)
+        if len(gathered) > 1:  # a sampler that pads the last batches of processes repeats samples
+            table = table.drop_duplicates(keys)
+        table = table.sort_values(keys, kind="stable")
+        left_out: dict[str, list[int]] = (
+            trainer.datamodule.left_out() if hasattr(trainer.datamodule, "left_out") else {}
+        )
+        if self.dropped:
+            table = with_left_out(table, left_out)
         if table["dataloader"].nunique() == 1:
             table = table.drop(columns="dataloader")
         if self.path.endswith(".parquet"):
             table.to_parquet(self.path, index=False)
         else:
             table.to_csv(self.path, index=False, float_format="%.6g")
-        rank_zero_info(f"Wrote {len(table)} rows to {self.path}.")
+        missing = [f"{len(numbers):,} by {reason} ({listing(numbers)})" for reason, numbers in left_out.items()]
+        rank_zero_info(
+            f"Wrote {len(table)} rows to {self.path}." + f" Not predicted: {'; '.join(missing)}." * bool(missing)
+        )
 
 
 def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:
@@ -131,6 +171,36 @@ def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:
         parts = {name: value} if value.ndim == 1 else {f"{name}_{i}": part for i, part in enumerate(value.T)}
         columns |= {part_name: part.repeat(heads) for part_name, part in parts.items()}
     return pd.DataFrame(columns)
+
+
+def with_left_out(table: pd.DataFrame, left_out: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    """The table with a row for each number of a row that was left out, in their order, and a column that says why."""
+    reasons = [reason for reason, numbers in left_out.items() for _ in numbers]
+    numbers = [number for numbers in left_out.values() for number in numbers]
+    # An integer beside a gap stays an integer.
+    table = table.astype({name: "Int64" for name in table if pd.api.types.is_integer_dtype(table[name])})
+    more = pd.DataFrame({"dataloader": 0, "index": numbers, "left_out": reasons})
+    return pd.concat([table, more.astype({"dataloader": "Int64", "index": "Int64"})]).sort_values(
+        ["dataloader", "index"], kind="stable"
+    )
+
+
+def batch_column(batch: Any, name: str, size: int) -> list[Any]:
+    """One cell per sample of what a batch holds under a name; ``label`` is what the batch convention calls so.
+
+    Raises:
+        ValueError: If it holds nothing of the kind.
+    """
+    value = labels(batch) if name == "label" else None
+    if value is None and isinstance(batch, dict):
+        value = batch.get(name)
+    if not isinstance(value, (Tensor, list, tuple)) or len(value) != size:
+        keys = sorted(map(str, batch)) if isinstance(batch, dict) else [type(batch).__name__]
+        raise ValueError(
+            f"columns must be of the batch where the data module describes no rows; it has {', '.join(keys)}, and no "
+            f"{name!r} of one cell for each of its {size} samples. Leave it out, or add it to the batch."
+        )
+    return [writable(cell) for cell in (value.tolist() if isinstance(value, Tensor) else value)]
 
 
 def _to_numpy(value: Tensor) -> "npt.NDArray[Any]":

@@ -30,13 +30,17 @@ class Rows(Dataset[Batch]):
         y: Labels of the whole data set, ``(N,)`` int64.
         rows: The rows that belong to this part, ``(M,)`` int64.
         augment: Changes a batch at random; None leaves it.
+        numbers: What to call each row of the whole data set, ``(N,)`` int64; by default its place.
     """
 
-    def __init__(self, fetch: Fetch, y: Tensor, rows: Tensor, augment: Augment | None = None) -> None:
+    def __init__(
+        self, fetch: Fetch, y: Tensor, rows: Tensor, augment: Augment | None = None, numbers: Tensor | None = None
+    ) -> None:
         self.fetch = fetch
         self.y = y
         self.rows = rows
         self.augment = augment
+        self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,7 +51,8 @@ class Rows(Dataset[Batch]):
     def __getitems__(self, numbers: list[int]) -> Batch:
         counted = torch.tensor(numbers)
         index = self.rows[counted % len(self)]
-        batch = {**self.fetch(index), "y": self.y[index], "index": index}
+        number = index if self.numbers is None else self.numbers[index]
+        batch = {**self.fetch(index), "y": self.y[index], "index": number}
         return batch if self.augment is None else self.augment(batch, counted // len(self))
 
 

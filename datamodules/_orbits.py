@@ -148,11 +148,15 @@ class Catalogue(NamedTuple):
         features: ``(N, 6)`` in the order and units of :data:`FEATURE_NAMES`; RCS is NaN or above 0.
         labels: Indices into :data:`REGIMES`, or :data:`OTHER`, ``(N,)``.
         num_invalid: Rows left out because an orbital element is missing or impossible.
+        table: The file, all of its rows and columns.
+        rows: Number of each object in it, ``(N,)``.
     """
 
     features: Array
     labels: Labels
     num_invalid: int
+    table: pd.DataFrame
+    rows: npt.NDArray[np.int64]
 
 
 def read_catalogue(path: str | Path) -> Catalogue:
@@ -194,4 +198,5 @@ def read_catalogue(path: str | Path) -> Catalogue:
     kept = numbers[valid]
     orbit = ("perigee_km", "apogee_km", "eccentricity", "inclination_deg")
     labels = label_regimes(*(kept[column].to_numpy() for column in orbit))
-    return Catalogue(kept[list(FEATURE_NAMES)].to_numpy(), labels, int((~valid).sum()))
+    rows = np.flatnonzero(valid.to_numpy())
+    return Catalogue(kept[list(FEATURE_NAMES)].to_numpy(), labels, int((~valid).sum()), table, rows)

@@ -1,7 +1,8 @@
 """The base of all data modules: one data set in memory, its splits, and the loaders over them."""
 
 from abc import abstractmethod
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +21,7 @@ from ddcl_lightning.datamodules._loading import (
     Rows,
     as_is,
 )
+from ddcl_lightning.datamodules._origin import Origin, check_names, writable
 from ddcl_lightning.seeding import resolve_seed
 
 EvaluateOn = Literal["auto", "held_out", "train", "all"]
@@ -40,12 +42,19 @@ class Loaded(NamedTuple):
         y: Labels, ``(N,)`` int64, -1 where unknown.
         num_val: Rows of the official validation split.
         num_test: Rows of the official test split.
+        origin: The file that they come from; None where row and place are the same.
     """
 
     fetch: Fetch
     y: Tensor
     num_val: int = 0
     num_test: int = 0
+    origin: Origin | None = None
+
+    @property
+    def numbers(self) -> Tensor:
+        """What each row is called, ``(N,)`` int64."""
+        return torch.arange(len(self.y)) if self.origin is None else self.origin.numbers
 
 
 class Splits(NamedTuple):
@@ -61,8 +70,9 @@ class SplitDataModule(pl.LightningDataModule):
     """Data module of a data set with splits: variants load it, this class does the rest.
 
     Batches are dicts of the inputs (``x`` or ``text``), ``y`` ``(B,)`` int64, -1 where unlabelled, and ``index``
-    ``(B,)`` int64: the place of the row in the whole data set, training rows first, then validation, then test rows,
-    whatever the arguments below leave out.
+    ``(B,)`` int64: the number that the row has in the user's file, from 0, without header and blank lines, whatever is
+    left out or shuffled. Where there are several files (or splits of a well-known data set) it counts on from one to
+    the next: training, then validation, then test.
 
     Which rows the loaders run over:
 
@@ -72,7 +82,8 @@ class SplitDataModule(pl.LightningDataModule):
       training split; with ``val_fraction=0`` the test split; where there is none, the training rows themselves,
       the protocol of deep clustering, in which labels take no part in training.
     - **test**: the official test split where there is one, otherwise the rows of validation.
-    - **prediction**: all rows of all splits in order of ``index``, except those that ``limit`` leaves out.
+    - **prediction**: all rows of all splits in order of ``index``, except those that ``limit`` leaves out;
+      :meth:`left_out` lists them.
 
     ``evaluate_on="held_out"`` validates on the ``val_fraction`` held out of the training split even where there is a
     validation split, so that settings are chosen on rows which take no part in the final figures. ``"train"`` makes
@@ -166,6 +177,54 @@ class SplitDataModule(pl.LightningDataModule):
 
     # What they get ------------------------------------------------------------------------------
 
+    row_columns: tuple[str, ...] = ()  # what predictions say of a row unasked, besides its number
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """Names that :meth:`describe_rows` takes; after setup."""
+        origin = self._require_setup()[0].origin
+        return tuple(dict.fromkeys([*(origin.columns if origin else ()), "label", "split"]))
+
+    def describe_rows(self, index: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
+        """What is known of rows by number: columns of the user's file, ``label`` (name of the class) and ``split``.
+
+        Args:
+            index: Numbers of rows, M of them.
+            names: Of :attr:`row_names`.
+
+        Returns:
+            M cells by name.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+        loaded, _ = self._require_setup()
+        check_names(names, self.row_names)
+        places = [self._check_index(int(number)) for number in index]
+        columns = loaded.origin.columns if loaded.origin else {}
+        return {
+            name: [writable(columns[name][place] if name in columns else self._told(name, place)) for place in places]
+            for name in names
+        }
+
+    def _told(self, name: str, place: int) -> str | None:
+        loaded, _ = self._require_setup()
+        if name == "label":
+            label = int(loaded.y[place])
+            return str(self.class_names[label]) if label >= 0 else None
+        first_test = len(loaded.y) - loaded.num_test
+        return SPLITS[(place >= first_test - loaded.num_val) + (place >= first_test)]
+
+    def left_out(self) -> dict[str, list[int]]:
+        """Numbers of the rows of the user's file that prediction leaves out, by reason; after setup."""
+        loaded, splits = self._require_setup()
+        dropped: Mapping[str, Sequence[int]] = loaded.origin.dropped if loaded.origin else {}
+        kept = torch.zeros(len(loaded.y), dtype=torch.bool)
+        kept[splits.predict] = True
+        limited = loaded.numbers[~kept].tolist()
+        found = {**dropped, f"limit={self.limit}": limited}
+        return {reason: sorted(numbers) for reason, numbers in found.items() if len(numbers)}
+
     @property
     def num_classes(self) -> int:
         """Number of classes."""
@@ -176,12 +235,13 @@ class SplitDataModule(pl.LightningDataModule):
         if self._ready is None:
             loaded = self.load()
             splits = self._split(loaded)
+            self._places = {number: place for place, number in enumerate(loaded.numbers.tolist())}
             self._ready = self.transform(loaded, splits.train), splits
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Shuffled training rows; resumes in the middle of an epoch."""
         loaded, splits = self._require_setup()
-        dataset = Rows(loaded.fetch, loaded.y, splits.train, self.augmentation())
+        dataset = Rows(loaded.fetch, loaded.y, splits.train, self.augmentation(), loaded.numbers)
         lengths = self.lengths(loaded)
         processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return ResumableDataLoader(
@@ -214,7 +274,7 @@ class SplitDataModule(pl.LightningDataModule):
 
     def _in_order(self, rows: Tensor) -> DataLoader[Batch]:
         loaded, _ = self._require_setup()
-        dataset = Rows(loaded.fetch, loaded.y, rows)
+        dataset = Rows(loaded.fetch, loaded.y, rows, numbers=loaded.numbers)
         return DataLoader(dataset, batch_size=self.eval_batch_size, collate_fn=as_is, num_workers=self.num_workers)
 
     def _split(self, loaded: Loaded) -> Splits:
@@ -240,6 +300,7 @@ class SplitDataModule(pl.LightningDataModule):
         if self.limit is not None:
             train = train[stratified_subset(loaded.y[train], self.limit, self.seed)]
         everything = torch.unique(torch.cat([train, val, official, test]))
+        everything = everything[loaded.numbers[everything].argsort()]
         if self.evaluate_on == "train":
             return Splits(train, train, train, everything)
         if self.evaluate_on == "all":
@@ -254,11 +315,16 @@ class SplitDataModule(pl.LightningDataModule):
         return self._ready
 
     def _check_index(self, index: int) -> int:
-        """``index`` itself, if the data set has such a row."""
-        size = len(self._require_setup()[0].y)
-        if not 0 <= index < size:
-            raise IndexError(f"index must be in [0, {size}); got {index}. Take it from a batch's 'index'.")
-        return index
+        """Place of the row that has the number ``index``, if the data set has such a row."""
+        self._require_setup()
+        if index not in self._places:
+            dropped = next((why for why, numbers in self.left_out().items() if index in numbers), None)
+            why = f"row {index} was left out ({dropped})" if dropped else f"got {index}"
+            raise IndexError(
+                f"index must be the number of a row, in [0, {max(self._places) + 1}); {why}. Take it from a batch's "
+                "'index'."
+            )
+        return self._places[index]
 
 
 def stratified_mask(y: Tensor, fraction: float, seed: int) -> Tensor:

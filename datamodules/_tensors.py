@@ -7,6 +7,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ddcl_lightning.datamodules._loading import Batch
+from ddcl_lightning.datamodules._origin import Origin
 from ddcl_lightning.datamodules._splits import Loaded, SplitDataModule
 
 
@@ -47,6 +48,10 @@ class TensorDataModule(SplitDataModule):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Features ``(N, F)`` and labels ``(N,)`` int64 of the whole data set."""
 
+    def origin(self) -> Origin | None:
+        """The file behind the tensors, asked for after them; none unless overridden."""
+        return None
+
     def scale(self, x: Tensor, train_rows: Tensor) -> Tensor:
         """Scale features ``(N, F)`` by statistics of the training rows; the identity unless overridden."""
         return x
@@ -54,7 +59,7 @@ class TensorDataModule(SplitDataModule):
     def load(self) -> Loaded:
         """The features as they are."""
         self._raw, y = self.tensors()
-        return Loaded(Features(self._raw), y)
+        return Loaded(Features(self._raw), y, origin=self.origin())
 
     def transform(self, loaded: Loaded, train_rows: Tensor) -> Loaded:
         """The features as the training rows scale them."""

@@ -8,15 +8,31 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ddcl_lightning.datamodules._loading import Batch
+from ddcl_lightning.datamodules._origin import Origin, listing
 from ddcl_lightning.datamodules._splits import SPLITS, EvaluateOn, Loaded, Split, SplitDataModule
 from ddcl_lightning.datamodules._tables import class_numbers
 
 
 class TextRows(NamedTuple):
-    """Texts of a split with their labels as they were found."""
+    """Texts of a split with their labels as they were found.
+
+    Attributes:
+        texts: M texts.
+        labels: M labels.
+        numbers: Number of each in the user's file; None counts on from the split before.
+        columns: M cells of each column of the file.
+    """
 
     texts: list[str]
     labels: list[Any]
+    numbers: list[int] | None = None
+    columns: dict[str, list[Any]] = {}  # noqa: RUF012 - never changed
+
+    def take(self, rows: list[int]) -> "TextRows":
+        """Some of the rows."""
+        cells = {name: [column[row] for row in rows] for name, column in self.columns.items()}
+        numbers = rows if self.numbers is None else [self.numbers[row] for row in rows]
+        return TextRows([self.texts[row] for row in rows], [self.labels[row] for row in rows], numbers, cells)
 
 
 class Texts:
@@ -41,7 +57,7 @@ class TextSplitDataModule(SplitDataModule):
     similar length, which need little padding: every 50 shuffled batches are sorted, and the batches shuffled again.
 
     Args:
-        drop_empty: Leave out texts of white space, which have no tokens of meaning, with a warning that counts them.
+        drop_empty: Leave out texts of white space, which have no tokens of meaning, with a warning that lists them.
         batch_size: This and the following as in :class:`~ddcl_lightning.datamodules.SplitDataModule`.
         eval_batch_size: See there.
         val_fraction: See there.
@@ -90,14 +106,22 @@ class TextSplitDataModule(SplitDataModule):
 
     def load(self) -> Loaded:
         """The texts of all splits."""
-        found = self.read()
+        found = _numbered(self.read())
+        dropped: dict[str, list[int]] = {}
         if self.drop_empty:
-            found = self._without_empty(found)
-        train, val, test = (found.get(name, TextRows([], [])) for name in SPLITS)
+            found, dropped = self._without_empty(found)
+        train, val, test = (found.get(name, TextRows([], [], [])) for name in SPLITS)
         labels = [*train.labels, *val.labels, *test.labels]
         self._class_names, y = class_numbers(labels, len(train.labels), self.known_classes)
         fetch = Texts([*train.texts, *val.texts, *test.texts])
-        return Loaded(fetch, torch.tensor(y, dtype=torch.int64), len(val.texts), len(test.texts))
+        numbers = torch.tensor([*(train.numbers or ()), *(val.numbers or ()), *(test.numbers or ())], dtype=torch.int64)
+        names = dict.fromkeys(name for rows in (train, val, test) for name in rows.columns)
+        columns = {
+            name: [cell for rows in (train, val, test) for cell in rows.columns.get(name, [None] * len(rows.texts))]
+            for name in names
+        }
+        origin = Origin(numbers, {**columns, "text": columns.get("text", fetch.texts)}, dropped)
+        return Loaded(fetch, torch.tensor(y, dtype=torch.int64), len(val.texts), len(test.texts), origin)
 
     def lengths(self, loaded: Loaded) -> Tensor:
         """Characters of each text."""
@@ -110,17 +134,29 @@ class TextSplitDataModule(SplitDataModule):
         assert isinstance(fetch, Texts)
         return fetch.texts[self._check_index(index)]
 
-    def _without_empty(self, found: dict[Split, TextRows]) -> dict[Split, TextRows]:
-        kept = {name: _filled(rows) for name, rows in found.items()}
-        before, after = (sum(len(rows.texts) for rows in splits.values()) for splits in (found, kept))
-        if after < before:
+    def _without_empty(self, found: dict[Split, TextRows]) -> tuple[dict[Split, TextRows], dict[str, list[int]]]:
+        kept = {
+            name: rows.take([row for row, text in enumerate(rows.texts) if text.strip()])
+            for name, rows in found.items()
+        }
+        before, after = (
+            {number for rows in splits.values() for number in rows.numbers or ()} for splits in (found, kept)
+        )
+        empty = sorted(before - after)
+        if empty:
             rank_zero_warn(
-                f"{type(self).__name__} left out {before - after} of {before} texts, which hold nothing but white "
-                "space; drop_empty=False keeps them."
+                f"{type(self).__name__} left out {len(empty)} of {len(before)} texts, which hold nothing but white "
+                f"space ({listing(empty)}, from 0); drop_empty=False keeps them."
             )
-        return kept
+        return kept, {"white space": empty}
 
 
-def _filled(rows: TextRows) -> TextRows:
-    kept = [pair for pair in zip(*rows, strict=True) if pair[0].strip()]
-    return TextRows([text for text, _ in kept], [label for _, label in kept])
+def _numbered(found: dict[Split, TextRows]) -> dict[Split, TextRows]:
+    """Splits whose rows all have a number: that of their file, or else counted on from split to split."""
+    numbered, counted = {}, 0
+    for name in (name for name in SPLITS if name in found):
+        rows = found[name]
+        numbers = list(range(counted, counted + len(rows.texts))) if rows.numbers is None else rows.numbers
+        counted += len(rows.texts)
+        numbered[name] = rows._replace(numbers=numbers)
+    return numbered

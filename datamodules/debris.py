@@ -17,6 +17,7 @@ from ddcl_lightning.datamodules._orbits import (
     generate_objects,
     read_catalogue,
 )
+from ddcl_lightning.datamodules._origin import Origin
 from ddcl_lightning.datamodules._splits import EvaluateOn, check_at_least, check_choice
 from ddcl_lightning.datamodules._tensors import TensorDataModule
 
@@ -46,7 +47,8 @@ class DebrisDataModule(TensorDataModule):
             for the RCS. Unused with ``catalogue``.
         catalogue: A .csv or .csv.gz file of real objects with the columns ``semi_major_axis_km``,
             ``eccentricity``, ``inclination_deg``, ``raan_deg``, ``rcs_m2``, ``period_min``, ``perigee_km``
-            and ``apogee_km``. Rows with a missing or impossible orbital element are left out.
+            and ``apogee_km``. Rows with a missing or impossible orbital element are left out; the others keep their
+            number (``index``).
         other: What to do with objects of a catalogue that are in none of the four regimes: "drop" them, or
             "keep" them as a fifth class.
         missing_rcs: What to do with objects of a catalogue without an RCS: "impute" the median RCS of the
@@ -108,6 +110,7 @@ class DebrisDataModule(TensorDataModule):
         self.other = other
         self.missing_rcs = missing_rcs
         self.num_invalid = self.num_missing_rcs = 0
+        self._origin: Origin | None = None
         self.feature_mean = torch.zeros(self.num_features, dtype=torch.float64)
         self.feature_std = torch.ones(self.num_features, dtype=torch.float64)
 
@@ -125,6 +128,10 @@ class DebrisDataModule(TensorDataModule):
             features, labels = self._load_catalogue(self.catalogue)
         return torch.from_numpy(features), torch.from_numpy(labels)
 
+    def origin(self) -> Origin | None:
+        """The catalogue; generated objects have none."""
+        return self._origin
+
     def scale(self, x: Tensor, train_rows: Tensor) -> Tensor:
         """Fill in a missing RCS and standardise, both with statistics of the training rows."""
         x = x.clone()
@@ -136,15 +143,26 @@ class DebrisDataModule(TensorDataModule):
         return (x - self.feature_mean) / self.feature_std
 
     def _load_catalogue(self, path: str | Path) -> tuple[Array, Labels]:
-        features, labels, self.num_invalid = read_catalogue(path)
-        kept = labels != OTHER if self.other == "drop" else np.ones(len(labels), dtype=bool)
+        features, labels, self.num_invalid, table, rows = read_catalogue(path)
+        other = (labels == OTHER) & (self.other == "drop")
+        kept = ~other
         without_rcs = np.isnan(features[:, RCS_COLUMN])
         self.num_missing_rcs = int((kept & without_rcs).sum())
         if self.missing_rcs == "drop":
-            kept &= ~without_rcs
+            kept = kept & ~without_rcs
         if not (kept & ~without_rcs).any():
             raise ValueError(
                 f"catalogue must hold at least one object with an RCS in one of {', '.join(REGIMES)}; {path} "
                 "holds none. Check the units of its columns, or keep the rest with other='keep'."
             )
+        dropped = {
+            "invalid elements": np.setdiff1d(np.arange(len(table)), rows),
+            "in no regime": rows[other],
+            "no radar cross-section": rows[~other & ~kept],
+        }
+        self._origin = Origin(
+            torch.from_numpy(rows[kept]),
+            {str(name): table[name].to_numpy()[rows[kept]].tolist() for name in table},
+            {reason: numbers.tolist() for reason, numbers in dropped.items()},
+        )
         return features[kept], labels[kept]

@@ -7,6 +7,7 @@ import torch
 from ddcl_lightning.datamodules._augment import Augmentation
 from ddcl_lightning.datamodules._downloads import require
 from ddcl_lightning.datamodules._images import FileStore, ImageDataModule, ImageFetch
+from ddcl_lightning.datamodules._origin import Origin
 from ddcl_lightning.datamodules._splits import SPLIT_NAMES, SPLITS, EvaluateOn, Loaded, Split, check_at_least
 
 
@@ -16,7 +17,8 @@ class ImageFolderDataModule(ImageDataModule):
     ``path/cat/1.png, path/dog/2.jpg, ...``, or the same below ``path/train`` (``training``), ``path/val``
     (``validation``, ``valid``, ``dev``) and ``path/test``, of which the first must be there. Classes are the
     folders of the training split in alphabetical order. Files are decoded whenever a batch needs them, in colour; what
-    has a name that begins with a dot (``._1.png``, ``.ipynb_checkpoints``) is left out.
+    has a name that begins with a dot (``._1.png``, ``.ipynb_checkpoints``) is left out. ``index`` counts the files in
+    this order, training first; predictions say ``file`` (below ``path``) besides.
 
     Args:
         path: The folder.
@@ -36,6 +38,8 @@ class ImageFolderDataModule(ImageDataModule):
         FileNotFoundError: At set-up, if there is no such folder.
         ImportError: If torchvision is missing.
     """
+
+    row_columns = ("file",)
 
     def __init__(
         self,
@@ -83,8 +87,10 @@ class ImageFolderDataModule(ImageDataModule):
         samples = [sample for split in SPLITS for sample in found.get(split, [])]
         store = FileStore([Path(path) for path, _ in samples], self.size)
         y = torch.tensor([label for _, label in samples])
+        names = [Path(path).relative_to(self.path).as_posix() for path, _ in samples]
+        origin = Origin(torch.arange(len(samples)), {"file": names})
         num_val, num_test = (len(found.get(split, [])) for split in SPLITS[1:])
-        return Loaded(ImageFetch(store, self.image_size), y, num_val, num_test)
+        return Loaded(ImageFetch(store, self.image_size), y, num_val, num_test, origin)
 
     def _split_folders(self) -> dict[Split, Path]:
         if not self.path.is_dir():

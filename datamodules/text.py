@@ -1,7 +1,6 @@
 """Texts of a user's own files."""
 
 from pathlib import Path
-from typing import Any
 
 from ddcl_lightning.datamodules._splits import SPLIT_NAMES, SPLITS, EvaluateOn, Split
 from ddcl_lightning.datamodules._tables import read_columns, require_column
@@ -18,6 +17,9 @@ class TextDataModule(TextSplitDataModule):
     Labels are integers or names; the classes are the different ones, integers in their order and names alphabetically,
     the same in all splits. A row whose label is empty, null or -1 has ``y`` -1.
 
+    ``index`` is the row's number in its file, from 0, blank lines not counted. With ``val_path`` or ``test_path``
+    it counts on from file to file, and predictions say ``file`` and ``row`` (its number in that file) besides.
+
     Args:
         path: File that ends in .csv, .tsv, .jsonl, .csv.gz, .tsv.gz, .jsonl.gz or .parquet, in UTF-8, with a header
             where the format has one.
@@ -26,8 +28,8 @@ class TextDataModule(TextSplitDataModule):
         split: Column of the splits, which need not be there; None ignores it.
         val_path: File of the validation split, with the same columns; then no column ``split`` is read.
         test_path: File of the test split, likewise.
-        drop_empty: Leave out texts of white space, which have no tokens of meaning, with a warning that counts them;
-            they do not count in ``index`` either.
+        drop_empty: Leave out texts of white space, which have no tokens of meaning, with a warning that lists them;
+            the others keep their number (``index``).
         batch_size: Rows per training batch and process, at least 1.
         eval_batch_size: The same for all other loaders; by default ``batch_size``.
         val_fraction: Part of each class that is held out of the training split for validation, in [0, 1).
@@ -71,6 +73,8 @@ class TextDataModule(TextSplitDataModule):
         )
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.text, self.label, self.split = text, label, split
+        if val_path is not None or test_path is not None:
+            self.row_columns = ("file", "row")
 
     def read(self) -> dict[Split, TextRows]:
         """Texts and labels of each split, from the files."""
@@ -78,7 +82,7 @@ class TextDataModule(TextSplitDataModule):
             return read_one_file(self.path, self.text, self.label, self.split)
         files = zip(SPLITS, ("path", "val_path", "test_path"), (self.path, self.val_path, self.test_path), strict=True)
         return {
-            split: _read_rows(argument, file, self.text, self.label)[0]
+            split: _with_file(_read_rows(argument, file, self.text, self.label), file)
             for split, argument, file in files
             if file is not None
         }
@@ -86,23 +90,29 @@ class TextDataModule(TextSplitDataModule):
 
 def read_one_file(path: str | Path, text: str, label: str | None, split: str | None) -> dict[Split, TextRows]:
     """Texts and labels of a file, by what its column ``split`` says; all are training rows where it has none."""
-    rows, columns = _read_rows("path", path, text, label)
-    if split is None or split not in columns:
+    rows = _read_rows("path", path, text, label)
+    if split is None or split not in rows.columns:
         return {"train": rows}
-    found = {name: TextRows([], []) for name in SPLITS}
-    for value, one_text, one_label in zip(columns[split], *rows, strict=True):
+    found: dict[Split, list[int]] = {name: [] for name in SPLITS}
+    for row, value in enumerate(rows.columns[split]):
         name = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
         if name is None:
             raise ValueError(
                 f"column {split!r} of {path} must hold train, validation (val, valid, dev) or test; got {value!r}. "
                 "Name another column as split, or pass split=None to ignore it."
             )
-        found[name].texts.append(one_text)
-        found[name].labels.append(one_label)
-    return found
+        found[name].append(row)
+    return {name: rows.take(members) for name, members in found.items()}
 
 
-def _read_rows(argument: str, path: str | Path, text: str, label: str | None) -> tuple[TextRows, dict[str, list[Any]]]:
+def _with_file(rows: TextRows, file: str | Path) -> TextRows:
+    """Rows that say, besides, which file and which row of it they are, unless it has such columns itself."""
+    return rows._replace(
+        columns={"file": [str(file)] * len(rows.texts), "row": list(range(len(rows.texts))), **rows.columns}
+    )
+
+
+def _read_rows(argument: str, path: str | Path, text: str, label: str | None) -> TextRows:
     """Texts and labels of a file, and all of its columns."""
     columns = read_columns(argument, path)
     texts = require_column(columns, "text", text, path)
@@ -112,6 +122,6 @@ def _read_rows(argument: str, path: str | Path, text: str, label: str | None) ->
                 f"texts must be strings; row {row} of {path} has {value!r} as {text!r}. Correct or remove that row."
             )
     if label is None:
-        return TextRows(texts, [None] * len(texts)), columns
+        return TextRows(texts, [None] * len(texts), columns=columns)
     remedy = " Pass label=None for unlabelled texts."
-    return TextRows(texts, require_column(columns, "label", label, path, remedy)), columns
+    return TextRows(texts, require_column(columns, "label", label, path, remedy), columns=columns)

@@ -58,7 +58,11 @@ def mask(batch: Batch) -> Tensor | None:
 
 
 def index(batch: Batch) -> Tensor | None:
-    """Positions ``(B,)`` of the samples in their data set: ``batch["index"]``, else None."""
+    """Numbers ``(B,)`` of the samples in the user's data: ``batch["index"]``, else None.
+
+    A sample keeps its number whatever is dropped, split off, limited or shuffled, so that predictions can be joined
+    with the data. It is unique within a data loader.
+    """
     return batch.get("index") if isinstance(batch, dict) else None
 
 

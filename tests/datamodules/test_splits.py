@@ -131,7 +131,7 @@ def test_examples_need_setup_and_an_index_of_the_data_set() -> None:
     data.setup()
     assert data.example(27) == "27"
     for index in (28, -1):
-        with pytest.raises(IndexError, match=rf"index must be in \[0, 28\); got {index}"):
+        with pytest.raises(IndexError, match=rf"number of a row, in \[0, 28\); got {index}"):
             data.example(index)
 
 

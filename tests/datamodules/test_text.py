@@ -54,10 +54,10 @@ def test_column_of_splits_orders_the_data_set(split_file: Path) -> None:
     data = ready(split_file)
     assert (data.class_names, data.num_classes) == (("ham", "spam"), 2)
     (batch,) = data.predict_dataloader()
-    assert batch["text"] == ["r1", "r2", "r3", "r4", "v1", "v2", "t1", "t2"]
-    assert batch["y"].tolist() == [1, 0, 1, 0, 0, -1, 0, 1]
-    assert indices(data.val_dataloader()) == [4, 5]
-    assert indices(data.test_dataloader()) == [6, 7]
+    assert batch["text"] == ["t1", "v1", "r1", "r2", "t2", "v2", "r3", "r4"]
+    assert batch["y"].tolist() == [0, 0, 1, 0, 1, -1, 1, 0]
+    assert indices(data.val_dataloader()) == [1, 5]
+    assert indices(data.test_dataloader()) == [0, 4]
 
 
 def test_splits_may_be_ignored_or_elsewhere(split_file: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_splits_may_be_ignored_or_elsewhere(split_file: Path, tmp_path: Path) ->
     renamed = tmp_path / "renamed.csv"
     pd.read_csv(split_file, keep_default_na=False).rename(columns={"split": "part"}).to_csv(renamed, index=False)
     assert len(indices(ready(renamed).val_dataloader())) == 8
-    assert indices(ready(renamed, split="part").val_dataloader()) == [4, 5]
+    assert indices(ready(renamed, split="part").val_dataloader()) == [1, 5]
     with pytest.raises(
         ValueError, match=r"column 'label' of .*all.csv must hold train, validation .* got 'ham'. Name another column"
     ):
@@ -106,7 +106,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"TextDataModule left out 2 of 4 texts, .* drop_empty=False keeps them"):
         data = ready(path)
     (batch,) = data.predict_dataloader()
-    assert (batch["text"], batch["y"].tolist(), batch["index"].tolist()) == (["a", "b"], [0, 1], [0, 1])
+    assert (batch["text"], batch["y"].tolist(), batch["index"].tolist()) == (["a", "b"], [0, 1], [0, 3])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(indices(ready(path, drop_empty=False).predict_dataloader())) == 4
