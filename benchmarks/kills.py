@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +153,18 @@ def trial(name: str, folder: Path, whole: Any, seconds: float, draw: random.Rand
     for _ in range(draw.choice([1, 1, 2])):
         process = start(name, folder, checkpoint)
         number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-        code = wait_for(process, draw.uniform(0.1, 0.95) * seconds)
+        if draw.random() < 0.25:  # anywhere, the start included
+            code = watch(process, draw.uniform(0.05, 1.0) * seconds)
+        else:  # while it trains
+            goal = count(folder) + draw.randint(0, max(1, whole["step"] // 2 - count(folder)))
+            code = watch(process, LIMIT, lambda goal=goal: count(folder) >= goal)  # type: ignore[misc]
+            code = watch(process, draw.uniform(0.0, 0.3)) if code is None else code
         if code is None:
             os.kill(process, number)
             code = wait(process, 30.0)
-        at, unreadable = newest(folder)
+        checkpoint, unreadable = newest(folder)
         torn += unreadable
-        checkpoint = at
-        kills.append(f"{number.name} -> {code} from {at.name if at else 'nothing'}")
+        kills.append(f"{number.name} -> {code} from {checkpoint.name if checkpoint else 'nothing'}")
     (folder / "end.pt").unlink(missing_ok=True)
     code = wait(start(name, folder, checkpoint))
     if code != 0:
@@ -169,14 +173,19 @@ def trial(name: str, folder: Path, whole: Any, seconds: float, draw: random.Rand
     return {"kills": kills, "torn": torn, "end": "equal" if not different else f"differs: {different[:5]}"}
 
 
-def wait_for(process: int, seconds: float) -> int | None:
-    """The exit code, or None if the process is still there after that time."""
+def count(folder: Path) -> int:
+    """Checkpoints so far."""
+    return sum(1 for _ in folder.glob("saved/*.ckpt"))
+
+
+def watch(process: int, seconds: float, reached: Callable[[], bool] = lambda: False) -> int | None:
+    """The exit code, or None if the process is still there after that time, or when ``reached`` says so."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and not reached():
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        time.sleep(0.005)
     return None
 
 

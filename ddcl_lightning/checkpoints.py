@@ -30,8 +30,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, draft)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint that ``fit`` wrote.
+def is_keyword(path: str | Path) -> bool:
+    """Whether a ``ckpt_path`` is not a file's: a word that Lightning resolves, or an address."""
+    return str(path) in _KEYWORDS or str(path).startswith("registry:") or "://" in str(path)
+
+
+def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
+    """Refuse a file that is no checkpoint of ``fit``.
+
+    Args:
+        path: The file.
+        to_resume: Whether training is to go on from it, which takes more than weights.
 
     Raises:
         ValueError: If there is none, or it cannot be read as one; with the way out.
@@ -40,17 +49,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} cannot be read as one (torn, or of another "
-            f"kind).{_others(file)}"
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} cannot be read as one: it is torn, or of "
+            f"another kind.{_others(file)}"
         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+    missing = [name for name in ("state_dict", "pytorch-lightning_version") if not _holds(state, name)]
+    if to_resume:
+        missing += [name for name in ("loops", "optimizer_states") if not _holds(state, name)]
+    if missing:
         raise ValueError(
-            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no 'state_dict'.{_others(file)}"
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no {missing[0]!r}.{_others(file)}"
         )
-    return state
+
+
+def _holds(state: Any, name: str) -> bool:
+    return isinstance(state, dict) and (isinstance(state.get(name), dict) or (name != "state_dict" and name in state))
 
 
 def _others(file: Path) -> str:
@@ -60,3 +75,16 @@ def _others(file: Path) -> str:
         return " Take one that `ddcl fit` wrote, below lightning_logs/ by default."
     newest = max(beside, key=lambda other: other.stat().st_mtime)
     return f" Beside it lies {str(newest)!r}."
+
+
+def other_model(complaint: str, path: Any = None) -> str | None:
+    """What to say where torch's complaint means that a checkpoint is of another model or optimizer; else None."""
+    if not complaint.startswith(("Error(s) in loading state_dict", "loaded state dict")):
+        return None
+    detail = complaint.partition("\n")[2].partition("\n")[0] or complaint
+    first = " ".join(detail.split()).rstrip(". ")
+    which = "it" if path is None else repr(str(path))
+    return (
+        f"ckpt_path must be a checkpoint of this model; {which} is of another one ({first}). Use the config that it "
+        "was trained with."
+    )

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
+from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
 from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.interruption import Interrupted, interruptible, signal_name
@@ -82,6 +83,11 @@ class DDCLCommandLine(LightningCLI):
         path = config.get("ckpt_path") if config else None
         if path is None:
             return
+        if not is_keyword(path):
+            try:
+                check_checkpoint(path, to_resume=self.config.get("subcommand") == "fit")
+            except ValueError as error:
+                raise SystemExit(_fail(str(error))) from None
         if config.get("weights_only") is None:
             config["weights_only"] = True  # Lightning's default is to run the pickles of a URL
         given = {value for value in vars(config.as_flat()).values() if isinstance(value, str)}

@@ -12,8 +12,10 @@ from types import TracebackType
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddcl_lightning.backbones import Backbone
+from ddcl_lightning.checkpoints import other_model
 from ddcl_lightning.heads import Head
 from ddcl_lightning.tasks import Task
 
@@ -23,9 +25,18 @@ _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: 
 # Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
 _REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
 # What argument and data checks raise.
-CHECKED = (ValueError, TypeError, OSError, ImportError)
+CHECKED = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 # ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite.
 _CHECKED_IN_RUN = (*CHECKED, RuntimeError, FloatingPointError)
+# Refusals of Lightning whose remedy is an argument of ours.
+_REMEDIES = {
+    r"gradient clipping is not supported": "gradient_clip_val belongs to the model here, which steps two optimizers: "
+    "use --model.gradient_clip_val.",
+    r"gradient accumulation is not supported": "accumulate_grad_batches belongs to the model here, which steps two "
+    "optimizers: use --model.accumulate_grad_batches.",
+    r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu": "the accelerator "
+    "asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
+}
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
@@ -69,13 +80,24 @@ def is_refusal(error: BaseException) -> bool:
     missing = isinstance(error, (OSError, ImportError))
     while missing and owners and owners[-1] in sys.stdlib_module_names:
         owners.pop()
-    return owners[-1:] == [_PACKAGE] and (missing or _raised_here(frames[-1]))
+    if other_model(str(error)) is not None:
+        return True
+    # Lightning's own argument checks say what is wrong as ours do.
+    refuses = owners[-1:] == ["lightning"] and isinstance(error, (ValueError, MisconfigurationException))
+    return (owners[-1:] == [_PACKAGE] or refuses) and (missing or _raised_here(frames[-1]))
 
 
 def sentence(error: BaseException) -> str:
     """What an error says, without an error number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
+    for pattern, remedy in _REMEDIES.items():
+        if isinstance(error, MisconfigurationException) and re.search(pattern, str(error)):
+            return remedy
+    if (other := other_model(str(error))) is not None:
+        return other
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
     return str(error) or type(error).__name__
 
 

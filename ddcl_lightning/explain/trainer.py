@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from ddcl_lightning import compat
+from ddcl_lightning.checkpoints import check_checkpoint, other_model
 from ddcl_lightning.explain.collect import check_arguments, collect
 from ddcl_lightning.explain.look import Observer
 from ddcl_lightning.explain.report import render
@@ -63,9 +63,9 @@ class ExplainingTrainer(pl.Trainer):
                 weights_only=weights_only,
             )
         except RuntimeError as error:
-            if not str(error).startswith("Error(s) in loading state_dict"):
+            if (sentence := other_model(str(error), ckpt_path)) is None:
                 raise
-            raise ValueError(_other_model(ckpt_path, str(error))) from error
+            raise ValueError(sentence) from error
         model.to(self.strategy.root_device)
         with self.precision_plugin.predict_step_context():
             found = collect(
@@ -88,14 +88,6 @@ class ExplainingTrainer(pl.Trainer):
         )
 
 
-def _other_model(ckpt_path: str | None, complaint: str) -> str:
-    first = " ".join(complaint.partition("\n")[2].partition("\n")[0].split()).rstrip(". ")
-    return (
-        f"ckpt_path must be a checkpoint of this model; {str(ckpt_path)!r} is of another one ({first}). Use the config "
-        "that it was trained with."
-    )
-
-
 def check_request(ckpt_path: str | None, output: str) -> None:
     """Refuse what cannot work before any model or data is built.
 
@@ -107,16 +99,7 @@ def check_request(ckpt_path: str | None, output: str) -> None:
             "ckpt_path is needed: without a checkpoint the prototypes are random. Pass --ckpt_path FILE.ckpt, which "
             "`ddcl fit` writes below lightning_logs/."
         )
-    if not Path(ckpt_path).is_file():
-        raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {ckpt_path!r}.")
-    try:
-        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"ckpt_path must be a checkpoint of `ddcl fit`; {ckpt_path!r} cannot be read as one."
-        ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
-        raise ValueError(f"ckpt_path must be a checkpoint of `ddcl fit`; {ckpt_path!r} holds no 'state_dict'.")
+    check_checkpoint(ckpt_path)
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"output must end in .html; got {output!r}.")
