@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning.batch import Batch, inputs, mask
 from ddcl_lightning.reservoir import Reservoir
 
 FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
@@ -51,7 +51,10 @@ class Backbone(nn.Module, ABC):
         return False
 
     def fit(self, x: Tensor) -> None:
-        """Learn from a sample of inputs ``(N, *)``; called once, never on a resumed run."""
+        """Learn from a sample of inputs ``(N, *)``, of masked ones from their valid tokens ``(N, F)``.
+
+        Called once, never on a resumed run.
+        """
 
     def needs_data(self) -> bool:
         """Whether ``prepare`` must be called before training: by default where ``fit`` must."""
@@ -68,7 +71,9 @@ class Backbone(nn.Module, ABC):
         """
         reservoir = Reservoir(FIT_SAMPLES)
         for batch in batches:
-            reservoir.add(inputs(batch))
+            x = inputs(batch)
+            valid = mask(batch, x) if x.dim() > 2 else None
+            reservoir.add(x if valid is None else x[valid])
             if math.isinf(total) and reservoir.seen >= reservoir.capacity:
                 break
         self.fit(reservoir.gather())

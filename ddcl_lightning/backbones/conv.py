@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.backbones.base import Backbone, Tokens
-from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning.batch import Batch, inputs, refuse_mask
 
 
 class ConvBackbone(Backbone):
@@ -49,6 +49,7 @@ class ConvBackbone(Backbone):
         return Tokens(features.flatten(2).transpose(1, 2))
 
     def _images(self, batch: Batch) -> Tensor:
+        refuse_mask(batch, type(self).__name__)
         x = inputs(batch)
         side = math.isqrt(x.shape[-1]) if x.dim() else 0
         if x.dim() == 2 and self.in_channels == 1 and side * side == x.shape[1]:

@@ -1,5 +1,6 @@
 """Precomputed features as they are."""
 
+import torch
 from torch import Tensor
 
 from ddcl_lightning.backbones.base import Backbone, Tokens
@@ -16,8 +17,19 @@ def as_tokens(x: Tensor, in_features: int) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x
 
 
+def masked_tokens(batch: Batch, in_features: int) -> Tokens:
+    """Features of a batch and their mask; padding is finite, for NaN times a gradient of zero is NaN."""
+    values = as_tokens(inputs(batch), in_features)
+    valid = mask(batch, values)
+    if valid is not None:
+        values = torch.where(valid.unsqueeze(-1), values, values.nan_to_num(0.0, 0.0, 0.0))
+    return Tokens(values, valid)
+
+
 class IdentityBackbone(Backbone):
     """Passes precomputed features through: ``x`` of shape ``(B, in_features)`` or ``(B, T, in_features)``.
+
+    Padding is told by a boolean ``mask`` ``(B, T)``, True for valid tokens, or a tokenizer's ``attention_mask``.
 
     Args:
         in_features: Dimension of the features, which is also ``embed_dim``.
@@ -34,4 +46,4 @@ class IdentityBackbone(Backbone):
 
     def forward(self, batch: Batch) -> Tokens:
         """The batch's own ``x`` as tokens ``(B, T, in_features)``, with its ``mask``."""
-        return Tokens(as_tokens(inputs(batch), self.in_features), mask(batch))
+        return masked_tokens(batch, self.in_features)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from ddcl_lightning.backbones.base import Backbone, Tokens
-from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning.batch import Batch, inputs, refuse_mask
 
 
 class PatchBackbone(Backbone):
@@ -35,6 +35,7 @@ class PatchBackbone(Backbone):
 
     def pieces(self, batch: Batch) -> Tensor:
         """The patches as images ``(B, T, C, patch_size, patch_size)``, in the order of the tokens."""
+        refuse_mask(batch, type(self).__name__)
         x = inputs(batch)
         if x.dim() != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.patch_size:
             raise ValueError(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ddcl_lightning.backbones.base import Backbone, Tokens
-from ddcl_lightning.backbones.identity import as_tokens
-from ddcl_lightning.batch import Batch, inputs, mask
+from ddcl_lightning.backbones.identity import as_tokens, masked_tokens
+from ddcl_lightning.batch import Batch
 from ddcl_lightning.guarded_state import FINITE, FLAG, SHARE, GuardedState, Rules, running_dtype
 
 
@@ -58,7 +58,7 @@ class PCABackbone(GuardedState, Backbone):
         """Set the components from a sample of inputs.
 
         Args:
-            x: ``(N, F)`` or ``(N, T, F)``. It comes without a mask: padded rows would count as data.
+            x: ``(N, F)`` or ``(N, T, F)``, all of it valid.
 
         Raises:
             ValueError: If there are fewer rows than components, a value is not finite or all rows are equal.
@@ -91,8 +91,8 @@ class PCABackbone(GuardedState, Backbone):
                 "PCABackbone is not fitted. Trainer.fit does it on the training data; outside of it call "
                 "backbone.fit(x) with a sample of inputs, or load a checkpoint."
             )
-        x = as_tokens(inputs(batch), self.in_features)
-        return Tokens(linear(x.to(self.weight.dtype), self.weight, self.bias), mask(batch))
+        x, valid = masked_tokens(batch, self.in_features)
+        return Tokens(linear(x.to(self.weight.dtype), self.weight, self.bias), valid)
 
     def extra_repr(self) -> str:
         """Sizes and what the map is by now, for ``print``."""

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from ddcl_lightning.backbones._hub import first_line, hub_unavailable, require, text_instead
 from ddcl_lightning.backbones.base import Tokens
 from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze
-from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning.batch import Batch, inputs, refuse_mask
 from ddcl_lightning.feature_cache import CacheDtype, content_key
 
 ImageTokens = Literal["all", "cls", "mean"]
@@ -99,6 +99,7 @@ class TimmBackbone(PretrainedBackbone):
 
     def samples(self, batch: Batch) -> Samples:
         """The images of a batch ``(B, C, H, W)``, checked."""
+        refuse_mask(batch, type(self).__name__)
         x = inputs(batch)
         if x.dim() != 4 or x.shape[1] not in (1, 3):
             raise ValueError(

@@ -118,7 +118,7 @@ class TransformersBackbone(PretrainedBackbone):
         """The texts of a batch, or the ids of each sample without padding."""
         if isinstance(batch, dict) and "text" in batch:
             return texts(batch)
-        ids, valid = inputs(batch), mask(batch)
+        ids = inputs(batch)
         if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"batch x must hold token ids (B, T) as integers; got {ids.dtype} of shape {tuple(ids.shape)}. Give "
@@ -126,13 +126,9 @@ class TransformersBackbone(PretrainedBackbone):
             )
         if ids.shape[1] > self.limit:
             raise ValueError(f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}.")
+        valid = mask(batch, ids)
         if valid is None:
             return list(ids)
-        if valid.shape != ids.shape or valid.dtype != torch.bool:
-            raise ValueError(
-                f"mask must be boolean of the shape of x, {tuple(ids.shape)}; got {valid.dtype} of shape "
-                f"{tuple(valid.shape)}."
-            )
         lengths = valid.sum(1)
         if bool((valid != (torch.arange(ids.shape[1], device=valid.device) < lengths[:, None])).any()):
             raise ValueError("mask must be True for the tokens of a text and False after them: pad x at the end.")
