@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.cluster import KMeans
-from sklearn.datasets import load_digits, load_iris, make_blobs
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_linnerud, load_wine, make_blobs
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
@@ -47,6 +47,70 @@ def test_anneals_to_a_lower_inertia_than_one_run_of_kmeans() -> None:
     assert ours.inertia_ <= best
     assert ours.inertia_ == pytest.approx(((x - ours.cluster_centers_[ours.labels_]) ** 2).sum())
     assert ours.score(x) == -ours.inertia_
+
+
+OUTLIER = np.vstack([blobs()[0][:300], np.full((1, 5), 1e6)])
+TWENTY = np.repeat(load_linnerud().data, 10, axis=0)  # 20 distinct rows
+
+
+@pytest.mark.parametrize(
+    ("x", "size"),
+    [
+        (load_wine().data, 8),
+        (load_wine().data, 20),
+        (load_breast_cancer().data, 20),
+        (1e-6 * load_wine().data, 8),
+        (IRIS, 5),
+        (load_linnerud().data, 8),
+        (load_linnerud().data[:12], 11),
+        (TWENTY, 12),
+        (OUTLIER, 7),
+        (OUTLIER.astype(np.float32), 7),
+        (np.random.default_rng(0).standard_t(1.2, size=(200, 4)), 12),
+    ],
+    ids=["wine8", "wine20", "cancer", "tiny_units", "iris", "few", "k_near_n", "duplicates", "far", "far32", "heavy"],
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_is_no_worse_than_ten_runs_of_kmeans_on_raw_data(x: Any, size: int) -> None:
+    model = DDCLClustering(size, n_init=1, random_state=0).fit(x)
+    labels = KMeans(size, n_init=10, random_state=0).fit(x).labels_
+    exact = x.astype(np.float64)  # k-means sums in the precision of the data
+    lowest = sum(((exact[labels == k] - exact[labels == k].mean(0)) ** 2).sum() for k in range(size))
+    assert model.inertia_ <= 1.02 * lowest
+    assert (model.predict(x) == model.labels_).all()
+    shares = model.transform(x)
+    assert shares.dtype == x.dtype
+    assert shares.sum(1) == pytest.approx(1.0, abs=1e-5)
+    assert (shares[np.arange(len(x)), model.labels_] >= shares.max(1) - 1e-5).all()
+    assert model.mass_ == pytest.approx(np.bincount(model.labels_, minlength=size))
+    for k in range(size):
+        assert model.cluster_centers_[k] == pytest.approx(exact[model.labels_ == k].mean(0), rel=1e-5)
+
+
+def test_as_many_clusters_as_distinct_samples_leave_no_error() -> None:
+    model = DDCLClustering(20, random_state=0).fit(TWENTY)
+    assert model.inertia_ == 0
+    assert model.temperature_ > 0
+    assert model.transform(TWENTY).max(1) == pytest.approx(1.0)
+
+
+def test_soft_assignments_are_those_of_spherical_clusters_where_the_spread_of_the_data_says_nothing() -> None:
+    model = DDCLClustering(7, random_state=0).fit(OUTLIER)
+    assert model.temperature_ == pytest.approx(2 * model.inertia_ / OUTLIER.size)
+    assert model.temperature_ < 1e-9 * model.critical_temperature_
+    assert model.transform(OUTLIER).max(1).mean() > 0.9
+    assert model.loss_.loss == pytest.approx(model.loss_.ols + model.loss_.variance)
+
+
+def test_hard_clusters_of_a_stream_are_means_of_all_samples_so_far() -> None:
+    x = np.vstack([blobs(4)[0], np.full((4, 5), 1e5)])[np.r_[600:604, :600]]
+    model = DDCLClustering(7, random_state=0)
+    for part in np.split(x, [304]):
+        model.partial_fit(part)
+    labels = model.predict(x)
+    assert model.mass_ == pytest.approx(np.bincount(labels, minlength=7))
+    for k in range(7):
+        assert model.cluster_centers_[k] == pytest.approx(x[labels == k].mean(0))
 
 
 def test_prototypes_are_the_fixed_point_of_the_loss_with_assignments_held_constant() -> None:
@@ -148,6 +212,7 @@ def test_float32_stays_float32() -> None:
         ({"n_clusters": 2.5}, IRIS, "n_clusters must be an integer of at least 1; got 2.5"),
         ({"n_clusters": True}, IRIS, "n_clusters must be an integer of at least 1; got True"),
         ({"start": "1"}, IRIS, "start must be a number; got '1'"),
+        ({"end": "0.1"}, IRIS, "end must be a number, or None; got '0.1'"),
         ({"tol": None}, IRIS, "tol must be a number; got None"),
         ({"n_init": 0}, IRIS, "n_init must be an integer of at least 1; got 0"),
         ({"init": "random"}, IRIS, "init must be 'kmeans' or 'mean'; got 'random'"),
