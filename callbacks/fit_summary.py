@@ -30,6 +30,7 @@ from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import Observation, find_banks
 from ddcl_lightning.reservoir import Reservoir
+from ddcl_lightning.several_loaders import flat_loaders
 from ddcl_lightning.signals import HeadSignals, read_signals
 
 MAX_TOKENS = 65_536  # for the signals of the bank
@@ -228,7 +229,6 @@ def _evaluation_batches(trainer: pl.Trainer) -> Iterator[Batch]:
     if loaders is None or not sum(trainer.num_val_batches):
         yield from train_batches(trainer)
         return
-    several = loaders if isinstance(loaders, (list, tuple)) else [loaders]
     # Trainer(limit_val_batches=...) counts here too: the table describes what validation saw.
-    for loader, batches in zip(several, trainer.num_val_batches, strict=True):
+    for loader, batches in zip(flat_loaders(loaders), trainer.num_val_batches, strict=True):
         yield from islice(loader, None if math.isinf(batches) else int(batches))

@@ -13,8 +13,9 @@ from torch import Tensor
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks._base import log_name, starts_anew
 from ddcl_lightning.collect import collect_tokens, execution_order
+from ddcl_lightning.compat import averaged_copies
 from ddcl_lightning.functional import critical_temperature
-from ddcl_lightning.probe import require_banks
+from ddcl_lightning.probe import find_banks, require_banks
 from ddcl_lightning.rates import run_length
 
 Schedule = Literal["exponential", "linear", "cosine"]
@@ -30,6 +31,8 @@ class TemperatureAnnealing(Callback):
     head on the tokens that reach the bank when training starts: above 1 the bank collapses towards the mean, whatever
     the learning rates; far below it assignments are hard. Data in other units change nothing. Banks that follow their
     critical temperature while the encoder changes (``temperature_unit="critical"``) get the fraction itself.
+
+    A copy of the module that ``WeightAveraging`` keeps gets the same temperature: its average would lag behind.
 
     Several callbacks, each for ``banks`` of its own, give several schedules; a list of ends gives every head its own.
 
@@ -222,6 +225,10 @@ class TemperatureAnnealing(Callback):
         self._last = values
         for name, bank in self._banks.items():
             self._set(name, bank, values)
+        for copy in averaged_copies(trainer):  # averaged over a schedule, the temperature would lag behind it
+            for name, bank in find_banks(copy).items():
+                if name in self._banks:
+                    self._set(name, bank, values)
 
     def _set(self, name: str, bank: PrototypeBank, values: list[float]) -> None:
         value = torch.tensor(values if len(values) == bank.num_heads else values * bank.num_heads)

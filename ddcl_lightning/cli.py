@@ -10,14 +10,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import SUPPRESS, ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.enums import StrEnum
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
 from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
+from ddcl_lightning.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.module import DDCLReadoutModule
@@ -25,6 +28,10 @@ from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_pa
 from ddcl_lightning.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
+
+
+# A default that is an enumeration (that of Lightning's Timer) has to be written into a config.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 
 class DDCLCommandLine(LightningCLI):
@@ -61,6 +68,7 @@ class DDCLCommandLine(LightningCLI):
             self.config[self.config["subcommand"]].pop(name, None)
         self._given = self._model_settings()
         self._check_checkpoint()
+        self._warn_of_dropped_callbacks()
         if self.config.get("subcommand") == "explain":
             asked = self.config["explain"]
             try:
@@ -95,6 +103,16 @@ class DDCLCommandLine(LightningCLI):
             check_hyper_parameters(DDCLReadoutModule, stored_hyper_parameters(path), str(path), trusted=given)
         except UntrustedName as error:
             raise SystemExit(_fail(str(error))) from None
+
+    def _warn_of_dropped_callbacks(self) -> None:
+        config = self.config.get(self.config.get("subcommand") or "")
+        files = [path.get_content() for path in (config or {}).get("config") or () if path is not None]
+        dropped = dropped_callbacks(files, config["trainer"]["callbacks"] or ()) if files else []
+        if dropped:
+            rank_zero_warn(
+                f"callbacks of an earlier config do not run, because a later list replaces them: {', '.join(dropped)}. "
+                "To add to them, write callbacks+: in the later config, or --trainer.callbacks+=NAME."
+            )
 
     def _model_settings(self) -> dict[str, Any]:
         """Settings of the model by their dotted names."""

@@ -14,12 +14,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning, SpikeDetection, WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning_utilities.core.apply_func import apply_to_collection
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -49,6 +51,43 @@ def align_logger_step(trainer: pl.Trainer) -> None:
     Call at the end of every training batch; Lightning adds one to the count right after.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = max(trainer.global_step - 1, 0)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """The trainer's callbacks."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def save_by_time(trainer: pl.Trainer, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    """Do what ``ModelCheckpoint(train_time_interval=...)`` leaves out, without a word, under manual optimization.
+
+    Call at the end of every training batch. The callback looks at one thing in the module, and saves by the clock
+    where that says automatic optimization.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            callback.on_train_batch_end(trainer, _Automatic, outputs, batch, batch_idx)  # type: ignore[arg-type]
+
+
+class _Automatic:
+    automatic_optimization = True
+
+
+def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
+    """Copies of the module that ``WeightAveraging`` callbacks keep, and put in its place for validation."""
+    averages = [callback._average_model for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    return [average.module for average in averages if average is not None]
+
+
+def let_spike_detection_resume(callback: SpikeDetection) -> None:
+    """Give the callback the field that its ``load_state_dict`` asks for, under a name that it has not."""
+    if not hasattr(callback, "running"):
+        callback.running = callback.running_mean  # type: ignore[attr-defined]
+
+
+def pruned_modules(callback: ModelPruning) -> list[nn.Module]:
+    """Modules of which a callback prunes parameters, once it is set up."""
+    return [module for module, _ in callback._parameters_to_prune]
 
 
 def accept_checkpoints_after_steps() -> None:

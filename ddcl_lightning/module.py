@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddcl_lightning import compat
+from ddcl_lightning.added_groups import adopt_groups, release_restored
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index
+from ddcl_lightning.foreign_callbacks import refuse_callbacks, refuse_idle_averages
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
 from ddcl_lightning.probe import find_banks
@@ -28,6 +30,7 @@ from ddcl_lightning.rates import (
     parameter_ids,
     run_length,
 )
+from ddcl_lightning.several_loaders import SeveralLoaders, suffix
 from ddcl_lightning.stage_metrics import StageMetrics, check_new
 from ddcl_lightning.tasks.base import Task
 from ddcl_lightning.trust import check_hyper_parameters, stored_hyper_parameters
@@ -138,6 +141,8 @@ class DDCLReadoutModule(pl.LightningModule):
         metrics = {"train": task.train_metrics(), "val": task.metrics(), "test": task.metrics()}
         stages = {stage: StageMetrics(stage, of_stage) for stage, of_stage in metrics.items()}
         check_new(stages.values())
+        self._several: SeveralLoaders | None = None
+        self._configured: set[int] = set()  # parameters in the optimizers from the start
         self.stage_metrics = nn.ModuleDict({f"{stage}_metrics": held for stage, held in stages.items()})
 
     @compat.restricted_classmethod
@@ -193,18 +198,19 @@ class DDCLReadoutModule(pl.LightningModule):
         return loss.detach()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Keep the loggers' step equal to ``global_step``."""
+        """Keep the loggers' step equal to ``global_step``, and save the checkpoints that are due by the clock."""
         compat.align_logger_step(self.trainer)
+        compat.save_by_time(self.trainer, outputs, batch, batch_idx)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Losses and metrics on validation data."""
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Losses and metrics on test data."""
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, dataloader_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Assignments ``(B, H, K)``, the data set's ``index`` ``(B,)`` where known, and what the task adds."""
         readout = self(batch)
         columns: dict[str, Tensor] = {}
@@ -218,6 +224,14 @@ class DDCLReadoutModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the training metrics of the task, of what this run has seen of the epoch."""
         self._log_metrics("train")
+
+    def on_validation_epoch_start(self) -> None:
+        """Count every loader by itself too, where there are several."""
+        self._start_pass("val", len(self.trainer.num_val_batches))
+
+    def on_test_epoch_start(self) -> None:
+        """Likewise."""
+        self._start_pass("test", len(self.trainer.num_test_batches))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set; those without labels to compare with are left out."""
@@ -248,6 +262,8 @@ class DDCLReadoutModule(pl.LightningModule):
                 f"precision {self.trainer.precision!r} rescales the two optimizers' gradients differently, which "
                 "changes rho; use precision='bf16-mixed' or '32-true'."
             )
+        if stage == "fit":
+            refuse_callbacks(self.trainer, self)
 
     def on_fit_start(self) -> None:
         """Let the backbone get ready with the training data: be fitted to it, or encode it ahead."""
@@ -270,6 +286,14 @@ class DDCLReadoutModule(pl.LightningModule):
         """Fix the length that the schedule runs over."""
         self._total_steps = run_length(self.trainer, per="step")
         lr_factor(self.lr_schedule, self.warmup_steps, self._total_steps, self.warmup_steps)  # refuse early
+        refuse_idle_averages(self.trainer)
+        if release_restored(self.trainer.optimizers, self._configured):
+            compat.rebuild_ddp(self.trainer)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Take in parameter groups that a callback has added, before their first backward pass."""
+        if adopt_groups(self.trainer.optimizers, self, self._factor()):
+            compat.rebuild_ddp(self.trainer)
 
     # Optimizers ---------------------------------------------------------------------------------
 
@@ -306,8 +330,10 @@ class DDCLReadoutModule(pl.LightningModule):
             raise ValueError(
                 "nothing to train: the head has no prototypes, the encoder is frozen and the task has no parameters."
             )
+        self._configured = set()
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["base_lr"] = group["set_lr"] = group["lr"]
+            self._configured |= parameter_ids(group["params"])
         return optimizers
 
     def _window_size(self, batch_idx: int) -> int:
@@ -332,6 +358,9 @@ class DDCLReadoutModule(pl.LightningModule):
         for optimizer in optimizers:
             optimizer.zero_grad()
 
+    def _factor(self) -> float:
+        return lr_factor(self.lr_schedule, self.trainer.global_step, self._total_steps, self.warmup_steps)
+
     def _require_ratio(self, optimizers: list[LightningOptimizer]) -> None:
         """Check the ratio of the rates as they stand, whoever set them."""
         groups = self.parameter_groups()
@@ -348,7 +377,7 @@ class DDCLReadoutModule(pl.LightningModule):
         self.log("rho", ratio)
 
     def _apply_schedule(self, optimizers: list[LightningOptimizer]) -> None:
-        factor = lr_factor(self.lr_schedule, self.trainer.global_step, self._total_steps, self.warmup_steps)
+        factor = self._factor()
         for optimizer in optimizers:
             follows = not isinstance(optimizer.optimizer, TokenNormalized)
             for group in optimizer.param_groups:
@@ -369,13 +398,22 @@ class DDCLReadoutModule(pl.LightningModule):
 
     # Evaluation ---------------------------------------------------------------------------------
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _start_pass(self, stage: str, loaders: int) -> None:
+        self._several = SeveralLoaders(self._metrics(stage), loaders) if loaders > 1 else None
+
+    def _evaluate(self, stage: str, batch: Batch, loader: int) -> None:
         readout = self(batch)
         size = readout.pooled.shape[0]
         losses = self.task.losses(readout, batch)
+        # Of several loaders Lightning marks the names by the loader.
         self.log_dict({f"{stage}/{name}": value for name, value in losses.items()}, batch_size=size)
-        self._metrics(stage).reserve(losses)
-        self.task.update_metrics(self._metrics(stage).by_name(), readout, batch)
+        counted = [self._metrics(stage)]
+        if self._several is not None:
+            self._several.add(losses, size)
+            counted.append(self._several.metrics[loader])
+        for metrics in counted:
+            metrics.reserve(losses)
+            self.task.update_metrics(metrics.by_name(), readout, batch)
 
     def _metrics(self, stage: str) -> StageMetrics:
         held = self.stage_metrics[f"{stage}_metrics"]
@@ -383,7 +421,12 @@ class DDCLReadoutModule(pl.LightningModule):
         return held
 
     def _log_metrics(self, stage: str) -> None:
-        values = self._metrics(stage).compute(
-            lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False)
-        )
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+        counted = {"": self._metrics(stage)}
+        if stage != "train" and self._several is not None:
+            counted |= {suffix(loader): metrics for loader, metrics in enumerate(self._several.metrics)}
+            means = {f"{stage}/{name}": value for name, value in self._several.means().items()}
+            self.log_dict(means, batch_size=self._several.size, sync_dist=True)
+        for mark, metrics in counted.items():
+            values = metrics.compute(lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False))
+            named = {f"{stage}/{name}{mark}": value for name, value in values.items()}
+            self.log_dict(named, add_dataloader_idx=False)

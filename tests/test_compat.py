@@ -1,13 +1,14 @@
 """The private fields of Lightning that compat.py relies on: these fail when one of them changes."""
 
 import inspect
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, SpikeDetection, WeightAveraging
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loops.optimization import manual
@@ -166,3 +167,38 @@ def test_a_checkpointed_forward_knows_that_it_is_run_again(reentrant: bool) -> N
     checkpoint(forward, torch.ones(3, requires_grad=True), use_reentrant=reentrant).sum().backward()
     assert seen == [False, True]
     assert not compat.recomputing()
+
+
+def test_checkpoints_by_the_clock_are_left_out_under_manual_optimization(tmp_path: Path) -> None:
+    """When this fails Lightning saves them itself and save_by_time can go."""
+    original = compat.save_by_time
+    compat.save_by_time = lambda *args: None
+    try:
+        callback = ModelCheckpoint(tmp_path, train_time_interval=timedelta(0))
+        quiet_trainer(max_epochs=1, callbacks=[callback], enable_checkpointing=True).fit(clustering_module(), loader())
+    finally:
+        compat.save_by_time = original
+    assert list(tmp_path.glob("*")) == []
+    assert callback._train_time_interval == timedelta(0)
+
+
+def test_spike_detection_still_asks_for_a_field_that_it_has_not() -> None:
+    """When this fails let_spike_detection_resume can go."""
+    callback = SpikeDetection()
+    with pytest.raises(AttributeError, match="running"):
+        callback.load_state_dict(callback.state_dict())
+    callback = SpikeDetection()
+    compat.let_spike_detection_resume(callback)
+    callback.load_state_dict(callback.state_dict())
+
+
+def test_pruned_modules_and_averaged_copies_are_where_they_were() -> None:
+    layer = torch.nn.Linear(2, 2)
+    assert compat.pruned_modules(ModelPruning("l1_unstructured", [(layer, "weight")])) == [layer]
+    average, module = WeightAveraging(), clustering_module()
+    trainer = quiet_trainer(callbacks=[average])
+    assert compat.averaged_copies(trainer) == []
+    average.setup(trainer, module, "fit")
+    (copy,) = compat.averaged_copies(trainer)
+    assert type(copy) is type(module)
+    assert copy is not module

@@ -142,7 +142,9 @@ class PretrainedBackbone(Backbone):
         samples = self.samples(batch)
         if self.cache_dir is not None:
             return self._recall(samples, self._open_cache())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.unfreeze != 0):
+        # Not only what ``unfreeze`` names: a fine-tuning callback lets an encoder train that was frozen at first.
+        trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             return self.encode(samples)
 
     def needs_data(self) -> bool:

@@ -1,0 +1,34 @@
+"""Callbacks that one config asks for and a later one takes away: a list in YAML replaces the list before it."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+
+
+def dropped_callbacks(configs: Sequence[str], final: Iterable[Any]) -> list[str]:
+    """Names of callbacks that are in one of several configs and not in what was made of them.
+
+    Args:
+        configs: The YAML of every ``--config``, in their order.
+        final: ``trainer.callbacks`` as parsed: entries with a ``class_path``.
+    """
+    asked: Counter[str] = Counter()
+    for text in configs:
+        here: Counter[str] = Counter()
+        settings = yaml.safe_load(text)
+        trainer = settings.get("trainer") if isinstance(settings, dict) else None
+        if not isinstance(trainer, dict):
+            continue
+        for key in ("callbacks", "callbacks+"):
+            here.update(_names(trainer.get(key)))
+        asked |= here
+    return sorted((asked - Counter(_names(list(final)))).elements())
+
+
+def _names(entries: Any) -> list[str]:
+    """Class names of a list of callbacks, or of a single one."""
+    entries = entries if isinstance(entries, list) else [entries]
+    paths = (entry.get("class_path") if hasattr(entry, "get") else entry for entry in entries)
+    return [path.rpartition(".")[2] for path in paths if isinstance(path, str)]
