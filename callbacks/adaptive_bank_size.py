@@ -40,7 +40,8 @@ class AdaptiveBankSize(Callback):
     A change comes right after an optimizer step. The parameter stays the same object; state of the optimizers that goes
     by rows (Adam, SGD, RMSprop, ...) is handed on from a prototype to its halves. Checkpoints load at the size that
     they were saved with, under plain DDP all processes change alike, and ``CollapseWarning`` looks anew. It takes one
-    forward pass over the training data, up to the bank, per check.
+    forward pass over the training data, up to the bank, per check. Frozen prototypes (``requires_grad_(False)``, or the
+    module's ``freeze_prototypes_steps``) keep their number.
 
     Args:
         min_prototypes: Smallest K, at least 1.
@@ -189,7 +190,10 @@ class AdaptiveBankSize(Callback):
             rebuild_ddp(trainer)
 
     def _resize(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, bank: PrototypeBank) -> bool:
-        """Look at one bank; whether it has changed."""
+        """Look at one bank; whether it has changed. One that is frozen, for now or for good, has not."""
+        held = getattr(module, "prototypes_held", None)  # any LightningModule may hold the bank
+        if not bank.prototypes.requires_grad or (held is not None and held()):
+            return False
         plan = self._plan(trainer, module, name, bank)
         self._idle[name] = plan.idle
         if not plan.changes:

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ddcl_lightning.bank import PrototypeBank
@@ -22,7 +22,8 @@ class KMeansInitialization(Callback):
     a bounded uniform sample of the valid tokens is clustered, head by head, on the first process and sent to the
     others. Banks are done in the order in which the step calls them, so that a second level sees what the first
     one really gives; a bank that several layers share is started from the tokens of all of them. A bank that is
-    initialised already (a resumed or loaded run) is left alone. The pass leaves no trace: loaders, random state, modes
+    initialised already (a resumed or loaded run) is left alone, and so is a frozen one (``requires_grad_(False)``),
+    with a warning if nothing has set it. The pass leaves no trace: loaders, random state, modes
     and buffers stay as they were.
 
     Args:
@@ -59,7 +60,7 @@ class KMeansInitialization(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Initialise the banks that are not."""
-        banks = find_banks(pl_module)
+        banks = {name: bank for name, bank in find_banks(pl_module).items() if not self._is_frozen(name, bank)}
         if all(bool(bank.initialized) for bank in banks.values()):
             return
         progress = self.progress and trainer.progress_bar_callback is not None
@@ -92,6 +93,16 @@ class KMeansInitialization(Callback):
                 f"{self.method}: {bank.num_heads} x {bank.num_prototypes} prototypes of {name} set from "
                 f"{tokens.shape[1]} tokens."
             )
+
+    def _is_frozen(self, name: str, bank: PrototypeBank) -> bool:
+        if bank.prototypes.requires_grad:
+            return False
+        if not bool(bank.initialized):
+            rank_zero_warn(
+                f"the prototypes of {name!r} are frozen and were never set from data: {type(self).__name__} leaves them "
+                "as they are. Call set_prototypes, or freeze them after the start (freeze_prototypes_steps)."
+            )
+        return True
 
     def _prototypes(self, name: str, bank: PrototypeBank, tokens: Tensor, progress: bool) -> Tensor:
         """Clustered on one process."""

@@ -243,6 +243,8 @@ class PrototypeBank(GuardedState):
                 f"prototypes must have shape ({self.num_heads}, K, {self.dim}) with K >= 1; got "
                 f"{tuple(prototypes.shape)}."
             )
+        if not self.prototypes.requires_grad:
+            raise ValueError("prototypes are frozen, so their number stays; call requires_grad_(True) first.")
         if not bool(torch.isfinite(prototypes).all()):
             raise ValueError("prototypes must be finite; got NaN or infinity.")
         self._make_room(prototypes.shape[1])

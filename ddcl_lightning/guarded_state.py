@@ -73,8 +73,9 @@ class GuardedState(nn.Module):
             own = getattr(self, name)
             if own is None or not isinstance(value, Tensor) or value.is_meta:
                 continue  # what is missing, one too many or no tensor at all, torch refuses
-            complaints += _complain(prefix + name, rule, value, own)
-            if rule.kind == "flag":
+            complaint = _complain(prefix + name, rule, value, own)
+            complaints += complaint
+            if rule.kind == "flag" and not complaint:
                 state_dict[prefix + name] = value.to(torch.float32)
         error_msgs += complaints
         if not complaints:

@@ -68,6 +68,8 @@ class DDCLReadoutModule(pl.LightningModule):
             optimizer on its own would change the ratio of their steps.
         accumulate_grad_batches: Batches per optimizer step, at least 1.
         allow_unstable: Accept rho >= 1, with a warning: for ablations.
+        freeze_prototypes_steps: First optimizer steps of the run, at least 0, in which prototypes stay where they started
+            while the rest learns, as SwAV does. Prototypes frozen by ``requires_grad_(False)`` stay as long as they are.
         check_finite: Stop at the first loss that is NaN or infinite. On a GPU it waits for each step's loss.
 
     Raises:
@@ -97,6 +99,7 @@ class DDCLReadoutModule(pl.LightningModule):
         accumulate_grad_batches: int = 1,
         allow_unstable: bool = False,
         check_finite: bool = True,
+        freeze_prototypes_steps: int = 0,
     ) -> None:
         super().__init__()
         # Under the CLI these are the config's plain data; outside of it modules must not be pickled into checkpoints.
@@ -113,6 +116,9 @@ class DDCLReadoutModule(pl.LightningModule):
             raise ValueError(f"gradient_clip_val must be > 0, or None not to clip; got {gradient_clip_val}.")
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches must be at least 1; got {accumulate_grad_batches}.")
+        if freeze_prototypes_steps < 0:
+            raise ValueError(f"freeze_prototypes_steps must be at least 0 steps; got {freeze_prototypes_steps}.")
+        self.freeze_prototypes_steps = freeze_prototypes_steps
         if rho >= 1:
             pl.utilities.rank_zero_warn(
                 f"rho = {rho} >= 1 is outside of the stable range (Theorem 1): expect prototypes to lag the encoder."
@@ -133,9 +139,10 @@ class DDCLReadoutModule(pl.LightningModule):
         head.build(backbone.embed_dim)
         task.build(head)
         if rho == 0:
-            backbone.requires_grad_(False)
-            for parameter in head.embedding_parameters():
-                parameter.requires_grad_(False)
+            placed = parameter_ids(bank.prototypes for bank in find_banks(backbone).values())
+            for parameter in [*backbone.parameters(), *head.embedding_parameters()]:
+                if id(parameter) not in placed:
+                    parameter.requires_grad_(False)
         if task.unsupervised and self.parameter_groups()["encoder"]:
             head.bound_scale()
         metrics = {"train": task.train_metrics(), "val": task.metrics(), "test": task.metrics()}
@@ -314,6 +321,7 @@ class DDCLReadoutModule(pl.LightningModule):
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimizer for the prototypes and one for encoder and task, where they have something to train."""
         groups = self.parameter_groups()
+        self._require_disjoint(groups)
         optimizers: list[Optimizer] = []
         if groups["prototypes"]:
             fast = self.prototype_optimizer.create(
@@ -349,6 +357,7 @@ class DDCLReadoutModule(pl.LightningModule):
         optimizers: list[LightningOptimizer] = found if isinstance(found, list) else [found]
         self._require_ratio(optimizers)
         self._apply_schedule(optimizers)
+        self._hold_prototypes(optimizers)
         if self.gradient_clip_val is not None:
             # Gradients are not scaled here: precisions that scale them are refused in setup.
             nn.utils.clip_grad_norm_(self._gradient_parameters(optimizers), self.gradient_clip_val)
@@ -360,6 +369,32 @@ class DDCLReadoutModule(pl.LightningModule):
 
     def _factor(self) -> float:
         return lr_factor(self.lr_schedule, self.trainer.global_step, self._total_steps, self.warmup_steps)
+
+    def _hold_prototypes(self, optimizers: list[LightningOptimizer]) -> None:
+        """Let prototypes stay that are frozen, for now or for good."""
+        held = self.prototypes_held()
+        for optimizer in (optimizer.optimizer for optimizer in optimizers):
+            for group in optimizer.param_groups:
+                for parameter in group["params"] if group.get("name") == "prototypes" else ():
+                    if held or not parameter.requires_grad:
+                        parameter.grad = None
+                        if isinstance(optimizer, TokenNormalized):
+                            optimizer.forget(parameter)
+
+    def prototypes_held(self) -> bool:
+        """Whether this is one of the first steps, in which prototypes stay where they are."""
+        return self.trainer.global_step < self.freeze_prototypes_steps
+
+    def _require_disjoint(self, groups: dict[str, list[nn.Parameter]]) -> None:
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        seen: dict[int, str] = {}
+        for role, parameters in groups.items():
+            for key in parameter_ids(parameters):
+                if seen.setdefault(key, role) != role:
+                    raise ValueError(
+                        f"parameter {names.get(key, 'without a name')!r} is in two optimizers, among {seen[key]} and "
+                        f"{role}. Leave it out of one of prototype_parameters and embedding_parameters of the head."
+                    )
 
     def _require_ratio(self, optimizers: list[LightningOptimizer]) -> None:
         """Check the ratio of the rates as they stand, whoever set them."""

@@ -110,11 +110,13 @@ class EmbeddingScale(GuardedState):
 
     def _apply_scale(self, centred: Tensor, variance: Tensor) -> Tensor:
         """Scale centred tokens; the floors are relative, so that data in tiny units are scaled up all the same."""
+        # An overflow would come out as zeros, which look like tokens.
+        usable = torch.isfinite(variance).all()
+        centred = torch.where(usable, centred, torch.nan)
         if self.mode == "whiten":
-            floor = 1e-4 * variance.diagonal().mean() + SMALLEST_VARIANCE
             eye = torch.eye(self.dim, dtype=variance.dtype, device=variance.device)
-            # The eigenvectors of NaN are an error, and what is scaled by it is NaN anyway.
-            variance = torch.where(torch.isfinite(variance).all(), variance, eye)
+            variance = torch.where(usable, variance, eye)  # eigenvectors of NaN are an error
+            floor = 1e-4 * variance.diagonal().mean() + SMALLEST_VARIANCE
             root: Tensor = _InverseSquareRoot.apply(variance + floor * eye)
             return centred @ root
         average = variance.mean()

@@ -119,10 +119,13 @@ def load(kind: type[AnyHead], name_or_folder: str | Path, **download: Any) -> An
             "Head.from_pretrained."
         )
     try:
+        for key, value in safetensors.load_file(str(weights)).items():
+            if value.is_complex() or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{key} must hold finite real numbers")
         safetensors.load_model(head, str(weights), strict=True)
     except Exception as error:  # safetensors' own error is a bare Exception
         raise ValueError(
-            f"{weights} does not hold the weights that {CONFIG} beside it describes: {error}. Save the head again."
+            f"{weights} does not hold the weights that {CONFIG} beside it describes: {str(error).rstrip('.')}. Save the head again."
         ) from error
     return head.eval()
 
