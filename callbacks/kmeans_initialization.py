@@ -99,8 +99,8 @@ class KMeansInitialization(Callback):
             return False
         if not bool(bank.initialized):
             rank_zero_warn(
-                f"the prototypes of {name!r} are frozen and were never set from data: {type(self).__name__} leaves them "
-                "as they are. Call set_prototypes, or freeze them after the start (freeze_prototypes_steps)."
+                f"the prototypes of {name!r} are frozen and were never set from data: {type(self).__name__} leaves "
+                "them as they are. Call set_prototypes, or freeze them after the start (freeze_prototypes_steps)."
             )
         return True
 

@@ -68,8 +68,8 @@ class DDCLReadoutModule(pl.LightningModule):
             optimizer on its own would change the ratio of their steps.
         accumulate_grad_batches: Batches per optimizer step, at least 1.
         allow_unstable: Accept rho >= 1, with a warning: for ablations.
-        freeze_prototypes_steps: First optimizer steps of the run, at least 0, in which prototypes stay where they started
-            while the rest learns, as SwAV does. Prototypes frozen by ``requires_grad_(False)`` stay as long as they are.
+        freeze_prototypes_steps: Optimizer steps, at least 0, at the start of the run in which prototypes stay where
+            they are while the rest learns, as SwAV does. Those frozen by ``requires_grad_(False)`` stay for as long.
         check_finite: Stop at the first loss that is NaN or infinite. On a GPU it waits for each step's loss.
 
     Raises:

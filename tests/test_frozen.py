@@ -124,9 +124,7 @@ def test_the_same_parameter_in_two_optimizers_is_refused_by_name() -> None:
 def test_a_head_that_gives_a_parameter_twice_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     module = clustering_module()
     monkeypatch.setattr(module.head, "embedding_parameters", lambda: [module.head.attention.bank.prototypes])
-    with pytest.raises(
-        ValueError, match=r"'head.attention.bank.prototypes' is in two optimizers, among prototypes and"
-    ):
+    with pytest.raises(ValueError, match=r"'head.attention.bank.prototypes' is in two optimizers, among"):
         module.configure_optimizers()
     with pytest.raises(ValueError, match="freeze_prototypes_steps must be at least 0"):
         clustering_module(freeze_prototypes_steps=-1)

@@ -125,7 +125,8 @@ def load(kind: type[AnyHead], name_or_folder: str | Path, **download: Any) -> An
         safetensors.load_model(head, str(weights), strict=True)
     except Exception as error:  # safetensors' own error is a bare Exception
         raise ValueError(
-            f"{weights} does not hold the weights that {CONFIG} beside it describes: {str(error).rstrip('.')}. Save the head again."
+            f"{weights} does not hold the weights that {CONFIG} beside it describes: {str(error).rstrip('.')}. Save "
+            "the head again."
         ) from error
     return head.eval()
 
