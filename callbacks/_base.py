@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.distributed import gather_objects
 from ddcl_lightning.probe import BankProbe, Observation, require_banks
 
 
@@ -85,16 +86,22 @@ class BankCallback(Callback):
     ) -> None:
         """Hand over what was seen; validation, which may follow, is not looked at."""
         assert self._probe is not None
-        self._due += self._probe.armed
-        self._probe.armed = False
-        if self._seen:
-            seen = dict(self._seen)
-            self._seen.clear()
+        due, self._probe.armed = self._probe.armed, False
+        if not due:
+            return
+        self._due += 1
+        seen = dict(self._seen)
+        self._seen.clear()
+        # Readings are joint: where one process has something to read, all take part.
+        if any(gather_objects(bool(seen))):
             self._reads += 1
             self.observe(trainer, pl_module, seen)
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
-        """Read the observations of one batch, by the name of the bank."""
+        """Read this process's observations of one batch, by the name of the bank.
+
+        Called on all processes where one has any. What is logged or decided has to be the same on all of them.
+        """
         raise NotImplementedError
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

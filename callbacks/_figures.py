@@ -1,15 +1,19 @@
 """Where the callbacks' figures go, and when those of validation data are drawn."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
+from ddcl_lightning.distributed import gather_objects, report
+from ddcl_lightning.modes import evaluating
 
 MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
 
@@ -19,7 +23,24 @@ def figure_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "figures"
 
 
-def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
+def show(trainer: pl.Trainer, draw: Callable[[], dict[str, Figure]], name: str) -> None:
+    """Draw figures by name on the first process and show them; every process has to call this.
+
+    Args:
+        trainer: Whose loggers take the figures.
+        draw: Makes them.
+        name: Of the callback, for the warning where it fails.
+    """
+    folder = figure_folder(trainer)
+
+    def draw_and_emit() -> None:
+        for label, figure in draw().items():
+            _emit(trainer, figure, label, folder)
+
+    report(draw_and_emit, name)
+
+
+def _emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
     """Show a figure in TensorBoard; with another logger, or none, write it to ``folder`` as a PNG file."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     for logger in boards:
@@ -32,7 +53,8 @@ def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
 class ValidationFigures(Callback):
     """Draws from the first batch of the validation data every ``every_n_epochs``, and where training ends.
 
-    Variants write :meth:`require`, :meth:`draw`, and :meth:`forget` where they remember more than the batch.
+    Every process evaluates, and the first one draws: variants write :meth:`evaluate` and :meth:`draw`, and
+    :meth:`require` and :meth:`forget` where they need more or remember more than the batch.
 
     Args:
         every_n_epochs: Interval, at least 1.
@@ -54,8 +76,12 @@ class ValidationFigures(Callback):
     def forget(self) -> None:
         """Drop what is remembered of an earlier run."""
 
-    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw, from ``self._batch``; called on every process."""
+    def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> Any:
+        """What is to be drawn of a batch; on every process, the module in evaluation mode and without gradients."""
+        raise NotImplementedError
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule, evaluated: Any) -> dict[str, Figure]:
+        """Figures by name, from what :meth:`evaluate` returned; on the first process alone."""
         raise NotImplementedError
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -90,4 +116,9 @@ class ValidationFigures(Callback):
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._drawn_at = trainer.global_step
-        self.draw(trainer, module)
+        # A process may have no validation data: then none evaluates, since the forward pass may need all of them.
+        if not all(gather_objects(self._batch is not None)):
+            return
+        with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            evaluated = self.evaluate(trainer, module, self._batch)
+        show(trainer, lambda: self.draw(trainer, module, evaluated), type(self).__name__)

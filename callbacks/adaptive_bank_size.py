@@ -179,7 +179,7 @@ class AdaptiveBankSize(Callback):
         if self.per == "epoch":
             self._check(trainer, pl_module, trainer.current_epoch + 1)
         for name, bank in self._banks.items():
-            pl_module.log(log_name(name, "num_prototypes"), float(bank.num_prototypes))
+            pl_module.log(log_name(name, "num_prototypes"), float(bank.num_prototypes), sync_dist=True)
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, position: int) -> None:
         assert self._end is not None

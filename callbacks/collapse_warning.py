@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.callbacks._history import TREND_READINGS, HeadHistory, PrototypeUse, trend
-from ddcl_lightning.distributed import gather_objects
-from ddcl_lightning.probe import Observation
+from ddcl_lightning.distributed import broadcast_object
+from ddcl_lightning.probe import Observation, over_processes
 from ddcl_lightning.signals import HeadSignals, read_signals
 
 NOT_FINITE = "tokens or prototypes are NaN or infinite. Lower the learning rates or clip the gradients."
@@ -93,11 +93,16 @@ class CollapseWarning(BankCallback):
         self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
-        """Read, log and judge the signals of one batch."""
-        messages = [message for name, one in seen.items() for message in self._look(trainer, pl_module, name, one)]
-        # Each process reads its own batch; they must agree on whether to go on.
-        if trainer.strategy.reduce_boolean_decision(bool(messages), all=False):
-            self._act(trainer, list(dict.fromkeys(message for part in gather_objects(messages) for message in part)))
+        """Read, log and judge the signals of one batch, that of all processes together."""
+        messages = [
+            message
+            for name, observed in over_processes(seen).items()
+            for message in self._look(trainer, pl_module, name, observed)
+        ]
+        # All have read the same; should rounding differ, they must still agree on whether to go on.
+        messages = broadcast_object(messages)
+        if messages:
+            self._act(trainer, messages)
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, seen: Observation) -> list[str]:
         bank, tokens = self._banks[name], seen.valid_tokens()

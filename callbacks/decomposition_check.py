@@ -1,6 +1,6 @@
 """The decomposition L_q = L_OLS + V, checked by a check that can fail."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ddcl_lightning.callbacks._base import BankCallback, log_name
+from ddcl_lightning.distributed import gather_objects
 from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.probe import Observation
 
@@ -19,6 +20,17 @@ REDUCED = {"highest": 0.0, "high": 2e-3, "medium": 1.6e-2}
 
 class DecompositionViolationError(RuntimeError):
     """The terms that a layer trained with do not satisfy the decomposition."""
+
+
+class _Check(NamedTuple):
+    """What one process has checked of one bank."""
+
+    failures: list[str]
+    error: float  # of the identity and of L_q, relative to the energy
+    variance: float  # smallest V of a head
+    coinciding: list[int]  # heads whose prototypes are one point
+    num_prototypes: int
+    temperature: list[float]
 
 
 class DecompositionCheck(BankCallback):
@@ -71,37 +83,50 @@ class DecompositionCheck(BankCallback):
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Check the terms of one batch."""
-        for name, observed in seen.items():
-            errors = decomposition_errors(
-                observed.tokens, observed.prototypes, observed.temperature, observed.terms, observed.mask
-            )
+        local = {name: self._check(observed) for name, observed in seen.items()}
+        # Each process checks the terms that it trained with; a violation of one is one of all, so that none waits.
+        checks = gather_objects(local)
+        for name in dict.fromkeys(name for part in checks for name in part):
+            results = [part[name] for part in checks if name in part]
             self.checks += 1
-            failures = find_violations(errors, observed.terms.loss.dtype, self.tolerance)
-            variance = exact_variance(observed, errors, self.tolerance)
-            pl_module.log(log_name(name, "decomposition_error"), max(errors.identity, errors.loss))
-            pl_module.log(log_name(name, "variance"), variance.min())
-            failures += self._without_spread(name, trainer, observed, variance)
+            variance = min(result.variance for result in results)
+            pl_module.log(log_name(name, "decomposition_error"), max(result.error for result in results))
+            pl_module.log(log_name(name, "variance"), variance)
+            failures = list(dict.fromkeys(failure for result in results for failure in result.failures))
+            failures += self._without_spread(name, trainer, results[0], variance)
             if failures:
                 self.violations += 1
                 self._report(name, trainer, failures)
 
-    def _without_spread(self, name: str, trainer: pl.Trainer, seen: Observation, variance: Tensor) -> list[str]:
-        """Remember the smallest V ``(H,)``, and say where it is 0 without need."""
+    def _check(self, observed: Observation) -> _Check:
+        errors = decomposition_errors(
+            observed.tokens, observed.prototypes, observed.temperature, observed.terms, observed.mask
+        )
+        return _Check(
+            find_violations(errors, observed.terms.loss.dtype, self.tolerance),
+            max(errors.identity, errors.loss),
+            float(exact_variance(observed, errors, self.tolerance).min()),
+            torch.nonzero(coincide(observed.prototypes)).flatten().tolist(),
+            observed.prototypes.shape[1],
+            observed.temperature.tolist(),
+        )
+
+    def _without_spread(self, name: str, trainer: pl.Trainer, check: _Check, variance: float) -> list[str]:
+        """Remember the smallest V, and say where it is 0 without need."""
         before = self.smallest_variance.get(name, float("inf"))
-        self.smallest_variance[name] = now = min(before, float(variance.min()))
-        if seen.prototypes.shape[1] == 1:
+        self.smallest_variance[name] = now = min(before, variance)
+        if check.num_prototypes == 1:
             return []
-        together = [head for head, found in enumerate(coincide(seen.prototypes).tolist()) if found]
-        if together:
+        if check.coinciding:
             return [
-                f"V > 0: its {seen.prototypes.shape[1]} prototypes coincide in heads {together}, and get the same "
+                f"V > 0: its {check.num_prototypes} prototypes coincide in heads {check.coinciding}, and get the same "
                 "gradients for ever; lower the temperature below the critical one of this bank's tokens "
                 "(CollapseWarning shows T / T_c) and start anew"
             ]
         if now <= 0 < before:
             rank_zero_info(
                 f"DecompositionCheck: V = 0 at step {trainer.global_step} in bank {name!r}, whose prototypes differ: "
-                f"at T = {seen.temperature.tolist()} every token of the batch is on one prototype to the last bit of "
+                f"at T = {check.temperature} every token of the batch is on one prototype to the last bit of "
                 "float64, as in k-means, and nothing moves prototypes apart. End the temperature higher to change it."
             )
         return []

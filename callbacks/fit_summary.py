@@ -1,9 +1,9 @@
 """The table at the end of fit."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +16,7 @@ from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
 from ddcl_lightning.compat import to_device, train_batches
-from ddcl_lightning.distributed import gather_objects, is_first_process
+from ddcl_lightning.distributed import gather_objects, on_every_process, report
 from ddcl_lightning.evaluation import (
     CLUSTERING_METRICS,
     ProbeScore,
@@ -35,7 +35,7 @@ from ddcl_lightning.signals import HeadSignals, read_signals
 
 MAX_TOKENS = 65_536  # for the signals of the bank
 RECONSTRUCTION_METRICS = ("mse", "psnr", "ssim", "usage", "perplexity", "soft_perplexity")
-_Result = TypeVar("_Result")
+NAME = "FitSummary"  # for its warnings
 
 
 class _Evaluation(NamedTuple):
@@ -90,8 +90,8 @@ class FitSummary(Callback):
         assert isinstance(pl_module, DDCLReadoutModule)
         if pl_module.parameter_groups()["encoder"]:
             found = self._evaluate(trainer, pl_module, _evaluation_batches(trainer))
-            if found is not None and is_first_process():
-                self._before = self._try(lambda: self._kmeans(pl_module, found.readouts, found.readouts.mean))
+            if found is not None:
+                self._before = report(lambda: self._kmeans(pl_module, found.readouts, found.readouts.mean), NAME)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and print."""
@@ -100,23 +100,16 @@ class FitSummary(Callback):
         assert isinstance(pl_module, DDCLReadoutModule)
         found = self._evaluate(trainer, pl_module, _evaluation_batches(trainer))
         train = self._evaluate(trainer, pl_module, train_batches(trainer)) if self.compare else None
-        if found is not None and is_first_process():
-            if train is not None:
-                self._try(lambda: self._fill_probes(train.readouts.labelled(), found.readouts.labelled()))
-            self.table = self._try(lambda: self._fill(trainer, pl_module, found)) or ""
-            if self.table:
-                print(self.table)
+        if found is None:
+            return
+        if train is not None:
+            report(lambda: self._fill_probes(train.readouts.labelled(), found.readouts.labelled()), NAME)
+        self.table = report(lambda: self._fill(trainer, pl_module, found), NAME) or ""
+        if self.table:
+            print(self.table)
 
     def _applies(self, module: pl.LightningModule) -> bool:
         return self.enabled and isinstance(module, DDCLReadoutModule)
-
-    def _try(self, work: Callable[[], _Result]) -> _Result | None:
-        """The result, or None and a warning: a finished run must not end in an error of its summary."""
-        try:
-            return work()
-        except Exception as error:
-            rank_zero_warn(f"FitSummary left out a part, the run is not affected: {type(error).__name__}: {error}")
-            return None
 
     def _fill(self, trainer: pl.Trainer, module: DDCLReadoutModule, found: _Evaluation) -> str:
         banks, now = list(find_banks(module.head).values()), found.readouts
@@ -146,10 +139,11 @@ class FitSummary(Callback):
         if torch.equal(test.first, test.mean):
             del rows["first token"]
         for label, name in rows.items():
-            score = self._try(
+            score = report(
                 lambda name=name: linear_probe(  # type: ignore[misc]
                     getattr(train, name), train.labels, getattr(test, name), test.labels
-                )
+                ),
+                NAME,
             )
             if score is not None:
                 self.probes[label] = score
@@ -167,11 +161,13 @@ class FitSummary(Callback):
                     module, batches, tokens=samples, to_device=lambda batch: to_device(trainer, batch)
                 )
 
-        part = self._try(run)
-        if any(gather_objects(part is None)) or part is None:
+        try:
+            part = on_every_process(run)
+        except Exception as error:  # a finished run must not end in an error of its summary
+            rank_zero_warn(f"{NAME} left out a part, the run is not affected: {type(error).__name__}: {error}")
             return None
         tokens = {name: sample.gather().transpose(0, 1) for name, sample in samples.items()}
-        return _Evaluation(Readouts.cat(gather_objects(part)), tokens)
+        return _Evaluation(Readouts.cat(gather_objects(part)).in_order(), tokens)
 
     def _format(self, trainer: pl.Trainer, module: DDCLReadoutModule, signals: list[list[HeadSignals]]) -> str:
         width = max(map(len, [*self.rows, *self.probes])) + 2

@@ -7,14 +7,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddcl_lightning.autoencoder_figures import draw_atoms
-from ddcl_lightning.batch import inputs
+from ddcl_lightning.batch import Batch, inputs
 from ddcl_lightning.callbacks._base import head_name
-from ddcl_lightning.callbacks._figures import ValidationFigures, emit, figure_folder
+from ddcl_lightning.callbacks._figures import ValidationFigures
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
-from ddcl_lightning.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import BankProbe, Observation, find_banks
+
+_Shown = tuple[Observation, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
 
 
 class LevelFigures(ValidationFigures):
@@ -51,40 +52,24 @@ class LevelFigures(ValidationFigures):
         """Name anew what is left out."""
         self._left_out = set()
 
-    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw the prototypes of every bank that can be shown."""
-        folder = figure_folder(trainer)
-        if not trainer.is_global_zero or self._batch is None:
-            return
+    def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> dict[str, _Shown]:
+        """What every bank sees of the batch, and the pieces that it is of."""
         assert isinstance(module, DDCLReadoutModule)
-        seen: dict[str, Observation] = {}
-        with (
-            evaluating(module),
-            torch.no_grad(),
-            trainer.precision_plugin.val_step_context(),
-            BankProbe(find_banks(module), seen.__setitem__),
-        ):
-            module(self._batch)
-            pieces = module.backbone.pieces(self._batch)
-        for name, observed in seen.items():
-            shown = self._shown(observed, pieces)
-            if shown is None:
-                self._leave_out(name)
-                continue
-            for label, figure in _pictures(name, observed, *shown):
-                emit(trainer, figure, f"prototypes/{label}", folder)
+        observations: dict[str, Observation] = {}
+        with BankProbe(find_banks(module), observations.__setitem__):
+            module(batch)
+            pieces = module.backbone.pieces(batch)
+        return {name: (observed, *_images(observed, inputs(batch), pieces)) for name, observed in observations.items()}
 
-    def _shown(self, seen: Observation, pieces: Tensor | None) -> tuple[Tensor, str] | None:
-        """One image ``(N, C, H, W)`` for each token of a bank, and what they are."""
-        images = inputs(self._batch)
-        if seen.mask is not None or images.dim() != 4:
-            return None
-        images = images / 255 if images.dtype == torch.uint8 else images
-        if seen.tokens.shape[1] == len(images):
-            return images, "the validation images (one batch)"
-        if pieces is not None and seen.tokens.shape[1] == pieces.shape[0] * pieces.shape[1]:
-            return pieces.flatten(0, 1), "the pieces of the validation images (one batch)"
-        return None
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule, evaluated: dict[str, _Shown]) -> dict[str, Figure]:
+        """The prototypes of every bank that can be shown."""
+        figures: dict[str, Figure] = {}
+        for name, (observed, images, tokens) in evaluated.items():
+            if images is None:
+                self._leave_out(name)
+            else:
+                figures |= _pictures(name, observed, images, tokens)
+        return figures
 
     def _leave_out(self, name: str) -> None:
         if name not in self._left_out:
@@ -95,16 +80,29 @@ class LevelFigures(ValidationFigures):
             )
 
 
-def _pictures(name: str, seen: Observation, images: Tensor, tokens: str) -> list[tuple[str, Figure]]:
+def _images(observed: Observation, images: Tensor, pieces: Tensor | None) -> tuple[Tensor | None, str]:
+    """One image ``(N, C, H, W)`` for each token of a bank, and what they are; None where there is none."""
+    if observed.mask is not None or images.dim() != 4:
+        return None, ""
+    images = images / 255 if images.dtype == torch.uint8 else images
+    if observed.tokens.shape[1] == len(images):
+        return images, "the validation images (one batch)"
+    if pieces is not None and observed.tokens.shape[1] == pieces.shape[0] * pieces.shape[1]:
+        return pieces.flatten(0, 1), "the pieces of the validation images (one batch)"
+    return None, ""
+
+
+def _pictures(name: str, observed: Observation, images: Tensor, tokens: str) -> dict[str, Figure]:
     """One figure per head."""
-    codes = nearest_prototype(seen.tokens, seen.prototypes)
-    heads, size = seen.prototypes.shape[:2]
+    codes = nearest_prototype(observed.tokens, observed.prototypes)
+    heads, size = observed.prototypes.shape[:2]
     rows = images.detach().float().cpu()
     low, high = (float(value) for value in rows.aminmax())
-    figures = []
+    figures = {}
     for head in range(heads):
         label = head_name(name, head, heads)
         means, counts = mean_tokens(rows.flatten(1).unsqueeze(1), codes[head].cpu().unsqueeze(1), size)
         atoms = torch.unflatten(means, -1, rows.shape[1:])
-        figures.append((label, draw_atoms(atoms, counts, low, high, label, noun="prototype", tokens=tokens)))
+        drawn = draw_atoms(atoms, counts, low, high, label, noun="prototype", tokens=tokens)
+        figures[f"prototypes/{label}"] = drawn
     return figures

@@ -3,11 +3,12 @@
 from typing import Any
 
 import lightning.pytorch as pl
+from matplotlib.figure import Figure
 
 from ddcl_lightning.callbacks._base import BankCallback, head_name
-from ddcl_lightning.callbacks._figures import MAX_POINTS, emit, figure_folder
+from ddcl_lightning.callbacks._figures import MAX_POINTS, show
 from ddcl_lightning.figures import draw_bank, draw_history, draw_usage
-from ddcl_lightning.probe import Observation
+from ddcl_lightning.probe import Observation, over_processes
 from ddcl_lightning.signals import HeadSignals, read_signals
 
 
@@ -40,7 +41,7 @@ class PrototypeFigures(BankCallback):
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
         """Remember one point of the curves."""
-        for name, observed in seen.items():
+        for name, observed in over_processes(seen).items():
             signals = read_signals(observed, self._banks[name].detach_assignments)
             self._latest[name] = (observed, signals)
             for head, values in enumerate(signals):
@@ -63,20 +64,19 @@ class PrototypeFigures(BankCallback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         self._drawn_at = trainer.global_step
-        folder = figure_folder(trainer)
-        if not trainer.is_global_zero:
-            return
+        show(trainer, self._figures, type(self).__name__)
+
+    def _figures(self) -> dict[str, Figure]:
+        figures = {}
         for name, (observed, signals) in self._latest.items():
             tokens = observed.valid_tokens()
             for head, values in enumerate(signals):
                 label = head_name(name, head, len(signals))
-                figures = {
-                    "signals": draw_history(self._history[label], label),
-                    "bank": draw_bank(tokens[head].float().cpu(), observed.prototypes[head].float().cpu(), label),
-                    "usage": draw_usage(values.counts, values.mass, label),
-                }
-                for kind, figure in figures.items():
-                    emit(trainer, figure, f"{kind}/{label}", folder)
+                prototypes = observed.prototypes[head].float().cpu()
+                figures[f"signals/{label}"] = draw_history(self._history[label], label)
+                figures[f"bank/{label}"] = draw_bank(tokens[head].float().cpu(), prototypes, label)
+                figures[f"usage/{label}"] = draw_usage(values.counts, values.mass, label)
+        return figures
 
     def state_dict(self) -> dict[str, Any]:
         """The curves so far."""

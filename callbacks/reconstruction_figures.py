@@ -1,21 +1,30 @@
 """Pictures of an autoencoder at work, for TensorBoard or as files."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddcl_lightning.autoencoder_figures import draw_atoms, draw_codebook_history, draw_images
-from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures, emit, figure_folder
+from ddcl_lightning.batch import Batch
+from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
 from ddcl_lightning.codebook_metrics import CodebookMetrics
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.figures import draw_usage
-from ddcl_lightning.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.tasks.reconstruction import Reconstruction
 
 CURVES = ("mse", "psnr", "usage", "perplexity")
+
+
+class _Decoded(NamedTuple):
+    """One batch of images, and the codes as images with their number of tokens, a pair per codebook; on the CPU."""
+
+    originals: Tensor | None
+    decoded: Tensor | None
+    atoms: list[tuple[Tensor, Tensor]]
 
 
 class ReconstructionFigures(ValidationFigures):
@@ -79,14 +88,36 @@ class ReconstructionFigures(ValidationFigures):
         if len(self._history) > MAX_POINTS:
             del self._history[1::2]
 
-    def draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Draw images, atoms, the use of the codes and its history."""
-        folder = figure_folder(trainer)
-        if not trainer.is_global_zero or self._batch is None or not self._history:
-            return
+    def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> _Decoded:
+        """Images and decoded codes of the batch, for a decoder of images."""
         assert isinstance(module, DDCLReadoutModule)
-        with evaluating(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
-            figures = self._pictures(module)
+        task, readout = module.task, module(batch)
+        assert isinstance(task, Reconstruction)
+        decoded, originals, _ = task.compared(readout, batch)
+        if decoded.dim() != 4:
+            return _Decoded(None, None, [])
+        atoms = []
+        if readout.codes is not None and module.head.num_codes is not None:
+            for codes in readout.codes.unbind(-1):
+                vectors, counts = mean_tokens(readout.tokens, codes, module.head.num_codes)
+                images = task.decode(vectors.unsqueeze(1).expand(-1, readout.tokens.shape[1], -1))
+                atoms.append((_plain(images), counts.cpu()))
+        return _Decoded(_plain(originals), _plain(decoded), atoms)
+
+    def draw(self, trainer: pl.Trainer, module: pl.LightningModule, evaluated: _Decoded) -> dict[str, Figure]:
+        """Images, atoms, the use of the codes and its history."""
+        figures: dict[str, Figure] = {}
+        if not self._history:
+            return figures
+        originals, decoded, atoms = evaluated
+        if originals is not None and decoded is not None:
+            shown = slice(self.num_images)
+            figures["images"] = draw_images(originals[shown], decoded[shown], "first validation images")
+            low, high = (float(value) for value in originals.aminmax())
+            for book, (images, counts) in enumerate(atoms):
+                label = _label(book, len(atoms))
+                tokens = "one validation batch's tokens"
+                figures[f"atoms/{label}"] = draw_atoms(images, counts, low, high, label, tokens=tokens)
         if self._counts is not None:
             counts = self._counts.cpu()
             for book, used in enumerate(counts):
@@ -94,27 +125,6 @@ class ReconstructionFigures(ValidationFigures):
                 figures[f"codes/{label}"] = draw_usage(used, None, label, noun="code", tokens="the validation tokens")
             title = "Validation" + (f", mean of {len(counts)} codebooks" if len(counts) > 1 else "")
             figures["codes/history"] = draw_codebook_history(self._history, counts.shape[1], title)
-        for name, figure in figures.items():
-            emit(trainer, figure, name, folder)
-
-    def _pictures(self, module: DDCLReadoutModule) -> dict[str, Any]:
-        """Images and atoms of the first validation batch, for a decoder of images."""
-        task, readout = module.task, module(self._batch)
-        assert isinstance(task, Reconstruction)
-        decoded, originals, _ = task.compared(readout, self._batch)
-        if decoded.dim() != 4:
-            return {}
-        shown = slice(self.num_images)
-        figures = {"images": draw_images(_plain(originals[shown]), _plain(decoded[shown]), "first validation images")}
-        if readout.codes is not None and module.head.num_codes is not None:
-            low, high = (float(value) for value in originals.aminmax())
-            for book, codes in enumerate(readout.codes.unbind(-1)):
-                vectors, counts = mean_tokens(readout.tokens, codes, module.head.num_codes)
-                atoms = task.decode(vectors.unsqueeze(1).expand(-1, readout.tokens.shape[1], -1))
-                label = _label(book, readout.codes.shape[-1])
-                figures[f"atoms/{label}"] = draw_atoms(
-                    _plain(atoms), counts.cpu(), low, high, label, tokens="one validation batch's tokens"
-                )
         return figures
 
     def state_dict(self) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class EpochSampler(DistributedSampler[int]):
     A :class:`~torch.utils.data.DistributedSampler`, so that Lightning sets the epoch and does not replace it.
     Gives the numbers that :class:`Rows` takes, and places in any other data set.
 
+    Every process gets its share of each batch of the joint order, so that several processes see together what one
+    sees with batches as large as theirs together. Each row comes once; where the last joint batch has fewer rows than
+    there are processes, some of them are repeated, since every process has to take the step.
+
     Given lengths, it puts rows of similar length into one batch, for less padding: each stretch of
     ``GROUPED_BATCHES`` batches of the shuffled order is sorted by length and cut into batches, and all batches of
     the epoch are shuffled again, alike on every process. Rows that do not fill a batch come last, as they were drawn.
@@ -76,7 +80,7 @@ class EpochSampler(DistributedSampler[int]):
         num_replicas: Number of processes.
         rank: This process, in [0, num_replicas).
         seed: Seed of the order, the same in all processes.
-        batch_size: Rows per batch and process, at least 1; of use with ``lengths`` only.
+        batch_size: Rows per batch and process, at least 1.
         lengths: Length of each row, ``(N,)``; None groups nothing.
 
     Attributes:
@@ -98,6 +102,7 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         self.start = 0
         self.num_rows = len(dataset)  # type: ignore[arg-type]
+        self.num_samples = len(deal(torch.arange(self.num_rows), batch_size, num_replicas, rank))
         if lengths is not None and lengths.shape != (self.num_rows,):
             raise ValueError(
                 f"lengths must hold one length per row, shape ({self.num_rows},); got {tuple(lengths.shape)}. "
@@ -106,22 +111,68 @@ class EpochSampler(DistributedSampler[int]):
         self.batch_size, self.lengths = batch_size, lengths
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.tensor(list(super().__iter__()))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_rows, generator=generator)
         if self.lengths is not None:
             order = self._grouped(order, self.lengths)
+        order = deal(order, self.batch_size, self.num_replicas, self.rank)
         if isinstance(self.dataset, Rows):
             order += self.epoch * self.num_rows
         return iter(order[self.start :].tolist())
 
     def _grouped(self, order: Tensor, lengths: Tensor) -> Tensor:
-        """Rows ``(M,)`` of this process in batches of similar length."""
-        whole = len(order) - len(order) % self.batch_size
-        pools = torch.split(order[:whole], self.batch_size * GROUPED_BATCHES)
+        """Rows ``(N,)`` in joint batches of similar length."""
+        size = self.batch_size * self.num_replicas
+        whole = len(order) - len(order) % size
+        pools = torch.split(order[:whole], size * GROUPED_BATCHES)
         ordered = [pool[lengths[pool].argsort(stable=True)] for pool in pools]
-        batches = torch.cat([*ordered, order[:0]]).view(-1, self.batch_size)
+        batches = torch.cat([*ordered, order[:0]]).view(-1, size)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         shuffled = batches[torch.randperm(len(batches), generator=generator)]
         return torch.cat([shuffled.flatten(), order[whole:]])
+
+
+def deal(order: Tensor, batch_size: int, processes: int, rank: int) -> Tensor:
+    """The part of one process of rows ``(N,)`` in order: every ``processes``-th of each joint batch.
+
+    All processes get the same number of batches. Their last one may be smaller by a row; it repeats a row where there
+    are fewer than processes.
+    """
+    mine = order[rank::processes]
+    last = len(order) % (batch_size * processes)
+    if rank >= last > 0:
+        mine = torch.cat([mine, order[len(order) - last + rank % last][None]])
+    return mine
+
+
+class InOrderSampler(DistributedSampler[int]):
+    """Rows in order, each once, split over processes as :class:`EpochSampler` does: for evaluation.
+
+    Args:
+        dataset: Data set to sample from, of known length.
+        batch_size: Rows per batch and process.
+        num_replicas: Number of processes.
+        rank: This process, in [0, num_replicas).
+    """
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self._order = deal(torch.arange(len(dataset)), batch_size, num_replicas, rank)  # type: ignore[arg-type]
+        self.num_samples = len(self._order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order.tolist())
+
+
+def even_batch_size(rows: int, batch_size: int, processes: int) -> int:
+    """Largest batch size, at most the one asked for, at which all processes have as many batches and no row twice.
+
+    The one asked for where there is none (fewer rows than processes, or batches of a row or two): rows repeat then.
+    """
+    for size in range(batch_size, 0, -1):
+        if not 0 < rows % (size * processes) < processes:
+            return size
+    return batch_size
 
 
 class ResumableDataLoader(DataLoader[Batch]):

@@ -17,9 +17,11 @@ from ddcl_lightning.datamodules._loading import (
     Batch,
     EpochSampler,
     Fetch,
+    InOrderSampler,
     ResumableDataLoader,
     Rows,
     as_is,
+    even_batch_size,
 )
 from ddcl_lightning.datamodules._origin import Origin, check_names, writable
 from ddcl_lightning.seeding import resolve_seed
@@ -243,7 +245,7 @@ class SplitDataModule(pl.LightningDataModule):
         loaded, splits = self._require_setup()
         dataset = Rows(loaded.fetch, loaded.y, splits.train, self.augmentation(), loaded.numbers)
         lengths = self.lengths(loaded)
-        processes, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        processes, rank = self._processes()
         return ResumableDataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -275,7 +277,14 @@ class SplitDataModule(pl.LightningDataModule):
     def _in_order(self, rows: Tensor) -> DataLoader[Batch]:
         loaded, _ = self._require_setup()
         dataset = Rows(loaded.fetch, loaded.y, rows, numbers=loaded.numbers)
-        return DataLoader(dataset, batch_size=self.eval_batch_size, collate_fn=as_is, num_workers=self.num_workers)
+        processes, rank = self._processes()
+        size = even_batch_size(len(rows), self.eval_batch_size, processes)
+        sampler = InOrderSampler(dataset, size, processes, rank) if processes > 1 else None
+        return DataLoader(dataset, batch_size=size, sampler=sampler, collate_fn=as_is, num_workers=self.num_workers)
+
+    def _processes(self) -> tuple[int, int]:
+        """Number of processes that share the data, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _split(self, loaded: Loaded) -> Splits:
         first_test = len(loaded.y) - loaded.num_test

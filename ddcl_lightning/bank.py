@@ -114,7 +114,8 @@ class PrototypeBank(GuardedState):
         Returns:
             Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
             ``(N, H * d)``) or None. With ``need_codes`` also codes ``(*, H)`` int64, means, and as cost the entropy
-            ``(H,)`` in nats of the mean assignment over all processes, with its gradient.
+            ``(H,)`` in nats of the mean assignment, with its gradient: in training over all processes, in evaluation
+            over the tokens of this one.
 
         Raises:
             ValueError: If a shape does not fit, or (in eager mode on a CPU, where looking costs nothing) if no token
@@ -126,6 +127,8 @@ class PrototypeBank(GuardedState):
             note_prototypes(self.prototypes)
         if self.critical is not None and self.training:
             self._follow(self.critical(heads.detach(), flat_mask))
+        # What a process evaluates on its own must not wait for the others.
+        total = log_sum_over_processes if self.training else Tensor.detach
         attend = prototype_attention_reference if need_weights else prototype_attention
         # A copy, because a schedule may set the next temperature before the backward pass reads this one.
         temperature = self.temperature.clone()
@@ -138,7 +141,7 @@ class PrototypeBank(GuardedState):
                 temperature,
                 flat_mask,
                 detach_assignments=self.detach_assignments,
-                total=log_sum_over_processes,
+                total=total,
             )
             assert output.codes is not None
             codes, means = output.codes, output.means
@@ -146,7 +149,7 @@ class PrototypeBank(GuardedState):
             if need_codes:
                 codes, means = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
                 # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
-                log_mass = log_sum_over_processes(means.log_mass)
+                log_mass = total(means.log_mass)
                 costs = log_mass.logsumexp(-1, keepdim=True) - log_mass
             output = attend(
                 heads, prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs

@@ -90,6 +90,14 @@ def pruned_modules(callback: ModelPruning) -> list[nn.Module]:
     return [module for module, _ in callback._parameters_to_prune]
 
 
+def is_logging_step(trainer: pl.Trainer) -> bool:
+    """Whether what is logged in this training batch is read: by loggers, or at the end of the epoch."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+    due = bool(interval) and (steps + 1) % interval == 0
+    return due or bool(trainer.is_last_batch) or bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def accept_checkpoints_after_steps() -> None:
     """Silence the advice to save weights from before the optimizer step in a manually optimised module.
 

@@ -1,11 +1,15 @@
 """The few collective operations that the layers and callbacks need; each is the identity in a single process."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import builtins
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
 
@@ -74,6 +78,49 @@ def take_from_one_process(value: Tensor, available: Tensor) -> tuple[Tensor, Ten
     return sum_over_processes(value.detach().masked_fill(~mine.unsqueeze(-1), 0.0)), owner > 0
 
 
+def batch_weight(size: int, device: torch.device) -> Tensor | float:
+    """Factor for a process's mean over its samples, under which the mean over processes is that over all samples.
+
+    1 where all processes have as many. DDP averages gradients over processes, whatever their number of samples.
+
+    Args:
+        size: Samples of this process in the step.
+        device: Where the factor is wanted.
+    """
+    if world_size() == 1:
+        return 1.0
+    total = torch.tensor(float(size), device=device)
+    dist.all_reduce(total)
+    return size * world_size() / total
+
+
+def mean_over_processes(values: Mapping[str, Tensor | float], weight: float = 1.0) -> dict[str, float]:
+    """Means of numbers over the processes that have them, weighted by each process's ``weight``, as plain numbers.
+
+    Waits for the device and for all processes: for readings, not for every step.
+    """
+    parts = gather_objects((weight, {name: float(value) for name, value in values.items()}))
+    means = {}
+    for name in dict.fromkeys(name for _, numbers in parts for name in numbers):
+        holders = [(share, numbers[name]) for share, numbers in parts if name in numbers]
+        means[name] = sum(share * number for share, number in holders) / sum(share for share, _ in holders)
+    return means
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows ``(N, *)`` of all processes, in rank order, on every process; N may differ. Without gradient."""
+    if world_size() == 1:
+        return rows
+    sizes = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
+    numbers = [int(size) for size in sizes]
+    padded = rows.new_zeros(max(numbers), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in rank order, on every process."""
     if world_size() == 1:
@@ -93,22 +140,112 @@ def broadcast_object(value: Any) -> Any:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that computes on behalf of all."""
+    """Whether this process is the first one. To do something on it alone, use :func:`report`: a branch can hang."""
     return world_size() == 1 or dist.get_rank() == 0
+
+
+class CollectiveError(RuntimeError):
+    """Work that one process does alone has asked the others for something, who would never answer."""
+
+
+class _RefuseCollectives(TorchDispatchMode):
+    """Raises at every operation of torch.distributed, whoever calls it, before it waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise CollectiveError(
+                f"{func} was called in work that each process does on its own, where the others may not call it: the "
+                "run would wait for ever. Reduce over the processes first, and report afterwards."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_collectives() -> Iterator[None]:
+    """Context manager in which an operation over processes is a :class:`CollectiveError` and not a deadlock."""
+    if world_size() == 1:
+        yield
+        return
+    with _RefuseCollectives():
+        yield
+
+
+class _Failure(NamedTuple):
+    """What the other processes are told of an error; exceptions themselves need not survive pickling."""
+
+    rank: int
+    kind: str
+    message: str
+
+    def error(self) -> Exception:
+        """An error of the same kind, or a RuntimeError where that cannot be made from a sentence."""
+        kind = getattr(builtins, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            try:
+                return kind(self.message)
+            except TypeError:
+                pass
+        return RuntimeError(f"process {self.rank}: {self.kind}: {self.message}")
+
+
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        with no_collectives():
+            return work(), None
+    except Exception as error:
+        return None, error
+
+
+def on_every_process(work: Callable[[], Result]) -> Result:
+    """What each process makes on its own; where it fails on one of them, the error is raised on all.
+
+    Args:
+        work: Must not contain operations over processes; they are refused.
+    """
+    result, error = _attempt(work)
+    rank = dist.get_rank() if world_size() > 1 else 0
+    failures = gather_objects(None if error is None else _Failure(rank, type(error).__name__, str(error)))
+    if error is not None:
+        raise error
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is not None:
+        raise first.error()
+    return cast(Result, result)
 
 
 def from_first_process(compute: Callable[[], Result], failure: str) -> Result:
     """What the first process computes, on every process.
 
-    A ValueError there is one everywhere, or the others would wait for ever; its message starts with ``failure``.
+    An error there is one everywhere, or the others would wait for ever; a ValueError's message starts with ``failure``.
     """
-    result: Result | ValueError | None = None
+    result: Result | None = None
+    error: Exception | None = None
     if is_first_process():
-        try:
-            result = compute()
-        except ValueError as error:
-            result = ValueError(f"{failure}: {error}")
-    shared: Result | ValueError = broadcast_object(result)
-    if isinstance(shared, ValueError):
-        raise shared
-    return shared
+        result, error = _attempt(compute)
+        if isinstance(error, ValueError):
+            error = ValueError(f"{failure}: {error}")
+    told = None if error is None else _Failure(0, type(error).__name__, str(error))
+    shared, failed = broadcast_object((result, told))
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise failed.error()
+    return cast(Result, shared)
+
+
+def report(work: Callable[[], Result], name: str) -> Result | None:
+    """The result of work that the first process does alone; None on the others, and where it fails.
+
+    For what a person reads (tables, figures): an error is a warning there, since it must not cost the run. Operations
+    over processes are refused, so evaluate on all processes and reduce before.
+
+    Args:
+        work: What to do.
+        name: Who reports, for the warning.
+    """
+    if not is_first_process():
+        return None
+    result, error = _attempt(work)
+    if error is not None:
+        rank_zero_warn(f"{name} left out a part, the run is not affected: {type(error).__name__}: {error}")
+    return result

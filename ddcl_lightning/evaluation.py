@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
@@ -11,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ddcl_lightning.batch import Batch, labels
+from ddcl_lightning.batch import Batch, index, labels
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.kmeans import initial_prototypes
 from ddcl_lightning.metrics import ClusteringMetrics
@@ -36,6 +37,7 @@ class Readouts:
             without a bank.
         labels: ``(M,)`` int64, -1 where unknown.
         clusters: Strongest prototype per head, ``(M, H)``; ``(M, 0)`` where the head gives no assignments.
+        index: Position of each sample in its data set, ``(M,)`` int64, -1 where the batch has none.
     """
 
     pooled: Tensor
@@ -44,14 +46,24 @@ class Readouts:
     inputs: Tensor
     labels: Tensor
     clusters: Tensor
+    index: Tensor
 
     def __len__(self) -> int:
         return len(self.pooled)
 
     def labelled(self) -> "Readouts":
         """The rows that have a label."""
-        keep = self.labels >= 0
-        return Readouts(*(getattr(self, part.name)[keep] for part in fields(self)))
+        return self.rows(self.labels >= 0)
+
+    def in_order(self) -> "Readouts":
+        """One row per sample of the data set, in its order, however several processes shared it; needs ``index``."""
+        if bool((self.index < 0).any()):
+            return self
+        return self.rows(torch.from_numpy(np.unique(self.index.numpy(), return_index=True)[1]))
+
+    def rows(self, chosen: Tensor) -> "Readouts":
+        """Some rows, by a mask ``(M,)`` or indices."""
+        return Readouts(*(getattr(self, part.name)[chosen] for part in fields(self)))
 
     @staticmethod
     def cat(parts: Iterable["Readouts"]) -> "Readouts":
@@ -93,7 +105,7 @@ def collect_readouts(
             values, mask = module.backbone(batch)
             readout = module.head(values, mask)
             size = len(values)
-            clusters = readout.assignments
+            clusters, position = readout.assignments, index(batch)
             parts.append(
                 Readouts(
                     readout.pooled.float().cpu(),
@@ -102,6 +114,7 @@ def collect_readouts(
                     _mean_input(seen[name], size) if bank else torch.empty(size, 0),
                     _class_labels(batch, size),
                     torch.empty(size, 0, dtype=torch.int64) if clusters is None else clusters.argmax(-1).cpu(),
+                    torch.full((size,), -1) if position is None else position.cpu().long(),
                 )
             )
             for place, sample in (tokens or {}).items():
@@ -177,7 +190,8 @@ def kmeans_scores(
 def clustering_scores(clusters: Tensor, truth: Tensor, num_clusters: int) -> dict[str, float]:
     """:data:`CLUSTERING_METRICS` of clusters ``(M,)`` against labels ``(M,)``, -1 where unknown."""
     labelled = bool((truth >= 0).any())
-    metric = ClusteringMetrics(num_clusters, int(truth.max()) + 1 if labelled else 1)
+    # The rows are those of all processes already, and the first process may be the only one here.
+    metric = ClusteringMetrics(num_clusters, int(truth.max()) + 1 if labelled else 1, sync_on_compute=False)
     metric.update(clusters, truth)
     values = metric.compute()
     return {name: float(values[name]) for name in (CLUSTERING_METRICS if labelled else CLUSTERING_METRICS[3:])}

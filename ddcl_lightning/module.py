@@ -17,6 +17,7 @@ from ddcl_lightning import compat
 from ddcl_lightning.added_groups import adopt_groups, release_restored
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index
+from ddcl_lightning.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning.foreign_callbacks import refuse_callbacks, refuse_idle_averages
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
@@ -192,17 +193,26 @@ class DDCLReadoutModule(pl.LightningModule):
                 f"the training loss is not finite at step {self.trainer.global_step}: {parts}. Check the data for "
                 "NaN, lower lr_prototypes or rho, set gradient_clip_val, or raise the temperature."
             )
+        size = readout.pooled.shape[0]
+        scale = batch_weight(size, loss.device) / self._window_size(batch_idx)
         # The backward pass of what ran under autocast belongs outside of it.
         with torch.autocast(self.device.type, enabled=False):
-            self.manual_backward(loss / self._window_size(batch_idx))
-        self.log_dict(
-            {f"train/{name}": value.detach() for name, value in {**readout.signals, **losses}.items()}, on_step=True
-        )
+            self.manual_backward(loss * scale)
+        self._log_step({**readout.signals, **losses}, size)
         self._metrics("train").reserve([*readout.signals, *losses])
         self.task.update_train_metrics(self._metrics("train").by_name(), readout, batch)
         if (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch:
             self._step_optimizers()
         return loss.detach()
+
+    def _log_step(self, values: Mapping[str, Tensor], size: int) -> None:
+        """Log a training batch: in several processes the mean over all, on the steps on which somebody reads it."""
+        logged: Mapping[str, Tensor | float] = {name: value.detach() for name, value in values.items()}
+        if world_size() > 1:
+            if not compat.is_logging_step(self.trainer):
+                return
+            logged = mean_over_processes(logged, size)
+        self.log_dict({f"train/{name}": value for name, value in logged.items()}, on_step=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Keep the loggers' step equal to ``global_step``, and save the checkpoints that are due by the clock."""
@@ -441,7 +451,7 @@ class DDCLReadoutModule(pl.LightningModule):
         size = readout.pooled.shape[0]
         losses = self.task.losses(readout, batch)
         # Of several loaders Lightning marks the names by the loader.
-        self.log_dict({f"{stage}/{name}": value for name, value in losses.items()}, batch_size=size)
+        self.log_dict({f"{stage}/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
         counted = [self._metrics(stage)]
         if self._several is not None:
             self._several.add(losses, size)
@@ -464,4 +474,5 @@ class DDCLReadoutModule(pl.LightningModule):
         for mark, metrics in counted.items():
             values = metrics.compute(lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False))
             named = {f"{stage}/{name}{mark}": value for name, value in values.items()}
-            self.log_dict(named, add_dataloader_idx=False)
+            # Equal on all processes already, which Lightning cannot know.
+            self.log_dict(named, add_dataloader_idx=False, sync_dist=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.distributed import gather_objects, gather_rows, sum_over_processes, world_size
 from ddcl_lightning.functional import BankOutput, Decomposition
 
 
@@ -63,6 +64,25 @@ class Observation:
     def valid_tokens(self) -> Tensor:
         """Tokens without padding, ``(H, M, d)``."""
         return self.tokens if self.mask is None else self.tokens[:, self.mask[0]]
+
+
+def over_processes(observations: Mapping[str, Observation]) -> dict[str, Observation]:
+    """The observations of all processes as one per bank, the same everywhere: their valid tokens in rank order.
+
+    Banks that some process has not called are left out. Terms are means over all tokens.
+    """
+    if world_size() == 1:
+        return dict(observations)
+    called = gather_objects(list(observations))
+    return {name: _joint(observed) for name, observed in observations.items() if all(name in names for names in called)}
+
+
+def _joint(observed: Observation) -> Observation:
+    tokens = observed.valid_tokens()
+    rows = gather_rows(tokens.transpose(0, 1).contiguous()).transpose(0, 1)
+    share = tokens.shape[1] / max(rows.shape[1], 1)
+    terms = Decomposition(*(sum_over_processes(term * share) for term in observed.terms))
+    return Observation(rows, None, observed.prototypes, observed.temperature, terms)
 
 
 Observer = Callable[[str, Observation], None]

@@ -1,0 +1,114 @@
+"""Runs a function in several processes at once, as a launcher would start them, and tells when they hang.
+
+The processes are forked from a server that has imported the package once, so that a start costs no import.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT = 120.0  # seconds; far above what any of the runs takes on a busy machine
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended, and what it printed."""
+
+    code: int | None
+    output: str
+
+
+def run_processes(
+    folder: Path, target: Callable[..., Any], *args: Any, processes: int = 2, limit: float = LIMIT
+) -> list[Outcome]:
+    """Call ``target(*args)`` in processes that see themselves as the ranks of one run, and wait for all of them.
+
+    Fails the test, with the stacks of all processes, if they have not ended within ``limit`` seconds.
+    """
+    port, folder = _free_port(), folder / "processes"
+    folder.mkdir(exist_ok=True)
+    context = _server()
+    logs = [folder / f"{port}-{rank}.log" for rank in range(processes)]
+    running = [
+        context.Process(target=_run, args=(rank, processes, port, os.getcwd(), str(log), target, args))
+        for rank, log in enumerate(logs)
+    ]
+    for process in running:
+        process.start()
+    end = time.monotonic() + limit
+    for process in running:
+        process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, process in enumerate(running) if process.is_alive()]
+    if hung:
+        for process in running:
+            if process.is_alive():
+                _show_stacks(process.pid)
+        time.sleep(1.0)
+        for process in running:
+            process.kill()
+            process.join()
+    outcomes = [
+        Outcome(process.exitcode, log.read_text(errors="replace")) for process, log in zip(running, logs, strict=True)
+    ]
+    if hung:
+        pytest.fail(f"processes {hung} hang:\n" + "\n".join(outcome.output[-6000:] for outcome in outcomes))
+    return outcomes
+
+
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _show_stacks(pid: int | None) -> None:
+    import signal
+
+    if pid is not None:
+        os.kill(pid, signal.SIGUSR2)
+
+
+def _run(
+    rank: int, processes: int, port: int, folder: str, log: str, target: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import signal
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
+    os.chdir(folder)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+    from lightning.fabric.utilities import rank_zero as fabric
+    from lightning.pytorch.utilities import rank_zero
+
+    torch.set_num_threads(1)
+    # Read from the environment when they were imported, which was in the server.
+    fabric.rank_zero_only.rank = rank_zero.rank_zero_only.rank = rank
+    target(*args)
