@@ -26,11 +26,11 @@ from ddcl_lightning.evaluation import (
     kmeans_scores,
     linear_probe,
 )
+from ddcl_lightning.evaluation_pass import flat_loaders
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import Observation, find_banks
 from ddcl_lightning.reservoir import Reservoir
-from ddcl_lightning.several_loaders import flat_loaders
 from ddcl_lightning.signals import HeadSignals, read_signals
 
 MAX_TOKENS = 65_536  # for the signals of the bank
@@ -89,7 +89,7 @@ class FitSummary(Callback):
             return
         assert isinstance(pl_module, DDCLReadoutModule)
         if pl_module.parameter_groups()["encoder"]:
-            found = self._evaluate(trainer, pl_module, _evaluation_batches(trainer))
+            found = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
             if found is not None:
                 self._before = report(lambda: self._kmeans(pl_module, found.readouts, found.readouts.mean), NAME)
 
@@ -98,8 +98,8 @@ class FitSummary(Callback):
         if not self._applies(pl_module):
             return
         assert isinstance(pl_module, DDCLReadoutModule)
-        found = self._evaluate(trainer, pl_module, _evaluation_batches(trainer))
-        train = self._evaluate(trainer, pl_module, train_batches(trainer)) if self.compare else None
+        found = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
+        train = self._evaluate(trainer, pl_module, [train_batches(trainer)]) if self.compare else None
         if found is None:
             return
         if train is not None:
@@ -151,15 +151,18 @@ class FitSummary(Callback):
     def _kmeans(self, module: DDCLReadoutModule, now: Readouts, points: Tensor) -> dict[str, float]:
         return kmeans_scores(points, now.labels, _num_clusters(module, now), num_restarts=self.num_restarts)
 
-    def _evaluate(self, trainer: pl.Trainer, module: DDCLReadoutModule, batches: Iterator[Batch]) -> _Evaluation | None:
-        """The pass of all processes; None where one of them failed, so that none waits for another."""
+    def _evaluate(
+        self, trainer: pl.Trainer, module: DDCLReadoutModule, loaders: list[Iterator[Batch]]
+    ) -> _Evaluation | None:
+        """The pass of all processes over the loaders; None where one of them failed, so that none waits for another."""
         samples = {name: Reservoir(MAX_TOKENS) for name in find_banks(module.head)}
 
-        def run() -> Readouts:
+        def run() -> list[Readouts]:
             with isolate_rng(), trainer.precision_plugin.val_step_context():
-                return collect_readouts(
-                    module, batches, tokens=samples, to_device=lambda batch: to_device(trainer, batch)
-                )
+                return [
+                    collect_readouts(module, batches, tokens=samples, to_device=lambda batch: to_device(trainer, batch))
+                    for batches in loaders
+                ]
 
         try:
             part = on_every_process(run)
@@ -167,7 +170,9 @@ class FitSummary(Callback):
             rank_zero_warn(f"{NAME} left out a part, the run is not affected: {type(error).__name__}: {error}")
             return None
         tokens = {name: sample.gather().transpose(0, 1) for name, sample in samples.items()}
-        return _Evaluation(Readouts.cat(gather_objects(part)).in_order(), tokens)
+        # An index means nothing beyond its loader.
+        readouts = [Readouts.cat(parts).in_order() for parts in zip(*gather_objects(part), strict=True)]
+        return _Evaluation(Readouts.cat(readouts), tokens)
 
     def _format(self, trainer: pl.Trainer, module: DDCLReadoutModule, signals: list[list[HeadSignals]]) -> str:
         width = max(map(len, [*self.rows, *self.probes])) + 2
@@ -220,11 +225,13 @@ def _num_clusters(module: DDCLReadoutModule, now: Readouts) -> int:
     return banks[-1].num_prototypes if banks else max(1, int(now.labels.max()) + 1)
 
 
-def _evaluation_batches(trainer: pl.Trainer) -> Iterator[Batch]:
+def _evaluation_loaders(trainer: pl.Trainer) -> list[Iterator[Batch]]:
     loaders = trainer.val_dataloaders
     if loaders is None or not sum(trainer.num_val_batches):
-        yield from train_batches(trainer)
-        return
+        return [train_batches(trainer)]
     # Trainer(limit_val_batches=...) counts here too: the table describes what validation saw.
-    for loader, batches in zip(flat_loaders(loaders), trainer.num_val_batches, strict=True):
-        yield from islice(loader, None if math.isinf(batches) else int(batches))
+    return [
+        islice(loader, None if math.isinf(batches) else int(batches))
+        for loader, batches in zip(flat_loaders(loaders), trainer.num_val_batches, strict=True)
+        if batches
+    ]

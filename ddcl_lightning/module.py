@@ -19,6 +19,7 @@ from ddcl_lightning.added_groups import adopt_groups, release_restored
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index
 from ddcl_lightning.distributed import batch_weight, mean_over_processes, world_size
+from ddcl_lightning.evaluation_pass import EvaluationPass
 from ddcl_lightning.foreign_callbacks import refuse_callbacks, refuse_idle_averages
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
@@ -32,7 +33,6 @@ from ddcl_lightning.rates import (
     parameter_ids,
     run_length,
 )
-from ddcl_lightning.several_loaders import SeveralLoaders, suffix
 from ddcl_lightning.stage_metrics import StageMetrics, check_new
 from ddcl_lightning.tasks.base import Task
 from ddcl_lightning.trust import check_hyper_parameters, stored_hyper_parameters
@@ -150,7 +150,7 @@ class DDCLReadoutModule(pl.LightningModule):
         metrics = {"train": task.train_metrics(), "val": task.metrics(), "test": task.metrics()}
         stages = {stage: StageMetrics(stage, of_stage) for stage, of_stage in metrics.items()}
         check_new(stages.values())
-        self._several: SeveralLoaders | None = None
+        self._pass: EvaluationPass | None = None
         self._configured: set[int] = set()  # parameters in the optimizers from the start
         self.stage_metrics = nn.ModuleDict({f"{stage}_metrics": held for stage, held in stages.items()})
 
@@ -241,23 +241,25 @@ class DDCLReadoutModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the training metrics of the task, of what this run has seen of the epoch."""
-        self._log_metrics("train")
+        self._log_values("train", self._metrics("train"))
 
     def on_validation_epoch_start(self) -> None:
-        """Count every loader by itself too, where there are several."""
-        self._start_pass("val", len(self.trainer.num_val_batches))
+        """Count anew, and every loader by itself too where there are several."""
+        self._pass = EvaluationPass(self._metrics("val"), len(self.trainer.num_val_batches))
 
     def on_test_epoch_start(self) -> None:
         """Likewise."""
-        self._start_pass("test", len(self.trainer.num_test_batches))
+        self._pass = EvaluationPass(self._metrics("test"), len(self.trainer.num_test_batches))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set; those without labels to compare with are left out."""
-        self._log_metrics("val")
+        assert self._pass is not None
+        self._log_values("val", self._pass)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the whole test set."""
-        self._log_metrics("test")
+        assert self._pass is not None
+        self._log_values("test", self._pass)
 
     # Set-up -------------------------------------------------------------------------------------
 
@@ -444,21 +446,11 @@ class DDCLReadoutModule(pl.LightningModule):
 
     # Evaluation ---------------------------------------------------------------------------------
 
-    def _start_pass(self, stage: str, loaders: int) -> None:
-        self._several = SeveralLoaders(self._metrics(stage), loaders) if loaders > 1 else None
-
     def _evaluate(self, stage: str, batch: Batch, loader: int) -> None:
         readout = self(batch)
-        size = readout.pooled.shape[0]
         losses = self.task.losses(readout, batch)
-        # Of several loaders Lightning marks the names by the loader.
-        self.log_dict({f"{stage}/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
-        counted = [self._metrics(stage)]
-        if self._several is not None:
-            self._several.add(losses, size)
-            counted.append(self._several.metrics[loader])
-        for metrics in counted:
-            metrics.reserve(losses)
+        assert self._pass is not None
+        for metrics in self._pass.add(losses, readout.pooled.shape[0], loader):
             self.task.update_metrics(metrics.by_name(), readout, batch)
 
     def _metrics(self, stage: str) -> StageMetrics:
@@ -466,14 +458,8 @@ class DDCLReadoutModule(pl.LightningModule):
         assert isinstance(held, StageMetrics)
         return held
 
-    def _log_metrics(self, stage: str) -> None:
-        counted = {"": self._metrics(stage)}
-        if stage != "train" and self._several is not None:
-            counted |= {suffix(loader): metrics for loader, metrics in enumerate(self._several.metrics)}
-            means = {f"{stage}/{name}": value for name, value in self._several.means().items()}
-            self.log_dict(means, batch_size=self._several.size, sync_dist=True)
-        for mark, metrics in counted.items():
-            values = metrics.compute(lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False))
-            named = {f"{stage}/{name}{mark}": value for name, value in values.items()}
-            # Equal on all processes already, which Lightning cannot know.
-            self.log_dict(named, add_dataloader_idx=False, sync_dist=True)
+    def _log_values(self, stage: str, counted: EvaluationPass | StageMetrics) -> None:
+        values = counted.compute(lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False))
+        # Equal on all processes already, which Lightning cannot know.
+        named = {f"{stage}/{name}": value for name, value in values.items()}
+        self.log_dict(named, add_dataloader_idx=False, sync_dist=True)

@@ -4,8 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from ddcl_lightning import DDCLReadoutModule
 from ddcl_lightning.cli import main
+from ddcl_lightning.distributed import (
+    CollectiveError,
+    from_first_process,
+    is_first_process,
+    on_every_process,
+    report,
+)
 from ddcl_lightning.recipes import recipe_paths
 from tests.processes import run_processes
 from tests.recipe_words import local_words
@@ -34,3 +44,95 @@ def test_recipe_in_two_processes_ends_with_its_table(name: str, tmp_path: Path) 
     assert "sync_dist" not in first.output + second.output
     assert re.search(r"^prototypes \(last step\)", first.output, re.MULTILINE)
     assert "prototypes (last step)" not in second.output
+
+
+def fit_and_save(words: list[str], devices: int, stem: str) -> None:
+    """Fit, and save what each process ends with and has logged."""
+
+    end = DDCLReadoutModule.on_fit_end
+
+    def save(module: DDCLReadoutModule) -> None:
+        end(module)
+        logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+        torch.save((module.state_dict(), logged), f"{stem}-{module.trainer.global_rank}.pt")
+
+    DDCLReadoutModule.on_fit_end = save  # type: ignore[method-assign]
+    main(["fit", *words, "--trainer.accelerator=cpu", f"--trainer.devices={devices}", "--trainer.logger=false"])
+
+
+# Adam would blow the rounding of gradients that are zero up to whole steps.
+SGD = ["--model.encoder_optimizer=SGD", "--trainer.max_epochs=2"]
+CODES = ["--model.prototype_optimizer=SGD"]
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "processes", "words"),
+    [
+        ("digits", 240, 2, CODES),  # 1,797 rows: neither two processes nor their batches divide them
+        ("digits", 240, 3, CODES),
+        ("digits_adaptive", 240, 2, CODES),
+        ("digits_soft_vq", 240, 2, []),
+        ("bert_sst2", 24, 2, CODES),
+    ],
+)
+def test_several_processes_equal_one(
+    name: str, batch_size: int, processes: int, words: list[str], tmp_path: Path
+) -> None:
+    local = [word for word in local_words(name, tmp_path) if "batch_size" not in word]
+    words = [f"--config={name}", *local, *words, *SGD, "--trainer.enable_progress_bar=false"]
+    ends = []
+    for number in (1, processes):
+        stem = str(tmp_path / f"end-{number}")
+        parallel = [] if number == 1 else ["--trainer.strategy=ddp"]
+        sized = [*words, *parallel, f"--data.init_args.batch_size={batch_size // number}"]
+        outcomes = run_processes(tmp_path, fit_and_save, sized, number, stem, processes=number)
+        assert [outcome.code for outcome in outcomes] == [0] * number, outcomes[0].output[-3000:]
+        ends += [torch.load(f"{stem}-{rank}.pt", weights_only=True) for rank in range(number)]
+    (state, logged), *others = ends
+    for other_state, other_logged in others:
+        assert state.keys() == other_state.keys()
+        for key, value in state.items():
+            torch.testing.assert_close(
+                other_state[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}"
+            )
+        assert other_logged == others[0][1]  # every process has logged the same
+        for key in (key for key in logged if key.startswith(("val/", "train/"))):
+            assert other_logged[key] == pytest.approx(logged[key], rel=1e-4, abs=1e-5), key
+
+
+def alone(case: str) -> None:
+    """One process does what it must not do alone, or fails alone."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+
+    def reduce() -> None:
+        dist.all_reduce(torch.ones(1))
+
+    def fail() -> int:
+        if rank == 0:
+            raise {"memory": MemoryError, "value": ValueError, "unicode": UnicodeError}[case]("there is none")
+        return rank
+
+    if case == "report":
+        assert report(reduce, "Table") is None
+    elif case == "everywhere":
+        with pytest.raises(CollectiveError, match="all_reduce"):
+            on_every_process(reduce)
+    else:
+        kinds = (MemoryError, ValueError, UnicodeError)
+        with pytest.raises(kinds, match="there is none"):
+            from_first_process(fail, "it fails")
+        with pytest.raises(kinds, match="there is none"):
+            on_every_process(fail)
+    assert on_every_process(lambda: rank) == rank
+    assert from_first_process(lambda: rank, "") == 0
+    assert report(lambda: "first", "") == ("first" if is_first_process() else None)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", ["report", "everywhere", "memory", "value", "unicode"])
+def test_work_of_one_process_cannot_make_the_others_wait(case: str, tmp_path: Path) -> None:
+    outcomes = run_processes(tmp_path, alone, case)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    if case == "report":
+        assert re.search(r"Table left out a part, .*CollectiveError: c10d.allreduce", outcomes[0].output)

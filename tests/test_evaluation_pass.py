@@ -7,7 +7,7 @@ import torch
 
 from ddcl_lightning import Classification, Clustering
 from ddcl_lightning.callbacks import FitSummary
-from ddcl_lightning.several_loaders import flat_loaders
+from ddcl_lightning.evaluation_pass import flat_loaders
 from ddcl_lightning.tasks import Task
 from tests.tiny import clustering_module, loader, quiet_trainer
 
