@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 import sklearn
 import torch
 
+from ddcl_lightning.files import write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,9 +38,7 @@ def save(folder: Path, name: str, result: dict[str, Any]) -> Path:
     """Write ``folder/name.json`` at once, so that an interrupted run leaves the previous file whole."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"versions": versions(), **result}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, json.dumps({"versions": versions(), **result}, indent=1, allow_nan=False) + "\n")
     return path
 
 

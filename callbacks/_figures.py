@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.distributed import gather_objects, report
+from ddcl_lightning.files import whole_file
 from ddcl_lightning.modes import evaluating
 
 MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
@@ -47,7 +48,8 @@ def _emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
         logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
     if not boards:
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name.replace('/', '_')}-step={trainer.global_step:06d}.png", dpi=120)
+        with whole_file(folder / f"{name.replace('/', '_')}-step={trainer.global_step:06d}.png") as draft:
+            figure.savefig(draft, dpi=120)
 
 
 class ValidationFigures(Callback):

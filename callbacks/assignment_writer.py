@@ -17,6 +17,7 @@ from torch import Tensor
 from ddcl_lightning.batch import labels
 from ddcl_lightning.datamodules._origin import check_names, listing, writable
 from ddcl_lightning.distributed import gather_objects, is_first_process
+from ddcl_lightning.files import whole_file
 
 
 class AssignmentWriter(BasePredictionWriter):
@@ -137,10 +138,11 @@ class AssignmentWriter(BasePredictionWriter):
             table = with_left_out(table, left_out)
         if table["dataloader"].nunique() == 1:
             table = table.drop(columns="dataloader")
-        if self.path.endswith(".parquet"):
-            table.to_parquet(self.path, index=False)
-        else:
-            table.to_csv(self.path, index=False, float_format="%.6g")
+        with whole_file(self.path) as draft:
+            if self.path.endswith(".parquet"):
+                table.to_parquet(draft, index=False)
+            else:
+                table.to_csv(draft, index=False, float_format="%.6g", errors="backslashreplace")
         missing = [f"{len(numbers):,} by {reason} ({listing(numbers)})" for reason, numbers in left_out.items()]
         rank_zero_info(
             f"Wrote {len(table)} rows to {self.path}." + f" Not predicted: {'; '.join(missing)}." * bool(missing)

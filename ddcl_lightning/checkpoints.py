@@ -26,8 +26,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with whole_file(Path(path)) as draft:
-            torch.save(checkpoint, draft)
+        with whole_file(Path(path), suffix=".part") as draft, draft.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # that of torch's writer hides the one of the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def is_keyword(path: str | Path) -> bool:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ddcl_lightning.files import write_text
+
 CacheDtype = Literal["float16", "float32"]
 Rows = npt.NDArray[Any]
 
@@ -76,9 +78,7 @@ class FeatureCache:
         self.path = Path(folder).expanduser() / content_key(meta.encode()).hex()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            unfinished = self.path / f"tmp-{uuid.uuid4().hex}.json"
-            unfinished.write_text(meta + "\n", encoding="utf-8")
-            unfinished.replace(self.path / "meta.json")
+            write_text(self.path / "meta.json", meta + "\n")
         except OSError as error:
             raise OSError(f"cache_dir {str(folder)!r} cannot be written: {error}. Choose another folder.") from None
         self._segments: dict[str, _Segment] = {}

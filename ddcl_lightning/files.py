@@ -8,13 +8,15 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
     """A file to write in the same folder, which takes the place of ``path`` when the block ends without an error.
 
     Until then ``path`` stays as it was; after an error, an interruption or a kill too.
 
     Args:
         path: File to write; its folder must exist. A symbolic link is followed.
+        suffix: What the name to write to ends with, by default as that of ``path``, from which some tell the format.
+            A kill leaves that file behind: give it one under which nobody looks for whole files.
 
     Raises:
         OSError: If it cannot be written, with the file, the reason and what to do; nothing is left behind.
@@ -23,7 +25,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     draft: Path | None = None
     try:
         handle, name = tempfile.mkstemp(
-            prefix=f".{target.stem[:40]}-", suffix=f".part{target.suffix}", dir=target.parent
+            prefix=f".{target.stem[:40]}-",
+            suffix=f".part{target.suffix}" if suffix is None else suffix,
+            dir=target.parent,
         )
         draft = Path(name)
         os.close(handle)

@@ -5,6 +5,8 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
+from ddcl_lightning.files import whole_file
+
 
 def recipe_paths() -> dict[str, Path]:
     """Shipped recipes by name, sorted."""
@@ -44,5 +46,6 @@ def copy_recipe(name: str, folder: str | Path = ".") -> Path:
     target = Path(folder) / source.name
     if target.exists():
         raise FileExistsError(f"{target} exists already; remove it or copy into another folder.")
-    shutil.copyfile(source, target)
+    with whole_file(target) as draft:
+        shutil.copyfile(source, draft)
     return target

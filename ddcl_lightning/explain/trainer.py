@@ -11,6 +11,7 @@ from ddcl_lightning.checkpoints import check_checkpoint, other_model
 from ddcl_lightning.explain.collect import check_arguments, collect
 from ddcl_lightning.explain.look import Observer
 from ddcl_lightning.explain.report import render
+from ddcl_lightning.files import write_text
 from ddcl_lightning.module import DDCLReadoutModule
 
 
@@ -80,10 +81,11 @@ class ExplainingTrainer(pl.Trainer):
                 progress=self.progress_bar_callback is not None,
             )
         page = render(found)
-        Path(output).write_text(page, encoding="utf-8")
+        write_text(output, page)
         dead = sum(prototype.dead for head in found.heads for prototype in head.prototypes)
+        size = Path(output).stat().st_size / 1024
         rank_zero_info(
-            f"Wrote {output} ({len(page.encode()) / 1024:,.0f} KiB): {sum(len(h.prototypes) for h in found.heads)} "
+            f"Wrote {output} ({size:,.0f} KiB): {sum(len(h.prototypes) for h in found.heads)} "
             f"prototypes ({dead} dead), {found.samples:,} samples, {len(found.inputs)} inputs."
         )
 

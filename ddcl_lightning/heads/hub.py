@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddcl_lightning.files import whole_file, write_text
 from ddcl_lightning.heads.base import AnyHead, Head
 
 if TYPE_CHECKING:
@@ -99,8 +100,14 @@ def save(head: Head, folder: str | Path) -> None:
     config = describe(head)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    safetensors.save_model(head, str(folder / WEIGHTS))
+    with whole_file(folder / WEIGHTS) as draft:
+        try:
+            safetensors.save_model(head, str(draft))
+        except Exception as error:
+            if "I/O error" not in str(error):
+                raise
+            raise OSError(str(error)) from error  # a class of its own hides it
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load(kind: type[AnyHead], name_or_folder: str | Path, **download: Any) -> AnyHead:
