@@ -55,6 +55,27 @@ def token_normalized_step(rank: int, processes: int, relocate: float = 0.0) -> T
     return bank.prototypes.detach()
 
 
+def poisoned_steps(rank: int, processes: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Two batches that add up and one that is not finite on the first process, where nobody looks."""
+    torch.manual_seed(0)
+    bank = PrototypeBank(4, 3, temperature=0.1, temperature_unit="critical").double()
+    bank._require_finite = lambda *args: None  # type: ignore[method-assign]
+    optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocate=0.5).watch(bank)
+    x, mask = tokens_and_mask()
+    share = slice(None) if processes == 1 else slice(0, 2) if rank == 0 else slice(2, None)
+    bad = x[share].clone()
+    bad[0, 0] = torch.nan if rank == 0 else 50.0
+    mask[:, 0] = True
+    for batch in (x[share], bad, x[share] + 1):
+        loss = bank(batch, mask[share]).terms.loss.sum()
+        if batch is not bad:  # skipped by everybody, for its loss is not finite somewhere
+            loss.backward()
+    with torch.no_grad():
+        bank(bad, mask[share])
+    optimizer.step()
+    return bank.prototypes.detach(), dict(bank.state_dict())
+
+
 def shared_sample(rank: int, processes: int) -> tuple[Tensor, Tensor]:
     rows, full, few = torch.arange(60.0).unsqueeze(1), Reservoir(40), Reservoir(40)
     full.add(rows[rank::processes])
@@ -89,6 +110,7 @@ def everything(rank: int, processes: int) -> dict[str, Any]:
         "whiten": scaled_step("whiten", rank, processes),
         "step": token_normalized_step(rank, processes),
         "relocated": token_normalized_step(rank, processes, relocate=0.9),
+        "poisoned": poisoned_steps(rank, processes),
         "sample": shared_sample(rank, processes),
         "primitives": primitives(rank),
     }
@@ -128,6 +150,15 @@ def test_token_normalized_equals_the_joint_batch(two: list[dict[str, Any]]) -> N
     for found in two:
         torch.testing.assert_close(found["step"], plain)
         torch.testing.assert_close(found["relocated"], relocated)
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_not_finite_on_one_process_is_left_out_on_all(two: list[dict[str, Any]]) -> None:
+    prototypes, state = poisoned_steps(0, 1)
+    assert all(bool(value.isfinite().all()) for value in state.values())
+    assert int(state["critical.num_batches"]) == 2
+    for found in two:
+        torch.testing.assert_close(found["poisoned"], (prototypes, state))
 
 
 @pytest.mark.slow
