@@ -231,6 +231,12 @@ def test_a_damaged_head_is_refused_by_name(tmp_path: Path) -> None:
         safetensors.save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=f"{key} must"):
             Head.from_pretrained(tmp_path)
+    projected = VQPooling(4, dim=3, embed_dim=6)
+    with torch.no_grad():
+        projected.layer.projection.weight[0, 0] = torch.nan  # type: ignore[union-attr]
+    projected.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer.projection.weight must hold finite real numbers. Save the head again"):
+        Head.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("lr", 7.0), ("relocate", -1.0), ("balance", float("nan"))])

@@ -152,9 +152,9 @@ LOOPS = [
 ]
 
 
-def moved(loop: Loop, lr: float = 0.5) -> Tensor:
+def moved(loop: Loop, lr: float = 0.5, relocate: float = 0.5) -> Tensor:
     net = Net()
-    codes = TokenNormalized([net.vq.bank.prototypes], lr=lr, relocate=0.5).watch(net)
+    codes = TokenNormalized([net.vq.bank.prototypes], lr=lr, relocate=relocate).watch(net)
     # The temperature that the codes see must not depend on what else passes.
     net.vq.bank.critical.momentum = 1e-9  # type: ignore[union-attr]
     with torch.no_grad():
@@ -183,6 +183,21 @@ def test_backward_passes_add_up_to_that_of_the_joint_batch(views: bool, monkeypa
         net(torch.cat([tokens(number) for number in (1, 2, 3)])).backward()
 
     torch.testing.assert_close(moved(apart), moved(joint), rtol=1e-5, atol=1e-5)
+
+
+def test_a_call_counts_once_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrototypeBank, "_follow", lambda self, value: None)
+
+    def passes(times: int) -> Loop:
+        def loop(net: Net, codes: TokenNormalized) -> None:
+            net(tokens(2)).backward()
+            loss = net(tokens(1))
+            for _ in range(times):
+                loss.backward(retain_graph=True)
+
+        return loop
+
+    torch.testing.assert_close(moved(passes(3)), moved(passes(1)))
 
 
 def test_straight_through_without_an_encoder_to_train() -> None:
@@ -244,7 +259,9 @@ def test_poisoned_calls_add_nothing(bad: float, monkeypatch: pytest.MonkeyPatch)
         net(poison).backward()
         plain(net, codes)
 
-    torch.testing.assert_close(moved(poisoned), moved(plain), rtol=1e-5, atol=1e-6)
+    for relocate in (0.0, 0.5):
+        expected = moved(plain, relocate=relocate)
+        torch.testing.assert_close(moved(poisoned, relocate=relocate), expected, rtol=1e-5, atol=1e-6)
 
     def alone(net: Net, codes: TokenNormalized) -> None:
         net(poison).backward()
