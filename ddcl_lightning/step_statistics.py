@@ -46,8 +46,8 @@ class StepStatistics:
     until a step takes them or they are dropped; gradients that were set to None (``module.zero_grad()``) take what
     belongs to them along. Where no backward pass comes at all, a loop without a loss, all calls since the last step
     count instead. Calls in evaluation mode, without gradients (``torch.no_grad``), of a frozen bank or of a copy of it
-    never do. A call with a non-finite valid token, or without any valid token, adds nothing, and nobody waits
-    for the device to find out.
+    never do. A call whose loss is not finite (a NaN or an overflow in a valid token, or no such token) adds nothing,
+    and nobody waits for the device to find out.
 
     Args:
         banks: The banks by name.
@@ -140,7 +140,7 @@ class StepStatistics:
                 else output.codes.reshape(-1, bank.num_heads).T
             )
             lying = cells(heads, prototypes, codes, flat_mask)
-        return _without_poison(Seen(means, lying, next(self._counter)))
+        return _without_poison(Seen(means, lying, next(self._counter)), output.terms.loss)
 
     @torch.no_grad()
     def _pass(self, prototypes: Tensor, seen: Seen, gradient: Tensor) -> None:
@@ -210,10 +210,12 @@ def _add(kept: dict[Tensor, Seen], prototypes: Tensor, seen: Seen) -> None:
     kept[prototypes] = seen
 
 
-def _without_poison(seen: Seen) -> Seen:
-    """The same, or, where something in it is not finite, that of a call without tokens."""
+def _without_poison(seen: Seen, loss: Tensor) -> Seen:
+    """The same, or, where something in it or the loss is not finite, that of a call without tokens."""
     (log_mass, mean), lying, number = seen
-    clean = torch.isfinite(mean).all() & (log_mass < torch.inf).all()  # -inf is no mass; NaN is not below
+    clean = (
+        torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
+    )  # -inf is no mass; NaN is not below
     if lying is not None:
         clean &= torch.isfinite(lying.distortion).all()
         tokens, distortion, token = (torch.where(clean, value, 0.0) for value in lying[:3])
