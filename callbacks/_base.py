@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.distributed import gather_objects
 from ddcl_lightning.probe import BankProbe, Observation, require_banks
@@ -42,6 +43,7 @@ class BankCallback(Callback):
         ValueError: If the interval is below 1 or the module holds no bank.
     """
 
+    @typed
     def __init__(self, every_n_batches: int) -> None:
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}.")

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.distributed import gather_objects, report
@@ -65,6 +66,7 @@ class ValidationFigures(Callback):
         ValueError: If the interval is below 1.
     """
 
+    @typed
     def __init__(self, every_n_epochs: int) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")

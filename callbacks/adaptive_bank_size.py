@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks._base import BankCallback, log_name, starts_anew
 from ddcl_lightning.collect import collect_tokens
@@ -68,6 +69,7 @@ class AdaptiveBankSize(Callback):
             weights are averaged, or if no bank has such a name.
     """
 
+    @typed
     def __init__(
         self,
         min_prototypes: int = 2,

@@ -1,6 +1,7 @@
 """Predictions as a table: for every sample its strongest prototypes."""
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import labels
 from ddcl_lightning.datamodules._origin import check_names, listing, writable
 from ddcl_lightning.distributed import gather_objects, is_first_process
@@ -45,6 +47,7 @@ class AssignmentWriter(BasePredictionWriter):
         TypeError: During prediction, if ``predict_step`` returns something else.
     """
 
+    @typed
     def __init__(
         self,
         path: str | None = "assignments.csv",
@@ -74,6 +77,8 @@ class AssignmentWriter(BasePredictionWriter):
         folder = Path(self.path).parent
         if not folder.is_dir():
             raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
+        if Path(self.path).is_dir() or not os.access(self.path if Path(self.path).exists() else folder, os.W_OK):
+            raise ValueError(f"path must be a file that you may write; {self.path!r} is none. Choose another.")
         known = getattr(trainer.datamodule, "row_names", None)
         if known is not None:
             check_names(self.columns or (), known)

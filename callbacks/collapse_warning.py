@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.callbacks._history import TREND_READINGS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.distributed import broadcast_object
@@ -58,6 +59,7 @@ class CollapseWarning(BankCallback):
         CollapseError: On a sign, with ``on_collapse="raise"``.
     """
 
+    @typed
     def __init__(
         self,
         every_n_batches: int = 10,

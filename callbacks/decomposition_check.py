@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, log_name
 from ddcl_lightning.distributed import gather_objects
 from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
@@ -61,6 +62,7 @@ class DecompositionCheck(BankCallback):
         DecompositionViolationError: On a violation, with ``on_violation="raise"``.
     """
 
+    @typed
     def __init__(
         self,
         every_n_batches: int = 50,

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
@@ -68,6 +69,7 @@ class FitSummary(Callback):
         probes: The linear probes: label to accuracy and macro F1.
     """
 
+    @typed
     def __init__(self, enabled: bool = True, num_restarts: int = 10, compare: bool = False) -> None:
         if num_restarts < 1:
             raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")

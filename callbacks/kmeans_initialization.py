@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.collect import calls_per_step, collect_tokens, execution_order
@@ -38,6 +39,7 @@ class KMeansInitialization(Callback):
             empty, or there are fewer distinct tokens than prototypes.
     """
 
+    @typed
     def __init__(
         self,
         method: InitMethod = "kmeans",

@@ -6,6 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.autoencoder_figures import draw_atoms
 from ddcl_lightning.batch import Batch, inputs
 from ddcl_lightning.callbacks._base import head_name
@@ -36,6 +37,7 @@ class LevelFigures(ValidationFigures):
         ValueError: If the interval is below 1, or the module is no DDCLReadoutModule.
     """
 
+    @typed
     def __init__(self, every_n_epochs: int = 10) -> None:
         super().__init__(every_n_epochs)
         self._left_out: set[str] = set()

@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from matplotlib.figure import Figure
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, head_name
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
 from ddcl_lightning.figures import draw_bank, draw_history, draw_usage
@@ -26,6 +27,7 @@ class PrototypeFigures(BankCallback):
         ValueError: If an interval is below 1.
     """
 
+    @typed
     def __init__(self, every_n_epochs: int = 10, every_n_batches: int = 10) -> None:
         super().__init__(every_n_batches)
         if every_n_epochs < 1:

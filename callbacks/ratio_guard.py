@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.probe import require_banks
 from ddcl_lightning.rates import live_ratio, parameter_ids
@@ -30,6 +31,7 @@ class RatioGuard(Callback):
         RuntimeError: On a violation, with ``on_violation="raise"``.
     """
 
+    @typed
     def __init__(
         self,
         max_ratio: float = 1.0,

@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.autoencoder_figures import draw_atoms, draw_codebook_history, draw_images
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
@@ -49,6 +50,7 @@ class ReconstructionFigures(ValidationFigures):
         ValueError: If an argument is below 1, or the module's task is not :class:`~ddcl_lightning.Reconstruction`.
     """
 
+    @typed
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
         super().__init__(every_n_epochs)
         if num_images < 1:

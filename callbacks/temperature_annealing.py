@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.callbacks._base import log_name, starts_anew
 from ddcl_lightning.collect import collect_tokens, execution_order
@@ -58,6 +59,7 @@ class TemperatureAnnealing(Callback):
             the length of the run is needed and unknown.
     """
 
+    @typed
     def __init__(
         self,
         start: float | list[float] = 0.1,

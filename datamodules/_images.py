@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation, RandomImages
 from ddcl_lightning.datamodules._downloads import require
 from ddcl_lightning.datamodules._loading import Augment, Batch
@@ -131,6 +132,7 @@ class ImageDataModule(SplitDataModule):
         num_workers: See there.
     """
 
+    @typed
     def __init__(
         self,
         *,

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._downloads import unavailable
 from ddcl_lightning.datamodules._splits import EvaluateOn, Split
 from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
@@ -35,6 +36,7 @@ class NamedTextDataModule(TextSplitDataModule):
 
     title: ClassVar[str]
 
+    @typed
     def __init__(
         self,
         path: str | Path | None = None,

@@ -12,7 +12,7 @@ Definitions of the regimes for :func:`label_regimes`, altitudes above the Earth'
 - other: the rest, for instance inclined geosynchronous and disposal orbits.
 """
 
-import gzip
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,7 +179,14 @@ def read_catalogue(path: str | Path) -> Catalogue:
         raise FileNotFoundError(f"catalogue must be an existing .csv or .csv.gz file; got {path}. Correct the path.")
     try:
         table = pd.read_csv(path, low_memory=False)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (
+        pd.errors.EmptyDataError,
+        pd.errors.ParserError,
+        UnicodeDecodeError,
+        EOFError,
+        OSError,
+        zlib.error,
+    ) as error:
         raise ValueError(f"catalogue must be a .csv or .csv.gz table; {path} is not ({error}).") from error
     columns = [*FEATURE_NAMES, "perigee_km", "apogee_km"]
     missing = [column for column in columns if column not in table]

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._loading import (
     Augment,
     Batch,
@@ -114,6 +115,7 @@ class SplitDataModule(pl.LightningDataModule):
         ValueError: If an argument is out of its range; at set-up, if no row is left to train or validate on.
     """
 
+    @typed
     def __init__(
         self,
         *,
@@ -236,6 +238,7 @@ class SplitDataModule(pl.LightningDataModule):
         """Load and split the data, once."""
         if self._ready is None:
             loaded = self.load()
+            self._check_labels(loaded)
             splits = self._split(loaded)
             self._places = {number: place for place, number in enumerate(loaded.numbers.tolist())}
             self._ready = self.transform(loaded, splits.train), splits
@@ -285,6 +288,15 @@ class SplitDataModule(pl.LightningDataModule):
     def _processes(self) -> tuple[int, int]:
         """Number of processes that share the data, and which one this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _check_labels(self, loaded: Loaded) -> None:
+        strange = (loaded.y < -1) | (loaded.y >= self.num_classes)
+        if bool(strange.any()) and self.num_classes:
+            row = int(strange.nonzero()[0])
+            raise ValueError(
+                f"labels must be numbers of classes in [0, {self.num_classes}), or -1 for unlabelled; row "
+                f"{int(loaded.numbers[row])} has {int(loaded.y[row])}. Correct the file."
+            )
 
     def _split(self, loaded: Loaded) -> Splits:
         first_test = len(loaded.y) - loaded.num_test

@@ -183,6 +183,8 @@ def _read_jsonl(path: Path) -> Columns:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number} of {path} must be JSON; {error}. Correct that line.") from None
+            except RecursionError:
+                raise ValueError(f"line {number} of {path} must not be nested so deeply. Write it flat.") from None
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} of {path} must be a JSON object; got {line.strip()[:40]}.")
             rows.append(row)

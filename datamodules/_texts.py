@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._loading import Batch
 from ddcl_lightning.datamodules._origin import Origin, listing
 from ddcl_lightning.datamodules._splits import SPLITS, EvaluateOn, Loaded, Split, SplitDataModule
@@ -69,6 +70,7 @@ class TextSplitDataModule(SplitDataModule):
 
     known_classes: ClassVar[tuple[str, ...] | None] = None  # where the data do not decide
 
+    @typed
     def __init__(
         self,
         *,

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation
 from ddcl_lightning.datamodules._downloads import cache_folder, downloading, require, unavailable
 from ddcl_lightning.datamodules._images import ImageDataModule
@@ -38,6 +39,7 @@ class TorchvisionDataModule(ImageDataModule):
     torchvision_name: ClassVar[str]  # its class in torchvision.datasets
     wanted: ClassVar[str]  # what a folder must hold
 
+    @typed
     def __init__(
         self,
         path: str | Path | None = None,

@@ -53,7 +53,8 @@ class CIFAR10DataModule(TorchvisionDataModule):
 
     def _load_jpeg(self, path: Path) -> Loaded:
         try:
-            with np.load(path) as file:
+            # Opened here: NumPy leaves a torn file open.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in ARRAYS}
         except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(f"path must be an .npz file with {', '.join(ARRAYS)}; {path} is not ({error}).") from None
@@ -63,6 +64,12 @@ class CIFAR10DataModule(TorchvisionDataModule):
         splits = ("train", "test")
         for split in splits:
             images, labels = len(arrays[f"offset_{split}"]) - 1, len(arrays[f"y_{split}"])
+            given = arrays[f"y_{split}"]
+            if given.dtype.kind not in "iu" and not (given.dtype.kind == "f" and np.array_equal(given, given.round())):
+                raise ValueError(
+                    f"y_{split} of {path} must be whole numbers in [0, {len(self.class_names)}); got {given.dtype} "
+                    f"such as {given.ravel()[:3].tolist()}. Convert it."
+                )
             if images != labels or arrays[f"offset_{split}"][-1] != len(arrays[f"jpeg_{split}"]):
                 raise ValueError(f"offset_{split} of {path} does not fit to y_{split} and jpeg_{split}.")
         encoded = np.concatenate([arrays[f"jpeg_{split}"] for split in splits])

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._orbits import (
     FEATURE_NAMES,
     OTHER,
@@ -75,6 +76,7 @@ class DebrisDataModule(TensorDataModule):
 
     feature_names = FEATURE_NAMES
 
+    @typed
     def __init__(
         self,
         batch_size: int = 256,

@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._splits import EvaluateOn
 from ddcl_lightning.datamodules._tensors import TensorDataModule
 
@@ -30,6 +31,7 @@ class DigitsDataModule(TensorDataModule):
     feature_names = tuple(f"pixel_{row}_{column}" for row in range(8) for column in range(8))
     class_names = tuple(str(digit) for digit in range(10))
 
+    @typed
     def __init__(
         self,
         batch_size: int = 256,

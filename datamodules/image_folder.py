@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation
 from ddcl_lightning.datamodules._downloads import require
 from ddcl_lightning.datamodules._images import FileStore, ImageDataModule, ImageFetch
@@ -41,6 +42,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     row_columns = ("file",)
 
+    @typed
     def __init__(
         self,
         path: str | Path,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.datamodules._splits import SPLIT_NAMES, SPLITS, EvaluateOn, Split
 from ddcl_lightning.datamodules._tables import read_columns, require_column
 from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
@@ -44,6 +45,7 @@ class TextDataModule(TextSplitDataModule):
         ImportError: At set-up, if a parquet file is given and pyarrow is missing.
     """
 
+    @typed
     def __init__(
         self,
         path: str | Path,

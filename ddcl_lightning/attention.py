@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.bank import PrototypeBank, TemperatureUnit
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask, zero_padding
@@ -70,6 +71,7 @@ class DDCLAttention(nn.Module):
             would make another.
     """
 
+    @typed
     def __init__(
         self,
         embed_dim: int,
@@ -88,8 +90,7 @@ class DDCLAttention(nn.Module):
         context_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1; got {embed_dim}.")
+        require_at_least(1, embed_dim=embed_dim, prototype_dim=prototype_dim)
         if context_dim is not None and context_dim < 1:
             raise ValueError(f"context_dim must be at least 1, or None for no context; got {context_dim}.")
         if bank is not None:

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.critical import RunningCriticalTemperature
 from ddcl_lightning.distributed import log_sum_over_processes
 from ddcl_lightning.functional import (
@@ -61,6 +62,7 @@ class PrototypeBank(GuardedState):
         "initialized": FLAG,
     }
 
+    @typed
     def __init__(
         self,
         num_prototypes: int,

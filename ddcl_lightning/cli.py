@@ -21,6 +21,7 @@ from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
 from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
 from ddcl_lightning.dropped_callbacks import dropped_callbacks
+from ddcl_lightning.config_files import check_config
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.module import DDCLReadoutModule
@@ -64,6 +65,10 @@ class DDCLCommandLine(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+        except (UnicodeDecodeError, RecursionError) as error:  # of a file of settings below the config
+            raise SystemExit(
+                _fail(f"a file of settings must be YAML in UTF-8, and flat; {error}. Correct it.")
+            ) from None
         for name in self._foreign.get(self.config.get("subcommand") or "", ()):
             self.config[self.config["subcommand"]].pop(name, None)
         self._given = self._model_settings()
@@ -200,7 +205,11 @@ def resolve_configs(words: list[str]) -> list[str]:
 
 def _config_path(value: str) -> str:
     # Several lines are a config written out on the command line.
-    return value if Path(value).is_file() or "\n" in value else str(find_recipe(value))
+    if "\n" in value:
+        return value
+    path = value if Path(value).exists() else str(find_recipe(value))
+    check_config(path)
+    return path
 
 
 def _run(args: ArgsType) -> None:

@@ -18,6 +18,7 @@ from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints import other_model
 from ddcl_lightning.heads import Head
 from ddcl_lightning.tasks import Task
+from ddcl_lightning.wrong_values import wrong_value
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
@@ -59,6 +60,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
         key, name = found.groups()
         base = _BASES.get(key, Callback)
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
+    wrong = wrong_value(message)
+    if wrong:
+        return wrong
     found = _REFUSED_VALUE.search(message)
     if found:
         return found.group(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.metrics import perplexity, usage
 
 
@@ -79,6 +80,7 @@ class CodebookMetrics(Metric):
     counts: Tensor
     mass: Tensor
 
+    @typed
     def __init__(self, num_codes: int, num_codebooks: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_codes", num_codes), ("num_codebooks", num_codebooks)):

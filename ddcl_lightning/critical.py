@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.compat import recomputing
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
@@ -54,6 +55,7 @@ class RunningCriticalTemperature(GuardedState):
         "num_batches": COUNT,
     }
 
+    @typed
     def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
         super().__init__()
         if not 0 < momentum <= 1:

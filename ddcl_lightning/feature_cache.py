@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ddcl_lightning.files import write_text
+from ddcl_lightning.arguments import typed
 
 CacheDtype = Literal["float16", "float32"]
 Rows = npt.NDArray[Any]
@@ -72,6 +73,7 @@ class FeatureCache:
         OSError: If the folder cannot be created.
     """
 
+    @typed
     def __init__(self, folder: str | Path, recipe: Mapping[str, Any], dim: int, dtype: CacheDtype = "float16") -> None:
         self.dim, self.dtype = dim, np.dtype(dtype)
         meta = json.dumps({**recipe, "embed_dim": dim, "dtype": dtype}, indent=2, sort_keys=True)

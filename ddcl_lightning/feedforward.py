@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.bank import PrototypeBank, TemperatureUnit
 from ddcl_lightning.functional._common import check_mask, zero_padding
 from ddcl_lightning.kmeans import initial_prototypes
@@ -42,6 +43,7 @@ class DDCLFeedForward(PlacedPrototypes):
         ValueError: If a size is below 1 or the temperature is not positive.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -54,8 +56,7 @@ class DDCLFeedForward(PlacedPrototypes):
         linear: bool = True,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1; got {dim}.")
+        require_at_least(1, dim=dim, prototype_dim=prototype_dim)
         if prototype_dim is None:
             prototype_dim = min(dim, DEFAULT_PROTOTYPE_DIM)
         if num_heads is None:

@@ -13,6 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
 
+from ddcl_lightning.arguments import typed
+
 
 def count_matrix(assignments: Tensor, labels: Tensor, num_clusters: int, num_classes: int) -> Tensor:
     """Number of samples per cluster and class; samples without a label are left out.
@@ -182,6 +184,7 @@ class ClusteringMetrics(Metric):
     counts: Tensor
     sizes: Tensor
 
+    @typed
     def __init__(self, num_clusters: int, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_clusters", num_clusters), ("num_classes", num_classes)):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning import compat
 from ddcl_lightning.added_groups import adopt_groups, release_restored
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index
 from ddcl_lightning.distributed import batch_weight, mean_over_processes, world_size
@@ -83,6 +84,7 @@ class DDCLReadoutModule(pl.LightningModule):
     # Heads are swapped for ones without prototypes; callbacks for banks then stay idle.
     banks_optional = True
 
+    @typed
     def __init__(
         self,
         backbone: Backbone,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.distributed import max_over_processes, sum_over_processes, take_from_one_process
 from ddcl_lightning.functional import Cells, TokenMeans
@@ -57,6 +58,7 @@ class TokenNormalized(Optimizer):
             step of any other optimizer that has one of the prototypes too.
     """
 
+    @typed
     def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0, balance: float = 0.75) -> None:
         _check_range(lr, relocate, balance)
         super().__init__(params, {"lr": lr, "relocate": relocate, "balance": balance})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.attention import DDCLAttention, refuse_bank_arguments
 from ddcl_lightning.bank import PrototypeBank, TemperatureUnit
 from ddcl_lightning.functional import Decomposition
@@ -61,6 +62,7 @@ class SerialPrototypes(PlacedPrototypes):
         ValueError: If the layer gives out another dimension, or needs a context.
     """
 
+    @typed
     def __init__(self, layer: DDCLAttention) -> None:
         super().__init__()
         _require_same_dim(layer)
@@ -97,6 +99,7 @@ class GatedPrototypes(PlacedPrototypes):
         ValueError: If the layer has a residual, gives out another dimension, or needs a context.
     """
 
+    @typed
     def __init__(self, layer: DDCLAttention) -> None:
         super().__init__()
         _require_same_dim(layer)
@@ -152,6 +155,7 @@ class PrototypeNorm(PlacedPrototypes):
             not fit.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.bank import PrototypeBank
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
@@ -104,6 +105,7 @@ class SoftVectorQuantizer(nn.Module):
         ValueError: If an argument is out of its range or sizes do not fit.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -126,8 +128,7 @@ class SoftVectorQuantizer(nn.Module):
             raise ValueError(f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}.")
         if training_output not in get_args(TrainingOutput):
             raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1; got {dim}.")
+        require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
         if code_dim is None:
             if num_heads < 1 or dim % num_heads:
                 raise ValueError(

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.compat import recomputing
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.guarded_state import COUNT, SHARE, GuardedState, Rules, keep_unless, running_dtype
@@ -37,6 +38,7 @@ class PrototypeRarity(GuardedState):
     num_batches: Tensor
     state_rules: ClassVar[Rules] = {"share": SHARE, "num_batches": COUNT}
 
+    @typed
     def __init__(self, num_heads: int, num_prototypes: int, momentum: float = 0.05) -> None:
         super().__init__()
         if not 0 < momentum <= 1:

@@ -7,6 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from ddcl_lightning.arguments import typed
+
 SSIM_WINDOW = 11  # pixels; side of the Gaussian window with sigma 1.5
 
 
@@ -37,6 +39,7 @@ class ReconstructionMetrics(Metric):
     similarity: Tensor
     compared: Tensor
 
+    @typed
     def __init__(self, data_range: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not data_range > 0:

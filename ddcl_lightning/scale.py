@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.compat import recomputing
 from ddcl_lightning.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
@@ -52,8 +53,10 @@ class EmbeddingScale(GuardedState):
     num_batches: Tensor
     state_rules: ClassVar[Rules] = {"mean": FINITE, "variance": COVARIANCE, "num_batches": COUNT}
 
+    @typed
     def __init__(self, dim: int, mode: ScaleMode = "per_dimension", momentum: float = 0.1) -> None:
         super().__init__()
+        require_at_least(1, dim=dim)
         if mode not in get_args(ScaleMode):
             raise ValueError(f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}.")
         if not 0 < momentum <= 1:

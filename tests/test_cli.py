@@ -215,7 +215,7 @@ def test_config_takes_names_and_paths(tmp_path: Path) -> None:
             "unknown argument 'batch_siz' of ddcl_lightning.datamodules.DigitsDataModule. Did you mean 'batch_size'?",
         ),
         (["--model.head=DDCLReadot"], "unknown class 'DDCLReadot' for model.head. Did you mean 'DDCLReadout'?"),
-        (["--model.rho", "much"], 'Parser key "model.rho":'),
+        (["--model.rho", "much"], "model.rho must be a number; got much."),
         (["--model.rho", "1.5"], "rho = lr_encoder / lr_prototypes must be < 1"),
         (["--model.prototype_optimizer", "Adem"], "prototype_optimizer must name a class of torch.optim"),
         (["--model.encoder_optimizer_args", "{lr: 0.1}"], "encoder_optimizer_args must not contain lr (got 0.1)"),

@@ -135,7 +135,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # Rates
     "rho_one": (lambda: clustering_module(rho=1.0), ValueError, "must be < 1.*got 1.0.*allow_unstable=True"),
     "rho_negative": (lambda: clustering_module(rho=-0.1), ValueError, ">= 0; got -0.1"),
-    "rho_nan": (lambda: clustering_module(rho=math.nan), ValueError, ">= 0; got nan"),
+    "rho_nan": (lambda: clustering_module(rho=math.nan), ValueError, "rho must be a finite number; got nan"),
     "lr_zero": (
         lambda: clustering_module(lr_prototypes=0.0),
         ValueError,

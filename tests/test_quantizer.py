@@ -244,11 +244,11 @@ def test_it_sits_in_a_sequential_model() -> None:
     ("kwargs", "message"),
     [
         ({"dim": 0}, "dim must be at least 1; got 0"),
-        ({"num_codes": 0}, "num_prototypes must be at least 1; got 0"),
+        ({"num_codes": 0}, "num_codes must be at least 1; got 0"),
         ({"num_heads": 4}, "dim must be divisible by num_heads; got 6 and 4. Set code_dim"),
         ({"temperature": 0.0}, "fraction must be finite and > 0, a fraction of the critical temperature; got"),
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0; got -1.0"),
-        ({"entropy_weight": math.nan}, "entropy_weight must be >= 0; got nan"),
+        ({"entropy_weight": math.nan}, "entropy_weight must be a finite number; got nan"),
         ({"gradient": "rotate"}, r"gradient must be one of \('straight_through', 'soft'\); got 'rotate'"),
         ({"embedding_scale": "batch"}, "mode must be one of .*, a layer's embedding_scale too; got 'batch'"),
     ],

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.batch import Batch, inputs, refuse_mask
 
@@ -26,6 +27,7 @@ class ConvBackbone(Backbone):
         ValueError: If a size is below 1, or a batch has another shape.
     """
 
+    @typed
     def __init__(self, in_channels: int, embed_dim: int = 64, widths: Sequence[int] = (32, 64)) -> None:
         super().__init__()
         if in_channels < 1:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.batch import Batch, inputs, mask
 
@@ -38,6 +39,7 @@ class IdentityBackbone(Backbone):
         ValueError: If ``in_features`` is below 1, or a batch has another dimension.
     """
 
+    @typed
     def __init__(self, in_features: int) -> None:
         super().__init__()
         if in_features < 1:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import unfold
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.batch import Batch, inputs, refuse_mask
 
@@ -20,6 +21,7 @@ class PatchBackbone(Backbone):
         ValueError: If a size is below 1, or a batch has another shape.
     """
 
+    @typed
     def __init__(self, in_channels: int = 1, patch_size: int = 4, stride: int | None = None) -> None:
         super().__init__()
         stride = patch_size if stride is None else stride

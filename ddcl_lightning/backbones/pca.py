@@ -7,6 +7,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.backbones.identity import as_tokens, masked_tokens
 from ddcl_lightning.batch import Batch
@@ -38,6 +39,7 @@ class PCABackbone(GuardedState, Backbone):
     explained_variance_ratio: Tensor
     state_rules: ClassVar[Rules] = {"weight": FINITE, "bias": FINITE, "fitted": FLAG, "explained_variance_ratio": SHARE}
 
+    @typed
     def __init__(self, in_features: int, num_components: int, whiten: bool = False, trainable: bool = False) -> None:
         super().__init__()
         if not 1 <= num_components <= in_features:

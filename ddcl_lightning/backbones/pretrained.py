@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.distributed import gather_objects, is_first_process
@@ -51,6 +52,7 @@ class PretrainedBackbone(Backbone):
     ragged: bool = False
     _pool_batches = 1  # batches from which a fill gathers samples, to encode those of equal length together
 
+    @typed
     def __init__(
         self, unfreeze: Unfreeze, gradient_checkpointing: bool, cache_dir: str | None, cache_dtype: CacheDtype
     ) -> None:

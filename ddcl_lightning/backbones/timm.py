@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones._hub import first_line, hub_unavailable, require, text_instead
 from ddcl_lightning.backbones.base import Tokens
 from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze
@@ -52,6 +53,7 @@ class TimmBackbone(PretrainedBackbone):
     mean: Tensor
     std: Tensor
 
+    @typed
     def __init__(
         self,
         model: str,

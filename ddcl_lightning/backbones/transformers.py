@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones._hub import first_line
 from ddcl_lightning.backbones._transformers import (
     load_encoder,
@@ -58,6 +59,7 @@ class TransformersBackbone(PretrainedBackbone):
     ragged: bool
     _pool_batches = 8
 
+    @typed
     def __init__(
         self,
         model: str,

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.conv import Residual
 from ddcl_lightning.decoders.base import Decoder, check_decoder_tokens
 
@@ -34,6 +35,7 @@ class ConvDecoder(Decoder):
         ValueError: If an argument is out of its range, or the tokens fill no such grid.
     """
 
+    @typed
     def __init__(
         self,
         out_channels: int,

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.decoders.base import Decoder, check_decoder_tokens
 from ddcl_lightning.functional._common import zero_padding
 
@@ -21,6 +22,7 @@ class SequenceDecoder(Decoder):
         ValueError: If a size is below 1, or the tokens have another shape.
     """
 
+    @typed
     def __init__(self, out_dim: int, hidden_dim: int = 256) -> None:
         super().__init__()
         for name, value in (("out_dim", out_dim), ("hidden_dim", hidden_dim)):

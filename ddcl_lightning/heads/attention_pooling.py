@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
 
 
@@ -51,6 +52,7 @@ class AttentionPooling(PoolingHead):
         ValueError: If a size is below 1 or both widths are given; in ``build``, if the budget is too small.
     """
 
+    @typed
     def __init__(
         self, num_heads: int = 1, dim: int | None = None, budget: int | None = None, embed_dim: int | None = None
     ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask
 from ddcl_lightning.probe import find_banks
@@ -210,7 +211,8 @@ class Head(nn.Module, ABC):
 
 
 def check_rebuild(head: Head, embed_dim: int) -> bool:
-    """Whether a head is built already; raises if that was for another ``embed_dim``."""
+    """Whether a head is built already; raises if that was for another ``embed_dim``, or it is none."""
+    require_at_least(1, embed_dim=embed_dim)
     if head.input_dim is not None and head.input_dim != embed_dim:
         raise ValueError(
             f"embed_dim of the head is {head.input_dim} but the backbone gives {embed_dim}. "

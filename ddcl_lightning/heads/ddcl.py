@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.attention import DDCLAttention
 from ddcl_lightning.functional import log_barrier
 from ddcl_lightning.functional._common import masked_mean, zero_padding
@@ -56,6 +57,7 @@ class DDCLReadout(Head):
 
     attention: DDCLAttention
 
+    @typed
     def __init__(
         self,
         num_prototypes: int,
@@ -72,6 +74,9 @@ class DDCLReadout(Head):
         budget: int | None = None,
     ) -> None:
         super().__init__()
+        require_at_least(1, num_prototypes=num_prototypes, num_heads=num_heads)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {temperature}.")
         check_width("prototype_dim", prototype_dim, budget)
         if tokens not in get_args(TokenChoice):
             raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")

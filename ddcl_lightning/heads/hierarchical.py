@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput
 from ddcl_lightning.bank import TemperatureUnit
 from ddcl_lightning.functional import Decomposition
@@ -77,6 +78,7 @@ class HierarchicalReadout(Head):
     levels: nn.ModuleList
     rarities: nn.ModuleDict
 
+    @typed
     def __init__(
         self,
         num_prototypes: list[int],
@@ -108,6 +110,10 @@ class HierarchicalReadout(Head):
         self._dims: list[int | None] = self._each("prototype_dim", prototype_dim)
         self._scales: list[ScaleMode | Literal["auto"]] = self._each("embedding_scale", embedding_scale)
         self._temperatures: list[float] = self._each("temperature", temperature)
+        for heads, size in zip(self._heads, num_prototypes, strict=True):
+            require_at_least(1, num_heads=heads, num_prototypes=size)
+        if not min(self._temperatures) > 0:
+            raise ValueError(f"temperature must be > 0 at every level; got {temperature}.")
         self._units: list[TemperatureUnit] = self._each("temperature_unit", temperature_unit)
         last: LevelTokens = "mean" if self.num_levels > 1 else "all"
         default: list[LevelTokens] = ["all" for _ in self.num_prototypes[1:]]

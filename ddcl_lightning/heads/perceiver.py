@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.heads.pma import divisible
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
 
@@ -83,6 +84,7 @@ class PerceiverPooling(PoolingHead):
             of ``num_heads`` or the budget too small.
     """
 
+    @typed
     def __init__(
         self,
         num_latents: int = 8,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
 
 SeedPooling = Literal["flatten", "mean"]
@@ -21,6 +22,7 @@ class MultiheadAttentionBlock(nn.Module):
         num_heads: Heads of the attention; must divide ``dim``.
     """
 
+    @typed
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
@@ -48,6 +50,7 @@ class PoolingByMultiheadAttention(PoolingLayer):
         pooling: Seeds side by side, or their mean.
     """
 
+    @typed
     def __init__(self, embed_dim: int, dim: int, num_heads: int, num_seeds: int, pooling: SeedPooling) -> None:
         super().__init__()
         self.seeds = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, dim)))
@@ -79,6 +82,7 @@ class PMAPooling(PoolingHead):
             not a multiple of ``num_heads`` or the budget too small.
     """
 
+    @typed
     def __init__(
         self,
         num_seeds: int = 1,

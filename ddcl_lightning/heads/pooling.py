@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.budget import check_width, count_parameters, widest
@@ -38,6 +39,7 @@ class PoolingHead(Head):
     layer: PoolingLayer
     width_name = "dim"
 
+    @typed
     def __init__(self, width: int | None, budget: int | None, step: int = 1) -> None:
         super().__init__()
         check_width(self.width_name, width, budget)
@@ -137,6 +139,7 @@ class CLSPooling(PoolingHead):
 
     width_name = "hidden_dim"
 
+    @typed
     def __init__(self, hidden_dim: int | None = None, budget: int | None = None, embed_dim: int | None = None) -> None:
         super().__init__(hidden_dim, budget)
         self.hidden_dim = hidden_dim
@@ -164,6 +167,7 @@ class MeanPooling(PoolingHead):
 
     width_name = "hidden_dim"
 
+    @typed
     def __init__(self, hidden_dim: int | None = None, budget: int | None = None, embed_dim: int | None = None) -> None:
         super().__init__(hidden_dim, budget)
         self.hidden_dim = hidden_dim
@@ -182,6 +186,7 @@ class MaxPooling(PoolingHead):
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
     """
 
+    @typed
     def __init__(self, embed_dim: int | None = None) -> None:
         super().__init__(None, None)
         if embed_dim is not None:

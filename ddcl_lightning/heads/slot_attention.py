@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.functional._common import accumulation_dtype
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
 
@@ -85,6 +86,7 @@ class SlotAttentionPooling(PoolingHead):
         ValueError: If a size is below 1 or both widths are given; in ``build``, if the budget is too small.
     """
 
+    @typed
     def __init__(
         self,
         num_slots: int = 4,

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import require_at_least, typed
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import code_shares, mean_token
 from ddcl_lightning.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
@@ -37,6 +38,7 @@ class SoftVQ(Head):
     quantizer: SoftVectorQuantizer
     num_codes: int
 
+    @typed
     def __init__(
         self,
         num_codes: int,
@@ -51,6 +53,7 @@ class SoftVQ(Head):
         embedding_scale: ScaleMode = "none",
     ) -> None:
         super().__init__()
+        require_at_least(1, num_codes=num_codes, code_dim=code_dim, num_heads=num_heads)
         self.num_codes, self.code_dim, self.num_heads, self.temperature = num_codes, code_dim, num_heads, temperature
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.gradient, self.training_output, self.embedding_scale = gradient, training_output, embedding_scale

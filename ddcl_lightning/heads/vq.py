@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.distributed import broadcast_object
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import masked_mean, zero_padding
@@ -123,6 +124,7 @@ class VQPooling(PoolingHead):
     layer: VectorQuantizer
     num_codes: int
 
+    @typed
     def __init__(
         self,
         num_codes: int,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.heads import Head, hub
 from ddcl_lightning.module import DDCLReadoutModule
 
@@ -32,6 +33,7 @@ class PrototypePooling(Module):
 
     config_keys = ["head_config"]  # noqa: RUF012 - as the base class declares it
 
+    @typed
     def __init__(self, head: Head) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         if head.input_dim is None:

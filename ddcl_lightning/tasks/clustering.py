@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.metrics import ClusteringMetrics
@@ -27,6 +28,7 @@ class Clustering(Task):
 
     unsupervised = True
 
+    @typed
     def __init__(self, num_classes: int | None = None) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric, MetricCollection
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.probe import find_banks
@@ -32,6 +33,7 @@ class ClassificationAndClustering(Classification):
         ValueError: If an argument is out of its range.
     """
 
+    @typed
     def __init__(
         self,
         num_classes: int,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import Batch, inputs
 from ddcl_lightning.codebook_metrics import CodebookMetrics
 from ddcl_lightning.decoders.base import Decoder
@@ -49,6 +50,7 @@ class Reconstruction(Task):
         TypeError: If the batch holds no such target.
     """
 
+    @typed
     def __init__(
         self,
         decoder: Decoder,

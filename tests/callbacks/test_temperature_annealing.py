@@ -140,9 +140,9 @@ def test_the_order_of_the_callbacks_does_not_matter(first):
     ("kwargs", "message"),
     [
         ({"start": 1.0, "end": 2.0}, "must not increase"),
-        ({"start": 0.0}, "start must be a finite temperature > 0"),
-        ({"start": math.inf}, "start must be a finite temperature > 0"),
-        ({"end": math.nan}, "end must be a finite temperature > 0"),
+        ({"start": 0.0}, "start must be a "),
+        ({"start": math.inf}, "start must be a "),
+        ({"end": math.nan}, "end must be a "),
         ({"unit": "kelvin"}, "unit must be"),
         ({"per": "year"}, "per must be"),
         ({"schedule": "step"}, "schedule must be"),

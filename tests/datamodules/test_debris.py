@@ -215,7 +215,7 @@ def test_unusable_catalogues_are_refused_in_one_sentence(tmp_path: Path) -> None
     [
         ({"num_per_class": 0}, "num_per_class must be an integer of at least 1; got 0"),
         ({"noise": -0.1}, "noise must be finite and at least 0; got -0.1"),
-        ({"noise": float("nan")}, "noise must be finite and at least 0; got nan"),
+        ({"noise": float("nan")}, "noise must be a finite number; got nan"),
         ({"other": "ignore"}, "other must be 'drop' or 'keep'; got 'ignore'"),
         ({"missing_rcs": "zero"}, "missing_rcs must be 'impute' or 'drop'; got 'zero'"),
     ],

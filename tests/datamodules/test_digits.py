@@ -56,7 +56,7 @@ def test_digits_as_images_are_the_same_pixels() -> None:
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
-        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1; got 2.5"),
+        ({"batch_size": 2.5}, "batch_size must be an integer; got 2.5"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\); got 1.0"),
         ({"seed": -1}, "seed must be >= 0"),
         ({"num_workers": -1}, "num_workers must be an integer of at least 0; got -1"),

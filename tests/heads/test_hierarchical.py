@@ -436,7 +436,7 @@ def test_compiled_it_gives_the_same() -> None:
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((20,), {}, r"num_prototypes must be a list with the prototypes of each level, \[64, 20\] for two; got 20"),
+        ((20,), {}, r"num_prototypes must be a list of integers; got 20"),
         (([],), {}, "num_prototypes must be a list"),
         (([5, 0],), {}, "num_prototypes must be at least 1; got 0"),
         (([5, 3],), {"num_heads": [1]}, r"num_heads must be one value for all levels or a list with one per level, 2"),
@@ -451,7 +451,7 @@ def test_compiled_it_gives_the_same() -> None:
         (([5, 3],), {"pooling": "max"}, "pooling must be one of .*; got 'max'"),
         (([5, 3],), {"prototype_dim": 3, "budget": 100}, "budget chooses prototype_dim"),
         (([5, 3],), {"budget": 3}, "budget must be at least"),
-        (([5, 3],), {"temperature": [1.0, 0.0]}, "fraction must be finite and > 0"),
+        (([5, 3],), {"temperature": [1.0, 0.0]}, "temperature must be > 0 at every level"),
         (([5, 3],), {"num_heads": 3}, "embed_dim must be divisible by num_heads; got 4 and 3"),
     ],
 )

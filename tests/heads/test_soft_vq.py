@@ -130,7 +130,7 @@ def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_codes": 0}, "num_prototypes must be at least 1; got 0"),
+        ({"num_codes": 0}, "num_codes must be at least 1; got 0"),
         ({"gradient": "hard"}, "gradient must be one of"),
         ({"num_heads": 4}, "dim must be divisible by num_heads; got 6 and 4"),
         ({"temperature": -1.0}, "fraction must be finite and > 0"),

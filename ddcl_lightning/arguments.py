@@ -1,0 +1,190 @@
+"""Arguments of constructors, held against their annotations: a wrong type is one sentence, at once."""
+
+import functools
+import inspect
+import math
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+_WORDS = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", types.NoneType: "None"}
+_LISTS = (list, tuple, Sequence)
+
+
+def typed(function: F) -> F:
+    """Decorate a constructor: its arguments must be what their annotations say.
+
+    An integer is no float with a fraction, no text and no bool; a number is finite; text is no list. Scalars of NumPy
+    become Python's, so that what is kept of them is plain data.
+
+    Raises:
+        ValueError: From the constructor, naming the argument, what it must be and what it got.
+    """
+    signature = inspect.signature(function)
+    named = {name for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        hints = _hints(function)
+        for name in named & set(bound.arguments) & set(hints):
+            bound.arguments[name] = conform(name, bound.arguments[name], hints[name])
+        return function(*bound.args, **bound.kwargs)
+
+    checked.__signature__ = signature  # type: ignore[attr-defined] # for getfullargspec, which follows no __wrapped__
+    return checked  # type: ignore[return-value]
+
+
+def conform(name: str, value: Any, hint: Any) -> Any:
+    """The value in plain Python, if it is what the annotation says.
+
+    Args:
+        name: Of the argument, for the error.
+        value: Anything.
+        hint: A type.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    kinds = _alternatives(hint)
+    for kind in kinds:
+        try:
+            return _fit(value, kind)
+        except _Misfit:
+            continue
+    words = " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds))
+    raise ValueError(f"{name} must be {words}; got {value!r:.200}.{_remedy(value, kinds)}")
+
+
+def require_at_least(minimum: float, **values: float | None) -> None:
+    """Raise a ValueError that names the first argument below a minimum; None passes."""
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}; got {value}. Pass {minimum} or more.")
+
+
+class _Misfit(Exception):
+    pass
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except NameError:  # a name that only type checkers import
+        return {}
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    if get_origin(hint) in (Union, types.UnionType):
+        # bool before int before float: the narrowest that fits is kept.
+        parts = [kind for part in get_args(hint) for kind in _alternatives(part)]
+        return sorted(parts, key=lambda kind: kind is float)
+    if get_origin(hint) is Annotated:
+        return _alternatives(get_args(hint)[0])
+    return [hint]
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    """The value in plain Python; a _Misfit where it is not of the kind."""
+    origin = get_origin(kind) or kind
+    if origin is Any:  # a class since Python 3.11
+        return value
+    if origin is Literal:
+        # Which words there are the constructors say, with their meaning.
+        return _require(value, isinstance(value, str) or any(_equal(value, choice) for choice in get_args(kind)))
+    if origin is types.NoneType:
+        return _require(value, value is None)
+    if origin is bool:
+        return bool(_require(value, isinstance(value, (bool, np.bool_))))
+    if origin is int:
+        return int(_require(value, isinstance(value, Integral) and not isinstance(value, bool)))
+    if origin is float:
+        if isinstance(value, Tensor):
+            return value  # one per head, say
+        _require(value, isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
+        return value.item() if isinstance(value, np.generic) else value
+    if origin in _LISTS:
+        return _fit_list(value, get_args(kind))
+    if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
+        return value  # not for us to judge
+    if origin.__module__ == "collections.abc" and origin is not Mapping:
+        return _require(value, origin is not Callable or callable(value))
+    if origin is os.PathLike or issubclass(origin, os.PathLike):
+        return _require(value, isinstance(value, os.PathLike))
+    return _require(value, isinstance(value, origin))
+
+
+def _fit_list(value: Any, arguments: tuple[Any, ...]) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    _require(value, isinstance(value, (list, tuple)))
+    fixed = [part for part in arguments if part is not ...]
+    if len(fixed) > 1:
+        _require(value, len(value) == len(fixed))
+    hints = fixed if len(fixed) > 1 else (fixed or [Any]) * len(value)
+    parts = []
+    for part, hint in zip(value, hints, strict=True):
+        for kind in _alternatives(hint):
+            try:
+                parts.append(_fit(part, kind))
+                break
+            except _Misfit:
+                continue
+        else:
+            raise _Misfit
+    return type(value)(parts) if type(value) in (list, tuple) else value
+
+
+def _require(value: Any, fits: bool) -> Any:
+    if not fits:
+        raise _Misfit
+    return value
+
+
+def _equal(value: Any, choice: Any) -> bool:
+    return type(value) is type(choice) and bool(value == choice)
+
+
+def _in_words(kind: Any) -> str:
+    if kind in _WORDS:
+        return _WORDS[kind]
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in _LISTS:
+        fixed = [part for part in arguments if part is not ...]
+        inner = " or ".join(_in_words(part).removeprefix("an ").removeprefix("a ") for part in fixed[:1])
+        size = f"{len(fixed)} " if len(fixed) > 1 else ""
+        return f"a list of {size}{inner}s".replace("anys", "values") if inner else "a list"
+    if isinstance(origin, type):
+        name = origin.__name__
+        return f"a{'n' * (name[0] in 'AEIOU')} {name}"
+    return str(kind)
+
+
+def _remedy(value: Any, kinds: list[Any]) -> str:
+    numbers = int in kinds or float in kinds
+    if isinstance(value, str) and numbers:
+        return " Leave out the quotes." if _is_number(value) else " Pass a number."
+    if isinstance(value, bool) and numbers:
+        return " Pass the number that you mean."
+    if isinstance(value, Real) and int in kinds and not isinstance(value, bool):
+        return " Round it." if math.isfinite(value) else " Pass a number that can be counted to."
+    if isinstance(value, str) and any((get_origin(kind) or kind) in _LISTS for kind in kinds):
+        return " Put it in a list."
+    return " Leave it out for the default." if value is None else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
