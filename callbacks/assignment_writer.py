@@ -79,7 +79,7 @@ class AssignmentWriter(BasePredictionWriter):
             raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
         if Path(self.path).is_dir() or not os.access(self.path if Path(self.path).exists() else folder, os.W_OK):
             raise ValueError(f"path must be a file that you may write; {self.path!r} is none. Choose another.")
-        known = getattr(trainer.datamodule, "row_names", None)
+        known = getattr(_data_module(trainer), "row_names", None)
         if known is not None:
             check_names(self.columns or (), known)
 
@@ -113,7 +113,7 @@ class AssignmentWriter(BasePredictionWriter):
 
     def _asked(self, trainer: pl.Trainer, batch: Any, numbers: list[int], size: int) -> dict[str, list[Any]]:
         """Cells of the columns asked for, one for each of the numbers: those of B samples, each as often as heads."""
-        data = trainer.datamodule
+        data = _data_module(trainer)
         if hasattr(data, "describe_rows"):
             cells: dict[str, list[Any]] = data.describe_rows(numbers, [*data.row_columns, *(self.columns or ())])
             return cells
@@ -208,6 +208,10 @@ def batch_column(batch: Any, name: str, size: int) -> list[Any]:
             f"{name!r} of one cell for each of its {size} samples. Leave it out, or add it to the batch."
         )
     return [writable(cell) for cell in (value.tolist() if isinstance(value, Tensor) else value)]
+
+
+def _data_module(trainer: pl.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
 
 
 def _to_numpy(value: Tensor) -> "npt.NDArray[Any]":

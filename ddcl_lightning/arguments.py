@@ -104,18 +104,18 @@ def _fit(value: Any, kind: Any) -> Any:
     if origin is bool:
         return bool(_require(value, isinstance(value, (bool, np.bool_))))
     if origin is int:
-        return int(_require(value, isinstance(value, Integral) and not isinstance(value, bool)))
+        return int(_require(value, _is_real(value) and isinstance(value, Integral)))
     if origin is float:
         if isinstance(value, Tensor):
             return value  # one per head, say
-        _require(value, isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value))
+        _require(value, _is_real(value) and math.isfinite(value))
         return value.item() if isinstance(value, np.generic) else value
     if origin in _LISTS:
         return _fit_list(value, get_args(kind))
     if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
         return value  # not for us to judge
     if origin.__module__ == "collections.abc" and origin is not Mapping:
-        return _require(value, origin is not Callable or callable(value))
+        return _require(value, origin.__name__ != "Callable" or callable(value))
     if origin is os.PathLike or issubclass(origin, os.PathLike):
         return _require(value, isinstance(value, os.PathLike))
     return _require(value, isinstance(value, origin))
@@ -148,6 +148,10 @@ def _require(value: Any, fits: bool) -> Any:
     return value
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and type(value) is not bool
+
+
 def _equal(value: Any, choice: Any) -> bool:
     return type(value) is type(choice) and bool(value == choice)
 
@@ -175,7 +179,7 @@ def _remedy(value: Any, kinds: list[Any]) -> str:
         return " Leave out the quotes." if _is_number(value) else " Pass a number."
     if isinstance(value, bool) and numbers:
         return " Pass the number that you mean."
-    if isinstance(value, Real) and int in kinds and not isinstance(value, bool):
+    if _is_real(value) and int in kinds:
         return " Round it." if math.isfinite(value) else " Pass a number that can be counted to."
     if isinstance(value, str) and any((get_origin(kind) or kind) in _LISTS for kind in kinds):
         return " Put it in a list."

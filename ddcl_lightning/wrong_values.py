@@ -52,7 +52,8 @@ def wrong_value(message: str) -> str | None:
 def _innermost(lines: list[str]) -> tuple[list[str], str | None, list[str]]:
     """Keys from the outermost to the innermost, the class that has the last one, and what is said of it."""
     keys: list[str] = []
-    owner, depth, body = None, -1, []
+    body: list[str] = []
+    owner, depth = None, -1
     for line in lines:
         match = _KEY.match(line)
         indent = len(line) - len(line.lstrip())
