@@ -137,7 +137,7 @@ class AssignmentWriter(BasePredictionWriter):
             table = table.drop_duplicates(keys)
         table = table.sort_values(keys, kind="stable")
         left_out: dict[str, list[int]] = (
-            trainer.datamodule.left_out() if hasattr(trainer.datamodule, "left_out") else {}
+            _data_module(trainer).left_out() if hasattr(_data_module(trainer), "left_out") else {}
         )
         if self.dropped:
             table = with_left_out(table, left_out)

@@ -149,7 +149,7 @@ def _require(value: Any, fits: bool) -> Any:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and type(value) is not bool
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _equal(value: Any, choice: Any) -> bool:
