@@ -20,8 +20,8 @@ from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noq
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
 from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
-from ddcl_lightning.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.config_files import check_config
+from ddcl_lightning.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.module import DDCLReadoutModule

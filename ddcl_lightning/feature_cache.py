@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ddcl_lightning.files import write_text
 from ddcl_lightning.arguments import typed
+from ddcl_lightning.files import write_text
 
 CacheDtype = Literal["float16", "float32"]
 Rows = npt.NDArray[Any]
