@@ -21,7 +21,7 @@ class SaveOnSignal(Callback):
     """On SIGTERM (a scheduler's preemption) or Ctrl-C, writes a checkpoint and ends the run, with exit code 143 or 130.
 
     Training ends after the step in progress, or inside a validation, which the resumed run does anew. Where no training
-    is under way the run ends at once, and so it does at a second signal. Of several processes any may get the signal:
+    is under way the run ends at once, and so it does at a later signal. Of several processes any may get the signal:
     they agree on the step after which all end; a validation that has begun is finished then. The checkpoint goes where
     those of ``ModelCheckpoint`` go; with ``ExactResume``, which ``DDCLReadoutModule`` brings along, the run resumed
     from it repeats the uninterrupted one. SIGUSR1 and Lightning's requeueing on SLURM stay as they are.
@@ -117,6 +117,8 @@ class SaveOnSignal(Callback):
                 print(message, file=sys.stderr, flush=True)
             if isinstance(exception, Interrupted):
                 exception.reported = True
+        if self._owner:
+            compat.return_signals(trainer)
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -273,6 +273,11 @@ def take_signals(trainer: pl.Trainer, agree: Callable[[], None]) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = agree  # type: ignore[method-assign]
 
 
+def return_signals(trainer: pl.Trainer) -> None:
+    """Undo Lightning's handlers now, where ours are about to go: it would restore them after an exception."""
+    trainer._signal_connector.teardown()
+
+
 def request_stop(trainer: pl.Trainer) -> None:
     """Make Lightning raise its SIGTERMException as soon as the batch in progress, or its epoch, is over."""
     trainer._signal_connector.received_sigterm = True

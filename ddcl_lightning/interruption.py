@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ONE_SIGNAL = 1.0  # seconds within which signals are one: a launcher sends it to all, and the first process passes it on
 
 
 class Interrupted(SIGTERMException):
@@ -31,7 +33,7 @@ class Interruption:
 
     Attributes:
         received: Number of the first signal, or None.
-        deferred: Whether a signal waits for somebody who looks at ``received``; a second one does not.
+        deferred: Whether a signal waits for somebody who looks at ``received``; a later one does not.
         forward: Called with the number of the first signal: it passes it on to processes that were started from here.
     """
 
@@ -41,6 +43,7 @@ class Interruption:
         self.forward: Callable[[int], Any] | None = None
         self._before: dict[int, Any] = {}
         self._process = 0
+        self._since = 0.0
 
     def begin(self) -> bool:
         """Take the signals; False where they are taken already, or this is not the main thread."""
@@ -62,11 +65,14 @@ class Interruption:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        first = self.received is None
-        self.received = number
-        if first and self.forward is not None:
-            self.forward(number)
-        if not (first and self.deferred):
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+            if self.forward is not None:
+                self.forward(number)
+            if not self.deferred:
+                raise Interrupted(number)
+        elif now - self._since > ONE_SIGNAL:
             raise Interrupted(number)
 
 
