@@ -13,13 +13,13 @@ import torch
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.enums import StrEnum
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
-from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, sentence
+from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, lost_process, sentence
 from ddcl_lightning.config_files import check_config
 from ddcl_lightning.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
@@ -227,6 +227,9 @@ def _run(args: ArgsType) -> None:
             args=args,
         )
     except Exception as error:
+        lost = lost_process(error)
+        if lost is not None and not _wants_traceback():
+            raise SystemExit(_fail(lost)) from None
         if _wants_traceback() or not is_refusal(error):
             raise
         raise SystemExit(_fail(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")) from None
@@ -258,7 +261,8 @@ def _wants_traceback() -> bool:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    rank = rank_zero_only.rank
+    print(f"error{f' in process {rank}' if rank else ''}: {message}", file=sys.stderr)
     return 2
 
 

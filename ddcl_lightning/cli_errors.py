@@ -38,6 +38,8 @@ _REMEDIES = {
     r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu": "the accelerator "
     "asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
 }
+# What the back ends of torch.distributed say when nobody is at the other end any more.
+_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
@@ -67,6 +69,16 @@ def explain(message: str, parser: ArgumentParser) -> str:
     if found:
         return found.group(1)
     return message
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What to say where a process stops because another one of the run has ended; None for any other error."""
+    if not isinstance(error, RuntimeError) or not _LOST_PROCESS.search(str(error)):
+        return None
+    return (
+        "another process of this run has ended, so this one stops too. The reason is what that process says, above or "
+        "in its own log."
+    )
 
 
 def is_refusal(error: BaseException) -> bool:

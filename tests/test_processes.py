@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def alone(case: str) -> None:
     if case == "report":
         assert report(reduce, "Table") is None
     elif case == "everywhere":
-        with pytest.raises(CollectiveError, match="all_reduce"):
+        with pytest.raises(CollectiveError, match="allreduce"):
             on_every_process(reduce)
     else:
         kinds = (MemoryError, ValueError, UnicodeError)
@@ -136,3 +137,28 @@ def test_work_of_one_process_cannot_make_the_others_wait(case: str, tmp_path: Pa
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     if case == "report":
         assert re.search(r"Table left out a part, .*CollectiveError: c10d.allreduce", outcomes[0].output)
+
+
+def fail_in_training(words: list[str], failing: int) -> None:
+    """A fit in which one process refuses its second batch."""
+    step = DDCLReadoutModule.training_step
+
+    def training_step(module: DDCLReadoutModule, batch: Any, batch_idx: int) -> Any:
+        if module.global_rank == failing and batch_idx == 1:
+            raise ValueError("row 17 of the data is damaged. Remove it.")
+        return step(module, batch, batch_idx)
+
+    DDCLReadoutModule.training_step = training_step  # type: ignore[method-assign]
+    main(["fit", *words])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_all(failing: int, tmp_path: Path) -> None:
+    words = ["--config=digits", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    outcomes = run_processes(tmp_path, fail_in_training, words, failing, limit=60.0)
+    assert all(outcome.code not in (0, None) for outcome in outcomes)
+    assert "row 17 of the data is damaged" in outcomes[failing].output
+    # The other one does not hide that behind a traceback of its own.
+    healthy = outcomes[1 - failing].output
+    assert "another process of this run has ended" in healthy
+    assert "Traceback" not in healthy
