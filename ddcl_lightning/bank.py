@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ddcl_lightning.arguments import typed
 from ddcl_lightning.critical import RunningCriticalTemperature
-from ddcl_lightning.distributed import log_sum_over_processes
+from ddcl_lightning.distributed import log_sum_over_processes, token_weight
 from ddcl_lightning.functional import (
     BankOutput,
+    Decomposition,
     assign_codes,
     critical_factor,
     nearest_prototype,
@@ -114,7 +115,8 @@ class PrototypeBank(GuardedState):
             detach_prototypes: Hold the prototypes constant: gradients reach the tokens only.
 
         Returns:
-            Centroids ``(*, H * d)``, terms ``(H,)`` each, weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
+            Centroids ``(*, H * d)``, terms ``(H,)`` each (in training on several processes scaled so that their mean
+            over processes is one over all valid tokens), weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
             ``(N, H * d)``) or None. With ``need_codes`` also codes ``(*, H)`` int64, means, and as cost the entropy
             ``(H,)`` in nats of the mean assignment, with its gradient: in training over all processes, in evaluation
             over the tokens of this one.
@@ -158,6 +160,8 @@ class PrototypeBank(GuardedState):
             )
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
+        if self.training and mask is not None:
+            output = _scaled(output, token_weight(mask))
         lead = tokens.shape[:-1]
         weights = output.weights
         if weights is not None:
@@ -341,3 +345,12 @@ class PrototypeBank(GuardedState):
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""
         return f"num_prototypes={self.num_prototypes}, dim={self.dim}, num_heads={self.num_heads}"
+
+
+def _scaled(output: BankOutput, scale: Tensor | float) -> BankOutput:
+    """Terms and cost as this process's part in a mean over processes."""
+    if not isinstance(scale, Tensor):
+        return output
+    terms = Decomposition(*((term * scale).to(term.dtype) for term in output.terms))
+    cost = None if output.cost is None else (output.cost * scale).to(output.cost.dtype)
+    return output._replace(terms=terms, cost=cost, scale=scale)

@@ -94,6 +94,23 @@ def batch_weight(size: int, device: torch.device) -> Tensor | float:
     return size * world_size() / total
 
 
+def token_weight(mask: Tensor | None) -> Tensor | float:
+    """Factor for a process's mean over its valid tokens, under which means weighted by samples weigh tokens alike.
+
+    Beside :func:`batch_weight`, or under plain DDP with equal batches, the mean over processes becomes that over all
+    valid tokens, however unevenly padding is spread. 1 without padding.
+
+    Args:
+        mask: ``(B, *)`` boolean, True for valid tokens.
+    """
+    if mask is None or world_size() == 1:
+        return 1.0
+    mine = torch.stack([mask.sum(), torch.full_like(mask.sum(), len(mask))]).to(torch.float64)
+    total = mine.clone()
+    dist.all_reduce(total)
+    return mine[0] / total[0] * total[1] / mine[1]
+
+
 def mean_over_processes(values: Mapping[str, Tensor | float], weight: float = 1.0) -> dict[str, float]:
     """Means of numbers over the processes that have them, weighted by each process's ``weight``, as plain numbers.
 

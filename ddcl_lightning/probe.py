@@ -153,7 +153,7 @@ class BankProbe:
             return
         tokens, mask = bank_inputs(bank, args, kwargs)
         heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-        terms = Decomposition(*(term.detach() for term in output.terms))
+        terms = Decomposition(*((term.detach() / output.scale).to(term.dtype) for term in output.terms))
         prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
         self._observer(name, Observation(heads, flat_mask, prototypes, temperature, terms))
 

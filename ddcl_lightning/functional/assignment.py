@@ -58,6 +58,8 @@ class BankOutput(NamedTuple):
         means: Token means, likewise.
         anchor: A zero on which gradients hang that are passed around such a call of a bank, or None unless an optimizer
             follows it.
+        scale: What the terms and the cost are multiplied by beyond being means over these tokens, for the mean over
+            processes.
     """
 
     centroids: Tensor
@@ -67,6 +69,7 @@ class BankOutput(NamedTuple):
     codes: Tensor | None = None
     means: TokenMeans | None = None
     anchor: Tensor | None = None
+    scale: Tensor | float = 1.0
 
 
 def soft_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.arguments import typed
-from ddcl_lightning.distributed import broadcast_object
+from ddcl_lightning.distributed import broadcast_object, token_weight
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.guarded_state import FINITE, FLAG, GuardedState, Rules
@@ -78,7 +78,8 @@ class VectorQuantizer(GuardedState, PoolingLayer):
 
         def distance(left: Tensor, right: Tensor) -> Tensor:
             squared = (left.float() - right.float()).square().sum(-1)
-            return masked_mean(squared.flatten(), None if mask is None else mask.flatten())
+            mean = masked_mean(squared.flatten(), None if mask is None else mask.flatten())
+            return mean * token_weight(mask if self.training else None)
 
         straight = embedded + (found.to(embedded.dtype) - embedded).detach()
         return Quantized(straight, codes, distance(embedded.detach(), found), distance(embedded, found.detach()))

@@ -11,6 +11,7 @@ from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import Batch, inputs
 from ddcl_lightning.codebook_metrics import CodebookMetrics
 from ddcl_lightning.decoders.base import Decoder
+from ddcl_lightning.distributed import token_weight
 from ddcl_lightning.functional._common import accumulation_dtype, masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.reconstruction_metrics import ReconstructionMetrics
@@ -99,6 +100,7 @@ class Reconstruction(Task):
         difference = decoded - target
         error = difference.square() if self.loss == "mse" else difference.abs()
         reconstruction = error.mean() if mask is None else masked_mean(error.mean(-1).flatten(), mask.flatten())
+        reconstruction = reconstruction * token_weight(mask if self.training else None)
         return with_head_losses("reconstruction", reconstruction, readout, self.quantization_weight)
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
