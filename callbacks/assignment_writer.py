@@ -18,7 +18,7 @@ from torch import Tensor
 from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import labels
 from ddcl_lightning.datamodules._origin import check_names, listing, writable
-from ddcl_lightning.distributed import gather_objects, is_first_process
+from ddcl_lightning.distributed import from_first_process, gather_objects
 from ddcl_lightning.files import whole_file
 
 
@@ -127,13 +127,16 @@ class AssignmentWriter(BasePredictionWriter):
         if self.path is None:
             return
         gathered = gather_objects(self._tables)
-        tables = [table for part in gathered for table in part]
         self._tables = []
-        if not is_first_process() or not tables:
-            return
+        tables = [table for part in gathered for table in part]
+        if tables:
+            from_first_process(lambda: self._write(trainer, tables, len(gathered)), "the predictions cannot be written")
+
+    def _write(self, trainer: pl.Trainer, tables: list[pd.DataFrame], processes: int) -> None:
+        assert self.path is not None
         table = pd.concat(tables)
         keys = ["dataloader", "index"] + ["head"] * ("head" in table)
-        if len(gathered) > 1:  # a sampler that pads the last batches of processes repeats samples
+        if processes > 1:  # a sampler that pads the last batches of processes repeats samples
             table = table.drop_duplicates(keys)
         table = table.sort_values(keys, kind="stable")
         left_out: dict[str, list[int]] = (

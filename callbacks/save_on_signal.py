@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ddcl_lightning import compat
-from ddcl_lightning.distributed import max_over_processes
+from ddcl_lightning.distributed import max_over_processes, report
 from ddcl_lightning.interruption import INTERRUPTION, Interrupted, signal_name
 
 NAME = "interrupted.ckpt"
@@ -113,8 +113,7 @@ class SaveOnSignal(Callback):
         if self.enabled and number is not None and isinstance(exception, SIGTERMException):
             exception.code = 128 + number
             message = f"Ended by {signal_name(number)} at step {trainer.global_step}. {self._keep(trainer)}"
-            if trainer.is_global_zero:
-                print(message, file=sys.stderr, flush=True)
+            report(lambda: print(message, file=sys.stderr, flush=True), type(self).__name__)
             if isinstance(exception, Interrupted):
                 exception.reported = True
         if self._owner:

@@ -1,5 +1,6 @@
 """Two processes over gloo do what one does on the joint batch: layers, samples and steps."""
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,32 @@ def test_one_process_is_the_identity() -> None:
     assert found["broadcast"] == "from 0"
     assert found["taken"] == [1.0, 2.0, 0.0]
     assert found["found"] == [True, True, False]
+
+
+BRANCHES = {
+    "is_first_process",
+    "is_global_zero",
+    "is_rank_zero",
+    "get_rank",
+    "global_rank",
+    "local_rank",
+    "rank_zero_only",
+}
+
+
+@pytest.mark.parametrize("folder", ["ddcl_lightning", "callbacks", "datamodules"])
+def test_no_code_branches_on_the_process_outside_of_the_helpers(folder: str) -> None:
+    """A branch that not every process takes can hang: :mod:`ddcl_lightning.distributed` has the safe forms."""
+    root = Path(__file__).parents[1]
+    offending = []
+    for path in sorted((root / folder).rglob("*.py")):
+        if path.relative_to(root).as_posix() == "ddcl_lightning/distributed.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            tests = [node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While)) else []
+            tests += node.decorator_list if isinstance(node, ast.FunctionDef) else []
+            for name in (part for test in tests for part in ast.walk(test)):
+                word = name.id if isinstance(name, ast.Name) else name.attr if isinstance(name, ast.Attribute) else ""
+                if word in BRANCHES:
+                    offending.append(f"{path.relative_to(root)}:{name.lineno}")
+    assert not offending
