@@ -33,6 +33,8 @@ def run_processes(
 ) -> list[Outcome]:
     """Call ``target(*args)`` in processes that see themselves as the ranks of one run, and wait for all of them.
 
+    They work in a folder of their own inside of ``folder``.
+
     Fails the test, with the stacks of all processes, if they have not ended within ``limit`` seconds.
     """
     port, folder = _free_port(), folder / "processes"
@@ -40,7 +42,7 @@ def run_processes(
     context = _server()
     logs = [folder / f"{port}-{rank}.log" for rank in range(processes)]
     running = [
-        context.Process(target=_run, args=(rank, processes, port, os.getcwd(), str(log), target, args))
+        context.Process(target=_run, args=(rank, processes, port, str(folder), str(log), target, args))
         for rank, log in enumerate(logs)
     ]
     for process in running:
