@@ -2,14 +2,12 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import run_script
 from tests.tiny_data import text_file
 from tests.tiny_models import tiny_bert
 
@@ -57,10 +55,9 @@ CASES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_quick_version_writes_results(name: str, tmp_path: Path) -> None:
     script, options = CASES[name]
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", *options(tmp_path)]
-    command += ["--output", str(tmp_path), "--figures", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
+    arguments = ["--quick", *options(tmp_path), "--output", str(tmp_path), "--figures", str(tmp_path)]
+    run = run_script(BENCHMARKS / f"{script}.py", arguments, tmp_path)
+    assert run.code == 0, run.stderr
     text = (tmp_path / f"{name}.json").read_text(encoding="utf-8")
     assert json.loads(text)["versions"]["torch"]
     assert str(Path.home()) not in text

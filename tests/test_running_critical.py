@@ -1,16 +1,18 @@
 """A temperature given as a fraction of the critical one stays that, whatever an encoder does to its tokens."""
 
 import copy
+from typing import Literal
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from tiny import LinearBackbone, loader, quiet_trainer
 from torch import Tensor
 
-from ddcl_lightning import PrototypeBank
+from ddcl_lightning import Classification, DDCLReadoutModule, PrototypeBank
+from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.critical import RunningCriticalTemperature
 from ddcl_lightning.functional import critical_temperature
+from ddcl_lightning.heads import Head, ReadoutOutput
 
 
 def stretched(size: int = 400, heads: int = 2, dim: int = 5, seed: int = 0) -> Tensor:
@@ -86,34 +88,38 @@ def test_state_survives_saving_and_copies() -> None:
     torch.testing.assert_close(other.temperature, bank.temperature, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("callback_unit", ["critical", "absolute"])
-def test_annealing_sets_the_fraction(callback_unit: str) -> None:
-    from ddcl_lightning import Classification, DDCLReadoutModule
-    from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
-    from ddcl_lightning.heads import Head, ReadoutOutput
+class Followed(Head):
+    """A readout of soft centroids whose bank follows its tokens."""
 
-    class Followed(Head):
-        def build(self, embed_dim: int) -> None:
-            super().build(embed_dim)
-            self.bank = PrototypeBank(4, embed_dim, temperature=1.0, temperature_unit="critical")
-            self.pooled_dim = embed_dim
+    def build(self, embed_dim: int) -> None:
+        super().build(embed_dim)
+        self.bank = PrototypeBank(4, embed_dim, temperature=1.0, temperature_unit="critical")
+        self.pooled_dim = embed_dim
 
-        def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
-            output = self.bank(tokens, mask)
-            return ReadoutOutput(output.centroids, output.centroids.mean(1), [output.terms])
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
+        output = self.bank(tokens, mask)
+        return ReadoutOutput(output.centroids, output.centroids.mean(1), [output.terms])
 
-    torch.manual_seed(0)
+
+def anneal(unit: Literal["critical", "absolute"]) -> PrototypeBank:
+    """The bank after a training with that unit of temperature."""
     module = DDCLReadoutModule(LinearBackbone(), Followed(), Classification(4))
-    annealing = TemperatureAnnealing(start=0.5, end=0.02, unit=callback_unit)  # type: ignore[arg-type]
-    trainer: pl.Trainer = quiet_trainer(max_epochs=5, callbacks=[annealing, KMeansInitialization(progress=False)])
-    if callback_unit == "absolute":
-        with pytest.raises(ValueError, match="unit must be 'critical' for banks that follow"):
-            trainer.fit(module, loader())
-        return
-    trainer.fit(module, loader())
+    callbacks = [TemperatureAnnealing(start=0.5, end=0.02, unit=unit), KMeansInitialization(progress=False)]
+    quiet_trainer(max_epochs=5, callbacks=callbacks).fit(module, loader())
     bank = module.head.bank
+    assert isinstance(bank, PrototypeBank)
+    return bank
+
+
+def test_annealing_sets_the_fraction() -> None:
+    bank = anneal("critical")
     torch.testing.assert_close(bank.fraction, torch.tensor([0.02]))
     torch.testing.assert_close(bank.temperature, 0.02 * 4 * bank.critical.lambda_max)
+
+
+def test_annealing_in_absolute_units_is_refused() -> None:
+    with pytest.raises(ValueError, match="unit must be 'critical' for banks that follow"):
+        anneal("absolute")
 
 
 def test_refusals() -> None:

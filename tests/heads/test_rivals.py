@@ -208,12 +208,15 @@ class Sets(Dataset[dict[str, Tensor]]):
         return {"x": self.x[row], "y": self.y[row], "mask": self.mask[row]}
 
 
-@pytest.mark.parametrize("init", ["uniform", "kmeans"])
-@each_head
-def test_trains(name: str, init: str) -> None:
-    options = {"init": init} if name.startswith("vq") else {}
-    if init == "kmeans" and not options:
-        return
+STARTS = [(name, {"init": init}) for name in HEADS if name.startswith("vq") for init in ("uniform", "kmeans")]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in HEADS if not name.startswith("vq")), *STARTS],
+    ids=lambda value: value if isinstance(value, str) else "".join(value.values()),
+)
+def test_trains(name: str, options: dict[str, str]) -> None:
     module = DDCLReadoutModule(
         LinearBackbone(embed_dim=8),
         HEADS[name](**options),

@@ -1,0 +1,61 @@
+"""Fresh processes for scripts, without the seconds that each would spend on importing torch and Lightning.
+
+A server process has imported them once and forks for every script: what a script does to its process stays there.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PRELOAD = ["torch", "lightning.pytorch", "sklearn.cluster", "sklearn.datasets", "torchmetrics", "ddcl_lightning.cli"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a script has left.
+
+    Attributes:
+        code: Its exit code.
+        stdout: What it has printed.
+        stderr: What it has complained about.
+    """
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_script(script: Path, arguments: list[str], folder: Path, timeout: float = 300) -> Finished:
+    """Run ``python script *arguments`` with one thread, its output kept in ``folder``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    logs = [folder / f"{script.stem}.{stream}" for stream in ("stdout", "stderr")]
+    process = context.Process(target=_run, args=(script, arguments, *logs))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    assert process.exitcode is not None
+    return Finished(process.exitcode, *(log.read_text(encoding="utf-8") for log in logs))
+
+
+def _run(script: Path, arguments: list[str], stdout: Path, stderr: Path) -> None:
+    # Descriptors, not sys.stdout: a script's own subprocesses write there too.
+    for descriptor, log in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
