@@ -39,7 +39,7 @@ def run_processes(
     """
     port, folder = _free_port(), folder / "processes"
     folder.mkdir(exist_ok=True)
-    context = _server()
+    context = fork_server()
     logs = [folder / f"{port}-{rank}.log" for rank in range(processes)]
     running = [
         context.Process(target=_run, args=(rank, processes, port, str(folder), str(log), target, args))
@@ -67,7 +67,8 @@ def run_processes(
     return outcomes
 
 
-def _server() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
+    """Starts processes by forking a server that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     return context

@@ -1,16 +1,15 @@
 """Fresh processes for scripts, without the seconds that each would spend on importing torch and Lightning.
 
-A server process has imported them once and forks for every script: what a script does to its process stays there.
+The server of :mod:`tests.processes` forks for every script: what a script does to its process stays there.
 """
 
-import multiprocessing
 import os
 import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-PRELOAD = ["torch", "lightning.pytorch", "sklearn.cluster", "sklearn.datasets", "torchmetrics", "ddcl_lightning.cli"]
+from tests.processes import fork_server
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,8 @@ class Finished:
 
 def run_script(script: Path, arguments: list[str], folder: Path, timeout: float = 300) -> Finished:
     """Run ``python script *arguments`` with one thread, its output kept in ``folder``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     logs = [folder / f"{script.stem}.{stream}" for stream in ("stdout", "stderr")]
-    process = context.Process(target=_run, args=(script, arguments, *logs))
+    process = fork_server().Process(target=_run, args=(script, arguments, *logs))
     process.start()
     process.join(timeout)
     if process.exitcode is None:
