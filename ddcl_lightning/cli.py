@@ -112,7 +112,8 @@ class DDCLCommandLine(LightningCLI):
     def _warn_of_dropped_callbacks(self) -> None:
         config = self.config.get(self.config.get("subcommand") or "")
         files = [path.get_content() for path in (config or {}).get("config") or () if path is not None]
-        dropped = dropped_callbacks(files, config["trainer"]["callbacks"] or ()) if files else []
+        kept = config["trainer"]["callbacks"] if files else None
+        dropped = dropped_callbacks(files, kept) if kept else []  # whoever asks for none gets none
         if dropped:
             rank_zero_warn(
                 f"callbacks of an earlier config do not run, because a later list replaces them: {', '.join(dropped)}. "
@@ -261,7 +262,7 @@ def _wants_traceback() -> bool:
 
 
 def _fail(message: str) -> int:
-    rank = rank_zero_only.rank
+    rank: int = getattr(rank_zero_only, "rank", 0)
     print(f"error{f' in process {rank}' if rank else ''}: {message}", file=sys.stderr)
     return 2
 

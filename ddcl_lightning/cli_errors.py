@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints import other_model

@@ -165,7 +165,7 @@ class CollectiveError(RuntimeError):
     """Work that one process does alone has asked the others for something, who would never answer."""
 
 
-class _RefuseCollectives(TorchDispatchMode):
+class _RefuseCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises at every operation of torch.distributed, whoever calls it, before it waits."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,7 +183,7 @@ def no_collectives() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    with _RefuseCollectives():
+    with _RefuseCollectives():  # type: ignore[no-untyped-call]
         yield
 
 

@@ -62,5 +62,6 @@ class EvaluationPass:
         for mark, metrics in self._metrics.items():
             size = self._sizes[mark]
             losses = mean_over_processes({name: value / size for name, value in self._sums[mark].items()}, size)
-            values |= {name + mark: value for name, value in {**losses, **metrics.compute(anywhere)}.items()}
+            values |= {name + mark: mean for name, mean in losses.items()}
+            values |= {name + mark: value for name, value in metrics.compute(anywhere).items()}
         return values

@@ -30,8 +30,9 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     np.random.set_state((legacy["name"], legacy["keys"].cpu().numpy().astype(np.uint32), *legacy["rest"]))  # noqa: NPY002
     if states["device"]["type"] == device.type:
-        backend = torch.get_device_module(device) if device.type != "cpu" else None
+        # On a CPU there are none.
         for number, state in enumerate(states["device"]["states"][: _device_count(device)]):
+            backend = torch.get_device_module(device)
             if device.type == "mps":
                 backend.set_rng_state(state.cpu())
             else:

@@ -88,12 +88,12 @@ def test_refusals_come_before_the_work(tmp_path: Path, capsys: pytest.CaptureFix
     common = ["explain", "--config", "digits", *QUICK]
     assert fails(capsys, *common).startswith("ckpt_path is needed: without a checkpoint the prototypes are random.")
     message = fails(capsys, *common, "--ckpt_path", "nowhere.ckpt")
-    assert message == "ckpt_path must be a checkpoint file; there is none at 'nowhere.ckpt'."
+    assert message.startswith("ckpt_path must be a checkpoint file; there is none at 'nowhere.ckpt'.")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    assert "'text.ckpt' cannot be read as one." in fails(capsys, *common, "--ckpt_path", "text.ckpt")
+    assert "'text.ckpt' cannot be read as one" in fails(capsys, *common, "--ckpt_path", "text.ckpt")
     torch.save({"weights": 1}, "other.ckpt")
     assert "'other.ckpt' holds no 'state_dict'." in fails(capsys, *common, "--ckpt_path", "other.ckpt")
-    torch.save({"state_dict": {}}, "empty.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.4"}, "empty.ckpt")
     given = [*common, "--ckpt_path", "empty.ckpt", "--output"]
     assert "there is no 'reports'. Create it first." in fails(capsys, *given, "reports/a.html")
     assert "output must end in .html; got 'a.pdf'" in fails(capsys, *given, "a.pdf")
@@ -105,7 +105,7 @@ def test_refusals_come_before_the_work(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save({"state_dict": {}}, "empty.ckpt")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.4"}, "empty.ckpt")
     (tmp_path / "closed").mkdir()
     # Whoever runs the tests as root may write anywhere, so the system's answer is played.
     allowed = os.access
