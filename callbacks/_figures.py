@@ -37,12 +37,12 @@ def show(trainer: pl.Trainer, draw: Callable[[], dict[str, Figure]], name: str) 
 
     def draw_and_emit() -> None:
         for label, figure in draw().items():
-            _emit(trainer, figure, label, folder)
+            emit(trainer, figure, label, folder)
 
     report(draw_and_emit, name)
 
 
-def _emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
+def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
     """Show a figure in TensorBoard; with another logger, or none, write it to ``folder`` as a PNG file."""
     boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     for logger in boards:

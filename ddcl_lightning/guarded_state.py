@@ -1,6 +1,6 @@
 """State that nothing can poison: what was measured stays in float32, and what is loaded is looked at first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -124,3 +124,25 @@ def _complain(key: str, rule: Rule, value: Tensor, own: Tensor) -> list[str]:
 
 def _is_integer(value: Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def require_finite(state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a state whose parameters are damaged.
+
+    Args:
+        state: Tensors by name, of a checkpoint.
+        names: The entries to look at; those that the state lacks are left to whoever loads it.
+
+    Raises:
+        ValueError: If one of them holds NaN or infinity.
+    """
+    for name in names:
+        value = state.get(name)
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            continue
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise ValueError(
+                f"{name} in a checkpoint must be finite; got NaN or infinity in {bad} of {value.numel()} values. The "
+                "file is damaged, or its run had diverged: take an earlier one."
+            )

@@ -22,6 +22,7 @@ from ddcl_lightning.batch import Batch, index
 from ddcl_lightning.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning.evaluation_pass import EvaluationPass
 from ddcl_lightning.foreign_callbacks import refuse_callbacks, refuse_idle_averages
+from ddcl_lightning.guarded_state import require_finite
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
 from ddcl_lightning.probe import find_banks
@@ -286,6 +287,10 @@ class DDCLReadoutModule(pl.LightningModule):
             )
         if stage == "fit":
             refuse_callbacks(self.trainer, self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are NaN or infinite."""
+        require_finite(checkpoint.get("state_dict", {}), dict(self.named_parameters()))
 
     def on_fit_start(self) -> None:
         """Let the backbone get ready with the training data: be fitted to it, or encode it ahead."""

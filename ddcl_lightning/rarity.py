@@ -54,11 +54,13 @@ class PrototypeRarity(GuardedState):
         if mask is not None:
             q = q.masked_fill(~mask[:, None, :, None], 0.0)
         if self.training and not recomputing():
-            found = sum_over_processes(torch.cat([q.sum(-2).clamp(max=1.0).sum(0).flatten(), q.new_tensor([len(q)])]))
-            usable = torch.isfinite(found).all() & (found[-1] > 0)
+            samples = q.new_tensor(len(q)) if mask is None else mask.any(-1).sum().to(q.dtype)
+            occurrences = q.sum(-2).clamp(max=1.0).sum(0).flatten()
+            totals = sum_over_processes(torch.cat([occurrences, samples[None]]))
+            usable = torch.isfinite(totals).all() & (totals[-1] > 0)
             weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(q.dtype)
             self.num_batches += usable
-            latest = (found[:-1] / found[-1].clamp(min=1.0)).view_as(self.share)
+            latest = (totals[:-1] / totals[-1].clamp(min=1.0)).view_as(self.share)
             keep_unless(usable, self.share, self.share.lerp(latest, weight))
         rarity = -self.share.clamp(RAREST, 1.0).log()
         weights = (q * rarity[None, :, None, :]).sum(-1).mean(1).square() + LEAST

@@ -1,6 +1,7 @@
 """Nothing that is not finite enters what is followed from batch to batch, and nothing that cannot be is loaded."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,17 @@ def test_damaged_rates_of_the_prototypes_are_refused(key: str, value: float) -> 
     state["param_groups"][0][key] = value
     with pytest.raises(ValueError, match=key):
         codes.load_state_dict(state)
+
+
+def test_a_checkpoint_with_damaged_weights_is_refused(tmp_path: Path) -> None:
+    module, trainer = clustering_module(), quiet_trainer(max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+    checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    name = next(name for name, value in module.named_parameters() if value.is_floating_point())
+    checkpoint["state_dict"][name].view(-1)[0] = torch.nan
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    with pytest.raises(
+        ValueError, match=f"{re.escape(name)} in a checkpoint must be finite; got NaN or infinity in 1 of"
+    ):
+        quiet_trainer(max_epochs=2).fit(clustering_module(), loader(), ckpt_path=tmp_path / "damaged.ckpt")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from ddcl_lightning import DDCLReadoutModule
+from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Reconstruction
 from ddcl_lightning.cli import main
 from ddcl_lightning.distributed import (
     CollectiveError,
@@ -17,9 +18,11 @@ from ddcl_lightning.distributed import (
     on_every_process,
     report,
 )
+from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.recipes import recipe_paths
 from tests.processes import run_processes
 from tests.recipe_words import local_words
+from tests.tiny import quiet_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -45,6 +48,8 @@ def test_recipe_in_two_processes_ends_with_its_table(name: str, tmp_path: Path) 
     assert "sync_dist" not in first.output + second.output
     assert re.search(r"^prototypes \(last step\)", first.output, re.MULTILINE)
     assert "prototypes (last step)" not in second.output
+    # Once for the run, not for each process.
+    assert len(list(tmp_path.rglob("config.yaml"))) == len(list(tmp_path.rglob("events.out.tfevents*"))) == 1
 
 
 def fit_and_save(words: list[str], devices: int, stem: str) -> None:
@@ -59,6 +64,21 @@ def fit_and_save(words: list[str], devices: int, stem: str) -> None:
 
     DDCLReadoutModule.on_fit_end = save  # type: ignore[method-assign]
     main(["fit", *words, "--trainer.accelerator=cpu", f"--trainer.devices={devices}", "--trainer.logger=false"])
+
+
+def predict_on_uneven_loaders() -> None:
+    """129 rows in batches of 64: one process has a batch more than the other."""
+    rows = [{"x": torch.rand(1, 8, 8), "index": torch.tensor(row)} for row in range(129)]
+    backbone, decoder = ConvBackbone(in_channels=1, embed_dim=4, widths=[4]), ConvDecoder(1, widths=[4])
+    module = DDCLReadoutModule(backbone, SoftVQ(8), Reconstruction(decoder))
+    trainer = quiet_trainer(devices=2, strategy="ddp")
+    predictions = trainer.predict(module, DataLoader(rows, batch_size=64))
+    assert sum(len(batch["index"]) for batch in predictions) == (65 if trainer.global_rank == 0 else 64)
+
+
+def test_evaluation_waits_for_no_other_process(tmp_path: Path) -> None:
+    outcomes = run_processes(tmp_path, predict_on_uneven_loaders)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
 
 
 # Adam would blow the rounding of gradients that are zero up to whole steps.
