@@ -130,4 +130,12 @@ def _tokens(features: dict[str, Tensor | Any]) -> tuple[Tensor, Tensor | None]:
         tokens = pad_sequence(list(torch.split(tokens.squeeze(0), lengths.tolist())), batch_first=True)
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
     mask = features.get("attention_mask")
-    return tokens, None if mask is None else mask.bool()
+    if mask is None:
+        return tokens, None
+    # An additive mask (0 and minus infinity) would be read the wrong way round; looking waits for an accelerator.
+    if mask.device.type == "cpu" and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            f"attention_mask must be 1 for tokens and 0 for padding; got values from {float(mask.min())} to "
+            f"{float(mask.max())}. Pass what the tokenizer gives."
+        )
+    return tokens, mask.bool()

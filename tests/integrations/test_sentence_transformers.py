@@ -130,6 +130,9 @@ def test_refusals(tmp_path: Path) -> None:
     pooling = PrototypePooling(MeanPooling(embed_dim=4))
     with pytest.raises(ValueError, match="mask must have the shape of tokens"):
         pooling({"token_embeddings": torch.randn(2, 3, 4), "attention_mask": torch.ones(2, 2)})
+    additive = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="attention_mask must be 1 for tokens and 0 for padding; got values from -inf"):
+        pooling({"token_embeddings": torch.randn(2, 3, 4), "attention_mask": additive})
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="must name the 'class' and 'init_args' of a head"):
         PrototypePooling.load(str(tmp_path))
