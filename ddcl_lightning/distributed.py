@@ -59,23 +59,37 @@ def log_sum_over_processes(value: Tensor) -> Tensor:
     return largest + sum_over_processes((value - largest).exp()).log()
 
 
-def take_from_one_process(value: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
-    """For every row that of one process which has it, the same everywhere, without gradient.
+def take_the_last(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """For every row that of the process whose row comes last, the same everywhere, without gradient.
 
     Args:
         value: ``(*, d)``.
-        available: ``(*)`` boolean, whether this process has the row.
+        place: ``(*)`` int64, where this process's row comes, different on every process; -1 where it has none.
 
     Returns:
         ``(*, d)``, zero where no process has the row, and ``(*)`` boolean, whether one has.
     """
-    value = value.masked_fill(~available.unsqueeze(-1), 0.0)
-    if world_size() == 1:
-        return value, available
-    number = dist.get_rank() + 1
-    owner = max_over_processes(available.long() * number)
-    mine = available & (owner == number)
-    return sum_over_processes(value.detach().masked_fill(~mine.unsqueeze(-1), 0.0)), owner > 0
+    last = max_over_processes(place)
+    mine = (place == last) & (place >= 0)
+    return sum_over_processes(value.detach().masked_fill(~mine.unsqueeze(-1), 0.0)), last >= 0
+
+
+def joint_order(samples: int, tokens: int, call: int, device: torch.device) -> Tensor:
+    """Where tokens ``(samples * tokens,)`` of this process come among those of all, ``int64``, increasing.
+
+    Of several processes each has every P-th sample of the joint batch, as the shipped data modules deal them.
+
+    Args:
+        samples: Samples of the call.
+        tokens: Tokens per sample.
+        call: Number of the call.
+        device: Where the order is wanted.
+    """
+    processes, rank = (world_size(), dist.get_rank()) if world_size() > 1 else (1, 0)
+    joint = torch.arange(samples, device=device) * processes + rank
+    within = torch.arange(tokens, device=device)
+    # 22 bits each: four million samples, and tokens of one.
+    return (call << 44) + (joint[:, None] << 22).add(within).flatten()
 
 
 def batch_weight(size: int, device: torch.device) -> Tensor | float:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning.arguments import typed
 from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.distributed import max_over_processes, sum_over_processes, take_from_one_process
+from ddcl_lightning.distributed import max_over_processes, sum_over_processes, take_the_last
 from ddcl_lightning.functional import Cells, TokenMeans
 from ddcl_lightning.probe import find_banks
 from ddcl_lightning.shared_parameters import follow_alone, release
@@ -142,6 +142,11 @@ class TokenNormalized(Optimizer):
         if self._statistics is None:
             raise RuntimeError("TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it.")
         for group in self.param_groups:
+            if not 0 <= group["lr"] <= 1:  # somebody has set it since
+                raise ValueError(
+                    f"lr of TokenNormalized must be in [0, 1], a share of the way; a group has {group['lr']}. Correct "
+                    "what sets it, a schedule perhaps."
+                )
             for prototypes in group["params"]:
                 seen = self._statistics.take(prototypes)
                 if seen is None:
@@ -179,7 +184,7 @@ class TokenNormalized(Optimizer):
         most = max(1, load.shape[-1] // 64)
         order = load.sort(dim=-1, stable=True).indices
         empty, crowded = order[:, :most], order.flip(-1)[:, :most]
-        token, seen = take_from_one_process(lying.token, lying.occupied)
+        token, seen = take_the_last(lying.token, lying.place)
 
         def rows(index: Tensor, values: Tensor) -> Tensor:
             return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.distributed import joint_order
 from ddcl_lightning.functional import (
     BankOutput,
     Cells,
@@ -130,7 +131,7 @@ class StepStatistics:
     @torch.no_grad()
     def _read(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> Seen:
         heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-        prototypes, means, lying = bank.prototypes.detach(), output.means, None
+        prototypes, means, lying, number = bank.prototypes.detach(), output.means, None, next(self._counter)
         if means is None:
             means = token_means(heads, prototypes, bank.temperature, flat_mask)
         if self._need_cells():
@@ -139,8 +140,11 @@ class StepStatistics:
                 if output.codes is None
                 else output.codes.reshape(-1, bank.num_heads).T
             )
-            lying = cells(heads, prototypes, codes, flat_mask)
-        return _without_poison(Seen(means, lying, next(self._counter)), output.terms.loss)
+            # One vector per sample, or (B, ..., D).
+            samples, per_sample = (tokens.shape[0], tokens[0, ..., 0].numel()) if tokens.dim() > 2 else (len(tokens), 1)
+            order = joint_order(samples, per_sample, number, heads.device)
+            lying = cells(heads, prototypes, codes, flat_mask, order)
+        return _without_poison(Seen(means, lying, number), output.terms.loss)
 
     @torch.no_grad()
     def _pass(self, prototypes: Tensor, seen: Seen, gradient: Tensor) -> None:
@@ -154,7 +158,7 @@ class StepStatistics:
             _add(self._passed, prototypes, seen)
 
     def _note_gradient(self, prototypes: Tensor) -> None:
-        if prototypes in self._numbers:
+        if prototypes in self._numbers and prototypes.grad is not None:
             self._graded.add(prototypes)
 
     def _reset(self, prototypes: Tensor) -> bool:
@@ -177,15 +181,16 @@ def straight_through(value: Tensor, carrier: Tensor, anchor: Tensor | None) -> T
 
 
 class _Anchor(torch.autograd.Function):
-    """A zero that depends on prototypes and gives them no gradient."""
+    """A zero that depends on prototypes and gives them a gradient of zero: one that ``zero_grad`` can take away."""
 
     @staticmethod
     def forward(ctx: Any, prototypes: Tensor) -> Tensor:
+        ctx.shape = prototypes.shape
         return prototypes.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> None:
-        return None
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.new_zeros(ctx.shape)
 
 
 class _Tie(torch.autograd.Function):
@@ -219,7 +224,7 @@ def _without_poison(seen: Seen, loss: Tensor) -> Seen:
     if lying is not None:
         clean &= torch.isfinite(lying.distortion).all()
         tokens, distortion, token = (torch.where(clean, value, 0.0) for value in lying[:3])
-        lying = Cells(tokens, distortion, token, lying.occupied & clean)
+        lying = Cells(tokens, distortion, token, lying.occupied & clean, torch.where(clean, lying.place, -1))
     return Seen(TokenMeans(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0)), lying, number)
 
 

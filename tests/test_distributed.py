@@ -17,7 +17,7 @@ from ddcl_lightning.distributed import (
     is_first_process,
     max_over_processes,
     sum_over_processes,
-    take_from_one_process,
+    take_the_last,
     world_size,
 )
 from ddcl_lightning.reservoir import Reservoir
@@ -88,7 +88,7 @@ def shared_sample(rank: int, processes: int) -> tuple[Tensor, Tensor]:
 def primitives(rank: int) -> dict[str, Any]:
     value = torch.tensor([1.0 + rank, 5.0 - rank], requires_grad=True)
     rows = torch.tensor([[1.0], [2.0], [3.0]]) + 10 * rank
-    taken, found = take_from_one_process(rows, torch.tensor([True, rank == 0, False]))
+    taken, found = take_the_last(rows, torch.tensor([rank, 5 if rank == 0 else -1, -1]))
     (sum_over_processes(value) * torch.tensor([1.0, 10.0 * (rank + 1)])).sum().backward()
     return {
         "world_size": world_size(),

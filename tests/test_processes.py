@@ -84,6 +84,15 @@ def test_evaluation_waits_for_no_other_process(tmp_path: Path) -> None:
 # Adam would blow the rounding of gradients that are zero up to whole steps.
 SGD = ["--model.encoder_optimizer=SGD", "--trainer.max_epochs=2"]
 CODES = ["--model.prototype_optimizer=SGD"]
+# More prototypes than there are digits, of which some move elsewhere.
+RELOCATED = [
+    "--model.prototype_optimizer=TokenNormalized",
+    "--model.prototype_optimizer_args={relocate: 0.5}",
+    "--model.lr_prototypes=0.1",
+    "--model.head.init_args.num_prototypes=64",
+    "--data.init_args.limit=400",
+    "--model.rho=0",
+]
 # Losses over all tokens of texts of different lengths, which processes have different numbers of.
 PADDED = [
     "--model.head.init_args.tokens=all",
@@ -100,6 +109,7 @@ PADDED = [
         ("digits", 240, 2, CODES),  # 1,797 rows: neither two processes nor their batches divide them
         ("digits", 240, 3, CODES),
         ("digits_adaptive", 240, 2, CODES),
+        ("digits", 60, 2, RELOCATED),
         ("digits_soft_vq", 240, 2, []),
         ("bert_sst2", 24, 2, CODES),
         ("bert_sst2", 24, 2, [*CODES, *PADDED]),

@@ -16,16 +16,20 @@ class Cells(NamedTuple):
         distortion: Sum of their squared distances to the prototype, ``(H, K)``.
         token: The last one of them, ``(H, K, d)``; zero where there is none.
         occupied: Whether there is one, ``(H, K)`` boolean.
+        place: Where that token comes in the order of all tokens, ``(H, K)`` int64; -1 where there is none.
     """
 
     number: Tensor
     distortion: Tensor
     token: Tensor
     occupied: Tensor
+    place: Tensor
 
 
 @torch.no_grad()
-def cells(tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None = None) -> Cells:
+def cells(
+    tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None = None, order: Tensor | None = None
+) -> Cells:
     """Look into the cells.
 
     Args:
@@ -33,6 +37,8 @@ def cells(tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None
         prototypes: ``(H, K, d)``.
         codes: Index of the nearest prototype, ``(H, N)`` int64.
         mask: ``(H, N)`` boolean, True for valid tokens.
+        order: Where each token comes among those of all calls and processes, ``(N,)`` int64 >= 0, increasing; by
+            default their own numbers.
     """
     check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
@@ -47,12 +53,18 @@ def cells(tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None
     last = position.new_full((heads, size), -1).scatter_reduce_(1, codes, position, "amax")
     occupied = last >= 0
     token = z.gather(1, last.clamp(min=0).unsqueeze(-1).expand(-1, -1, dim))
-    return Cells(number, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), occupied)
+    place = last if order is None else order[last.clamp(min=0)].masked_fill(~occupied, -1)
+    return Cells(number, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), occupied, place)
 
 
 def merge_cells(first: Cells, second: Cells) -> Cells:
-    """Cells of two sets of tokens together; of the tokens, those of the second set come first."""
+    """Cells of two sets of tokens together; of the tokens, those of the second set come last."""
     token = torch.where(second.occupied.unsqueeze(-1), second.token, first.token)
+    place = torch.where(second.occupied, second.place, first.place)
     return Cells(
-        first.number + second.number, first.distortion + second.distortion, token, first.occupied | second.occupied
+        first.number + second.number,
+        first.distortion + second.distortion,
+        token,
+        first.occupied | second.occupied,
+        place,
     )
