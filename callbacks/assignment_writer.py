@@ -19,7 +19,7 @@ from ddcl_lightning.arguments import typed
 from ddcl_lightning.batch import labels
 from ddcl_lightning.datamodules._origin import check_names, listing, writable
 from ddcl_lightning.distributed import from_first_process, gather_objects
-from ddcl_lightning.files import whole_file
+from ddcl_lightning.files import refuse_input, whole_file
 
 
 class AssignmentWriter(BasePredictionWriter):
@@ -79,6 +79,7 @@ class AssignmentWriter(BasePredictionWriter):
             raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
         if Path(self.path).is_dir() or not os.access(self.path if Path(self.path).exists() else folder, os.W_OK):
             raise ValueError(f"path must be a file that you may write; {self.path!r} is none. Choose another.")
+        refuse_input(self.path, _data_module(trainer), "path")
         known = getattr(_data_module(trainer), "row_names", None)
         if known is not None:
             check_names(self.columns or (), known)

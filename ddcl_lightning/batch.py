@@ -1,12 +1,14 @@
 """The batch convention: a dict with ``x`` (or ``text``), ``y``, ``mask`` and ``index``, or a plain ``(x, y)`` pair."""
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MASK, ATTENTION_MASK = "mask", "attention_mask"
-LENGTHS = ("length", "lengths", "seq_len", "seq_lens")
+_OF_MASKS = ("mask", "pad", "valid")  # in names of what tells padding
+_OF_LENGTHS = re.compile(r"len(gth)?s?(_|$)|n(um)?_tokens")
 
 Batch = Any  # whatever the data loader yields; the functions below read the usual forms
 
@@ -142,11 +144,22 @@ def _mask_name(batch: Batch, tokens: Tensor) -> str | None:
 
 def _tells_padding(name: Any, value: Any, tokens: Tensor) -> bool:
     lowered, samples, length = str(name).lower(), *tokens.shape[:2]
-    if not isinstance(value, Tensor) or length == 1 or lowered == "special_tokens_mask":
+    if length == 1 or lowered in ("x", "y", "index", "text", "special_tokens_mask"):
         return False
-    if lowered in LENGTHS:
-        return value.shape == (samples,) and _is_integer(value)
-    return "mask" in lowered and ("pad" in lowered or value.numel() == samples * length)
+    of_lengths = _OF_LENGTHS.search(lowered) is not None
+    of_masks = any(word in lowered for word in _OF_MASKS)
+    if not isinstance(value, Tensor) and (of_lengths or of_masks):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            return False  # no numbers
+    if not isinstance(value, Tensor):
+        return False
+    if of_lengths:
+        return value.shape in ((samples,), (samples + 1,)) and _is_integer(value)
+    if _is_bool(value) and value.shape == (samples, length):
+        return True  # whatever it is called
+    return of_masks and ("pad" in lowered or value.numel() == samples * length)
 
 
 def _is_integer(value: Any) -> bool:

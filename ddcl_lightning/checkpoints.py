@@ -1,6 +1,8 @@
 """Checkpoint files: written whole, and refused in a sentence where they cannot be read."""
 
 import os
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,13 @@ def is_keyword(path: str | Path) -> bool:
     return str(path) in _KEYWORDS or str(path).startswith("registry:") or "://" in str(path)
 
 
-def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
+def check_checkpoint(path: str | Path, to_resume: bool = False, pickles: bool = False) -> None:
     """Refuse a file that is no checkpoint of ``fit``.
 
     Args:
         path: The file.
         to_resume: Whether training is to go on from it, which takes more than weights.
+        pickles: Whether what the file holds may be run, as the user has asked for.
 
     Raises:
         ValueError: If there is none, or it cannot be read as one; with the way out.
@@ -54,8 +57,13 @@ def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
     if not file.is_file():
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
     try:
-        state = torch.load(file, map_location="meta", weights_only=True)
+        state = torch.load(file, map_location="meta", weights_only=not pickles)
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
+            raise ValueError(
+                f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds Python objects, which run code when "
+                "they are loaded. None was loaded. Take a checkpoint of plain data."
+            ) from error
         raise ValueError(
             f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} cannot be read as one: it is torn, or of "
             f"another kind.{_others(file)}"

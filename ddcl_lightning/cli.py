@@ -19,7 +19,7 @@ from lightning_utilities.core.enums import StrEnum
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
-from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, lost_process, sentence
+from ddcl_lightning.cli_errors import CHECKED, explain, is_refusal, lost_process, sentence, unwritable
 from ddcl_lightning.config_files import check_config
 from ddcl_lightning.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
@@ -147,10 +147,11 @@ class DDCLCommandLine(LightningCLI):
         """Build trainer, model and data; a refused argument is one line, not a traceback."""
         try:
             super().instantiate_classes()
-        except CHECKED as error:
-            if _wants_traceback():
+        except (*CHECKED, RuntimeError, MemoryError) as error:
+            short = unwritable(error)
+            if _wants_traceback() or (short is None and not isinstance(error, CHECKED)):
                 raise
-            raise SystemExit(_fail(explain(sentence(error), self.parser))) from error
+            raise SystemExit(_fail(short or explain(sentence(error), self.parser))) from error
 
 
 def main(args: ArgsType = None) -> None:
@@ -162,6 +163,11 @@ def main(args: ArgsType = None) -> None:
     with interruptible():
         try:
             _main(args)
+            sys.stdout.flush()
+        except OSError as error:  # of what is printed
+            if _wants_traceback() or unwritable(error) is None:
+                raise
+            raise SystemExit(_fail(str(unwritable(error)))) from None
         except Interrupted as end:
             if not end.reported:
                 print(f"Ended by {signal_name(end.number)}; nothing was written.", file=sys.stderr)
@@ -229,8 +235,9 @@ def _run(args: ArgsType) -> None:
         )
     except Exception as error:
         lost = lost_process(error)
-        if lost is not None and not _wants_traceback():
-            raise SystemExit(_fail(lost)) from None
+        short = lost or (None if is_refusal(error) else unwritable(error))
+        if short is not None and not _wants_traceback():
+            raise SystemExit(_fail(short)) from None
         if _wants_traceback() or not is_refusal(error):
             raise
         raise SystemExit(_fail(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")) from None

@@ -2,6 +2,7 @@
 
 import difflib
 import dis
+import errno
 import importlib
 import inspect
 import re
@@ -40,6 +41,7 @@ _REMEDIES = {
 }
 # What the back ends of torch.distributed say when nobody is at the other end any more.
 _LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
@@ -79,6 +81,17 @@ def lost_process(error: BaseException) -> str | None:
         "another process of this run has ended, so this one stops too. The reason is what that process says, above or "
         "in its own log."
     )
+
+
+def unwritable(error: BaseException) -> str | None:
+    """What to say where something cannot be written, or memory is short; None for any other error."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return "there is not enough memory for sizes like these. Lower the number of prototypes, widths or batch sizes."
+    if type(error).__name__ == "PathError" and "writable" in str(error):
+        return f"{error} Choose a place where you may write with --trainer.default_root_dir."
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return f"{sentence(error)}. Make room, or choose another place (--trainer.default_root_dir for runs)."
+    return None
 
 
 def is_refusal(error: BaseException) -> bool:

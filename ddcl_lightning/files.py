@@ -65,3 +65,26 @@ def _refusal(error: OSError, path: str | Path) -> OSError:
     reason = error.strerror or str(error)
     message = f"{str(path)!r} cannot be written ({reason}); what was there before is as it was. Make room or choose "
     return type(error)(f"{message}another place, and try again.")
+
+
+def refuse_input(path: str | Path, owner: object, argument: str) -> None:
+    """Refuse to write where somebody's data lie.
+
+    Args:
+        path: What is to be written.
+        owner: A data module, whose attributes name what it reads; None knows of nothing.
+        argument: Name of the argument that gave the path.
+
+    Raises:
+        ValueError: If the file is one that the data module reads.
+    """
+    target = Path(path)
+    if owner is None or not target.exists():
+        return
+    for name, value in vars(owner).items():
+        for entry in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(entry, (str, Path)) and Path(entry).is_file() and target.samefile(entry):
+                raise ValueError(
+                    f"{argument} must not be a file that is read; {str(path)!r} is {name} of the data, and would be "
+                    "overwritten. Name another file."
+                )

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from ddcl_lightning.added_groups import adopt_groups, release_restored
 from ddcl_lightning.arguments import typed
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.batch import Batch, index
+from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
 from ddcl_lightning.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning.evaluation_pass import EvaluationPass
 from ddcl_lightning.foreign_callbacks import refuse_callbacks, refuse_idle_averages
@@ -172,6 +174,8 @@ class DDCLReadoutModule(pl.LightningModule):
         Raises:
             ValueError: If the hyperparameters name something that :mod:`ddcl_lightning.trust` does not let them name.
         """
+        if isinstance(checkpoint_path, (str, Path)) and not is_keyword(checkpoint_path):
+            check_checkpoint(checkpoint_path, pickles=not weights_only)
         if weights_only:
             known = {"_class_path", *inspect.signature(cls).parameters} - set(kwargs)  # Lightning leaves out the rest
             stored = stored_hyper_parameters(checkpoint_path)
@@ -287,6 +291,17 @@ class DDCLReadoutModule(pl.LightningModule):
             )
         if stage == "fit":
             refuse_callbacks(self.trainer, self)
+            self._refuse_limits()
+
+    def _refuse_limits(self) -> None:
+        limit = self.trainer.limit_train_batches
+        if limit == 0:
+            raise ValueError("limit_train_batches must be > 0 to fit; got 0. Use validate, test or predict instead.")
+        every = self.trainer.check_val_every_n_epoch
+        if every is not None and every < 1:
+            raise ValueError(
+                f"check_val_every_n_epoch must be at least 1; got {every}. To validate never, set limit_val_batches=0."
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are NaN or infinite."""
@@ -304,6 +319,8 @@ class DDCLReadoutModule(pl.LightningModule):
             self.trainer.fit_loop.setup_data()  # the number of batches is not known before
             batches = (compat.to_device(self.trainer, batch) for batch in compat.train_batches(self.trainer))
             self.backbone.prepare(batches, self.trainer.num_training_batches)
+            for copy in compat.averaged_copies(self.trainer):  # made before the backbone was ready
+                copy.backbone.load_state_dict(self.backbone.state_dict())  # type: ignore[operator, union-attr]
 
     def on_fit_end(self) -> None:
         """Restore the arithmetic of the process."""

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
+from ddcl_lightning.arguments import typed
 from ddcl_lightning.probe import find_banks
 
 LRSchedule = Literal["constant", "linear", "cosine"]
@@ -24,6 +25,7 @@ def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
         )
 
 
+@typed
 def two_timescale_groups(
     module: nn.Module, lr_prototypes: float, rho: float = 0.1, *, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ def check_hyper_parameters(
 
     A class must be a backbone, head, task, decoder, module or data module that is imported already, or that is of an
     installed distribution which depends on ddcl-lightning (or registers in the entry point group
-    ``ddcl_lightning.plugins``). An optimizer must be imported, or of an installed distribution that depends on torch.
+    ``ddcl_lightning.plugins``). So must an optimizer; those of torch need no more.
     Text is accepted only where the annotations of these classes ask for text.
 
     Args:
@@ -167,13 +167,13 @@ class _Check:
         """The name of an optimizer; short ones are looked up in ``torch.optim`` alone."""
         if "." not in name or name in self.trusted:
             return
-        kind = _resolve(name, lambda top: _depends(top, {_OWN, "torch"}))
+        kind = _resolve(name, lambda top: _depends(top, {_OWN}))
         if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
             _refuse(
                 self.source,
                 key,
                 name,
-                "is no Optimizer that is imported already or of an installed package that depends on torch",
+                "is no Optimizer that is imported already or of an installed package that depends on ddcl-lightning",
             )
 
 

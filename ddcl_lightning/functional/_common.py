@@ -37,7 +37,12 @@ def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
     if mask is None:
         return
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool().")
+        raise TypeError(
+        raise TypeError(
+            f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool() where 1 is valid, and "
+            "mask == 0 where it is additive."
+        )
+        )
     if mask.shape != tokens.shape[:-1]:
         raise ValueError(
             f"mask must have the shape of tokens without its last dimension, {tuple(tokens.shape[:-1])}; "
