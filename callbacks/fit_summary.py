@@ -1,7 +1,7 @@
 """The table at the end of fit."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -233,7 +233,12 @@ def _evaluation_loaders(trainer: pl.Trainer) -> list[Iterator[Batch]]:
         return [train_batches(trainer)]
     # Trainer(limit_val_batches=...) counts here too: the table describes what validation saw.
     return [
-        islice(loader, None if math.isinf(batches) else int(batches))
+        _first(loader, batches)
         for loader, batches in zip(flat_loaders(loaders), trainer.num_val_batches, strict=True)
         if batches
     ]
+
+
+def _first(loader: Iterable[Batch], batches: float) -> Iterator[Batch]:
+    """The first batches of a loader, which is asked for nothing, and draws nothing, before they are."""
+    yield from islice(loader, None if math.isinf(batches) else int(batches))

@@ -61,8 +61,8 @@ def check_checkpoint(path: str | Path, to_resume: bool = False, pickles: bool = 
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
             raise ValueError(
-                f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds Python objects, which run code when "
-                "they are loaded. None was loaded. Take a checkpoint of plain data."
+                f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds Python objects, which run code "
+                f"when they are loaded. None was loaded.{_others(file)}"
             ) from error
         raise ValueError(
             f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} cannot be read as one: it is torn, or of "

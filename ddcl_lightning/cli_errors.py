@@ -36,8 +36,8 @@ _REMEDIES = {
     "use --model.gradient_clip_val.",
     r"gradient accumulation is not supported": "accumulate_grad_batches belongs to the model here, which steps two "
     "optimizers: use --model.accumulate_grad_batches.",
-    r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu": "the accelerator "
-    "asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
+    r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu|torch_xla": "the "
+    "accelerator asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
 }
 # What the back ends of torch.distributed say when nobody is at the other end any more.
 _LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
@@ -121,7 +121,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     for pattern, remedy in _REMEDIES.items():
-        if isinstance(error, MisconfigurationException) and re.search(pattern, str(error)):
+        if isinstance(error, (MisconfigurationException, ImportError)) and re.search(pattern, str(error)):
             return remedy
     if (other := other_model(str(error))) is not None:
         return other

@@ -42,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("torn", "cannot be read as one: it is torn"),
         ("empty", "cannot be read as one"),
         ("foreign", "holds no 'pytorch-lightning_version'"),
-        ("pickled", "cannot be read as one"),
+        ("pickled", "holds Python objects, which run code when they are loaded"),
         ("other", "of another one"),
     ],
 )

@@ -201,7 +201,7 @@ def test_a_call_counts_once_beside_others(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_straight_through_without_an_encoder_to_train() -> None:
-    """No gradient reaches the bank or its tokens, only what is read in the place of the latter."""
+    """No loss asks for a gradient of the bank or its tokens, only of what is read in the place of the latter."""
     net = Net(encoder=False)
     codes = TokenNormalized([net.vq.bank.prototypes], lr=1.0).watch(net)
     decoder = nn.Linear(4, 4)
@@ -209,9 +209,25 @@ def test_straight_through_without_an_encoder_to_train() -> None:
     loss = decoder(net.vq(tokens(1)).quantized).square().mean()
     codes.zero_grad()
     loss.backward()
-    assert net.vq.bank.prototypes.grad is None
+    assert not bool(net.vq.bank.prototypes.grad.any())
     codes.step()
     assert float(net.vq.codebook.abs().max()) < 5
+
+
+def test_straight_through_alone_adds_up_and_is_dropped_with_zero_grad() -> None:
+    def moved(batches: int, drop: bool = False) -> Tensor:
+        net = Net()
+        codes = TokenNormalized([net.vq.bank.prototypes], lr=1.0).watch(net)
+        before = net.vq.codebook.clone()
+        for batch in range(batches):
+            net.vq(net.encoder(tokens(batch + 1))).quantized.square().mean().backward()
+        if drop:
+            net.zero_grad()
+        codes.step()
+        return net.vq.codebook - before
+
+    assert bool((moved(2) - moved(1)).abs().max() > 1e-3)
+    assert not bool(moved(2, drop=True).any())
 
 
 def test_a_loop_without_losses_counts_the_calls_since_the_last_step_or_zero_grad() -> None:

@@ -148,7 +148,7 @@ class Pickled:
 def test_no_pickle_runs(trained: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = torch.load(trained, weights_only=True)
     torch.save({**state, "extra": Pickled()}, "pickled.ckpt")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+    with pytest.raises(ValueError, match="holds Python objects, which run code when they are loaded"):
         DDCLReadoutModule.load_from_checkpoint("pickled.ckpt")
     for command in ("fit", "validate", "test", "predict", "explain"):
         with pytest.raises((SystemExit, Exception)):
@@ -233,12 +233,12 @@ def test_plugins_of_installed_packages_are_known_without_an_import(
         sys.modules.pop("acme_plugin", None)
 
 
-def test_an_optimizer_of_an_installed_package_that_depends_on_torch_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_of_an_installed_plug_in_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[str]] = []
     monkeypatch.setattr(trust, "_depends", lambda module, on: asked.append(on) or False)
-    with pytest.raises(UntrustedName, match="depends on torch"):
+    with pytest.raises(UntrustedName, match="depends on ddcl-lightning"):
         check_hyper_parameters(DDCLReadoutModule, {"encoder_optimizer": "acme.Lion"}, "x")
-    assert asked == [{"ddcl-lightning", "torch"}]
+    assert asked == [{"ddcl-lightning"}]
 
 
 def head_folder(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:

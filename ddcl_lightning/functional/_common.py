@@ -38,10 +38,8 @@ def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
         return
     if mask.dtype != torch.bool:
         raise TypeError(
-        raise TypeError(
             f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool() where 1 is valid, and "
             "mask == 0 where it is additive."
-        )
         )
     if mask.shape != tokens.shape[:-1]:
         raise ValueError(

@@ -301,7 +301,7 @@ def test_whatever_decides_the_tokens_decides_the_cache(bert: str, tmp_path: Path
         ({"max_length": 2}, r"max_length must be in \[3, 128\] tokens for .*; got 2"),
         ({"max_length": 129}, r"max_length must be in \[3, 128\] tokens for .*; got 129"),
         ({"unfreeze": -1}, "unfreeze must be a number of blocks >= 0, or 'all'; got -1"),
-        ({"unfreeze": True}, "unfreeze must be a number of blocks >= 0, or 'all'; got True"),
+        ({"unfreeze": True}, "unfreeze must be an integer or one of 'all'; got True"),
         ({"unfreeze": "some"}, "unfreeze must be a number of blocks >= 0, or 'all'; got 'some'"),
         ({"unfreeze": 4}, "unfreeze must be at most the 3 blocks that are used, or 'all'; got 4"),
         ({"unfreeze": 2, "layer": 1}, "unfreeze must be at most the 1 blocks that are used, or 'all'; got 2"),
