@@ -320,7 +320,7 @@ class DDCLReadoutModule(pl.LightningModule):
             batches = (compat.to_device(self.trainer, batch) for batch in compat.train_batches(self.trainer))
             self.backbone.prepare(batches, self.trainer.num_training_batches)
             for copy in compat.averaged_copies(self.trainer):  # made before the backbone was ready
-                copy.backbone.load_state_dict(self.backbone.state_dict())  # type: ignore[operator, union-attr]
+                copy.backbone.load_state_dict(self.backbone.state_dict())  # type: ignore[union-attr]
 
     def on_fit_end(self) -> None:
         """Restore the arithmetic of the process."""
