@@ -210,6 +210,17 @@ def campaign(names: list[str], trials: int, seed: int, root: Path) -> list[dict[
     return results
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """A row per recipe, in Markdown."""
+    rows = ["| recipe | runs | killed | ends equal bit for bit |", "|---|---|---|---|"]
+    for name in (*dict.fromkeys(result["recipe"] for result in results), "all"):
+        mine = [result for result in results if name in (result["recipe"], "all")]
+        kills = sum(" -> 0 " not in kill for result in mine for kill in result["kills"])  # others had ended before
+        equal = sum(result["end"] == "equal" for result in mine)
+        rows.append(f"| {name} | {len(mine)} | {kills} times | {equal} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--trials", type=int, default=60)
@@ -221,7 +232,7 @@ def main() -> None:
         names, trials = (given.recipes[:3], 3) if given.quick else (given.recipes, given.trials)
         results = campaign(names, trials, given.seed, Path(root))
     equal = sum(result["end"] == "equal" for result in results)
-    print(f"{equal} of {len(results)} ends are equal, {sum(len(r['kills']) for r in results)} kills")
+    print(table(results))
     save(given.output, "kills", {"seed": given.seed, "equal": equal, "trials": results})
     if equal < len(results):
         raise SystemExit(1)
