@@ -106,8 +106,9 @@ def _fit(value: Any, kind: Any) -> Any:
     if origin is int:
         return int(_require(value, _is_real(value) and isinstance(value, Integral)))
     if origin is float:
-        if isinstance(value, Tensor):
-            return value  # one per head, say
+        if isinstance(value, Tensor):  # one per head, say
+            looks = value.device.type == "cpu" and value.is_floating_point()
+            return _require(value, not looks or bool(value.isfinite().all()))
         _require(value, _is_real(value) and math.isfinite(value))
         return value.item() if isinstance(value, np.generic) else value
     if origin in _LISTS:

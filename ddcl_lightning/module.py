@@ -303,6 +303,18 @@ class DDCLReadoutModule(pl.LightningModule):
                 f"check_val_every_n_epoch must be at least 1; got {every}. To validate never, set limit_val_batches=0."
             )
 
+    def _refuse_classes(self) -> None:
+        """Say at once, and in the data's own names, that there are more classes than the task knows of."""
+        data = getattr(self.trainer, "datamodule", None)
+        classes, known = getattr(data, "num_classes", None), getattr(self.task, "num_classes", None)
+        if isinstance(classes, int) and isinstance(known, int) and classes > known:
+            names = getattr(data, "class_names", None) or ()
+            listed = ": " + ", ".join(map(repr, names[:12])) + ", ..." * (len(names) > 12) if names else ""
+            raise ValueError(
+                f"num_classes of the task must be at least that of the data, {classes}{listed}; got {known}. Set it "
+                "(--model.task.init_args.num_classes), or correct the labels."
+            )
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are NaN or infinite."""
         require_finite(checkpoint.get("state_dict", {}), dict(self.named_parameters()))
@@ -314,6 +326,7 @@ class DDCLReadoutModule(pl.LightningModule):
         compat.accept_checkpoints_after_steps()
         if not all(parameter.requires_grad for parameter in self.backbone.parameters()):
             compat.accept_frozen_modules_in_eval_mode()
+        self._refuse_classes()
         # A resumed run restores the place in the data later on, into loaders that nobody has set up before.
         if self.trainer.ckpt_path is None and self.backbone.needs_data():
             self.trainer.fit_loop.setup_data()  # the number of batches is not known before

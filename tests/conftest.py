@@ -1,5 +1,10 @@
 """Fixtures for all tests."""
 
+import os
+
+# Before torch is imported: the suite runs in several processes of small tensors, whose threads would get in the way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import random
 from collections.abc import Iterator
 

@@ -102,7 +102,7 @@ def kinds(hint: Any) -> list[Any]:
 
 def wrong_values(kind: str, name: str, hint: Any) -> list[Any]:
     accepted = kinds(hint)
-    values: list[Any] = ["3", math.nan, math.inf, -math.inf, [1], np.float32("nan")]
+    values: list[Any] = ["3", math.nan, math.inf, -math.inf, [1], np.float32("nan"), torch.tensor(math.nan)]
     if any(get_origin(part) in (list, tuple) for part in accepted):
         values.remove([1])
     if bool not in accepted:

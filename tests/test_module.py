@@ -451,3 +451,9 @@ def test_metrics_without_labels_are_not_logged() -> None:
     trainer.fit(clustering_module(Clustering()), loader(), loader())
     assert {"val/usage", "val/perplexity"} <= set(trainer.callback_metrics)
     assert "val/acc" not in trainer.callback_metrics
+
+
+def test_classes_that_the_task_does_not_know_are_named_at_the_start() -> None:
+    module = DDCLReadoutModule(PCABackbone(64, 4), DDCLReadout(4), Classification(3))
+    with pytest.raises(ValueError, match=r"num_classes of the task must be at least that of the data, 10: .* got 3"):
+        quiet_trainer(max_epochs=1).fit(module, datamodule=DigitsDataModule())
