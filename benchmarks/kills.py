@@ -4,7 +4,7 @@ Every trial starts ``ddcl fit`` in a process of its own, sends SIGKILL or SIGTER
 the newest checkpoint; some are killed again. Compared with the run that nobody killed: weights and buffers, the state
 of the optimizers, and that of the callbacks, the random generators among them.
 
-    python benchmarks/kills.py --trials 60
+    python benchmarks/kills.py --trials 30 --seeds 7 8
 """
 
 import os
@@ -223,17 +223,21 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=30, help="for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
     parser.add_argument("--recipes", nargs="+", default=list(RUNS), choices=list(RUNS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
         names, trials = (given.recipes[:3], 3) if given.quick else (given.recipes, given.trials)
-        results = campaign(names, trials, given.seed, Path(root))
+        results = [
+            {"seed": seed, **result}
+            for seed in given.seeds[: 1 if given.quick else None]
+            for result in campaign(names, trials, seed, Path(root) / str(seed))
+        ]
     equal = sum(result["end"] == "equal" for result in results)
     print(table(results))
-    save(given.output, "kills", {"seed": given.seed, "equal": equal, "trials": results})
+    save(given.output, "kills", {"equal": equal, "trials": results})
     if equal < len(results):
         raise SystemExit(1)
 
