@@ -5,12 +5,19 @@ import os
 # Before torch is imported: the suite runs in several processes of small tensors, whose threads would get in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import random
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+# torch.compile imports it, and half of it stays behind where one of its warnings is an error.
+with warnings.catch_warnings(), contextlib.suppress(ImportError):
+    warnings.simplefilter("ignore")
+    import setuptools  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
