@@ -42,13 +42,12 @@ def is_keyword(path: str | Path) -> bool:
     return str(path) in _KEYWORDS or str(path).startswith("registry:") or "://" in str(path)
 
 
-def check_checkpoint(path: str | Path, to_resume: bool = False, pickles: bool = False) -> None:
+def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
     """Refuse a file that is no checkpoint of ``fit``.
 
     Args:
         path: The file.
         to_resume: Whether training is to go on from it, which takes more than weights.
-        pickles: Whether what the file holds may be run, as the user has asked for.
 
     Raises:
         ValueError: If there is none, or it cannot be read as one; with the way out.
@@ -57,7 +56,7 @@ def check_checkpoint(path: str | Path, to_resume: bool = False, pickles: bool = 
     if not file.is_file():
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
     try:
-        state = torch.load(file, map_location="meta", weights_only=not pickles)
+        state = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
             raise ValueError(

@@ -174,9 +174,9 @@ class DDCLReadoutModule(pl.LightningModule):
         Raises:
             ValueError: If the hyperparameters name something that :mod:`ddcl_lightning.trust` does not let them name.
         """
-        if isinstance(checkpoint_path, (str, Path)) and not is_keyword(checkpoint_path):
-            check_checkpoint(checkpoint_path, pickles=not weights_only)
         if weights_only:
+            if isinstance(checkpoint_path, (str, Path)) and not is_keyword(checkpoint_path):
+                check_checkpoint(checkpoint_path)
             known = {"_class_path", *inspect.signature(cls).parameters} - set(kwargs)  # Lightning leaves out the rest
             stored = stored_hyper_parameters(checkpoint_path)
             check_hyper_parameters(cls, {k: v for k, v in stored.items() if k in known}, str(checkpoint_path))
