@@ -21,13 +21,14 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
-from ddcl_lightning.guarded_state import FINITE, FLAG, POSITIVE, GuardedState, Rules, keep_unless, running_dtype
+from ddcl_lightning.guarded_state import FINITE, FLAG, POSITIVE, Rules, keep_unless, running_dtype
+from ddcl_lightning.settled_state import SettledState
 from ddcl_lightning.shared_parameters import note_prototypes
 
 TemperatureUnit = Literal["absolute", "critical"]
 
 
-class PrototypeBank(GuardedState):
+class PrototypeBank(SettledState):
     """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
 
     Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
@@ -40,13 +41,16 @@ class PrototypeBank(GuardedState):
         temperature: Initial T > 0 for all heads.
         detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
         temperature_unit: ``"absolute"``: T is a squared distance. ``"critical"``: T is a fraction of the critical
-            temperature of the tokens, which is followed from batch to batch while training: for encoders whose tokens
-            change their scale (those trained from scratch).
+            temperature of the tokens, which is followed from step to step while training: for encoders whose tokens
+            change their scale (those trained from scratch). All calls between two steps of an optimizer see one T; in a
+            loop without optimizers, call :meth:`settle` where they would step.
 
     Attributes:
         prototypes: Parameter ``(H, K, d)``.
         temperature: Buffer ``(H,)``, T in units of squared distance, saved with the state.
         fraction: Buffer ``(H,)``, T as a fraction of the critical one, or None for absolute temperatures.
+        spread: Buffer ``(H,)``, total variance of the tokens as of T, not saved; 0 before the first batch, None for
+            absolute temperatures.
         initialized: Buffer, saved with the state: 1 if the prototypes were set from data, else 0.
 
     Raises:
@@ -55,6 +59,7 @@ class PrototypeBank(GuardedState):
 
     temperature: Tensor
     fraction: Tensor | None
+    spread: Tensor | None
     initialized: Tensor
     state_rules: ClassVar[Rules] = {
         "prototypes": FINITE,
@@ -88,6 +93,8 @@ class PrototypeBank(GuardedState):
         relative = temperature_unit == "critical"
         self.critical = RunningCriticalTemperature(num_heads, dim) if relative else None
         self.register_buffer("fraction", torch.ones(num_heads, dtype=running_dtype()) if relative else None)
+        spread = torch.zeros(num_heads, dtype=running_dtype()) if relative else None
+        self.register_buffer("spread", spread, persistent=False)
         if relative:
             self.set_fraction(temperature)
         else:
@@ -130,7 +137,9 @@ class PrototypeBank(GuardedState):
         if self.training and not torch.compiler.is_compiling():
             note_prototypes(self.prototypes)
         if self.critical is not None and self.training:
-            self._follow(self.critical(heads.detach(), flat_mask))
+            first = self.critical.lambda_max == 0
+            self.critical(heads.detach(), flat_mask)
+            self.measured(first)
         # What a process evaluates on its own must not wait for the others.
         total = log_sum_over_processes if self.training else Tensor.detach
         attend = prototype_attention_reference if need_weights else prototype_attention
@@ -298,7 +307,7 @@ class PrototypeBank(GuardedState):
                 "of squared distance."
             )
         self._fill(self.fraction, "fraction", "a fraction of the critical temperature", fraction)
-        self._follow(self.critical.lambda_max)
+        self.take_over()
 
     def _fill(self, buffer: Tensor, name: str, unit: str, given: float | Tensor) -> None:
         value = torch.as_tensor(given, dtype=buffer.dtype, device=buffer.device)
@@ -311,12 +320,20 @@ class PrototypeBank(GuardedState):
         buffer.copy_(value.expand_as(buffer))
 
     @torch.no_grad()
-    def _follow(self, lambda_max: Tensor) -> None:
+    def take_over(self, where: Tensor | bool = True) -> None:
         """Set T from the fraction; tokens without variance have no critical temperature and leave it as it is."""
         assert self.fraction is not None
-        latest = self.fraction * critical_factor(self.detach_assignments) * lambda_max
+        assert self.critical is not None
+        assert self.spread is not None
+        latest = self.fraction * critical_factor(self.detach_assignments) * self.critical.lambda_max
         latest = latest.to(self.temperature.dtype)
-        keep_unless((latest > 0) & torch.isfinite(latest), self.temperature, latest)
+        keep_unless((latest > 0) & torch.isfinite(latest) & where, self.temperature, latest)
+        keep_unless(where, self.spread, self.critical.total_variance())
+
+    def begin_from_state(self) -> None:
+        """Take the spread of what was loaded; T was loaded itself."""
+        if self.critical is not None:
+            self.spread = self.critical.total_variance()
 
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
         if bool(torch.isfinite(output.terms.loss).all()):

@@ -21,6 +21,7 @@ from ddcl_lightning.probe import bank_inputs
 from ddcl_lightning.rarity import PrototypeRarity
 from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.scale import EmbeddingScale
+from ddcl_lightning.settled_state import settle
 
 # Their output in evaluation mode, before any training, is not what a bank will see.
 BATCH_STATISTICS = (EmbeddingScale, PrototypeRarity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -131,6 +132,7 @@ def collect_tokens(
             for number, batch in enumerate(batches):
                 left = wanted
                 _run_step(trainer, module, batch, number)
+                settle(module)
                 full = reservoir.seen >= reservoir.capacity
                 if endless and trainer.strategy.reduce_boolean_decision(full, all=True):
                     break

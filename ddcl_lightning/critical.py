@@ -69,10 +69,10 @@ class RunningCriticalTemperature(GuardedState):
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Take in ``(H, N, d)`` tokens with mask ``(H, N)`` and return ``lambda_max``, ``(H,)``."""
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> None:
+        """Take in ``(H, N, d)`` tokens with mask ``(H, N)``."""
         if recomputing():
-            return self.lambda_max
+            return
         with torch.autocast(tokens.device.type, enabled=False):
             latest, count = _covariance(tokens, mask)
             weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(self.covariance.dtype)
@@ -88,7 +88,10 @@ class RunningCriticalTemperature(GuardedState):
             keep_unless(usable, self.covariance, covariance)
             keep_unless(usable, self.direction, direction)
             keep_unless(usable, self.lambda_max, length.squeeze(-1))
-        return self.lambda_max
+
+    def total_variance(self) -> Tensor:
+        """Trace of the covariance, ``(H,)``; 0 before the first batch."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> None:

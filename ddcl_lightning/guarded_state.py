@@ -102,9 +102,13 @@ def running_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-def keep_unless(usable: Tensor, kept: Tensor, new: Tensor) -> None:
-    """Replace a buffer in place where ``usable``, which is not looked at: nobody waits for the device."""
-    kept.copy_(torch.where(usable, new, kept))
+def keep_unless(usable: Tensor | bool, kept: Tensor, new: Tensor) -> None:
+    """Replace a buffer in place where ``usable``; a tensor is not looked at: nobody waits for the device."""
+    if isinstance(usable, Tensor):
+        new = torch.where(usable, new, kept)
+    elif not usable:
+        return
+    kept.copy_(new)
 
 
 def _complain(key: str, rule: Rule, value: Tensor, own: Tensor) -> list[str]:

@@ -260,9 +260,9 @@ class SoftVectorQuantizer(nn.Module):
         return codes.squeeze(-1) if self.bank.num_heads == 1 else codes
 
     def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> QuantizerTerms:
-        assert self.bank.critical is not None
+        spread = self.bank.spread
+        assert spread is not None
         # The running variance; where nothing was seen yet, that of the codes.
-        spread = self.bank.critical.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
         codes = self.codebook.var(1, correction=0).sum(-1)
         spread = torch.where(spread > 0, spread, codes).clamp(min=torch.finfo(spread.dtype).tiny)
         apart = (output.centroids.detach() - hard).float().square()

@@ -56,6 +56,7 @@ def test_the_temperature_follows_the_scale_of_the_tokens(detach: bool) -> None:
     for scale in (1.0, 0.1):
         for _ in range(200):
             bank(scale * tokens)
+            bank.settle()
         expected = 0.1 * critical_temperature(scale * bank.split_heads(tokens)[0], detach_assignments=detach)
         torch.testing.assert_close(bank.temperature.double(), expected, rtol=1e-2, atol=0.0)
     bank.set_fraction(torch.tensor([0.2, 0.05]))
