@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import sklearn
 import torch
 
-from ddcl_lightning.files import write_text
+from ddcl_lightning._utils.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -34,7 +34,7 @@ from ddcl_lightning import (
     Reconstruction,
     Tokens,
 )
-from ddcl_lightning.batch import Batch
+from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule
 from ddcl_lightning.heads import MeanPooling, SoftVQ, VQPooling

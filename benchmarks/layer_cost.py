@@ -29,7 +29,7 @@ from _common import options, peak_mib, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.functional import critical_temperature
 
 DIM = 64

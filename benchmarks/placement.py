@@ -49,8 +49,8 @@ from ddcl_lightning import (
 )
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
-from ddcl_lightning.placement import PlacedPrototypes
-from ddcl_lightning.probe import BankProbe, Observation
+from ddcl_lightning.adapters.insertion import PlacedPrototypes
+from ddcl_lightning.monitoring.recording import BankProbe, Observation
 
 SEEDS = tuple(range(5))
 DIM, HEADS, DEPTH, TOKENS = 32, 4, 2, 16

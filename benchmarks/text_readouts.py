@@ -32,7 +32,7 @@ from ddcl_lightning.backbones import TransformersBackbone
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import IMDBDataModule, NewsgroupsDataModule, SST2DataModule
 from ddcl_lightning.datamodules.text import TextDataModule
-from ddcl_lightning.evaluation import Readouts, clustering_scores, collect_readouts, kmeans_scores, linear_probe
+from ddcl_lightning.metrics.probing import Readouts, clustering_scores, collect_readouts, kmeans_scores, linear_probe
 from ddcl_lightning.heads import (
     AttentionPooling,
     CLSPooling,

@@ -6,10 +6,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.distributed import gather_objects
-from ddcl_lightning.probe import BankProbe, Observation, require_banks
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning.monitoring.recording import BankProbe, Observation, require_banks
 
 
 def log_name(bank_name: str, signal: str) -> str:

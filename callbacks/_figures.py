@@ -10,12 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.batch import Batch
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
-from ddcl_lightning.distributed import gather_objects, report
-from ddcl_lightning.files import whole_file
-from ddcl_lightning.modes import evaluating
+from ddcl_lightning._utils.distributed import gather_objects, report
+from ddcl_lightning._utils.files import whole_file
+from ddcl_lightning._utils.modes import evaluating
 
 MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
 

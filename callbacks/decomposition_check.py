@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, log_name
-from ddcl_lightning.distributed import gather_objects
+from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
-from ddcl_lightning.probe import Observation
+from ddcl_lightning.monitoring.recording import Observation
 
 # Relative to the energy of the batch; measured worst cases over random problems are in docs/measurements.md.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}

@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ddcl_lightning import compat
-from ddcl_lightning.checkpoints import WholeCheckpointIO
-from ddcl_lightning.distributed import gather_objects
-from ddcl_lightning.random_state import random_states, set_random_states
+from ddcl_lightning._utils import compat
+from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
+from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning._utils.random_state import random_states, set_random_states
 
 
 class ExactResume(Callback):

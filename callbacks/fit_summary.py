@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.batch import Batch
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
-from ddcl_lightning.compat import to_device, train_batches
-from ddcl_lightning.distributed import gather_objects, on_every_process, report
-from ddcl_lightning.evaluation import (
+from ddcl_lightning._utils.compat import to_device, train_batches
+from ddcl_lightning._utils.distributed import gather_objects, on_every_process, report
+from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
     ProbeScore,
     Readouts,
@@ -27,12 +27,12 @@ from ddcl_lightning.evaluation import (
     kmeans_scores,
     linear_probe,
 )
-from ddcl_lightning.evaluation_pass import flat_loaders
+from ddcl_lightning.metrics.evaluation_pass import flat_loaders
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.probe import Observation, find_banks
-from ddcl_lightning.reservoir import Reservoir
-from ddcl_lightning.signals import HeadSignals, read_signals
+from ddcl_lightning.monitoring.recording import Observation, find_banks
+from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 MAX_TOKENS = 65_536  # for the signals of the bank
 RECONSTRUCTION_METRICS = ("mse", "psnr", "ssim", "usage", "perplexity", "soft_perplexity")

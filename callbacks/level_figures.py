@@ -6,15 +6,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.autoencoder_figures import draw_atoms
-from ddcl_lightning.batch import Batch, inputs
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms
+from ddcl_lightning._utils.batch import Batch, inputs
 from ddcl_lightning.callbacks._base import head_name
 from ddcl_lightning.callbacks._figures import ValidationFigures
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.probe import BankProbe, Observation, find_banks
+from ddcl_lightning.monitoring.recording import BankProbe, Observation, find_banks
 
 _Shown = tuple[Observation, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
 

@@ -5,12 +5,12 @@ from typing import Any
 import lightning.pytorch as pl
 from matplotlib.figure import Figure
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, head_name
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
-from ddcl_lightning.figures import draw_bank, draw_history, draw_usage
-from ddcl_lightning.probe import Observation, over_processes
-from ddcl_lightning.signals import HeadSignals, read_signals
+from ddcl_lightning.monitoring.plots import draw_bank, draw_history, draw_usage
+from ddcl_lightning.monitoring.recording import Observation, over_processes
+from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 
 class PrototypeFigures(BankCallback):

@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.probe import require_banks
-from ddcl_lightning.rates import live_ratio, parameter_ids
+from ddcl_lightning.monitoring.recording import require_banks
+from ddcl_lightning.optim.two_timescale import live_ratio, parameter_ids
 
 
 class RatioGuard(Callback):

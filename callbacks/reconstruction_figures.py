@@ -7,13 +7,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.autoencoder_figures import draw_atoms, draw_codebook_history, draw_images
-from ddcl_lightning.batch import Batch
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms, draw_codebook_history, draw_images
+from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
-from ddcl_lightning.codebook_metrics import CodebookMetrics
-from ddcl_lightning.distributed import sum_over_processes
-from ddcl_lightning.figures import draw_usage
+from ddcl_lightning.metrics.codebook import CodebookMetrics
+from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.monitoring.plots import draw_usage
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.tasks.reconstruction import Reconstruction
 

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from ddcl_lightning import compat
-from ddcl_lightning.distributed import max_over_processes, report
-from ddcl_lightning.interruption import INTERRUPTION, Interrupted, signal_name
+from ddcl_lightning._utils import compat
+from ddcl_lightning._utils.distributed import max_over_processes, report
+from ddcl_lightning._utils.interruption import INTERRUPTION, Interrupted, signal_name
 
 NAME = "interrupted.ckpt"
 

@@ -10,14 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.bank import PrototypeBank
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.callbacks._base import log_name, starts_anew
-from ddcl_lightning.collect import collect_tokens, execution_order
-from ddcl_lightning.compat import averaged_copies
+from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
+from ddcl_lightning._utils.compat import averaged_copies
 from ddcl_lightning.functional import critical_temperature
-from ddcl_lightning.probe import find_banks, require_banks
-from ddcl_lightning.rates import run_length
+from ddcl_lightning.monitoring.recording import find_banks, require_banks
+from ddcl_lightning.optim.two_timescale import run_length
 
 Schedule = Literal["exponential", "linear", "cosine"]
 REFERENCE_TOKENS = 16_384  # enough for a covariance of a few thousand dimensions

@@ -4,8 +4,8 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.datamodules._downloads import unavailable
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.datamodules._optional import unavailable
 from ddcl_lightning.datamodules._splits import EvaluateOn, Split
 from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
 from ddcl_lightning.datamodules.text import read_one_file

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._loading import (
     Augment,
     Batch,
@@ -25,7 +25,7 @@ from ddcl_lightning.datamodules._loading import (
     even_batch_size,
 )
 from ddcl_lightning.datamodules._origin import Origin, check_names, writable
-from ddcl_lightning.seeding import resolve_seed
+from ddcl_lightning._utils.seeding import resolve_seed
 
 EvaluateOn = Literal["auto", "held_out", "train", "all"]
 Split = Literal["train", "val", "test"]

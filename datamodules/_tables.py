@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ddcl_lightning.datamodules._downloads import require
+from ddcl_lightning.datamodules._optional import require
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
 UNKNOWN = -1

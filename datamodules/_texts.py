@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._loading import Batch
 from ddcl_lightning.datamodules._origin import Origin, listing
 from ddcl_lightning.datamodules._splits import SPLITS, EvaluateOn, Loaded, Split, SplitDataModule

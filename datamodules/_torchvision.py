@@ -4,9 +4,9 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation
-from ddcl_lightning.datamodules._downloads import cache_folder, downloading, require, unavailable
+from ddcl_lightning.datamodules._optional import cache_folder, downloading, require, unavailable
 from ddcl_lightning.datamodules._images import ImageDataModule
 from ddcl_lightning.datamodules._splits import EvaluateOn
 

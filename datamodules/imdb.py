@@ -1,6 +1,6 @@
 """IMDB: whole film reviews, positive or negative."""
 
-from ddcl_lightning.datamodules._hub import HubTextDataModule
+from ddcl_lightning.datamodules._hub_texts import HubTextDataModule
 
 
 class IMDBDataModule(HubTextDataModule):

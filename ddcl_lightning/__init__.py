@@ -4,7 +4,7 @@ The layer is :class:`DDCLAttention`, a plain module; :class:`DDCLReadoutModule` 
 callbacks in ``ddcl_lightning.callbacks`` attach to any LightningModule that holds one.
 """
 
-from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput
+from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
 from ddcl_lightning.backbones import (
     Backbone,
     ConvBackbone,
@@ -15,17 +15,17 @@ from ddcl_lightning.backbones import (
     Tokens,
     TransformersBackbone,
 )
-from ddcl_lightning.bank import PrototypeBank
-from ddcl_lightning.codebook_metrics import CodebookMetrics
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.metrics.codebook import CodebookMetrics
 from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
-from ddcl_lightning.estimator import DDCLClustering
-from ddcl_lightning.feedforward import DDCLFeedForward
+from ddcl_lightning.integrations.scikit_learn import DDCLClustering
+from ddcl_lightning.adapters.feedforward import DDCLFeedForward
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import DDCLReadout, Head, HierarchicalReadout, ReadoutOutput
-from ddcl_lightning.metrics import ClusteringMetrics
+from ddcl_lightning.metrics.clustering import ClusteringMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.optim import TokenNormalized
-from ddcl_lightning.placement import (
+from ddcl_lightning.optim.optimizers import TokenNormalized
+from ddcl_lightning.adapters.insertion import (
     GatedPrototypes,
     PrototypeNorm,
     SerialPrototypes,
@@ -33,12 +33,12 @@ from ddcl_lightning.placement import (
     quantization_loss,
     remove_prototypes,
 )
-from ddcl_lightning.probe import find_banks
-from ddcl_lightning.quantizer import SoftVectorQuantizer
-from ddcl_lightning.rates import two_timescale_groups
-from ddcl_lightning.reconstruction_metrics import ReconstructionMetrics
-from ddcl_lightning.replacement import distill_feedforward, initialize_feedforward, replace_feedforward
-from ddcl_lightning.scale import EmbeddingScale
+from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.quantizer import SoftVectorQuantizer
+from ddcl_lightning.optim.two_timescale import two_timescale_groups
+from ddcl_lightning.metrics.reconstruction import ReconstructionMetrics
+from ddcl_lightning.adapters.replacement import distill_feedforward, initialize_feedforward, replace_feedforward
+from ddcl_lightning.nn.scaling import EmbeddingScale
 from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 """``python -m ddcl_lightning`` is ``ddcl``."""
 
-from ddcl_lightning.cli import main
+from ddcl_lightning.cli.commands import main
 
 main()

@@ -15,20 +15,20 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddcl_lightning import compat
-from ddcl_lightning.added_groups import adopt_groups, release_restored
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils import compat
+from ddcl_lightning.optim.added_groups import adopt_groups, release_restored
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.backbones.base import Backbone
-from ddcl_lightning.batch import Batch, index
-from ddcl_lightning.checkpoints import check_checkpoint, is_keyword
-from ddcl_lightning.distributed import batch_weight, mean_over_processes, world_size
-from ddcl_lightning.evaluation_pass import EvaluationPass
-from ddcl_lightning.foreign_callbacks import refuse_callbacks, refuse_idle_averages
-from ddcl_lightning.guarded_state import require_finite
+from ddcl_lightning._utils.batch import Batch, index
+from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
+from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
+from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
+from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
+from ddcl_lightning.nn.guarded_state import require_finite
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.optim import OptimizerSpec, TokenNormalized
-from ddcl_lightning.probe import find_banks
-from ddcl_lightning.rates import (
+from ddcl_lightning.optim.optimizers import OptimizerSpec, TokenNormalized
+from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.optim.two_timescale import (
     LRSchedule,
     check_ratio,
     check_schedule,
@@ -37,9 +37,9 @@ from ddcl_lightning.rates import (
     parameter_ids,
     run_length,
 )
-from ddcl_lightning.stage_metrics import StageMetrics, check_new
+from ddcl_lightning.metrics.stages import StageMetrics, check_new
 from ddcl_lightning.tasks.base import Task
-from ddcl_lightning.trust import check_hyper_parameters, stored_hyper_parameters
+from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,7 +63,7 @@ class DDCLReadoutModule(pl.LightningModule):
         rho: ``lr_encoder / lr_prototypes`` in [0, 1); at most 0.1 is the rule of thumb. 0 freezes the encoder.
         lr_task: Rate of the task's parameters, > 0; by default ``lr_prototypes``.
         prototype_optimizer: ``"Adam"``, ``"SGD"``, any other class of ``torch.optim``, a dotted path to one, or
-            ``"TokenNormalized"`` (:class:`~ddcl_lightning.optim.TokenNormalized`).
+            ``"TokenNormalized"`` (:class:`~ddcl_lightning.optim.optimizers.TokenNormalized`).
         prototype_optimizer_args: Its arguments other than ``lr``. Prototypes get no weight decay unless it says so.
         encoder_optimizer: The same for encoder and task.
         encoder_optimizer_args: Its arguments other than ``lr``.
@@ -172,7 +172,7 @@ class DDCLReadoutModule(pl.LightningModule):
         """Lightning's, for files of others too: no pickle runs, and no module is imported because the file names it.
 
         Raises:
-            ValueError: If the hyperparameters name something that :mod:`ddcl_lightning.trust` does not let them name.
+            ValueError: If the hyperparameters name something that :mod:`ddcl_lightning.checkpoints.trust` does not let them name.
         """
         if weights_only:
             if isinstance(checkpoint_path, (str, Path)) and not is_keyword(checkpoint_path):

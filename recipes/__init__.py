@@ -5,7 +5,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from ddcl_lightning.files import whole_file
+from ddcl_lightning._utils.files import whole_file
 
 
 def recipe_paths() -> dict[str, Path]:

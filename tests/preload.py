@@ -2,7 +2,7 @@
 
 import torch
 
-import ddcl_lightning.cli
+import ddcl_lightning.cli.commands
 import ddcl_lightning.datamodules
 import ddcl_lightning.integrations
 

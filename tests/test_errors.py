@@ -39,7 +39,7 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
-from ddcl_lightning.kmeans import initial_prototypes
+from ddcl_lightning.nn.initialization import initial_prototypes
 from ddcl_lightning.recipes import find_recipe
 from tests.tiny import LinearBackbone, clustering_module, loader, quiet_trainer
 

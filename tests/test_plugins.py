@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddcl_lightning import DDCLReadoutModule
-from ddcl_lightning.cli import main
+from ddcl_lightning.cli.commands import main
 
 RECIPE = """
 model:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Reconstruction
-from ddcl_lightning.cli import main
-from ddcl_lightning.distributed import (
+from ddcl_lightning.cli.commands import main
+from ddcl_lightning._utils.distributed import (
     CollectiveError,
     from_first_process,
     is_first_process,

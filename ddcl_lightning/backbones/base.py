@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ddcl_lightning.batch import Batch, inputs, mask
-from ddcl_lightning.reservoir import Reservoir
+from ddcl_lightning._utils.batch import Batch, inputs, mask
+from ddcl_lightning._utils.reservoir import Reservoir
 
 FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
 

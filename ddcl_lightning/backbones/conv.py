@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
-from ddcl_lightning.batch import Batch, inputs, refuse_mask
+from ddcl_lightning._utils.batch import Batch, inputs, refuse_mask
 
 
 class ConvBackbone(Backbone):

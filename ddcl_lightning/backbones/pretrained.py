@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.backbones.base import Backbone, Tokens
-from ddcl_lightning.batch import Batch
-from ddcl_lightning.distributed import gather_objects, is_first_process
-from ddcl_lightning.feature_cache import SEGMENT_SAMPLES, CacheDtype, FeatureCache, Rows, weights_fingerprint
+from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning._utils.distributed import gather_objects, is_first_process
+from ddcl_lightning.backbones.feature_cache import SEGMENT_SAMPLES, CacheDtype, FeatureCache, Rows, weights_fingerprint
 
 Unfreeze = int | Literal["all"]
 Samples = Sequence[Any] | Tensor  # whatever has a place for each sample
@@ -86,7 +86,7 @@ class PretrainedBackbone(Backbone):
 
     @abstractmethod
     def keys(self, samples: Samples) -> list[bytes]:
-        """A :func:`~ddcl_lightning.feature_cache.content_key` for each sample."""
+        """A :func:`~ddcl_lightning.backbones.feature_cache.content_key` for each sample."""
 
     @abstractmethod
     def encode(self, samples: Samples) -> Tokens:

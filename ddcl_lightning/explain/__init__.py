@@ -1,6 +1,6 @@
 """What the prototypes of a trained module stand for: collected as data, rendered as one HTML page."""
 
-from ddcl_lightning.explain.collect import collect
+from ddcl_lightning.explain.collection import collect
 from ddcl_lightning.explain.explanation import Explanation
 from ddcl_lightning.explain.report import render
 

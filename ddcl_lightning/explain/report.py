@@ -6,9 +6,9 @@ from html import escape
 from importlib import resources
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
-from ddcl_lightning.explain.inputs import all_or_nothing, input_card
-from ddcl_lightning.explain.parts import as_everywhere, bar, figure
-from ddcl_lightning.explain.prototypes import prototype_card
+from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
+from ddcl_lightning.explain.html import as_everywhere, bar, figure
+from ddcl_lightning.explain.prototype_cards import prototype_card
 
 _FIGURES = {
     "acc": ("ACC", "clusters matched one to one with classes"),
@@ -37,7 +37,7 @@ def render(explanation: Explanation) -> str:
     """The page, a complete HTML document. The same explanation gives the same characters.
 
     Args:
-        explanation: From :func:`~ddcl_lightning.explain.collect`.
+        explanation: From :func:`~ddcl_lightning.explain.collection`.
     """
     style, script = _asset("report.css"), _asset("report.js")
     # The hash lets the page's own script run and nothing else; no source but data: URIs may be fetched.

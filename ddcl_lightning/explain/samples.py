@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddcl_lightning.batch import Batch, index, labels, size
+from ddcl_lightning._utils.batch import Batch, index, labels, size
 from ddcl_lightning.explain.explanation import Image, Sample
 
 MAX_SIDE = 160  # pixels of an inlined image

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
 
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning.arguments import require_at_least
+from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask
-from ddcl_lightning.probe import find_banks
+from ddcl_lightning.monitoring.recording import find_banks
 
 AnyHead = TypeVar("AnyHead", bound="Head")
 

@@ -6,16 +6,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning.arguments import require_at_least, typed
-from ddcl_lightning.attention import DDCLAttention, DDCLAttentionOutput
-from ddcl_lightning.bank import TemperatureUnit
+from ddcl_lightning._utils.arguments import require_at_least, typed
+from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
+from ddcl_lightning.nn.bank import TemperatureUnit
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens
 from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
-from ddcl_lightning.rarity import PrototypeRarity
-from ddcl_lightning.scale import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 
 LevelTokens = Literal["all", "first", "mean", "rare_mean", "rare_inputs", "joined"]
 LevelPooling = Literal["last", "all"]
@@ -44,7 +44,7 @@ class HierarchicalReadout(Head):
         tokens: What each level reads of the level below (the first one of the backbone): ``"all"``: every valid token;
             ``"first"``: the first valid one; ``"mean"``: the mean valid one, one vector per sample; ``"rare_mean"``:
             the same with tokens weighted by the rarity of their prototypes
-            (:class:`~ddcl_lightning.rarity.PrototypeRarity`), which keeps what distinguishes samples;
+            (:class:`~ddcl_lightning.nn.idf.PrototypeRarity`), which keeps what distinguishes samples;
             ``"rare_inputs"``: that mean of what the level below has read, not of its centroids (the best of those we
             tried for clustering text, and not eq. 17 to the letter; see docs/measurements.md); ``"joined"``: all of
             them side by side, in their order, for samples of ``num_tokens`` tokens. By default ``"all"`` for every

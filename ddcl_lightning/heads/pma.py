@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
 
 SeedPooling = Literal["flatten", "mean"]

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from ddcl_lightning.arguments import require_at_least, typed
+from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import code_shares, mean_token
-from ddcl_lightning.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
-from ddcl_lightning.scale import ScaleMode
+from ddcl_lightning.nn.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
+from ddcl_lightning.nn.scaling import ScaleMode
 
 
 class SoftVQ(Head):

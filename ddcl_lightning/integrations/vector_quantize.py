@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ddcl_lightning.arguments import typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import code_shares, mean_token
 

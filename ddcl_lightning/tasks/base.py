@@ -7,9 +7,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from ddcl_lightning.batch import Batch
+from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.probe import find_banks
+from ddcl_lightning.monitoring.recording import find_banks
 
 
 class Task(nn.Module, ABC):

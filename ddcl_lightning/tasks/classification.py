@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.batch import Batch, labels
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.tasks.base import Task, note_unused_weight, with_head_losses
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ddcl_lightning.arguments import typed
-from ddcl_lightning.batch import Batch, labels
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.metrics import ClusteringMetrics
-from ddcl_lightning.probe import find_banks
+from ddcl_lightning.metrics.clustering import ClusteringMetrics
+from ddcl_lightning.monitoring.recording import find_banks
 from ddcl_lightning.tasks.base import Task
 
 

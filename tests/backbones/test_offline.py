@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ddcl_lightning.backbones import TimmBackbone, TransformersBackbone
-from ddcl_lightning.backbones._hub import from_cache_or_hub, local_folder, require
+from ddcl_lightning.backbones._model_files import from_cache_or_hub, local_folder, require
 
 hub = pytest.importorskip("huggingface_hub")
 NAME = "nobody-of-this-name/nothing-of-this-name"
@@ -77,7 +77,7 @@ def test_the_cache_goes_before_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return "loaded"
 
     assert from_cache_or_hub(lambda local: asked.append(local) or "cached", "m", "") == "cached"  # type: ignore[func-returns-value]
-    monkeypatch.setattr("ddcl_lightning.backbones._hub.hub_unavailable", lambda: None)
+    monkeypatch.setattr("ddcl_lightning.backbones._model_files.hub_unavailable", lambda: None)
     assert from_cache_or_hub(load, "m", "") == "loaded"
     assert asked == [True, True, False]
 

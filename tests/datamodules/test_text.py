@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ddcl_lightning.batch import index, labels, size, texts
+from ddcl_lightning._utils.batch import index, labels, size, texts
 from ddcl_lightning.datamodules import TextDataModule
 from tests.datamodules.runs import indices, run, same
 

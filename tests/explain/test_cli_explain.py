@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ddcl_lightning import Clustering, DDCLReadoutModule, PCABackbone
-from ddcl_lightning.cli import main
-from ddcl_lightning.cli_errors import is_refusal, sentence
+from ddcl_lightning.cli.commands import main
+from ddcl_lightning.cli.errors import is_refusal, sentence
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.explain import collect
 

@@ -25,7 +25,7 @@ from ddcl_lightning import (
     Tokens,
 )
 from ddcl_lightning.explain import collect
-from ddcl_lightning.explain.collect import choose_inputs
+from ddcl_lightning.explain.collection import choose_inputs
 from ddcl_lightning.heads import Head, ReadoutOutput
 
 

@@ -12,7 +12,7 @@ from explain_toys import PointsDataModule, ToyDataModule, images
 from ddcl_lightning.explain.nearest import Nearest
 from ddcl_lightning.explain.png import data_uri, png_bytes
 from ddcl_lightning.explain.samples import MAX_SIDE, Album, class_labels, positions, take, thumbnail, to_image
-from ddcl_lightning.explain.words import WordMass, words_at, words_of
+from ddcl_lightning.explain.typical_words import WordMass, words_at, words_of
 
 
 def test_nearest_of_a_stream_are_the_nearest_of_all_whatever_the_batches() -> None:
@@ -76,7 +76,7 @@ def test_characteristic_words_are_those_beyond_the_base_rate() -> None:
 
 
 def test_table_of_words_forgets_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddcl_lightning.explain.words.TABLE_ELEMENTS", 1)
+    monkeypatch.setattr("ddcl_lightning.explain.typical_words.TABLE_ELEMENTS", 1)
     mass = WordMass(1)
     for part in range(40):
         rare = [f"rare{part}_{i}" for i in range(100)]

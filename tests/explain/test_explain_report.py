@@ -15,8 +15,8 @@ from explain_toys import PointsDataModule, points_module, text_data, texts_modul
 
 from ddcl_lightning.explain import Explanation, collect, render
 from ddcl_lightning.explain.explanation import ClassShare, Neighbour, PrototypeView, Sample, TokenView, WordShare
-from ddcl_lightning.explain.parts import bar, figure, hue, percent, says, sentence
-from ddcl_lightning.explain.prototypes import prototype_card
+from ddcl_lightning.explain.html import bar, figure, hue, percent, says, sentence
+from ddcl_lightning.explain.prototype_cards import prototype_card
 
 VOID = {"meta", "img", "br", "input", "link"}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

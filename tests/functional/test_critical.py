@@ -82,7 +82,7 @@ def test_power_iteration_agrees_with_eigenvalues(limit: str, monkeypatch: pytest
     prototypes = torch.randn(2, 4, 3, dtype=torch.float64)
     exact = critical_temperature(tokens), prototype_critical_temperatures(tokens, prototypes, 3.0)
     state = torch.get_rng_state()
-    monkeypatch.setattr(f"ddcl_lightning.functional.critical.{limit}", 1)
+    monkeypatch.setattr(f"ddcl_lightning.functional.phase_transition.{limit}", 1)
     monkeypatch.setattr("torch.linalg.eigvalsh", None)  # it must not be called on this path
     iterated = critical_temperature(tokens), prototype_critical_temperatures(tokens, prototypes, 3.0)
     torch.testing.assert_close(iterated, exact, rtol=1e-6, atol=0)

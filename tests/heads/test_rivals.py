@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule, find_banks
-from ddcl_lightning.cli import main
+from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads import (
     AttentionPooling,
     CLSPooling,

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from ddcl_lightning import Classification, DDCLReadout, ReadoutOutput
-from ddcl_lightning.batch import Batch
+from ddcl_lightning._utils.batch import Batch
 
 LABELS = torch.tensor([0, 2, 1, 2])
 

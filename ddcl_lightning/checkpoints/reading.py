@@ -1,0 +1,102 @@
+"""Checkpoint files: written whole, and refused in a sentence where they cannot be read."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from ddcl_lightning._utils.files import whole_file
+
+_KEYWORDS = ("best", "last", "hpc", "registry")
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and puts the result in its place.
+
+    Lightning writes into the folder for temporary files; where that is another file system than the checkpoint's, the
+    move is a copy, and a run killed in it leaves a torn file where the last good one was.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``; what is not a local file goes Lightning's way."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with whole_file(Path(path), suffix=".part") as draft, draft.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # that of torch's writer hides the one of the file
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+
+def is_keyword(path: str | Path) -> bool:
+    """Whether a ``ckpt_path`` is not a file's: a word that Lightning resolves, or an address."""
+    return str(path) in _KEYWORDS or str(path).startswith("registry:") or "://" in str(path)
+
+
+def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
+    """Refuse a file that is no checkpoint of ``fit``.
+
+    Args:
+        path: The file.
+        to_resume: Whether training is to go on from it, which takes more than weights.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read as one; with the way out.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
+    try:
+        state = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
+            raise ValueError(
+                f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds Python objects, which run code "
+                f"when they are loaded. None was loaded.{_others(file)}"
+            ) from error
+        raise ValueError(
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} cannot be read as one: it is torn, or of "
+            f"another kind.{_others(file)}"
+        ) from error
+    missing = [name for name in ("state_dict", "pytorch-lightning_version") if not _holds(state, name)]
+    if to_resume:
+        missing += [name for name in ("loops", "optimizer_states") if not _holds(state, name)]
+    if missing:
+        raise ValueError(
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no {missing[0]!r}.{_others(file)}"
+        )
+
+
+def _holds(state: Any, name: str) -> bool:
+    return isinstance(state, dict) and (isinstance(state.get(name), dict) or (name != "state_dict" and name in state))
+
+
+def _others(file: Path) -> str:
+    """The newest checkpoint beside a file that is none."""
+    beside = [other for other in file.parent.glob("*.ckpt") if other != file and other.is_file()]
+    if not beside:
+        return " Take one that `ddcl fit` wrote, below lightning_logs/ by default."
+    newest = max(beside, key=lambda other: other.stat().st_mtime)
+    return f" Beside it lies {str(newest)!r}."
+
+
+def other_model(complaint: str, path: Any = None) -> str | None:
+    """What to say where torch's complaint means that a checkpoint is of another model or optimizer; else None."""
+    if not complaint.startswith(("Error(s) in loading state_dict", "loaded state dict")):
+        return None
+    detail = complaint.partition("\n")[2].partition("\n")[0] or complaint
+    first = " ".join(detail.split()).rstrip(". ")
+    which = "it" if path is None else repr(str(path))
+    return (
+        f"ckpt_path must be a checkpoint of this model; {which} is of another one ({first}). Use the config that it "
+        "was trained with."
+    )

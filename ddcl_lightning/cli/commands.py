@@ -1,0 +1,285 @@
+"""The ``ddcl`` command: ``fit``, ``validate``, ``test``, ``predict``, ``explain`` (by LightningCLI), ``recipes``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import SUPPRESS, ArgumentError
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.enums import StrEnum
+
+from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
+from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
+from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
+from ddcl_lightning.cli.errors import CHECKED, explain, is_refusal, lost_process, sentence, unwritable
+from ddcl_lightning.cli.config_files import check_config
+from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
+from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
+from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
+from ddcl_lightning.checkpoints.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
+
+
+# A default that is an enumeration (that of Lightning's Timer) has to be written into a config.
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
+
+
+class DDCLCommandLine(LightningCLI):
+    """LightningCLI with a summary after ``fit``, a table after ``predict``, and errors that start with the key."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Methods of the trainer, and which of their arguments are not words of the command line."""
+        return {**LightningCLI.subcommands(), "explain": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, visible under ``--print_config``."""
+        parser.add_lightning_class_args(FitSummary, "summary")
+        parser.add_lightning_class_args(AssignmentWriter, "predictions")
+        parser.add_lightning_class_args(SaveOnSignal, "interruption")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and say in the first line which key is wrong and what was probably meant."""
+        given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
+        name = next((word for word in given if word in SUBCOMMANDS), None)
+        self._accept_settings_of_others()
+        strange = [
+            key for key in self._foreign.get(name or "", ()) for word in given if word.split("=")[0] == f"--{key}"
+        ]
+        if strange:
+            raise SystemExit(
+                _fail(f"unknown key {strange[0]!r} for {name}. Leave it out: it belongs to another command.")
+            )
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+        except (UnicodeDecodeError, RecursionError) as error:  # of a file of settings below the config
+            raise SystemExit(
+                _fail(f"a file of settings must be YAML in UTF-8, and flat; {error}. Correct it.")
+            ) from None
+        for name in self._foreign.get(self.config.get("subcommand") or "", ()):
+            self.config[self.config["subcommand"]].pop(name, None)
+        self._given = self._model_settings()
+        self._check_checkpoint()
+        self._warn_of_dropped_callbacks()
+        if self.config.get("subcommand") == "explain":
+            asked = self.config["explain"]
+            try:
+                check_request(asked["ckpt_path"], asked["output"])
+            except ValueError as error:
+                raise SystemExit(_fail(str(error))) from None
+
+    def _accept_settings_of_others(self) -> None:
+        """Let the config that one subcommand wrote serve every other: what only the others know is passed over."""
+        own = {name: {action.dest for action in self._parser(name)._actions} for name in SUBCOMMANDS}
+        every = set().union(*own.values())
+        self._foreign = {name: sorted(every - known) for name, known in own.items()}
+        for name, keys in self._foreign.items():
+            for key in keys:
+                self._parser(name).add_argument(f"--{key}", type=Any, default=SUPPRESS, help=SUPPRESS)
+
+    def _check_checkpoint(self) -> None:
+        """Let a checkpoint run nothing: no pickle, and no module that it names and the user does not."""
+        config = self.config.get(self.config.get("subcommand") or "")
+        path = config.get("ckpt_path") if config else None
+        if path is None:
+            return
+        if not is_keyword(path):
+            try:
+                check_checkpoint(path, to_resume=self.config.get("subcommand") == "fit")
+            except ValueError as error:
+                raise SystemExit(_fail(str(error))) from None
+        if config.get("weights_only") is None:
+            config["weights_only"] = True  # Lightning's default is to run the pickles of a URL
+        given = {value for value in vars(config.as_flat()).values() if isinstance(value, str)}
+        try:
+            check_hyper_parameters(DDCLReadoutModule, stored_hyper_parameters(path), str(path), trusted=given)
+        except UntrustedName as error:
+            raise SystemExit(_fail(str(error))) from None
+
+    def _warn_of_dropped_callbacks(self) -> None:
+        config = self.config.get(self.config.get("subcommand") or "")
+        files = [path.get_content() for path in (config or {}).get("config") or () if path is not None]
+        kept = config["trainer"]["callbacks"] if files else None
+        dropped = dropped_callbacks(files, kept) if kept else []  # whoever asks for none gets none
+        if dropped:
+            rank_zero_warn(
+                f"callbacks of an earlier config do not run, because a later list replaces them: {', '.join(dropped)}. "
+                "To add to them, write callbacks+: in the later config, or --trainer.callbacks+=NAME."
+            )
+
+    def _model_settings(self) -> dict[str, Any]:
+        """Settings of the model by their dotted names."""
+        config = self.config.get(self.config.get("subcommand") or "")
+        model = config.get("model") if config else None
+        return {} if model is None else dict(vars(model.as_flat()))
+
+    def before_instantiate_classes(self) -> None:
+        """Say what a checkpoint has overruled; a report is written by one process and leaves nothing else behind."""
+        # LightningCLI takes the model's settings from the checkpoint, whatever the recipe and the words say.
+        overruled = [
+            f"model.{name} = {value!r} (not {self._given.get(name)!r})"
+            for name, value in self._model_settings().items()
+            if value != self._given.get(name)
+        ]
+        if overruled:
+            rank_zero_warn(f"the model is built as ckpt_path was trained, with {', '.join(overruled)}.")
+        if self.subcommand == "explain":
+            trainer = self.config["explain"]["trainer"]
+            if trainer["devices"] == "auto":
+                trainer["devices"] = 1
+            trainer["logger"] = False
+            self.save_config_callback = None
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; a refused argument is one line, not a traceback."""
+        try:
+            super().instantiate_classes()
+        except (*CHECKED, RuntimeError, MemoryError) as error:
+            short = unwritable(error)
+            if _wants_traceback() or (short is None and not isinstance(error, CHECKED)):
+                raise
+            raise SystemExit(_fail(short or explain(sentence(error), self.parser))) from error
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Words after ``ddcl``, or a config as a dict; by default those of the process.
+    """
+    with interruptible():
+        try:
+            _main(args)
+            sys.stdout.flush()
+        except OSError as error:  # of what is printed
+            if _wants_traceback() or unwritable(error) is None:
+                raise
+            raise SystemExit(_fail(str(unwritable(error)))) from None
+        except Interrupted as end:
+            if not end.reported:
+                print(f"Ended by {signal_name(end.number)}; nothing was written.", file=sys.stderr)
+            raise SystemExit(end.code) from None
+
+
+def _main(args: ArgsType) -> None:
+    if args is not None and not isinstance(args, list):
+        _run(args)
+        return
+    words = sys.argv[1:] if args is None else args
+    if words[:1] == ["recipes"]:
+        _recipes(words[1:])
+        return
+    try:
+        words = resolve_configs(words)
+    except ValueError as error:
+        raise SystemExit(_fail(str(error))) from None
+    # Reaches only threads that start later, so it comes before the first tensor; see DDCLReadoutModule.on_fit_start.
+    torch.set_flush_denormal(True)
+    with _arguments_of_process(words):
+        _run(None)
+
+
+def resolve_configs(words: list[str]) -> list[str]:
+    """Replace the names of shipped recipes after ``--config`` by their paths; files come first.
+
+    Raises:
+        ValueError: If a config is neither a file nor a recipe.
+    """
+    resolved = list(words)
+    for place, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        if equals:
+            resolved[place] = f"{option}={_config_path(value)}"
+        elif place + 1 < len(words):
+            resolved[place + 1] = _config_path(words[place + 1])
+    return resolved
+
+
+def _config_path(value: str) -> str:
+    # Several lines are a config written out on the command line.
+    if "\n" in value:
+        return value
+    path = value if Path(value).exists() else str(find_recipe(value))
+    check_config(path)
+    return path
+
+
+def _run(args: ArgsType) -> None:
+    strict: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+    try:
+        DDCLCommandLine(
+            DDCLReadoutModule,
+            pl.LightningDataModule,
+            trainer_class=ExplainingTrainer,
+            subclass_mode_data=True,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,  # the module makes its own two
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
+            args=args,
+        )
+    except Exception as error:
+        lost = lost_process(error)
+        short = lost or (None if is_refusal(error) else unwritable(error))
+        if short is not None and not _wants_traceback():
+            raise SystemExit(_fail(short)) from None
+        if _wants_traceback() or not is_refusal(error):
+            raise
+        raise SystemExit(_fail(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")) from None
+
+
+def _recipes(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="ddcl recipes", description="List the shipped recipes, or copy one to change it."
+    )
+    commands = parser.add_subparsers(dest="command")
+    copy = commands.add_parser("copy", help="copy a recipe into a folder")
+    copy.add_argument("name", help="name of the recipe")
+    copy.add_argument("folder", nargs="?", default=".", help="where to; by default here")
+    given = parser.parse_args(words)
+    if given.command == "copy":
+        try:
+            print(copy_recipe(given.name, given.folder))
+        except (ValueError, OSError) as error:
+            raise SystemExit(_fail(str(error))) from None
+        return
+    paths = recipe_paths()
+    width = max(map(len, paths), default=0)
+    for name, path in paths.items():
+        print(f"{name:<{width}}  {describe(path)}")
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("DDCL_TRACEBACK", "0") not in ("", "0")
+
+
+def _fail(message: str) -> int:
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    print(f"error{f' in process {rank}' if rank else ''}: {message}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _arguments_of_process(words: list[str]) -> Iterator[None]:
+    """LightningCLI warns about arguments that are passed while the process has its own."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,162 @@
+"""Errors for people: which key is wrong and the nearest valid one, and which errors need no traceback."""
+
+import difflib
+import dis
+import errno
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+
+from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
+
+from ddcl_lightning.backbones import Backbone
+from ddcl_lightning.checkpoints.reading import other_model
+from ddcl_lightning.heads import Head
+from ddcl_lightning.tasks import Task
+from ddcl_lightning.cli.wrong_values import wrong_value
+
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
+_UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
+_UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
+# Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
+_REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
+# What argument and data checks raise.
+CHECKED = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
+# ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite.
+_CHECKED_IN_RUN = (*CHECKED, RuntimeError, FloatingPointError)
+# Refusals of Lightning whose remedy is an argument of ours.
+_REMEDIES = {
+    r"gradient clipping is not supported": "gradient_clip_val belongs to the model here, which steps two optimizers: "
+    "use --model.gradient_clip_val.",
+    r"gradient accumulation is not supported": "accumulate_grad_batches belongs to the model here, which steps two "
+    "optimizers: use --model.accumulate_grad_batches.",
+    r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu|torch_xla": "the "
+    "accelerator asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
+}
+# What the back ends of torch.distributed say when nobody is at the other end any more.
+_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
+_PACKAGE = __name__.partition(".")[0]
+# Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
+_CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
+_BASES = {"model.backbone": Backbone, "model.head": Head, "model.task": Task, "data": LightningDataModule}
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """A parser's message, headed by a line that names the unknown key or class and the nearest valid one."""
+    found = _UNKNOWN_ARGUMENT.search(message)
+    if found:
+        path, key = found.groups()
+        return f"unknown argument {key!r} of {path}{nearest(key, _arguments(path))}"
+    found = _UNKNOWN_OPTION.search(message)
+    if found:
+        key = found.group(1)
+        known = [action.dest for action in parser._actions if action.dest]
+        return f"unknown key {key!r}{nearest(key, known)}"
+    found = _UNKNOWN_CLASS.search(message)
+    if found:
+        key, name = found.groups()
+        base = _BASES.get(key, Callback)
+        return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
+    wrong = wrong_value(message)
+    if wrong:
+        return wrong
+    found = _REFUSED_VALUE.search(message)
+    if found:
+        return found.group(1)
+    return message
+
+
+def lost_process(error: BaseException) -> str | None:
+    """What to say where a process stops because another one of the run has ended; None for any other error."""
+    if not isinstance(error, RuntimeError) or not _LOST_PROCESS.search(str(error)):
+        return None
+    return (
+        "another process of this run has ended, so this one stops too. The reason is what that process says, above or "
+        "in its own log."
+    )
+
+
+def unwritable(error: BaseException) -> str | None:
+    """What to say where something cannot be written, or memory is short; None for any other error."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return "there is not enough memory for sizes like these. Lower the number of prototypes, widths or batch sizes."
+    if type(error).__name__ == "PathError" and "writable" in str(error):
+        return f"{error} Choose a place where you may write with --trainer.default_root_dir."
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return f"{sentence(error)}. Make room, or choose another place (--trainer.default_root_dir for runs)."
+    return None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error of a run is a check of this package that says all there is to say.
+
+    It is where this package raised it on purpose (by a ``raise`` statement), or asked the standard library for a file
+    or package that is missing, and no code of the user's lies between: then the place in their code matters.
+    """
+    if not isinstance(error, _CHECKED_IN_RUN):
+        return False
+    frames = list(_frames(error.__traceback__))
+    owners = [str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    if not _CARRIERS.issuperset(owners):
+        return False
+    missing = isinstance(error, (OSError, ImportError))
+    while missing and owners and owners[-1] in sys.stdlib_module_names:
+        owners.pop()
+    if other_model(str(error)) is not None:
+        return True
+    # Lightning's own argument checks say what is wrong as ours do.
+    refuses = owners[-1:] == ["lightning"] and isinstance(error, (ValueError, MisconfigurationException))
+    return (owners[-1:] == [_PACKAGE] or refuses) and (missing or _raised_here(frames[-1]))
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, without an error number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    for pattern, remedy in _REMEDIES.items():
+        if isinstance(error, (MisconfigurationException, ImportError)) and re.search(pattern, str(error)):
+            return remedy
+    if (other := other_model(str(error))) is not None:
+        return other
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
+    return str(error) or type(error).__name__
+
+
+def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
+
+
+def _raised_here(frame: TracebackType) -> bool:
+    """Whether the frame stopped at a ``raise`` statement, and not at an operation that failed: that is a bug."""
+    return frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``". Did you mean ...?"``, or the valid words where none is near."""
+    words = sorted(set(known))
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if close:
+        return f". Did you mean {close[0]!r}?"
+    return f". Valid are: {', '.join(words)}." if 0 < len(words) <= 30 else "."
+
+
+def _arguments(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def _subclasses(base: type) -> Iterable[type]:
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        yield child
+        yield from _subclasses(child)

@@ -1,0 +1,158 @@
+"""One batch through backbone, head and task, with everything that is to be told about it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning._utils.batch import Batch, size
+from ddcl_lightning.explain.explanation import Span
+from ddcl_lightning.functional import nearest_prototype, soft_assign
+from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning._utils.modes import evaluating
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.monitoring.recording import BankProbe, Observation, find_banks
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a module makes of a batch; on the CPU but for ``tokens``.
+
+    Attributes:
+        shares: Mean assignment of each sample, ``(B, H, K)`` float64.
+        means: Mean valid token of each sample as the bank sees it, ``(B, H, d)`` float64.
+        codes: Nearest prototype of each token, ``(H, B, T)``.
+        mask: ``(B, T)``, True for valid tokens.
+        tokens: ``(H, B, T, d)``, as the bank saw them.
+        prototypes: ``(H, K, d)``.
+        temperature: ``(H,)``.
+        predicted: Class of each sample ``(B,)``, or None.
+        spans: Characters of each of the T tokens, by sample, ``(0, 0)`` where there are none; None where the backbone
+            does not say.
+    """
+
+    shares: Tensor
+    means: Tensor
+    codes: Tensor
+    mask: Tensor
+    tokens: Tensor
+    prototypes: Tensor
+    temperature: Tensor
+    predicted: Tensor | None
+    spans: list[list[Span]] | None
+
+    def token_weights(self, row: int) -> Tensor:
+        """Assignments of the tokens of one sample, ``(H, T, K)`` float64 on the CPU."""
+        return soft_assign(self.tokens[:, row].cpu().double(), self.prototypes.cpu().double(), self.temperature.cpu())
+
+    def token_distances(self, row: int) -> Tensor:
+        """Euclidean distances of the tokens of one sample, ``(H, T, K)`` float64 on the CPU."""
+        return distances(self.tokens[:, row].cpu().double(), self.prototypes.cpu().double())
+
+
+class Observer:
+    """Looks at batches through a module in evaluation mode.
+
+    Args:
+        module: Its head's last bank is what counts.
+
+    Raises:
+        ValueError: If the head has no bank.
+    """
+
+    def __init__(self, module: DDCLReadoutModule) -> None:
+        banks = find_banks(module.head)
+        if not banks:
+            raise ValueError(
+                f"there is nothing to explain: the head {type(module.head).__name__} has no prototypes. Use a head "
+                "with a prototype bank, such as DDCLReadout."
+            )
+        self._module = module
+        self._name, self.bank = list(banks.items())[-1]
+        self._seen: dict[str, Observation] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the bank, without gradients and in evaluation mode; modes are put back."""
+        banks: dict[str, PrototypeBank] = {self._name: self.bank}
+        with evaluating(self._module), torch.no_grad(), BankProbe(banks, self._seen.__setitem__):
+            yield
+
+    def __call__(self, batch: Batch) -> Look:
+        """Run a batch, on the module's device."""
+        self._seen.clear()
+        readout = self._module(batch)
+        seen, samples = self._seen.get(self._name), size(batch)
+        if seen is None:
+            raise ValueError(
+                f"the head {type(self._module.head).__name__} did not call its last prototype bank {self._name!r}. "
+                "Call it as a module, bank(tokens, mask)."
+            )
+        if seen.tokens.shape[1] % samples:
+            raise ValueError(
+                f"the last prototype bank saw {seen.tokens.shape[1]} tokens for {samples} samples; they must be as "
+                "many for each sample, padded and masked where need be."
+            )
+        heads = seen.tokens.reshape(seen.tokens.shape[0], samples, -1, seen.tokens.shape[2])
+        length = heads.shape[2]
+        mask = torch.ones(samples, length, dtype=torch.bool, device=heads.device)
+        if seen.mask is not None:
+            mask = seen.mask[0].reshape(samples, length)
+        return Look(
+            shares=self._shares(seen, readout.assignments, mask).double().cpu(),
+            means=_mean_over_tokens(heads.movedim(0, 1), mask).double().cpu(),
+            codes=nearest_prototype(seen.tokens, seen.prototypes).reshape(heads.shape[:-1]).cpu(),
+            mask=mask.cpu(),
+            tokens=heads,
+            prototypes=seen.prototypes,
+            temperature=seen.temperature,
+            predicted=_cpu(self._module.task.predict(readout, batch).get("predicted_class")),
+            spans=self._spans(batch, mask.cpu()),
+        )
+
+    def _shares(self, seen: Observation, assignments: Tensor | None, mask: Tensor) -> Tensor:
+        heads, prototypes = seen.prototypes.shape[:2]
+        if assignments is not None and assignments.shape == (len(mask), heads, prototypes):
+            return assignments
+        weights = soft_assign(seen.tokens, seen.prototypes, seen.temperature)
+        return _mean_over_tokens(weights.reshape(heads, *mask.shape, prototypes).movedim(0, 1), mask)
+
+    def _spans(self, batch: Batch, mask: Tensor) -> list[list[Span]] | None:
+        spans = getattr(self._module.backbone, "spans", None)
+        if spans is None or not isinstance(batch, dict) or "text" not in batch:
+            return None
+        try:
+            found = spans(batch)
+        except ValueError:  # a tokenizer that does not tell, or tokens that were pooled
+            return None
+        # A bank after a pooling sees other tokens than those of the text.
+        if [len(row) for row in found] != mask.sum(1).tolist():
+            return None
+        aligned: list[list[Span]] = [[(0, 0)] * mask.shape[1] for _ in found]
+        for row, valid, target in zip(found, mask, aligned, strict=True):
+            for place, (start, end) in zip(torch.nonzero(valid).flatten().tolist(), row, strict=True):
+                target[place] = (int(start), int(end))
+        return aligned
+
+
+def distances(points: Tensor, prototypes: Tensor) -> Tensor:
+    """Euclidean distances ``(..., N, K)``, by differences: nearest examples sit where the expanded square rounds."""
+    return torch.cdist(points, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def real_tokens(spans: Sequence[Span]) -> list[int]:
+    """Places of the tokens that stand for characters; special tokens do not."""
+    return [place for place, (start, end) in enumerate(spans) if end > start]
+
+
+def _mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """``(B, H, T, D)`` over valid tokens: ``(B, H, D)``."""
+    turned = values.mT
+    return masked_mean(turned, mask[:, None, None, :].expand(turned.shape))
+
+
+def _cpu(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().cpu()

@@ -1,0 +1,206 @@
+"""Collecting an explanation: one pass over the training data in bounded memory, and a few inputs."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning.explain.explanation import Explanation, InputView, TokenView
+from ddcl_lightning.explain.batch_summary import Look, Observer, real_tokens
+from ddcl_lightning.explain.samples import Album, positions, take
+from ddcl_lightning.explain.statistics import Tally
+from ddcl_lightning.module import DDCLReadoutModule
+
+_HASH = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def collect(
+    module: DDCLReadoutModule,
+    datamodule: pl.LightningDataModule,
+    *,
+    examples: int = 5,
+    inputs: int = 20,
+    indices: Sequence[int] | None = None,
+    max_samples: int = 10_000,
+    checkpoint: str | None = None,
+    to_device: Callable[[Batch], Batch] | None = None,
+    progress: bool = False,
+) -> Explanation:
+    """Look at what the prototypes of a trained module stand for.
+
+    Prototypes are described by the training data, in one pass; inputs come from the prediction data (validation, then
+    training data, where a data module has none). The same module, data and arguments give the same explanation.
+
+    Args:
+        module: Trained; its head must hold a prototype bank, the last of which counts. Modes, weights and the random
+            state stay as they are.
+        datamodule: May offer ``example(index)`` and ``class_names``.
+        examples: Nearest samples per prototype, at least 1.
+        inputs: Inputs to show, >= 0: a sample that depends on their places alone.
+        indices: Places of inputs to show instead.
+        max_samples: Training samples to look at, at least 1; the loader's order decides which.
+        checkpoint: What to call the weights.
+        to_device: Moves a batch to the module's device.
+        progress: Show bars.
+
+    Raises:
+        ValueError: If an argument is out of its range, there is no bank or no data, or an index is not in the data.
+    """
+    check_arguments(examples, inputs, indices, max_samples)
+    observer = Observer(module)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    datamodule.setup("predict")
+    album = Album(datamodule)
+    move = to_device or (lambda batch: module.transfer_batch_to_device(batch, module.device, 0))
+    with isolate_rng(), observer.watching():
+        torch.manual_seed(0)  # a loader that shuffles by the global generator
+        loader = _single_loader(datamodule.train_dataloader(), "train_dataloader")
+        tally = Tally(observer.bank.num_heads, observer.bank.num_prototypes, examples, album)
+        complete = True
+        for batch in tqdm(loader, desc="explain: training data", disable=not progress, leave=False):
+            if tally.samples >= max_samples:
+                complete = False
+                break
+            tally.add(observer(move(batch)), batch)
+        if not tally.samples:
+            raise ValueError("the training data loader gave no batch, so there is nothing to explain. Check the data.")
+        chosen = choose_inputs(_input_loader(datamodule), inputs, indices, max_samples)
+        views = [
+            _input_view(observer(move(batch)), batch, place, known, album)
+            for place, known, batch in tqdm(chosen, desc="explain: inputs", disable=not progress, leave=False)
+        ]
+    name = type(datamodule).__name__
+    return Explanation(
+        data=name.removesuffix("DataModule") or name,
+        model=[type(part).__name__ for part in (module.backbone, module.head, module.task)],
+        checkpoint=checkpoint,
+        samples=tally.samples,
+        complete=complete,
+        tokens=tally.tokens,
+        accuracy=tally.accuracy(),
+        heads=tally.heads(observer.bank.temperature.tolist()),
+        inputs=views,
+    )
+
+
+def choose_inputs(
+    loader: Iterable[Batch], number: int, indices: Sequence[int] | None, limit: int
+) -> list[tuple[int, bool, Batch]]:
+    """Single-sample batches: those of the given places, or a sample of the loader's.
+
+    A place's rank in the sample is a hash of it, so the sample is spread over the data, the same in every order of
+    them, and needs no more memory than what is kept. The model does not run here.
+
+    Args:
+        loader: Data loader, or any batches.
+        number: Size of the sample.
+        indices: Places wanted, in this order, or None.
+        limit: Samples to read of a loader that does not know its length.
+
+    Returns:
+        Place, whether the batch itself said so, and batch: in the order of ``indices``, else of the places.
+
+    Raises:
+        ValueError: If a place is not in the data.
+    """
+    wanted = None if indices is None else set(indices)
+    if not (number if wanted is None else wanted):
+        return []
+    endless = not isinstance(loader, Sequence) and not _has_length(loader)
+    kept: dict[int, tuple[int, bool, Batch]] = {}
+    rank: dict[int, int] = {}
+    counted = 0
+    for batch in loader:
+        places, known = positions(batch, counted)
+        counted += len(places)
+        if wanted is None:
+            rank |= dict(zip(places, _mixed(places), strict=True))
+            best = sorted({*kept, *places}, key=rank.__getitem__)[:number]
+        else:
+            best = [place for place in {*kept, *places} if place in wanted]
+        rows = {place: row for row, place in enumerate(places)}
+        kept = {p: kept[p] if p in kept else (p, known, take(batch, rows[p])) for p in best}
+        rank = {place: rank.get(place, 0) for place in kept}
+        if (wanted is not None and len(kept) == len(wanted)) or (endless and counted >= limit):
+            break
+    if indices is None:
+        return [kept[place] for place in sorted(kept)]
+    missing = sorted(wanted - set(kept)) if wanted else []
+    if missing:
+        raise ValueError(
+            f"indices must be places of samples in the data; {missing} are not among the {counted} samples of the "
+            "prediction data. Take them from the column 'index' of `ddcl predict`."
+        )
+    return [kept[place] for place in dict.fromkeys(indices)]
+
+
+def _mixed(places: Sequence[int]) -> list[int]:
+    """A fixed pseudo-random rank of each place (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = np.asarray(places, dtype=np.int64).astype(np.uint64) + _HASH[0]
+        x = (x ^ (x >> np.uint64(30))) * _HASH[1]
+        x = (x ^ (x >> np.uint64(27))) * _HASH[2]
+    return [int(value) for value in x ^ (x >> np.uint64(31))]
+
+
+def _input_view(look: Look, batch: Batch, place: int, known: bool, album: Album) -> InputView:
+    tokens = []
+    if look.spans is not None:
+        spans, weights = look.spans[0], look.token_weights(0)
+        real = real_tokens(spans)
+        tokens = [_token_views(spans, real, head) for head in weights]
+    predicted = None if look.predicted is None else album.class_name(int(look.predicted[0]))
+    return InputView(album.sample(batch, 0, place, known), predicted, look.shares[0].numpy(), tokens)
+
+
+def _token_views(spans: Sequence[tuple[int, int]], real: Sequence[int], weights: Tensor) -> list[TokenView]:
+    top, codes = weights.max(-1)
+    return [TokenView(spans[place], int(codes[place]), float(top[place])) for place in real]
+
+
+def check_arguments(examples: int, inputs: int, indices: Sequence[int] | None, max_samples: int) -> None:
+    """Raise a ValueError that names the argument of :func:`collect` that is out of its range."""
+    for name, value, minimum in (("examples", examples, 1), ("inputs", inputs, 0), ("max_samples", max_samples, 1)):
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}; got {value}.")
+    if indices is not None and any(place < 0 for place in indices):
+        raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}.")
+
+
+def _input_loader(datamodule: pl.LightningDataModule) -> "Iterable[Batch]":
+    for name in ("predict_dataloader", "val_dataloader"):
+        if is_overridden(name, datamodule, pl.LightningDataModule):
+            return _single_loader(getattr(datamodule, name)(), name)
+    return _single_loader(datamodule.train_dataloader(), "train_dataloader")
+
+
+def _single_loader(loader: Any, name: str) -> "DataLoader[Any] | Iterable[Batch]":
+    if isinstance(loader, (dict, list, tuple)) and len(loader) == 1:
+        loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
+    if isinstance(loader, dict) or not isinstance(loader, Iterable) or _holds_loaders(loader):
+        raise ValueError(
+            f"{name} of the data module must give one data loader to explain; got {type(loader).__name__}. Write a "
+            "data module with a single one."
+        )
+    return loader
+
+
+def _holds_loaders(loader: Any) -> bool:
+    return isinstance(loader, (list, tuple)) and any(isinstance(part, DataLoader) for part in loader)
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return math.isfinite(len(loader))
+    except (TypeError, NotImplementedError):
+        return False

@@ -1,0 +1,103 @@
+"""The card of an input: what it is made of, what is predicted, and the sample itself."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from ddcl_lightning.explain.explanation import HeadView, InputView, Span, TokenView
+from ddcl_lightning.explain.html import WHOLE, anchor, bar, chip, hue, percent, picture, ranked, says
+
+TEXT = 2500  # characters of an input
+
+
+def input_card(view: InputView, heads: Sequence[HeadView]) -> str:
+    """One input: what it is made of, what is predicted, and the sample itself."""
+    sample = view.sample
+    parts = [f"<h3>Input #{sample.index}</h3>", _verdict(view)]
+    text = sample.content if isinstance(sample.content, str) else None
+    for number, head in enumerate(heads):
+        prefix = f"{number}." if len(heads) > 1 else ""
+        shares = [float(share) for share in view.shares[number]]
+        title = f"<b>Head {number}:</b> " if prefix else ""
+        parts.append(f'<p class="words-of">{title}{_made_of(shares, head, prefix)}</p>{bar(shares, prefix)}')
+        if text is not None and view.tokens:
+            parts.append(_tinted(text, view.tokens[number], prefix))
+    if text is not None and not view.tokens:
+        cut = _spaced(text[:TEXT].strip()) + (" …" if len(text) > TEXT else "")
+        parts.append(f'<div class="text">{escape(cut)}</div>')
+    return (
+        f'<article class="card input"{" data-only" * view.wrong}>{picture(sample)}<div>{"".join(parts)}</div></article>'
+    )
+
+
+def all_or_nothing(views: Sequence[InputView]) -> bool:
+    """Whether every input belongs to one prototype alone, as far as percents can say."""
+    return all(float(shares.max()) >= WHOLE for view in views for shares in view.shares)
+
+
+def _made_of(shares: Sequence[float], head: HeadView, prefix: str) -> str:
+    """Shares in words, with what each prototype stands for and a link to it."""
+    named, others = ranked(shares)
+    words = []
+    for k in named:
+        about = says(head.prototypes[k])
+        meaning = f' <span class="soft">({escape(about)})</span>' if about else ""
+        words.append(f'{percent(shares[k])} <a href="#{anchor(prefix, k)}">prototype {k}</a>{meaning}')
+    return ", ".join([*words, *([others] if others else [])])
+
+
+def _verdict(view: InputView) -> str:
+    truth, predicted = view.sample.label, view.predicted
+    if predicted is None:
+        return f'<p class="verdict">Class <b>{escape(truth)}</b></p>' if truth else ""
+    said = f"Predicted <b>{escape(predicted)}</b>"
+    if truth is None:
+        return f'<p class="verdict">{said}</p>'
+    mark = '<span class="good">✓ right</span>' if truth == predicted else '<span class="bad">✗ wrong</span>'
+    return f'<p class="verdict">{said}, true class <b>{escape(truth)}</b> {mark}</p>'
+
+
+def _tinted(text: str, tokens: Sequence[TokenView], prefix: str) -> str:
+    """The text with its tokens on the colour of their prototype; neighbours that look the same become one run."""
+    runs = _runs(text, tokens)
+    parts, at = [], 0
+    end = max((span[1] for span, _, _ in runs), default=0)
+    for (start, stop), number, level in runs:
+        parts.append(escape(_spaced(text[at:start]) if at else text[:start].lstrip()))
+        style = f"--h:{hue(number)};--a:{level / 4:.2f}"
+        parts.append(f'<span class="t" style="{style}" title="prototype {number}">{escape(text[start:stop])}</span>')
+        at = stop
+    rest = _spaced(text[end : end + 200]) + (" …" if len(text) > end + 200 else "")
+    if rest.strip():
+        parts.append(f'<span class="soft">{escape(rest)}</span>')
+    counts: dict[int, int] = {}
+    for token in tokens:
+        counts[token.prototype] = counts.get(token.prototype, 0) + 1
+    order = sorted(counts, key=lambda number: (-counts[number], number))[:12]
+    legend = "".join(f"<span>{chip(k, prefix)} {counts[k]} token{'s' * (counts[k] != 1)}</span>" for k in order)
+    if rest.strip():
+        legend += "<span>grey: beyond what is shown of the tokens</span>"
+    return f'<div class="text">{"".join(parts)}</div><div class="legend">{legend}</div>'
+
+
+def _runs(text: str, tokens: Sequence[TokenView]) -> list[tuple[Span, int, int]]:
+    runs: list[tuple[Span, int, int]] = []
+    for token in sorted(tokens, key=lambda token: token.span):
+        level = 1 + min(3, int(4 * token.weight))
+        (start, stop), number = token.span, token.prototype
+        if start >= TEXT:
+            break
+        if runs:
+            (first, last), before, before_level = runs[-1]
+            if start < last:
+                continue  # overlapping spans would repeat characters
+            if (before, before_level) == (number, level) and not text[last:start].strip(" "):
+                runs[-1] = ((first, stop), number, level)
+                continue
+        runs.append(((start, stop), number, level))
+    return runs
+
+
+def _spaced(text: str) -> str:
+    """The text with at most one blank line in a row."""
+    return re.sub(r"\n[ \t\r]*(?:\n\s*)+(?=\n|\S|$)", "\n\n", text)

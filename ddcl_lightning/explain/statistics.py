@@ -1,0 +1,185 @@
+"""Running sums over the training data: what each prototype holds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
+from ddcl_lightning.explain.batch_summary import Look, distances, real_tokens
+from ddcl_lightning.explain.nearest import Nearest
+from ddcl_lightning.explain.samples import Album, class_labels, positions
+from ddcl_lightning.explain.typical_words import WordMass, words_at, words_of
+from ddcl_lightning.metrics.clustering import (
+    adjusted_rand_index,
+    hungarian_accuracy,
+    normalized_mutual_info,
+    perplexity,
+    usage,
+)
+
+TOP_WORDS = 12
+TOP_CLASSES = 6
+MIN_SHARE = 0.01  # of a sample that stands for a prototype
+# Smallest lift of a characteristic word: long texts hold more of all words, so whole texts need more of a contrast.
+TOKEN_LIFT, TEXT_LIFT = 1.2, 2.0
+MAX_CLASSES = 10_000  # more are no classes but identities
+
+
+class Tally:
+    """Adds up looks at batches; its memory depends on prototypes, classes and words, not on the number of samples.
+
+    Args:
+        heads: H.
+        prototypes: K per head.
+        examples: Nearest samples and tokens kept per prototype.
+        album: Shows samples.
+
+    Attributes:
+        samples: Samples so far.
+        tokens: Valid tokens so far.
+    """
+
+    def __init__(self, heads: int, prototypes: int, examples: int, album: Album) -> None:
+        self.samples = self.tokens = 0
+        self._shape, self._album = (heads, prototypes), album
+        self._weight = torch.zeros(heads, prototypes, dtype=torch.float64)
+        self._token_counts = torch.zeros(heads, prototypes, dtype=torch.int64)
+        self._class_weight = torch.zeros(heads, prototypes, 0, dtype=torch.float64)
+        self._counts = torch.zeros(heads, prototypes, 0, dtype=torch.int64)
+        self._sizes = torch.zeros(heads, prototypes, dtype=torch.int64)
+        self._predicted = self._right = 0
+        self._nearest: Nearest[Neighbour] = Nearest(heads * prototypes, examples)
+        self._strongest: Nearest[Neighbour] = Nearest(heads * prototypes, examples)
+        self._nearest_tokens: Nearest[Neighbour] = Nearest(heads * prototypes, examples)
+        self._words = WordMass(heads * prototypes)
+        self._by_token = False
+
+    def add(self, look: Look, batch: Batch) -> None:
+        """Add a look at a batch."""
+        heads, prototypes = self._shape
+        places, known = positions(batch, self.samples)
+        truth = class_labels(batch)
+        self._weight += look.shares.sum(0)
+        strongest = look.shares.argmax(-1)
+        for head in range(heads):
+            self._sizes[head] += torch.bincount(strongest[:, head], minlength=prototypes)
+            self._token_counts[head] += torch.bincount(look.codes[head][look.mask], minlength=prototypes)
+        self._add_classes(look, strongest, truth)
+        where = torch.tensor(places)
+        apart = distances(look.means.movedim(1, 0), look.prototypes.cpu().double())  # (H, B, K)
+
+        def sample(column: int, row: int) -> Neighbour:
+            head, k = divmod(column, prototypes)
+            shown = self._album.sample(batch, row, places[row], known)
+            return Neighbour(shown, float(apart[head, row, k]), float(look.shares[row, head, k]))
+
+        self._nearest.add(apart.mT.flatten(0, 1), where, sample)
+        if look.mask.shape[1] > 1:
+            # Of no share at all is no example, however few there are.
+            absent = torch.where(look.shares > MIN_SHARE, -look.shares, torch.inf)
+            self._strongest.add(absent.flatten(1).T, where, sample)
+        if isinstance(batch, dict) and "text" in batch:
+            self._add_text(look, batch, places, known)
+        self.samples += len(places)
+        self.tokens += int(look.mask.sum())
+
+    def _add_classes(self, look: Look, strongest: Tensor, truth: Tensor) -> None:
+        labelled = torch.nonzero((truth >= 0) & (truth < MAX_CLASSES)).flatten()
+        if not len(labelled):
+            return
+        classes = truth[labelled]
+        missing = int(classes.max()) + 1 - self._counts.shape[-1]
+        if missing > 0:
+            self._counts = torch.nn.functional.pad(self._counts, (0, missing))
+            self._class_weight = torch.nn.functional.pad(self._class_weight, (0, missing))
+        for head in range(self._shape[0]):
+            self._counts[head].index_put_(
+                (strongest[labelled, head], classes), torch.ones_like(classes), accumulate=True
+            )
+            self._class_weight[head].index_add_(1, classes, look.shares[labelled, head].T)
+        if look.predicted is not None:
+            self._predicted += len(labelled)
+            self._right += int((look.predicted[labelled] == classes).sum())
+
+    def _add_text(self, look: Look, batch: Batch, places: Sequence[int], known: bool) -> None:
+        """Words by their tokens where the backbone tells their places, else by the text that they are in."""
+        texts: Sequence[str] = batch["text"]
+        if look.spans is None:
+            for row, text in enumerate(texts):
+                words = words_of(text)
+                self._words.add(words, np.tile(look.shares[row].flatten().numpy(), (len(words), 1)))
+            return
+        nearest = torch.full((self._weight.numel(), len(texts)), torch.inf, dtype=torch.float64)
+        token = torch.zeros(nearest.shape, dtype=torch.int64)
+        for row, (text, spans) in enumerate(zip(texts, look.spans, strict=True)):
+            real = real_tokens(spans)
+            if not real:
+                continue
+            weights = look.token_weights(row).movedim(1, 0).flatten(1)  # (T, H K)
+            named = [(place, word) for place, word in enumerate(words_at(text, spans)) if word is not None]
+            self._words.add([word for _, word in named], weights[[place for place, _ in named]].numpy())
+            apart = look.token_distances(row)[:, real].movedim(1, 0).flatten(1)
+            value, at = apart.min(0)
+            nearest[:, row], token[:, row] = value, torch.tensor(real)[at]
+        spans_of, self._by_token = look.spans, True
+
+        def context(column: int, row: int) -> Neighbour:
+            span = spans_of[row][int(token[column, row])]
+            shown = self._album.sample(batch, row, places[row], known)
+            share = float(look.shares[row].flatten()[column])
+            return Neighbour(shown, float(nearest[column, row]), share, span)
+
+        self._nearest_tokens.add(nearest, torch.tensor(places), context)
+
+    def accuracy(self) -> float | None:
+        """Share of right predictions, where the task predicts and there are labels."""
+        return self._right / self._predicted if self._predicted else None
+
+    def heads(self, temperatures: Sequence[float]) -> list[HeadView]:
+        """What is known of every head by now."""
+        return [
+            HeadView(temperature, self._figures(head), [self._prototype(head, k) for k in range(self._shape[1])])
+            for head, temperature in enumerate(temperatures)
+        ]
+
+    def _figures(self, head: int) -> dict[str, float]:
+        sizes, counts = self._sizes[head], self._counts[head]
+        figures = {"usage": usage(sizes), "perplexity": perplexity(sizes)}
+        if counts.sum() > 0:
+            figures |= {
+                "acc": hungarian_accuracy(counts),
+                "nmi": normalized_mutual_info(counts),
+                "ari": adjusted_rand_index(counts),
+            }
+        return {name: float(value) for name, value in figures.items()}
+
+    def _prototype(self, head: int, k: int) -> PrototypeView:
+        column = head * self._shape[1] + k
+        return PrototypeView(
+            number=k,
+            samples=int(self._sizes[head, k]),
+            share=float(self._sizes[head, k]) / self.samples,
+            weight=float(self._weight[head, k]) / self.samples,
+            token_share=float(self._token_counts[head, k]) / max(self.tokens, 1),
+            nearest=[neighbour for _, neighbour in self._nearest.of(column)],
+            strongest=[neighbour for _, neighbour in self._strongest.of(column)],
+            tokens=[neighbour for _, neighbour in self._nearest_tokens.of(column)],
+            words=self._words.top(column, TOP_WORDS, TOKEN_LIFT if self._by_token else TEXT_LIFT),
+            classes=self._classes(head, k),
+        )
+
+    def _classes(self, head: int, k: int) -> list[ClassShare]:
+        mass, base = self._class_weight[head, k], self._class_weight[head].sum(0)
+        # Denormal masses far from a prototype are no evidence of anything.
+        if not len(mass) or float(mass.sum()) <= 1e-6:
+            return []
+        shares, bases = mass / mass.sum(), base / base.sum()
+        order = sorted(range(len(shares)), key=lambda c: (-float(shares[c]), c))[:TOP_CLASSES]
+        return [
+            ClassShare(self._album.class_name(c) or str(c), float(shares[c]), float(bases[c]))
+            for c in order
+            if float(shares[c]) >= 5e-4
+        ]

@@ -1,0 +1,81 @@
+"""How rare every prototype is among samples, which says how much a token of it tells about its sample."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.nn.guarded_state import COUNT, SHARE, Rules, keep_unless, running_dtype
+from ddcl_lightning.nn.settled_state import SettledState
+
+RAREST = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
+LEAST = 1e-6  # weight of a token whose prototype is in every sample; where all are, the weights are even
+
+
+class PrototypeRarity(SettledState):
+    """Weighs tokens by ``ln(1 / share) ** 2``, the share of samples in which their prototype occurs.
+
+    The logarithm is the inverse document frequency (Sparck Jones 1972); it counts twice, as in the cosine of two
+    vectors that are weighted by it. A prototype occurs in a sample as far as the assignments of its tokens sum up to 1.
+    The shares are followed from step to step over all processes; before the first batch all tokens weigh the same. A
+    batch whose assignments are not finite leaves them as they are.
+
+    Args:
+        num_heads: H of the bank whose assignments are read.
+        num_prototypes: K.
+        momentum: Weight of the newest batch, in (0, 1]. The first batches are averaged evenly until it is reached.
+
+    Attributes:
+        share: Buffer ``(H, K)`` in [0, 1], as measured.
+        current: Buffer ``(H, K)``, the share that the weights follow: that of the last step. It is not saved.
+
+    Raises:
+        ValueError: If the momentum is out of range.
+    """
+
+    share: Tensor
+    current: Tensor
+    num_batches: Tensor
+    state_rules: ClassVar[Rules] = {"share": SHARE, "num_batches": COUNT}
+
+    @typed
+    def __init__(self, num_heads: int, num_prototypes: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        self.momentum = momentum
+        self.register_buffer("share", torch.ones(num_heads, num_prototypes, dtype=running_dtype()))
+        self.register_buffer("current", self.share.clone(), persistent=False)
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weights ``(B, T)`` >= 0 of tokens with assignments ``(B, H, T, K)`` and mask ``(B, T)``; 0 for padding."""
+        q = assignments.to(self.share.dtype)
+        if mask is not None:
+            q = q.masked_fill(~mask[:, None, :, None], 0.0)
+        if self.training and not recomputing():
+            samples = q.new_tensor(len(q)) if mask is None else mask.any(-1).sum().to(q.dtype)
+            occurrences = q.sum(-2).clamp(max=1.0).sum(0).flatten()
+            totals = sum_over_processes(torch.cat([occurrences, samples[None]]))
+            usable = torch.isfinite(totals).all() & (totals[-1] > 0)
+            first = self.num_batches == 0
+            weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(q.dtype)
+            self.num_batches += usable
+            latest = (totals[:-1] / totals[-1].clamp(min=1.0)).view_as(self.share)
+            keep_unless(usable, self.share, self.share.lerp(latest, weight))
+            self.measured(first)
+        rarity = -self.current.clamp(RAREST, 1.0).log()
+        weights = (q * rarity[None, :, None, :]).sum(-1).mean(1).square() + LEAST
+        return weights if mask is None else weights.masked_fill(~mask, 0.0)
+
+    def take_over(self, where: Tensor | bool = True) -> None:
+        """Weigh by the share as measured."""
+        keep_unless(where, self.current, self.share)
+
+    def begin_from_state(self) -> None:
+        """Weigh by the share that was loaded."""
+        self.current = self.share.clone()

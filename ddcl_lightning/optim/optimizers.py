@@ -1,0 +1,335 @@
+"""Optimizers for two time scales: by name in a recipe, and the token-normalised prototype step."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning._utils.distributed import max_over_processes, sum_over_processes, take_the_last
+from ddcl_lightning.functional import Cells, TokenMeans
+from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.shared_parameters import follow_alone, release
+from ddcl_lightning.optim.step_statistics import StepStatistics
+
+CROWDED = 1.5  # a cell with this many times the mean load may get a second prototype
+RECENT = 0.05  # weight of the newest step in what is remembered of a cell
+
+
+class TokenNormalized(Optimizer):
+    """Moves every prototype towards its own tokens with one time constant, however little mass it holds.
+
+    A gradient step moves a prototype in proportion to the mass of tokens assigned to it, so one that the encoder
+    leaves behind stops moving: a dead code. Here responsibilities are normalised over *tokens*,
+    ``w_kn = softmax_n(ln q_nk)``, and ``p_k <- p_k + lr (sum_n w_kn z_n - p_k)``: the fast subsystem of
+    the two time scales taken literally. In log space nothing underflows, so a prototype without mass goes to the
+    tokens it is nearest to. Statistics add up over accumulated batches and over processes.
+
+    It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
+    prototypes through it. But it counts tokens as gradients count: those of calls that a backward pass has gone
+    through since the last step or ``zero_grad``, see :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. Frozen
+    prototypes (``requires_grad_(False)``) stay where they are. Prototypes of half precision move by a copy in
+    float32, or small steps would be rounded away.
+
+    Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
+    ``relocate`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does (Patane and Russo
+    2001): one whose cell bears less than that share of the mean load goes to a token of a cell that bears more
+    than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least one may.
+    The load of a cell with n tokens and the distortion D is ``n^b D^(1 - b)`` with ``b = balance``.
+
+    Args:
+        params: Prototype parameters of banks.
+        lr: Share of the way to go per step, in (0, 1].
+        relocate: Share of the mean load in [0, 1) under which a prototype moves elsewhere; 0 never moves any. 0.5
+            suits codebooks; leave it at 0 where prototypes have to keep their meaning.
+        balance: What prototypes share evenly, in [0, 1]: 0 the distortion (least error in the tokens' space, as in
+            the enhanced LBG algorithm), 1 the tokens (highest perplexity), or a mixture. Without relocation it does
+            nothing.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        RuntimeError: At a step without a forward pass in training mode since the last, or without ``watch``; at the
+            step of any other optimizer that has one of the prototypes too.
+    """
+
+    @typed
+    def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0, balance: float = 0.75) -> None:
+        _check_range(lr, relocate, balance)
+        super().__init__(params, {"lr": lr, "relocate": relocate, "balance": balance})
+        self._statistics: StepStatistics | None = None
+        self._banks: dict[str, PrototypeBank] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy, pickled or deep, follows nothing until it is told what.
+        self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_banks", {})
+
+    def watch(self, module: nn.Module) -> "TokenNormalized":
+        """Follow the banks in ``module`` whose prototypes are optimised here, in place of another; returns self."""
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in mine}
+        if len(banks) < len(mine):
+            raise ValueError(
+                f"TokenNormalized optimises {len(mine)} parameters but only {len(banks)} of them are prototypes "
+                f"of a bank in {type(module).__name__}. Give it prototype parameters only."
+            )
+        self.close()
+        self._banks = banks
+        follow_alone(self, {f"{name}.prototypes".lstrip("."): bank.prototypes for name, bank in banks.items()})
+        self._statistics = StepStatistics(banks, self._relocates)
+        return self
+
+    def close(self) -> None:
+        """Stop to follow the banks, so that another optimizer may have their prototypes."""
+        release(self)
+        if self._statistics is not None:
+            self._statistics.close()
+        self._statistics, self._banks = None, {}
+
+    def _relocates(self) -> bool:
+        return any(group["relocate"] > 0 for group in self.param_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore rates and memory, after a look at them.
+
+        Raises:
+            ValueError: If a value is out of its range.
+        """
+        for group in state_dict["param_groups"]:
+            _check_range(**{name: group.get(name, default) for name, default in self.defaults.items()})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        memory = [(p, state_dict["state"].get(key, {})) for p, key in zip(parameters, keys, strict=False)]
+        for _, held in memory:
+            for name, value in held.items():
+                clean = value.isfinite() & ((value >= 0) if name == "cells" else torch.tensor(True))
+                if not bool(clean.all()):
+                    raise ValueError(
+                        f"{name!r} in the state of TokenNormalized must be finite{' and >= 0' * (name == 'cells')}; "
+                        f"got {float(value[~clean][0])}. The state is damaged: load another."
+                    )
+        super().load_state_dict(state_dict)
+        for parameter, held in memory:  # which torch has rounded to the parameter's precision
+            for name, value in held.items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, and with them what was seen since the last step."""
+        super().zero_grad(set_to_none)
+        if self._statistics is not None:
+            for bank in self._banks.values():
+                self._statistics.drop(bank.prototypes)
+
+    def forget(self, prototypes: Tensor) -> None:
+        """Drop what was seen of a bank since the last step; a step before anything new leaves it as it is."""
+        if self._statistics is not None:
+            self._statistics.drop(prototypes, on_purpose=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Move the prototypes; see the class."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._statistics is None:
+            raise RuntimeError("TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it.")
+        for group in self.param_groups:
+            if not 0 <= group["lr"] <= 1:  # somebody has set it since
+                raise ValueError(
+                    f"lr of TokenNormalized must be in [0, 1], a share of the way; a group has {group['lr']}. Correct "
+                    "what sets it, a schedule perhaps."
+                )
+            for prototypes in group["params"]:
+                seen = self._statistics.take(prototypes)
+                if seen is None:
+                    continue
+                precise = self._precise(prototypes)
+                target, seen_by_some = _reduce(seen.means)
+                precise.copy_(torch.where(seen_by_some, precise.lerp(target.to(precise.dtype), group["lr"]), precise))
+                if group["relocate"] > 0 and seen.cells is not None:
+                    self._relocate(prototypes, precise, seen.cells, group["relocate"], group["balance"])
+                prototypes.copy_(precise)
+        return loss
+
+    def _precise(self, prototypes: Tensor) -> Tensor:
+        """Where the prototypes are, in float32 or wider."""
+        if prototypes.dtype.itemsize >= 4:
+            return prototypes
+        state = self.state[prototypes]
+        rounded = prototypes.float()
+        kept = state.get("precise", rounded)
+        # Somebody else may have moved them since.
+        precise = torch.where(kept.to(prototypes.dtype) == prototypes, kept, rounded)
+        state["precise"] = precise
+        return precise
+
+    def _relocate(self, key: Tensor, prototypes: Tensor, lying: Cells, share: float, balance: float) -> None:
+        """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded."""
+        latest = sum_over_processes(torch.stack([lying.distortion, lying.number], -1))
+        before = self.state[key].get("cells", torch.zeros_like(latest))
+        # The first look counts whole, one without tokens not at all.
+        weight = torch.where(before[..., 1].any(), RECENT, 1.0) * latest[..., 1].any()
+        running = before.lerp(latest, weight.to(latest.dtype))
+        distortion, number = running.unbind(-1)
+        load = number**balance * distortion ** (1 - balance)
+        mean = load.mean(-1, keepdim=True)
+        most = max(1, load.shape[-1] // 64)
+        order = load.sort(dim=-1, stable=True).indices
+        empty, crowded = order[:, :most], order.flip(-1)[:, :most]
+        token, seen = take_the_last(lying.token, lying.place)
+
+        def rows(index: Tensor, values: Tensor) -> Tensor:
+            return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+        # What its tokens lose: all of them go to the nearest other prototype, at the worst.
+        source = rows(empty, prototypes)
+        apart = torch.cdist(source.to(running.dtype), prototypes.to(running.dtype)).square()
+        neighbour = apart.scatter(2, empty.unsqueeze(-1), torch.inf).amin(-1)
+        loss = number.gather(1, empty) * neighbour
+        moves = (load.gather(1, empty) < share * mean) & (load.gather(1, crowded) > CROWDED * mean)
+        moves &= (loss < distortion.gather(1, crowded)) & seen.gather(1, crowded)
+        moves = moves.unsqueeze(-1)
+
+        target = torch.where(moves, rows(crowded, token).to(prototypes.dtype), source)
+        prototypes.scatter_(1, empty.unsqueeze(-1).expand_as(target), target)
+        # Both parts of a cell that was split start with half of it.
+        half = rows(crowded, running) / 2
+        for index in (empty, crowded):
+            divided = torch.where(moves, half, rows(index, running))
+            running.scatter_(1, index.unsqueeze(-1).expand_as(divided), divided)
+        self.state[key]["cells"] = running
+
+
+def _check_range(lr: float, relocate: float, balance: float) -> None:
+    if not 0 < lr <= 1:
+        raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
+    if not 0 <= relocate < 1:
+        raise ValueError(f"relocate must be in [0, 1), a share of the mean load; got {relocate}.")
+    if not 0 <= balance <= 1:
+        raise ValueError(
+            f"balance must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got {balance}."
+        )
+
+
+def _reduce(statistics: TokenMeans) -> tuple[Tensor, Tensor]:
+    """Means over all processes, weighted by mass, and whether there is any mass, ``(H, K, 1)``.
+
+    The largest mass is taken out so that nothing underflows.
+    """
+    log_mass, mean = statistics
+    largest = max_over_processes(log_mass)
+    some = (largest > -torch.inf).unsqueeze(-1)
+    weight = (log_mass - largest).exp().unsqueeze(-1).masked_fill(~some, 0.0)
+    total = sum_over_processes(weight)
+    return sum_over_processes(weight * mean) / torch.where(some, total, 1.0), some
+
+
+@torch.no_grad()
+def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: Tensor) -> None:
+    """Give optimizers the state of a parameter whose rows are about to change, each row that of its parent.
+
+    Args:
+        optimizers: All of them; those without the parameter stay as they are.
+        prototypes: The parameter ``(H, K, d)``, still of its old size.
+        parents: Old row of each new one, ``(K',)`` int64.
+
+    Raises:
+        ValueError: If a state has neither the parameter's rows nor a single number; nothing has changed then.
+    """
+    changes: list[tuple[dict[str, Any], str, Tensor]] = []
+    mine = [o for o in optimizers if any(p is prototypes for group in o.param_groups for p in group["params"])]
+    for optimizer in mine:
+        state: dict[str, Any] = optimizer.state.get(prototypes, {})
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or (value.numel() <= 1 and value.shape != prototypes.shape):
+                continue
+            if value.shape[:2] != prototypes.shape[:2]:
+                raise ValueError(
+                    f"optimizer {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for prototypes "
+                    f"{tuple(prototypes.shape)}, which cannot follow a change of their number. Use Adam, SGD or "
+                    "TokenNormalized for the prototypes."
+                )
+            changes.append((state, name, value.index_select(1, parents.to(value.device))))
+    for state, name, value in changes:
+        state[name] = value
+    for optimizer in mine:
+        if isinstance(optimizer, TokenNormalized):
+            optimizer.forget(prototypes)
+
+
+class OptimizerSpec:
+    """Name and arguments of an optimizer whose rates are set by the module.
+
+    Args:
+        argument: Name of the argument that it came from, for errors.
+        name: A class of ``torch.optim``, ``"TokenNormalized"``, or a dotted path to an Optimizer.
+        arguments: Arguments of the class other than ``params`` and ``lr``.
+        weight_decay: Default weight decay, for classes that have one; None keeps the class's own.
+
+    Raises:
+        ValueError: If the class is unknown, an argument is, or ``lr`` is among them.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        weight_decay: float | None = None,
+    ) -> None:
+        self.optimizer_class: Callable[..., Optimizer] = _find(argument, name)
+        self.arguments = dict(arguments or {})
+        if "lr" in self.arguments:
+            raise ValueError(
+                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from "
+                "lr_prototypes, rho and lr_task. Set those instead."
+            )
+        known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
+        for key in self.arguments:
+            if key not in known:
+                raise ValueError(f"{argument}_args has no argument {key!r}{_nearest(key, known)}")
+        if weight_decay is not None and "weight_decay" in known:
+            self.arguments.setdefault("weight_decay", weight_decay)
+
+    def create(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """An optimizer over parameter groups that carry their own ``lr``."""
+        largest = max(group["lr"] for group in groups)
+        # Not every class has a default rate; the groups' own take precedence.
+        return self.optimizer_class(groups, lr=largest, **self.arguments)
+
+
+def _find(argument: str, name: str) -> type[Optimizer]:
+    if name == "TokenNormalized":
+        return TokenNormalized
+    found: object = getattr(torch.optim, name, None)
+    if found is None and "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
+        names = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+        raise ValueError(
+            f"{argument} must name a class of torch.optim, 'TokenNormalized' or a dotted path to an Optimizer; "
+            f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
+        )
+    if issubclass(found, torch.optim.LBFGS):
+        raise ValueError(
+            f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD."
+        )
+    return found
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f". Did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,239 @@
+"""Which tokens belong to the step that an optimizer makes: those of calls that a backward pass has gone through."""
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning._utils.distributed import joint_order
+from ddcl_lightning.functional import (
+    BankOutput,
+    Cells,
+    TokenMeans,
+    cells,
+    merge_cells,
+    merge_token_means,
+    nearest_prototype,
+    token_means,
+)
+from ddcl_lightning.monitoring.recording import BankHook, bank_inputs
+
+
+class Seen(NamedTuple):
+    """What a step has to know of the tokens of a bank; see :class:`StepStatistics`.
+
+    Attributes:
+        means: Mass and mean token of every prototype.
+        cells: What lies in the prototypes' cells, or None where it was not asked for.
+        number: Of the call, or of the latest of several.
+    """
+
+    means: TokenMeans
+    cells: Cells | None
+    number: int
+
+
+class StepStatistics:
+    """Adds up what banks see between two steps, for an optimizer that moves prototypes by their tokens.
+
+    The rules are those of gradients. A call counts when a backward pass goes through what it returned or through the
+    tokens that it read: once, however often that happens and however often checkpointing runs the call. Calls add up
+    until a step takes them or they are dropped; gradients that were set to None (``module.zero_grad()``) take what
+    belongs to them along. Where no backward pass comes at all, a loop without a loss, all calls since the last step
+    count instead. Calls in evaluation mode, without gradients (``torch.no_grad``), of a frozen bank or of a copy of it
+    never do. A call whose loss is not finite (a NaN or an overflow in a valid token, or no such token) adds nothing,
+    and nobody waits for the device to find out.
+
+    Args:
+        banks: The banks by name.
+        need_cells: Whether to look into the cells, asked at every call.
+    """
+
+    def __init__(self, banks: Mapping[str, PrototypeBank], need_cells: Callable[[], bool]) -> None:
+        self._need_cells = need_cells
+        self._called: dict[Tensor, Seen] = {}  # in case that no backward pass comes
+        self._passed: dict[Tensor, Seen] = {}
+        self._numbers: dict[Tensor, set[int]] = {}  # of the calls that passed
+        self._graded: set[Tensor] = set()  # prototypes that got a gradient since
+        self._dropped: set[Tensor] = set()
+        self._counter = itertools.count()
+        look = weakref.WeakMethod(self._look)
+        self._handles: list[RemovableHandle] = [
+            bank.register_forward_hook(BankHook(name, bank, look, of_training=True), with_kwargs=True)
+            for name, bank in banks.items()
+        ]
+        self._gradient_hooks: dict[Tensor, RemovableHandle] = {}
+        self._close = weakref.finalize(self, _remove, self._handles, self._gradient_hooks)
+        self._close.atexit = False
+
+    def take(self, prototypes: Tensor) -> Seen | None:
+        """What belongs to the step of these prototypes, which starts anew; None where it was dropped on purpose.
+
+        Raises:
+            RuntimeError: If the bank was not called at all.
+        """
+        dropped = prototypes in self._dropped or self._reset(prototypes) or not prototypes.requires_grad
+        seen = self._passed.get(prototypes) or self._called.get(prototypes)
+        self.drop(prototypes)
+        if dropped:
+            return None
+        if seen is None:
+            raise RuntimeError(
+                "TokenNormalized needs a forward pass in training mode before each step, with gradients enabled. Check "
+                "that the training step uses the bank, that the module is in training mode, and that zero_grad "
+                "is not called between the backward pass and the step."
+            )
+        return seen
+
+    def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
+        """Forget the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
+        for kept in (self._called, self._passed, self._numbers):
+            kept.pop(prototypes, None)
+        self._graded.discard(prototypes)
+        (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
+
+    def close(self) -> None:
+        """Remove the hooks, which goes without saying when this is gone."""
+        self._close()
+
+    def _look(
+        self, name: str, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
+    ) -> BankOutput | None:
+        prototypes = bank.prototypes
+        if not (torch.is_grad_enabled() and prototypes.requires_grad):
+            return None
+        tokens, mask = bank_inputs(bank, args, kwargs)
+        seen = self._read(bank, tokens, mask, output)
+        _add(self._called, prototypes, seen)
+        self._dropped.discard(prototypes)
+        if prototypes not in self._gradient_hooks:
+            graded = weakref.WeakMethod(self._note_gradient)
+            self._gradient_hooks[prototypes] = prototypes.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(_call, graded)
+            )
+        passes = partial(self._pass, prototypes, seen)
+        if output.codes is not None:
+            # A gradient that is passed around the bank, straight through, hangs on to this.
+            output = output._replace(anchor=_Anchor.apply(prototypes))
+        for value in (output.centroids, *output.terms, output.weights, output.cost, output.anchor):
+            if value is not None and value.requires_grad:
+                value.register_hook(passes)  # type: ignore[no-untyped-call]
+        if tokens.grad_fn is not None:  # a hook on a leaf would outlive its graph
+            tokens.register_hook(passes)  # type: ignore[no-untyped-call]
+        return output
+
+    @torch.no_grad()
+    def _read(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> Seen:
+        heads, flat_mask = bank.split_heads(tokens.detach(), mask)
+        prototypes, means, lying, number = bank.prototypes.detach(), output.means, None, next(self._counter)
+        if means is None:
+            means = token_means(heads, prototypes, bank.temperature, flat_mask)
+        if self._need_cells():
+            codes = (
+                nearest_prototype(heads, prototypes)
+                if output.codes is None
+                else output.codes.reshape(-1, bank.num_heads).T
+            )
+            # One vector per sample, or (B, ..., D).
+            samples, per_sample = (tokens.shape[0], tokens[0, ..., 0].numel()) if tokens.dim() > 2 else (len(tokens), 1)
+            order = joint_order(samples, per_sample, number, heads.device)
+            lying = cells(heads, prototypes, codes, flat_mask, order)
+        return _without_poison(Seen(means, lying, number), output.terms.loss)
+
+    @torch.no_grad()
+    def _pass(self, prototypes: Tensor, seen: Seen, gradient: Tensor) -> None:
+        """A gradient passes through a call."""
+        if self._reset(prototypes):
+            self.drop(prototypes)
+        numbers = self._numbers.setdefault(prototypes, set())
+        # The prototypes may have changed their number since the call.
+        if seen.number not in numbers and seen.means.mean.shape == prototypes.shape:
+            numbers.add(seen.number)
+            _add(self._passed, prototypes, seen)
+
+    def _note_gradient(self, prototypes: Tensor) -> None:
+        if prototypes in self._numbers and prototypes.grad is not None:
+            self._graded.add(prototypes)
+
+    def _reset(self, prototypes: Tensor) -> bool:
+        """Whether somebody has set the gradient to None that came with what has passed."""
+        return prototypes in self._graded and prototypes.grad is None
+
+
+def straight_through(value: Tensor, carrier: Tensor, anchor: Tensor | None) -> Tensor:
+    """``value`` to the last bit, with a gradient that goes to ``carrier`` unchanged.
+
+    Args:
+        value: What is read, any shape.
+        carrier: What gets the gradient, of the same shape.
+        anchor: That of the bank's output, by which an optimizer knows of the backward pass.
+    """
+    result: Tensor = value.detach() + (carrier - carrier.detach())
+    if anchor is not None:
+        result = _Tie.apply(result, anchor)
+    return result
+
+
+class _Anchor(torch.autograd.Function):
+    """A zero that depends on prototypes and gives them a gradient of zero: one that ``zero_grad`` can take away."""
+
+    @staticmethod
+    def forward(ctx: Any, prototypes: Tensor) -> Tensor:
+        ctx.shape = prototypes.shape
+        return prototypes.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.new_zeros(ctx.shape)
+
+
+class _Tie(torch.autograd.Function):
+    """The value, whose backward pass reaches the anchor too."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        ctx.dtype = anchor.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros((), dtype=ctx.dtype)
+
+
+def _add(kept: dict[Tensor, Seen], prototypes: Tensor, seen: Seen) -> None:
+    before = kept.get(prototypes)
+    if before is not None and before.means.mean.shape == seen.means.mean.shape:
+        first, second = sorted((before, seen), key=lambda call: call.number)  # backward passes come in any order
+        lying = None if first.cells is None or second.cells is None else merge_cells(first.cells, second.cells)
+        seen = Seen(merge_token_means(first.means, second.means), lying, second.number)
+    kept[prototypes] = seen
+
+
+def _without_poison(seen: Seen, loss: Tensor) -> Seen:
+    """The same, or, where something in it or the loss is not finite, that of a call without tokens."""
+    (log_mass, mean), lying, number = seen
+    clean = (
+        torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
+    )  # -inf is no mass; NaN is not below
+    if lying is not None:
+        clean &= torch.isfinite(lying.distortion).all()
+        tokens, distortion, token = (torch.where(clean, value, 0.0) for value in lying[:3])
+        lying = Cells(tokens, distortion, token, lying.occupied & clean, torch.where(clean, lying.place, -1))
+    return Seen(TokenMeans(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0)), lying, number)
+
+
+def _remove(handles: list[RemovableHandle], more: dict[Tensor, RemovableHandle]) -> None:
+    for handle in (*handles, *more.values()):
+        handle.remove()
+
+
+def _call(method: "weakref.WeakMethod[Any]", prototypes: Tensor) -> None:
+    alive = method()
+    if alive is not None:
+        alive(prototypes)

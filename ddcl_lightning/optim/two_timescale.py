@@ -1,0 +1,138 @@
+"""Learning rates on two time scales: the ratio rho and its check, parameter groups that keep it, and one schedule."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.monitoring.recording import find_banks
+
+LRSchedule = Literal["constant", "linear", "cosine"]
+
+
+def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
+    """Raise unless ``0 <= rho < 1`` (Theorem 1), or any ``rho >= 0`` where the unstable range is allowed."""
+    if not rho >= 0 or math.isinf(rho):
+        raise ValueError(f"rho = lr_encoder / lr_prototypes must be finite and >= 0; got {rho}.")
+    if rho >= 1 and not allow_unstable:
+        raise ValueError(
+            f"rho = lr_encoder / lr_prototypes must be < 1 for prototypes to follow the encoder (Theorem 1; at most "
+            f"0.1 is the rule of thumb); got {rho}. Lower rho, or set allow_unstable=True for an ablation."
+        )
+
+
+@typed
+def two_timescale_groups(
+    module: nn.Module, lr_prototypes: float, rho: float = 0.1, *, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for one optimizer: prototypes at ``lr_prototypes``, everything else at ``rho`` times that.
+
+    For existing projects: ``torch.optim.AdamW(two_timescale_groups(self, 1e-2, rho=0.1))``.
+
+    Args:
+        module: Holds the banks and the encoder.
+        lr_prototypes: Rate of the prototypes, > 0.
+        rho: Ratio in [0, 1); with 0 the other parameters are left out.
+        weight_decay: Of the other parameters; prototypes get none, it would pull them to the origin.
+
+    Returns:
+        One or two groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
+
+    Raises:
+        ValueError: If a rate is out of range or the module holds no bank.
+    """
+    if not lr_prototypes > 0:
+        raise ValueError(f"lr_prototypes must be > 0; got {lr_prototypes}.")
+    check_ratio(rho)
+    fast = [bank.prototypes for bank in find_banks(module).values()]
+    if not fast:
+        raise ValueError(f"module must hold a PrototypeBank; found none in {type(module).__name__}.")
+    known = {id(parameter) for parameter in fast}
+    slow = [p for p in module.parameters() if id(p) not in known and p.requires_grad]
+    groups = [{"params": fast, "lr": lr_prototypes, "weight_decay": 0.0, "name": "prototypes"}]
+    if slow and rho > 0:
+        groups.append({"params": slow, "lr": rho * lr_prototypes, "weight_decay": weight_decay, "name": "encoder"})
+    return groups
+
+
+def live_ratio(optimizers: Iterable[Optimizer], fast: set[int], slow: set[int]) -> float | None:
+    """Largest rate of a slow parameter over the smallest rate of a fast one, as the optimizers stand now.
+
+    Args:
+        optimizers: Torch optimizers.
+        fast: ``id`` of each prototype parameter.
+        slow: ``id`` of each encoder parameter.
+
+    Returns:
+        rho; None where either side is not optimised at all, infinity where prototypes have rate zero.
+    """
+    slowest_fast, fastest_slow = math.inf, -math.inf
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        members = {id(parameter) for parameter in group["params"]}
+        if members & fast:
+            slowest_fast = min(slowest_fast, float(group["lr"]))
+        if members & slow:
+            fastest_slow = max(fastest_slow, float(group["lr"]))
+    if slowest_fast == math.inf or fastest_slow == -math.inf:
+        return None
+    if slowest_fast == 0:
+        # A warm-up that starts both at zero moves neither.
+        return 0.0 if fastest_slow == 0 else math.inf
+    return fastest_slow / slowest_fast
+
+
+def parameter_ids(parameters: Iterable[nn.Parameter]) -> set[int]:
+    """``id`` of each parameter, for :func:`live_ratio`."""
+    return {id(parameter) for parameter in parameters}
+
+
+def check_schedule(schedule: str, warmup_steps: int) -> None:
+    """Raise a ValueError unless the schedule is known and the warm-up not negative."""
+    if schedule not in get_args(LRSchedule):
+        raise ValueError(f"lr_schedule must be one of {get_args(LRSchedule)}; got {schedule!r}.")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be >= 0; got {warmup_steps}.")
+
+
+def lr_factor(schedule: LRSchedule, step: int, total_steps: float, warmup_steps: int = 0) -> float:
+    """Factor in [0, 1] for optimizer step ``step`` (from 0) of ``total_steps``.
+
+    Args:
+        schedule: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to zero after the warm-up.
+        step: Steps taken so far.
+        total_steps: Steps of the whole run; infinite is fine for a constant schedule.
+        warmup_steps: Steps of linear increase at the start.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    if not math.isfinite(total_steps):
+        raise ValueError(
+            f"lr_schedule={schedule!r} needs a run of known length. Set max_epochs or max_steps, or use 'constant'."
+        )
+    progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def run_length(trainer: pl.Trainer, per: Literal["epoch", "step"]) -> float:
+    """Epochs or optimizer steps of a run, as far as its limits tell; infinite where they do not.
+
+    Under manual optimization a module may accumulate gradients itself: its ``accumulate_grad_batches`` counts, if any.
+    """
+    module = trainer.lightning_module
+    window = trainer.accumulate_grad_batches
+    if not module.automatic_optimization:
+        window = int(getattr(module, "accumulate_grad_batches", 1))
+    batches = trainer.num_training_batches
+    steps = math.ceil(batches / window) if math.isfinite(batches) else math.inf
+    epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
+    if per == "step":
+        return float(min(epochs * steps, limit))
+    whole = math.ceil(limit / steps) if math.isfinite(limit) and math.isfinite(steps) else math.inf
+    return float(min(epochs, whole))

@@ -1,0 +1,80 @@
+"""Checkpoints that are none, and settings that two manual optimizers cannot follow: one line each, with the way out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddcl_lightning.cli.commands import main
+from tests.test_cli import fails
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+FIT = ["fit", "--config", "digits", *QUIET, *SHORT]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a good one, and what may be taken for one."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    main([*FIT, f"--trainer.default_root_dir={folder}", "--summary.enabled=false"])
+    whole = next(folder.rglob("*.ckpt"))
+    good = torch.load(whole, weights_only=True)
+    (folder / "torn.ckpt").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (folder / "empty.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "foreign.ckpt")
+    torch.save(torch.nn.Linear(2, 2), folder / "pickled.ckpt")
+    torch.save({**good, "state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
+    torch.save({name: value for name, value in good.items() if name != "optimizer_states"}, folder / "weights.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "explain"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nowhere", "there is none at"),
+        ("torn", "cannot be read as one: it is torn"),
+        ("empty", "cannot be read as one"),
+        ("foreign", "holds no 'pytorch-lightning_version'"),
+        ("pickled", "holds Python objects, which run code when they are loaded"),
+        ("other", "of another one"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(
+    command: str, name: str, expected: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUIET, "--config", "digits", "--ckpt_path", str(checkpoints / f"{name}.ckpt")]
+    line = fails(capsys, command, *words)
+    assert expected in line
+    if name != "other":
+        assert f"{name}.ckpt" in line
+        assert "Beside it lies" in line
+
+
+def test_weights_alone_are_refused_where_training_is_to_go_on(
+    checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "'optimizer_states'" in fails(capsys, *FIT, "--ckpt_path", str(checkpoints / "weights.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("gradient_clip_val=1.0", "use --model.gradient_clip_val."),
+        ("accumulate_grad_batches=2", "use --model.accumulate_grad_batches."),
+        ("accelerator=tpu", "use --trainer.accelerator auto, or cpu."),
+        ("limit_train_batches=2.5", "invalid value 2.5 for limit_train_batches"),
+        ("val_check_interval=1000", "must be less than or equal to the number of the training batches"),
+        ("strategy=deepspeed", "DeepSpeed"),
+    ],
+)
+def test_settings_of_the_trainer_that_cannot_work_are_refused_with_the_remedy(
+    setting: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in fails(capsys, *FIT, f"--trainer.{setting}")

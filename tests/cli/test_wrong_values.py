@@ -1,0 +1,170 @@
+"""Values and files that cannot be used: the first line names the key, what it must be, and what it got."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddcl_lightning.cli.commands import main
+from ddcl_lightning.cli.config_files import check_config
+from ddcl_lightning.datamodules import CIFAR10DataModule, DebrisDataModule, MNISTDataModule, TextDataModule
+from ddcl_lightning.recipes import recipe_paths
+from ddcl_lightning.cli.wrong_values import wrong_value
+from tests.tiny_data import idx_folder, jpeg_file
+
+ANNEALING = "{class_path: ddcl_lightning.callbacks.TemperatureAnnealing, init_args: {start: abc}}"
+WORDS = {
+    "--trainer.max_epochs=ten": "trainer.max_epochs must be an integer or null; got ten.",
+    "--trainer.max_epochs=2.5": "trainer.max_epochs must be an integer or null; got 2.5.",
+    "--trainer.max_epochs=[1]": "trainer.max_epochs must be an integer or null; got [1].",
+    "--trainer.max_epochs=": "trainer.max_epochs must be an integer or null; got nothing.",
+    "--model.rho=much": "model.rho must be a number; got much.",
+    "--model.accumulate_grad_batches=2.5": "model.accumulate_grad_batches must be an integer; got 2.5.",
+    "--model.allow_unstable=maybe": "model.allow_unstable must be true or false; got maybe.",
+    "--model.gradient_clip_val=x": "model.gradient_clip_val must be a number or null; got x.",
+    "--model.lr_schedule=fast": "model.lr_schedule must be one of 'constant', 'linear', 'cosine'; got fast.",
+    "--model.prototype_optimizer_args=3": "model.prototype_optimizer_args must be a mapping or null; got 3.",
+    "--model.head=[1]": "model.head must be the name of a Head; got [1].",
+    "--model.head.num_prototypes=2.5": "model.head.init_args.num_prototypes must be an integer; got 2.5",
+    "--model.task.num_classes=x": "model.task.init_args.num_classes must be an integer or null; got x",
+    "--data.batch_size=x": "data.init_args.batch_size must be an integer; got x",
+    "--predictions.columns=3": "predictions.columns must be a list or null; got 3.",
+    "--seed_everything=abc": "seed_everything must be true or false or an integer; got abc.",
+    f"--trainer.callbacks=[{ANNEALING}]": "trainer.callbacks.init_args.start must be a number or a list; got abc",
+}
+
+
+def first_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *words])
+    assert stop.value.code == 2
+    return next(line[7:] for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_of_the_wrong_type(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert first_line(capsys, "--config", "digits", word).startswith(WORDS[word])
+
+
+def test_a_value_of_the_wrong_type_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = recipe_paths()["digits"].read_text()
+    for key, value, message in (
+        ("num_prototypes", "many", "model.head.init_args.num_prototypes must be an integer; got many"),
+        ("start", "[a]", "trainer.callbacks.init_args.start must be "),
+        ("max_epochs", "ten", "trainer.max_epochs must be an integer or null; got ten."),
+    ):
+        (tmp_path / "a.yaml").write_text(re.sub(rf"\b{key}: [^,}}\n]+", f"{key}: {value}", text), encoding="utf-8")
+        assert first_line(capsys, "--config", str(tmp_path / "a.yaml")).startswith(message)
+
+
+def test_other_messages_are_left_alone() -> None:
+    assert wrong_value("nothing of the kind") is None
+    assert wrong_value('Parser key "a":\n  something else') is None
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "latin-1": ("a: é".encode("latin-1"), "must be in UTF-8; byte 3 is not"),
+    "UTF-16": ("a: b".encode("utf-16"), "must be in UTF-8; byte 0 is not"),
+    "empty": (b"", "must hold settings by name, such as 'model:'; got 'nothing'"),
+    "list": (b"- a", "must hold settings by name"),
+    "text": (b"hello", "must hold settings by name"),
+    "tabs": (b"a:\n\tb: 1", r"must be YAML; .* in line 2. Indent by spaces, not tabs"),
+    "unclosed": (b"a: {b: [", "must be YAML; .* in line 1"),
+    "control character": (b"a: \x00", "must be YAML; unacceptable character"),
+    "key twice": (b"a: 1\nb: 2\na: 3", "must give every key once; 'a' is in lines 1 and 3"),
+    "inner key twice": (b"a:\n  - {b: 1, b: 2}", "must give every key once; 'b' is in lines 2 and 2"),
+    "deep": (b"a: " + b"[" * 5000, "must not be nested so deeply"),
+    "itself": (b"a: &x [*x]", "must not contain itself"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_no_config(name: str, tmp_path: Path) -> None:
+    content, message = FILES[name]
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        check_config(tmp_path / "a.yaml")
+
+
+def test_a_folder_is_no_config_and_a_byte_order_mark_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "must be a file that you may read" in first_line(capsys, "--config", str(tmp_path))
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfa: &x {b: 1}\nc: *x\n")
+    check_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(recipe_paths()))
+def test_recipes_are_configs(name: str) -> None:
+    check_config(recipe_paths()[name])
+
+
+def changed(folder: Path, **arrays: Any) -> Path:
+    with np.load(jpeg_file(folder / "a.npz")) as file:
+        held = {**file, **arrays}
+    np.savez(folder / "b.npz", **held)
+    return folder / "b.npz"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full(60, 99), r"labels must be numbers of classes in \[0, 10\), or -1 for unlabelled; row 0 has 99"),
+        (np.full(60, -7), "row 0 has -7"),
+        (np.full(60, np.nan), "y_train of .* must be whole numbers"),
+        (np.full(60, 2.5), "y_train of .* must be whole numbers"),
+        (np.full(60, "cat"), "y_train of .* must be whole numbers"),
+        (np.full(60, True), "y_train of .* must be whole numbers"),
+    ],
+    ids=str,
+)
+def test_labels_of_an_npz_file(labels: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        CIFAR10DataModule(changed(tmp_path, y_train=labels)).setup()
+
+
+def test_labels_of_an_idx_file(tmp_path: Path) -> None:
+    import gzip
+
+    file = idx_folder(tmp_path / "idx") / "t10k-labels-idx1-ubyte.gz"
+    data = bytearray(gzip.decompress(file.read_bytes()))
+    data[-1] = 77
+    file.write_bytes(gzip.compress(bytes(data)))
+    with pytest.raises(ValueError, match="row 79 has 77"):
+        MNISTDataModule(file.parent).setup()
+
+
+TABLES: dict[str, tuple[str, bytes]] = {
+    "latin-1": ("a.csv", "text,label\né,1\n".encode("latin-1")),
+    "deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "empty": ("a.csv", b""),
+    "header alone": ("a.csv", b"text,label\n"),
+    "torn": ("a.csv.gz", b"\x1f\x8b\x08\x00torn"),
+    "no gzip": ("a.jsonl.gz", b"plain"),
+    "no column": ("a.csv", b"words,label\na,1\n"),
+    "number": ("a.jsonl", b'{"text": 3, "label": 1}'),
+    "label": ("a.jsonl", b'{"text": "a", "label": 1.5}'),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_cannot_be_used_is_one_sentence(name: str, tmp_path: Path) -> None:
+    file, content = TABLES[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"must|row 1|labels") as error:
+        TextDataModule(tmp_path / file).setup()
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="catalogue must"):
+        DebrisDataModule(catalogue=tmp_path / file).setup()
+
+
+def test_torn_archives(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.arange(9))
+    for content in (buffer.getvalue()[:40], b"", b"plain"):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"path must be an \.npz file with"):
+            CIFAR10DataModule(tmp_path / "a.npz").setup()

@@ -1,0 +1,106 @@
+"""Figures can be drawn of any bank, and say what they show. (What they look like was looked at by a person.)"""
+
+import io
+import math
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ddcl_lightning.monitoring.plots import MAX_LABELS, MAX_POINTS, draw_bank, draw_history, draw_usage
+from ddcl_lightning.functional import assignment_statistics
+
+
+def render(figure: Figure) -> str:
+    """All text of a figure, after it was really drawn."""
+    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    words = []
+    for axis in figure.axes:
+        words += [axis.get_title("left"), axis.get_xlabel(), axis.get_ylabel()]
+        words += [text.get_text() for text in axis.texts]
+        legend = axis.get_legend()
+        words += [text.get_text() for text in legend.get_texts()] if legend else []
+    return "\n".join(words).replace("\n", " ")
+
+
+def points(n: int, **changes: float) -> list[dict[str, float]]:
+    reading = {
+        "delta_min": 1.0,
+        "delta_mean": 2.0,
+        "embedding_scale": 3.0,
+        "entropy_ratio": 0.5,
+        "used_in_batch": 0.75,
+        "temperature_ratio": 0.1,
+    }
+    return [{"step": 10.0 * i, **reading, **changes} for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 5, 500])
+def test_history(n: int) -> None:
+    text = render(draw_history(points(n), "head.bank"))
+    for phrase in ("Health of head.bank", "T / T_c", "H / ln K", "optimizer step", "above: the bank collapses"):
+        assert phrase in text
+    assert "undefined" not in text
+
+
+def test_history_shows_a_single_reading() -> None:
+    for axis in draw_history(points(1), "bank").axes:
+        assert axis.lines[0].get_marker() == "o"  # a line through one point is invisible
+
+
+def test_history_of_one_prototype_says_what_is_undefined() -> None:
+    nothing = points(30, delta_min=math.inf, delta_mean=math.nan, entropy_ratio=math.nan, temperature_ratio=math.inf)
+    assert render(draw_history(nothing, "bank")).count("(undefined here)") == 4
+
+
+@pytest.mark.parametrize("dim", [1, 2, 16])
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_bank(size: int, dim: int) -> None:
+    tokens, prototypes = torch.randn(300, dim), torch.randn(size, dim)
+    text = render(draw_bank(tokens, prototypes, "head.bank"))
+    assert f"head.bank: K = {size} prototypes over 300 tokens" in text
+    assert ("(both: 100% of the variance)" in text) == (dim <= 2)
+    if size <= MAX_LABELS:
+        assert str(size - 1) in text
+
+
+def test_bank_marks_prototypes_that_no_token_is_near() -> None:
+    tokens, prototypes = torch.randn(50, 4), torch.randn(6, 4)
+    prototypes[4:] += 100
+    assert "nearest to none of these tokens" in render(draw_bank(tokens, prototypes, "bank"))
+    assert "nearest to none" not in render(draw_bank(tokens, tokens[:3], "bank"))
+
+
+@pytest.mark.parametrize("tokens", [torch.randn(1, 3), torch.ones(9, 3), torch.randn(MAX_POINTS + 500, 3)])
+def test_bank_over_few_equal_or_many_tokens(tokens: Tensor) -> None:
+    assert f"over {min(len(tokens), MAX_POINTS)} tokens" in render(draw_bank(tokens, torch.randn(2, 3), "bank"))
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_usage(size: int) -> None:
+    tokens, prototypes = torch.randn(500, 4), torch.randn(size, 4)
+    prototypes[3:5] += 100  # dead
+    use = assignment_statistics(tokens, prototypes, 0.5)
+    text = render(draw_usage(use.counts, use.mass, "head.bank"))
+    used = int((use.counts > 0).sum())
+    shares = use.counts[use.counts > 0] / 500
+    perplexity = float((-(shares * shares.log()).sum()).exp())
+    assert f"head.bank: {used} of {size} prototypes used, perplexity {perplexity:.1f}" in text
+    assert used < size or size == 1
+
+
+def test_usage_of_hard_codes() -> None:
+    figure = draw_usage(torch.tensor([1, 5, 0]), None, "book", noun="code", tokens="the validation tokens")
+    text = render(figure)
+    assert "book: 2 of 3 codes used" in text
+    assert "share of the validation tokens" in text
+    assert "soft" not in text
+
+
+def test_usage_is_sorted() -> None:
+    axis = draw_usage(torch.tensor([1, 5, 2]), torch.tensor([0.2, 0.5, 0.3]), "bank").axes[0]
+    assert [bar.get_height() for bar in axis.patches] == [0.625, 0.25, 0.125]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "0"]
+    soft = next(line for line in axis.lines if len(line.get_xdata()) == 3)
+    assert list(soft.get_ydata()) == pytest.approx([0.5, 0.3, 0.2])

@@ -1,0 +1,203 @@
+"""Every number that a public constructor takes, given wrongly: one sentence that names it, never acceptance."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+
+import ddcl_lightning
+from ddcl_lightning import (
+    Clustering,
+    ConvDecoder,
+    DDCLReadout,
+    DDCLReadoutModule,
+    IdentityBackbone,
+    PrototypeBank,
+    backbones,
+    callbacks,
+    datamodules,
+    decoders,
+    heads,
+    tasks,
+)
+from ddcl_lightning._utils.arguments import conform, typed
+from ddcl_lightning.integrations import vector_quantize
+
+BANK = PrototypeBank(4, 2)
+# What a class needs besides its defaults.
+NEEDED: dict[str, dict[str, Any]] = {
+    "AttentionPooling": {},
+    "Classification": {"num_classes": 3},
+    "ClassificationAndClustering": {"num_classes": 3},
+    "ClusteringMetrics": {"num_clusters": 4, "num_classes": 3},
+    "CodebookMetrics": {"num_codes": 4},
+    "ConvBackbone": {"in_channels": 1, "embed_dim": 4},
+    "ConvDecoder": {"out_channels": 1},
+    "DDCLAttention": {"embed_dim": 4, "num_prototypes": 3},
+    "DDCLFeedForward": {"dim": 4, "num_prototypes": 3},
+    "DDCLReadout": {"num_prototypes": 3},
+    "DDCLReadoutModule": {
+        "backbone": IdentityBackbone(4),
+        "head": DDCLReadout(4, embedding_scale="none"),
+        "task": Clustering(4),
+    },
+    "EmbeddingScale": {"dim": 4},
+    "GatedPrototypes": {"dim": 4, "num_prototypes": 3},
+    "HierarchicalReadout": {"num_prototypes": [6, 3]},
+    "IdentityBackbone": {"in_features": 4},
+    "ImageFolderDataModule": {"path": "images"},
+    "LibraryVQ": {"quantizer": "VectorQuantize", "quantizer_args": {"codebook_size": 4}},
+    "PatchBackbone": {"patch_size": 2},
+    "PCABackbone": {"in_features": 4, "num_components": 2},
+    "PrototypeBank": {"num_prototypes": 4, "dim": 2},
+    "PrototypeNorm": {"dim": 4, "num_prototypes": 3},
+    "Reconstruction": {"decoder": ConvDecoder(1)},
+    "SequenceDecoder": {"out_dim": 3},
+    "SerialPrototypes": {"dim": 4, "num_prototypes": 3},
+    "SoftVQ": {"num_codes": 4},
+    "SoftVectorQuantizer": {"dim": 4, "num_codes": 4},
+    "TextDataModule": {"path": "a.csv"},
+    "TimmBackbone": {"model": "test_vit", "pretrained": False},
+    "TokenNormalized": {"params": [BANK.prototypes]},
+    "TransformersBackbone": {"model": "bert"},
+    "VQPooling": {"num_codes": 4},
+}
+# Estimators check in fit, as scikit-learn wants it (tests/test_estimator.py); these take no number of the user's.
+LEFT_OUT = {"DDCLClustering", "PrototypePooling", "TransformersBackbone"}
+# Where -1 means something.
+NEGATIVE = {("TransformersBackbone", "layer")}
+
+
+def public_classes() -> dict[str, type]:
+    namespaces = (ddcl_lightning, backbones, callbacks, datamodules, decoders, heads, tasks, vector_quantize)
+    found = {name: getattr(space, name) for space in namespaces for name in getattr(space, "__all__", dir(space))}
+    return {
+        name: kind
+        for name, kind in sorted(found.items())
+        if inspect.isclass(kind)
+        and kind.__module__.startswith("ddcl_lightning")
+        and not any(getattr(value, "__isabstractmethod__", False) for value in map(vars(kind).get, vars(kind)))
+        and not getattr(getattr(kind, "load", None), "__isabstractmethod__", False)  # of a base of data modules
+        and not inspect.isabstract(kind)
+        and not issubclass(kind, (tuple, BaseException))
+        and not hasattr(kind, "__dataclass_fields__")
+        and name not in LEFT_OUT
+    }
+
+
+def kinds(hint: Any) -> list[Any]:
+    """Members of a union."""
+    return (
+        [part for inner in get_args(hint) for part in kinds(inner)]
+        if type(None) in get_args(hint)
+        or (get_origin(hint) is not None and str(get_origin(hint)) in ("typing.Union", "<class 'types.UnionType'>"))
+        else [hint]
+    )
+
+
+def wrong_values(kind: str, name: str, hint: Any) -> list[Any]:
+    accepted = kinds(hint)
+    values: list[Any] = ["3", math.nan, math.inf, -math.inf, [1], np.float32("nan"), torch.tensor(math.nan)]
+    if any(get_origin(part) in (list, tuple) for part in accepted):
+        values.remove([1])
+    if bool not in accepted:
+        values.append(True)
+    if float not in accepted:
+        values += [2.5, 3.0, np.float64(2.5)]
+    if type(None) not in accepted:
+        values.append(None)
+    if (kind, name) not in NEGATIVE:
+        values += [-1, np.int64(-1)]
+    return values
+
+
+CASES = [
+    (kind, name, value)
+    for kind, found in public_classes().items()
+    for name, hint in get_type_hints(inspect.unwrap(found.__init__)).items()
+    if {int, float} & set(kinds(hint))
+    for value in wrong_values(kind, name, hint)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), sorted({(kind, name) for kind, name, _ in CASES}))
+def test_a_wrong_number_is_refused_by_name(kind: str, name: str) -> None:
+    found = public_classes()[kind]
+    for value in (value for k, n, value in CASES if (k, n) == (kind, name)):
+        with pytest.raises((ValueError, TypeError)) as error:
+            found(**{**NEEDED.get(kind, {}), name: value})
+        assert name in str(error.value), f"{kind}({name}={value!r}): {error.value}"
+
+
+def test_every_public_class_is_tried() -> None:
+    assert len(public_classes()) > 50
+    for name, kind in public_classes().items():
+        if not issubclass(kind, LightningDataModule):
+            continue
+        assert (name, "batch_size") in {(kind, argument) for kind, argument, _ in CASES}
+
+
+@typed
+def example(
+    count: int = 1,
+    share: float = 0.5,
+    flag: bool = False,
+    sizes: list[int] | None = None,
+    pair: tuple[int, int] = (1, 1),
+    name: str = "a",
+    call: Callable[[], int] | None = None,
+    module: torch.nn.Module | None = None,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+def test_scalars_of_numpy_become_plain() -> None:
+    found = example(np.int32(3), np.float32(0.25), np.bool_(True), np.array([1, 2]), [np.int8(1), 2])
+    assert {name: type(value) for name, value in found.items() if name in ("count", "share", "flag")} == {
+        "count": int,
+        "share": float,
+        "flag": bool,
+    }
+    assert (found["count"], found["share"], found["sizes"], found["pair"]) == (3, 0.25, [1, 2], [1, 2])
+    assert type(found["pair"][0]) is int
+    assert type(example(share=1)["share"]) is int  # as it was given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": 2.5}, "count must be an integer; got 2.5. Round it."),
+        ({"count": "3"}, "count must be an integer; got '3'. Leave out the quotes."),
+        ({"count": True}, "count must be an integer; got True. Pass the number that you mean."),
+        ({"count": None}, "count must be an integer; got None. Leave it out for the default."),
+        ({"share": "x"}, "share must be a finite number; got 'x'. Pass a number."),
+        ({"share": math.nan}, "share must be a finite number; got nan."),
+        ({"flag": "yes"}, "flag must be True or False; got 'yes'."),
+        ({"flag": 1}, "flag must be True or False; got 1."),
+        ({"sizes": "3"}, "sizes must be a list of integers or None; got '3'. Put it in a list."),
+        ({"sizes": [1, 2.5]}, "sizes must be a list of integers or None; got [1, 2.5]."),
+        ({"pair": [1, 2, 3]}, "pair must be a list of 2 integers; got [1, 2, 3]."),
+        ({"name": 3}, "name must be a string; got 3."),
+        ({"module": "relu"}, "module must be a Module or None; got 'relu'."),
+    ],
+)
+def test_each_kind_in_its_own_words(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        example(**given)
+    assert str(error.value) == message
+
+
+def test_what_cannot_be_judged_passes() -> None:
+    assert conform("x", "y", Any) == "y"
+    assert example(call=print)["call"] is print
+    assert inspect.signature(example).parameters["count"].annotation is int
+
+
+def test_hyperparameters_stay_plain_data() -> None:
+    module = DDCLReadoutModule(IdentityBackbone(4), DDCLReadout(4), Clustering(4), lr_prototypes=np.float64(0.1))
+    assert type(module.hparams["lr_prototypes"]) is float
