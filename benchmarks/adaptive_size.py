@@ -30,7 +30,12 @@ from ddcl_lightning.backbones import PCABackbone
 from ddcl_lightning.callbacks import AdaptiveBankSize, CollapseWarning, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
 from ddcl_lightning.heads import DDCLReadout
-from ddcl_lightning.metrics.clustering import adjusted_rand_index, count_matrix, hungarian_accuracy, normalized_mutual_info
+from ddcl_lightning.metrics.clustering_metrics import (
+    adjusted_rand_index,
+    count_matrix,
+    hungarian_accuracy,
+    normalized_mutual_info,
+)
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.tasks import Clustering
 

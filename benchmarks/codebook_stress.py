@@ -33,11 +33,11 @@ from ddcl_lightning import (
     SoftVectorQuantizer,
     TokenNormalized,
 )
-from ddcl_lightning.metrics.codebook import codebook_counts
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ, VQPooling
 from ddcl_lightning.integrations.vector_quantize import LibraryVQ
-from ddcl_lightning.metrics.clustering import perplexity, usage
+from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
+from ddcl_lightning.metrics.codebook_metrics import codebook_counts
 
 SEEDS = (0, 1, 2)
 DIM, RATE, EPOCHS = 16, 2e-3, 10

@@ -29,9 +29,14 @@ from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, T
 from ddcl_lightning.datamodules import DebrisDataModule
 from ddcl_lightning.functional import separation
 from ddcl_lightning.heads import DDCLReadout
-from ddcl_lightning.metrics.clustering import adjusted_rand_index, count_matrix, hungarian_accuracy, normalized_mutual_info
+from ddcl_lightning.metrics.clustering_metrics import (
+    adjusted_rand_index,
+    count_matrix,
+    hungarian_accuracy,
+    normalized_mutual_info,
+)
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks import Clustering
 
 CATALOGUE = ROOT.parent / "shared" / "data" / "orbital_catalog_2017-04_16k.csv.gz"

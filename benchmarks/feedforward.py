@@ -24,11 +24,12 @@ from _common import ROOT, load, options, plus_minus, save
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ddcl_lightning.adapters.distillation import distill_feedforward
+from ddcl_lightning.adapters.feedforward import DDCLFeedForward, ridge_regression
+from ddcl_lightning.adapters.replacement import replace_feedforward
 from ddcl_lightning.backbones import TransformersBackbone
 from ddcl_lightning.datamodules import SST2DataModule
 from ddcl_lightning.metrics.probing import linear_probe
-from ddcl_lightning.adapters.feedforward import DDCLFeedForward, ridge_regression
-from ddcl_lightning.adapters.replacement import distill_feedforward, replace_feedforward
 
 SEEDS = (0, 1, 2)
 PHRASES, PROBE, STEPS, BATCH_TOKENS = 3000, 4000, 500, 256

@@ -32,17 +32,17 @@ from torch.nn.functional import normalize, pad
 from torch.utils.data import DataLoader
 
 from ddcl_lightning import Clustering, DDCLReadoutModule, Decomposition, IdentityBackbone, find_banks
-from ddcl_lightning.backbones import PatchBackbone, TransformersBackbone
 from ddcl_lightning._utils.batch import labels
+from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.backbones import PatchBackbone, TransformersBackbone
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.datamodules import DigitsDataModule
-from ddcl_lightning.metrics.probing import clustering_scores, collect_readouts, kmeans_scores
 from ddcl_lightning.functional import critical_temperature, decompose
 from ddcl_lightning.heads import HierarchicalReadout
 from ddcl_lightning.heads.pooling import mean_token
+from ddcl_lightning.metrics.probing import clustering_scores, collect_readouts, kmeans_scores
 from ddcl_lightning.monitoring.recording import Observation
-from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.monitoring.signals import read_signals
 
 SEEDS = (0, 1, 2, 3, 4)

@@ -29,8 +29,8 @@ from _common import options, peak_mib, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.functional import critical_temperature
+from ddcl_lightning.nn.bank import PrototypeBank
 
 DIM = 64
 SIZES = tuple(itertools.product((4096, 32768), (64, 1024)))

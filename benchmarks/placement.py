@@ -47,9 +47,9 @@ from ddcl_lightning import (
     quantization_loss,
     two_timescale_groups,
 )
+from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
-from ddcl_lightning.adapters.insertion import PlacedPrototypes
 from ddcl_lightning.monitoring.recording import BankProbe, Observation
 
 SEEDS = tuple(range(5))

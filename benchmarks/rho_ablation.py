@@ -35,10 +35,11 @@ from ddcl_lightning.callbacks import CollapseWarning, DecompositionCheck, KMeans
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.functional import separation
 from ddcl_lightning.heads import DDCLReadout
-from ddcl_lightning.metrics.clustering import count_matrix, hungarian_accuracy, normalized_mutual_info
+from ddcl_lightning.metrics.clustering_metrics import count_matrix, hungarian_accuracy, normalized_mutual_info
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, find_banks
+from ddcl_lightning.monitoring.recording import BankProbe, Observation
 from ddcl_lightning.monitoring.signals import read_signals
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks import Clustering
 
 Case = tuple[str, float, int]  # embedding scale, rho, seed

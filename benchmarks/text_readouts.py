@@ -32,7 +32,6 @@ from ddcl_lightning.backbones import TransformersBackbone
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import IMDBDataModule, NewsgroupsDataModule, SST2DataModule
 from ddcl_lightning.datamodules.text import TextDataModule
-from ddcl_lightning.metrics.probing import Readouts, clustering_scores, collect_readouts, kmeans_scores, linear_probe
 from ddcl_lightning.heads import (
     AttentionPooling,
     CLSPooling,
@@ -43,6 +42,7 @@ from ddcl_lightning.heads import (
     SlotAttentionPooling,
     VQPooling,
 )
+from ddcl_lightning.metrics.probing import Readouts, clustering_scores, collect_readouts, kmeans_scores, linear_probe
 
 BUDGET = 25_600  # parameters of a head: what eight banks of sixteen prototypes take with their projections of 384 to 8
 # Rates of heads, prototypes and classifier, as the module's defaults couple them; a projection before prototypes steps

@@ -7,9 +7,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning._utils.distributed import gather_objects
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, require_banks
+from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import require_banks
 
 
 def log_name(bank_name: str, signal: str) -> str:

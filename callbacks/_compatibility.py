@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 
 from ddcl_lightning._utils import compat
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.optim.optimizers import TokenNormalized
+from ddcl_lightning.optim.token_normalized import TokenNormalized
 from ddcl_lightning.optim.two_timescale import run_length
 
 if TYPE_CHECKING:

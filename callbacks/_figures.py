@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.callbacks._base import starts_anew
 from ddcl_lightning._utils.distributed import gather_objects, report
 from ddcl_lightning._utils.files import whole_file
 from ddcl_lightning._utils.modes import evaluating
+from ddcl_lightning.callbacks._base import starts_anew
 
 MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
 

@@ -9,16 +9,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.callbacks._base import BankCallback, log_name, starts_anew
-from ddcl_lightning.monitoring.token_sampling import collect_tokens
 from ddcl_lightning._utils.compat import rebuild_ddp
 from ddcl_lightning._utils.distributed import from_first_process
-from ddcl_lightning.heads.base import Head
-from ddcl_lightning.monitoring.recording import require_banks
-from ddcl_lightning.optim.two_timescale import run_length
-from ddcl_lightning.optim.resizing import Resize, SizeRules, plan_resize, resize_bank
 from ddcl_lightning._utils.seeding import resolve_seed
+from ddcl_lightning.callbacks._base import BankCallback, log_name, starts_anew
+from ddcl_lightning.heads.base import Head
+from ddcl_lightning.monitoring.token_sampling import collect_tokens
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import require_banks
+from ddcl_lightning.optim.resizing import Resize, SizeRules, plan_resize, resize_bank
+from ddcl_lightning.optim.two_timescale import run_length
 
 
 class AdaptiveBankSize(Callback):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import labels
-from ddcl_lightning.datamodules._origin import check_names, listing, writable
 from ddcl_lightning._utils.distributed import from_first_process, gather_objects
 from ddcl_lightning._utils.files import refuse_input, whole_file
+from ddcl_lightning.datamodules._origin import check_names, listing, writable
 
 
 class AssignmentWriter(BasePredictionWriter):

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.distributed import broadcast_object
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.monitoring.history import TREND_READINGS, HeadHistory, PrototypeUse, trend
-from ddcl_lightning._utils.distributed import broadcast_object
 from ddcl_lightning.monitoring.recording import Observation, over_processes
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.callbacks._base import BankCallback, log_name
 from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning.callbacks._base import BankCallback, log_name
 from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.monitoring.recording import Observation
 

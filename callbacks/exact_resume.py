@@ -9,9 +9,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning._utils import compat
-from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.random_state import random_states, set_random_states
+from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
 
 
 class ExactResume(Callback):

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.callbacks._base import starts_anew
-from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
 from ddcl_lightning._utils.compat import to_device, train_batches
 from ddcl_lightning._utils.distributed import gather_objects, on_every_process, report
+from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.callbacks._base import starts_anew
+from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
+from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.metrics.evaluation_pass import flat_loaders
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
     ProbeScore,
@@ -27,12 +30,10 @@ from ddcl_lightning.metrics.probing import (
     kmeans_scores,
     linear_probe,
 )
-from ddcl_lightning.metrics.evaluation_pass import flat_loaders
-from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import Observation, find_banks
-from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.monitoring.recording import Observation
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
+from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 MAX_TOKENS = 65_536  # for the signals of the bank
 RECONSTRUCTION_METRICS = ("mse", "psnr", "ssim", "usage", "perplexity", "soft_perplexity")
@@ -89,7 +90,7 @@ class FitSummary(Callback):
         """Cluster the features of an encoder that is about to change."""
         if not self._applies(pl_module) or self._before is not None:
             return
-        assert isinstance(pl_module, DDCLReadoutModule)
+        assert isinstance(pl_module, ReadoutModule)
         if pl_module.parameter_groups()["encoder"]:
             found = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
             if found is not None:
@@ -99,7 +100,7 @@ class FitSummary(Callback):
         """Evaluate and print."""
         if not self._applies(pl_module):
             return
-        assert isinstance(pl_module, DDCLReadoutModule)
+        assert isinstance(pl_module, ReadoutModule)
         found = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
         train = self._evaluate(trainer, pl_module, [train_batches(trainer)]) if self.compare else None
         if found is None:
@@ -111,9 +112,9 @@ class FitSummary(Callback):
             print(self.table)
 
     def _applies(self, module: pl.LightningModule) -> bool:
-        return self.enabled and isinstance(module, DDCLReadoutModule)
+        return self.enabled and isinstance(module, ReadoutModule)
 
-    def _fill(self, trainer: pl.Trainer, module: DDCLReadoutModule, found: _Evaluation) -> str:
+    def _fill(self, trainer: pl.Trainer, module: ReadoutModule, found: _Evaluation) -> str:
         banks, now = list(find_banks(module.head).values()), found.readouts
         size = _num_clusters(module, now)  # codes of a head without a bank may be more
         for head in range(now.clusters.shape[1]):
@@ -150,11 +151,11 @@ class FitSummary(Callback):
             if score is not None:
                 self.probes[label] = score
 
-    def _kmeans(self, module: DDCLReadoutModule, now: Readouts, points: Tensor) -> dict[str, float]:
+    def _kmeans(self, module: ReadoutModule, now: Readouts, points: Tensor) -> dict[str, float]:
         return kmeans_scores(points, now.labels, _num_clusters(module, now), num_restarts=self.num_restarts)
 
     def _evaluate(
-        self, trainer: pl.Trainer, module: DDCLReadoutModule, loaders: list[Iterator[Batch]]
+        self, trainer: pl.Trainer, module: ReadoutModule, loaders: list[Iterator[Batch]]
     ) -> _Evaluation | None:
         """The pass of all processes over the loaders; None where one of them failed, so that none waits for another."""
         samples = {name: Reservoir(MAX_TOKENS) for name in find_banks(module.head)}
@@ -176,7 +177,7 @@ class FitSummary(Callback):
         readouts = [Readouts.cat(parts).in_order() for parts in zip(*gather_objects(part), strict=True)]
         return _Evaluation(Readouts.cat(readouts), tokens)
 
-    def _format(self, trainer: pl.Trainer, module: DDCLReadoutModule, signals: list[list[HeadSignals]]) -> str:
+    def _format(self, trainer: pl.Trainer, module: ReadoutModule, signals: list[list[HeadSignals]]) -> str:
         width = max(map(len, [*self.rows, *self.probes])) + 2
         titles = (f"{name.upper() if len(name) == 3 else name:>12}" for name in CLUSTERING_METRICS)
         lines = ["", " " * width + "".join(titles)]
@@ -221,7 +222,7 @@ class FitSummary(Callback):
         self._before = state_dict["before"]
 
 
-def _num_clusters(module: DDCLReadoutModule, now: Readouts) -> int:
+def _num_clusters(module: ReadoutModule, now: Readouts) -> int:
     """Prototypes of the last bank; for a head without one, the classes."""
     banks = list(find_banks(module.head).values())
     return banks[-1].num_prototypes if banks else max(1, int(now.labels.max()) + 1)

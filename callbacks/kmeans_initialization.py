@@ -7,13 +7,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning._utils.distributed import from_first_process
+from ddcl_lightning._utils.seeding import resolve_seed
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.token_sampling import calls_per_step, collect_tokens, execution_order
-from ddcl_lightning._utils.distributed import from_first_process
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import find_banks, require_banks
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
-from ddcl_lightning.monitoring.recording import find_banks, require_banks
-from ddcl_lightning._utils.seeding import resolve_seed
 
 
 class KMeansInitialization(Callback):

@@ -7,14 +7,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms
 from ddcl_lightning._utils.batch import Batch, inputs
 from ddcl_lightning.callbacks._base import head_name
 from ddcl_lightning.callbacks._figures import ValidationFigures
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
-from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, find_banks
+from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms
+from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 _Shown = tuple[Observation, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
 
@@ -44,7 +45,7 @@ class LevelFigures(ValidationFigures):
 
     def require(self, module: pl.LightningModule) -> None:
         """Only a DDCLReadoutModule says what its tokens are pieces of."""
-        if not isinstance(module, DDCLReadoutModule):
+        if not isinstance(module, ReadoutModule):
             raise ValueError(
                 f"LevelFigures needs a DDCLReadoutModule; got {type(module).__name__}. Remove the callback, or use "
                 "PrototypeFigures."
@@ -56,7 +57,7 @@ class LevelFigures(ValidationFigures):
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> dict[str, _Shown]:
         """What every bank sees of the batch, and the pieces that it is of."""
-        assert isinstance(module, DDCLReadoutModule)
+        assert isinstance(module, ReadoutModule)
         observations: dict[str, Observation] = {}
         with BankProbe(find_banks(module), observations.__setitem__):
             module(batch)

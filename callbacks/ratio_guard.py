@@ -8,9 +8,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import require_banks
+from ddcl_lightning.nn.discovery import require_banks
 from ddcl_lightning.optim.two_timescale import live_ratio, parameter_ids
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 
 class RatioGuard(Callback):
@@ -51,7 +51,7 @@ class RatioGuard(Callback):
         """Tell prototypes from encoder."""
         self._warned = False
         self._fast = parameter_ids(bank.prototypes for bank in require_banks(pl_module, "RatioGuard").values())
-        if isinstance(pl_module, DDCLReadoutModule):
+        if isinstance(pl_module, ReadoutModule):
             self._slow = pl_module.parameter_groups()["encoder"]
             return
         self._slow = [

@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms, draw_codebook_history, draw_images
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
-from ddcl_lightning.metrics.codebook import CodebookMetrics
 from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
+from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
+from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms, draw_codebook_history, draw_images
 from ddcl_lightning.monitoring.plots import draw_usage
-from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 from ddcl_lightning.tasks.reconstruction import Reconstruction
 
 CURVES = ("mse", "psnr", "usage", "perplexity")
@@ -62,7 +62,7 @@ class ReconstructionFigures(ValidationFigures):
     def require(self, module: pl.LightningModule) -> None:
         """Only a Reconstruction has images to show."""
         task = getattr(module, "task", None)
-        if not (isinstance(module, DDCLReadoutModule) and isinstance(task, Reconstruction)):
+        if not (isinstance(module, ReadoutModule) and isinstance(task, Reconstruction)):
             raise ValueError(
                 "ReconstructionFigures needs a DDCLReadoutModule whose task is Reconstruction; got "
                 f"{type(module).__name__} with task {type(task).__name__}. Remove the callback, or use "
@@ -75,7 +75,7 @@ class ReconstructionFigures(ValidationFigures):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the counts of the codes, over all processes, before the module logs and forgets them."""
-        assert isinstance(pl_module, DDCLReadoutModule)
+        assert isinstance(pl_module, ReadoutModule)
         metrics = pl_module.stage_metrics["val_metrics"].modules()
         found = next((metric for metric in metrics if isinstance(metric, CodebookMetrics)), None)
         self._counts = None if found is None else sum_over_processes(found.counts)
@@ -92,7 +92,7 @@ class ReconstructionFigures(ValidationFigures):
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> _Decoded:
         """Images and decoded codes of the batch, for a decoder of images."""
-        assert isinstance(module, DDCLReadoutModule)
+        assert isinstance(module, ReadoutModule)
         task, readout = module.task, module(batch)
         assert isinstance(task, Reconstruction)
         decoded, originals, _ = task.compared(readout, batch)

@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.callbacks._base import log_name, starts_anew
-from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
 from ddcl_lightning._utils.compat import averaged_copies
+from ddcl_lightning.callbacks._base import log_name, starts_anew
 from ddcl_lightning.functional import critical_temperature
-from ddcl_lightning.monitoring.recording import find_banks, require_banks
+from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import find_banks, require_banks
 from ddcl_lightning.optim.two_timescale import run_length
 
 Schedule = Literal["exponential", "linear", "cosine"]

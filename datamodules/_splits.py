@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.seeding import resolve_seed
 from ddcl_lightning.datamodules._loading import (
     Augment,
     Batch,
@@ -25,7 +26,6 @@ from ddcl_lightning.datamodules._loading import (
     even_batch_size,
 )
 from ddcl_lightning.datamodules._origin import Origin, check_names, writable
-from ddcl_lightning._utils.seeding import resolve_seed
 
 EvaluateOn = Literal["auto", "held_out", "train", "all"]
 Split = Literal["train", "val", "test"]

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation
-from ddcl_lightning.datamodules._optional import cache_folder, downloading, require, unavailable
 from ddcl_lightning.datamodules._images import ImageDataModule
+from ddcl_lightning.datamodules._optional import cache_folder, downloading, require, unavailable
 from ddcl_lightning.datamodules._splits import EvaluateOn
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._images import ImageFetch, JpegStore, PixelStore
+from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._splits import Loaded
 from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
 

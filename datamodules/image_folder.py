@@ -6,8 +6,8 @@ import torch
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation
-from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._images import FileStore, ImageDataModule, ImageFetch
+from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._origin import Origin
 from ddcl_lightning.datamodules._splits import SPLIT_NAMES, SPLITS, EvaluateOn, Loaded, Split, check_at_least
 

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +15,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddcl_lightning._utils import compat
-from ddcl_lightning.optim.added_groups import adopt_groups, release_restored
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning._utils.batch import Batch, index
-from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
 from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
-from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
+from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
+from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
+from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
+from ddcl_lightning.heads.base import Head
+from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
+from ddcl_lightning.metrics.stages import StageMetrics, check_new
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.guarded_state import require_finite
-from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.optim.optimizers import OptimizerSpec, TokenNormalized
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.optim.added_groups import adopt_groups, release_restored
+from ddcl_lightning.optim.factory import OptimizerSpec
+from ddcl_lightning.optim.token_normalized import TokenNormalized
 from ddcl_lightning.optim.two_timescale import (
     LRSchedule,
     check_ratio,
@@ -37,15 +39,14 @@ from ddcl_lightning.optim.two_timescale import (
     parameter_ids,
     run_length,
 )
-from ddcl_lightning.metrics.stages import StageMetrics, check_new
 from ddcl_lightning.tasks.base import Task
-from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class DDCLReadoutModule(pl.LightningModule):
+class DDCLReadoutModule(ReadoutModule):
     """Trains a backbone, a readout head and a task with two optimizers and one backward pass.
 
     The prototypes are the fast subsystem and the encoder the slow one (Theorem 1): ``rho`` is the ratio of their
@@ -63,7 +64,7 @@ class DDCLReadoutModule(pl.LightningModule):
         rho: ``lr_encoder / lr_prototypes`` in [0, 1); at most 0.1 is the rule of thumb. 0 freezes the encoder.
         lr_task: Rate of the task's parameters, > 0; by default ``lr_prototypes``.
         prototype_optimizer: ``"Adam"``, ``"SGD"``, any other class of ``torch.optim``, a dotted path to one, or
-            ``"TokenNormalized"`` (:class:`~ddcl_lightning.optim.optimizers.TokenNormalized`).
+            ``"TokenNormalized"`` (:class:`~ddcl_lightning.optim.token_normalized.TokenNormalized`).
         prototype_optimizer_args: Its arguments other than ``lr``. Prototypes get no weight decay unless it says so.
         encoder_optimizer: The same for encoder and task.
         encoder_optimizer_args: Its arguments other than ``lr``.
@@ -172,7 +173,7 @@ class DDCLReadoutModule(pl.LightningModule):
         """Lightning's, for files of others too: no pickle runs, and no module is imported because the file names it.
 
         Raises:
-            ValueError: If the hyperparameters name something that :mod:`ddcl_lightning.checkpoints.trust` does not let them name.
+            ValueError: If the hyperparameters name what :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
         """
         if weights_only:
             if isinstance(checkpoint_path, (str, Path)) and not is_keyword(checkpoint_path):
@@ -182,13 +183,7 @@ class DDCLReadoutModule(pl.LightningModule):
             check_hyper_parameters(cls, {k: v for k, v in stored.items() if k in known}, str(checkpoint_path))
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
-    # Forward ------------------------------------------------------------------------------------
-
-    def forward(self, batch: Batch) -> ReadoutOutput:
-        """The readout of a batch as the data loader yields it."""
-        tokens, mask = self.backbone(batch)
-        readout: ReadoutOutput = self.head(tokens, mask)
-        return replace(readout, inputs=tokens, mask=mask)
+    # Steps --------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One backward pass; every ``accumulate_grad_batches`` batches, one step of every optimizer."""
@@ -355,18 +350,9 @@ class DDCLReadoutModule(pl.LightningModule):
     # Optimizers ---------------------------------------------------------------------------------
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by role: ``prototypes``, ``encoder`` (they move what a bank sees) and ``task``."""
-        placed = [bank.prototypes for bank in find_banks(self.backbone).values()]  # inside of the network
-        prototypes = [*placed, *self.head.prototype_parameters()]
-        inside = parameter_ids(placed)
-        moving = [*(p for p in self.backbone.parameters() if id(p) not in inside), *self.head.embedding_parameters()]
-        fast = [p for p in prototypes if p.requires_grad]
-        slow = [p for p in moving if p.requires_grad and self.rho > 0]
-        known = parameter_ids([*prototypes, *moving])
-        rest = [
-            p for part in (self.head, self.task) for p in part.parameters() if p.requires_grad and id(p) not in known
-        ]
-        return {"prototypes": fast, "encoder": slow, "task": rest}
+        """Trainable parameters by role, see :class:`ReadoutModule`; without an encoder where ``rho`` is 0."""
+        groups = super().parameter_groups()
+        return groups if self.rho > 0 else {**groups, "encoder": []}
 
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimizer for the prototypes and one for encoder and task, where they have something to train."""

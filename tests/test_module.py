@@ -23,7 +23,7 @@ from ddcl_lightning import (
 )
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
-from ddcl_lightning.optim.optimizers import TokenNormalized
+from ddcl_lightning.optim.token_normalized import TokenNormalized
 from tests.tiny import Blobs, LinearBackbone, clustering_module, loader, quiet_trainer
 
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Reconstruction
-from ddcl_lightning.cli.commands import main
 from ddcl_lightning._utils.distributed import (
     CollectiveError,
     from_first_process,
@@ -18,6 +17,7 @@ from ddcl_lightning._utils.distributed import (
     on_every_process,
     report,
 )
+from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.recipes import recipe_paths
 from tests.equal_runs import CODES, SGD, ends, relative_differences

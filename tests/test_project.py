@@ -40,7 +40,7 @@ def test_every_file_of_a_package_that_is_no_code_is_shipped() -> None:
     for package in setup["packages"]:
         folder = folders.get(package, ROOT / package.replace(".", "/"))
         listed |= {path for pattern in setup["package-data"].get(package, []) for path in folder.glob(pattern)}
-        found |= {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
+        found |= {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
     assert sorted(found - listed) == []
 
 

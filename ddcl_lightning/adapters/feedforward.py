@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
+from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.functional._common import check_mask, zero_padding
+from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
 from ddcl_lightning.nn.initialization import initial_prototypes
-from ddcl_lightning.adapters.insertion import PlacedPrototypes
 
 DEFAULT_PROTOTYPE_DIM = 8
 CHUNK = 4096  # tokens that go through the layer at a time when it starts

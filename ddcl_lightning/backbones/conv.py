@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning._utils.batch import Batch, inputs, refuse_mask
+from ddcl_lightning.backbones.base import Backbone, Tokens
 
 
 class ConvBackbone(Backbone):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning._utils.batch import Batch, inputs, mask
+from ddcl_lightning.backbones.base import Backbone, Tokens
 
 
 def as_tokens(x: Tensor, in_features: int) -> Tensor:

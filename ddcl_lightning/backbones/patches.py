@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn.functional import unfold
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning._utils.batch import Batch, inputs, refuse_mask
+from ddcl_lightning.backbones.base import Backbone, Tokens
 
 
 class PatchBackbone(Backbone):

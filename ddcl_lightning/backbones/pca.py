@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.backbones.identity import as_tokens, masked_tokens
-from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, SHARE, GuardedState, Rules, running_dtype
 
 

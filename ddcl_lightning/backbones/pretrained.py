@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.distributed import gather_objects, is_first_process
+from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.backbones.feature_cache import SEGMENT_SAMPLES, CacheDtype, FeatureCache, Rows, weights_fingerprint
 
 Unfreeze = int | Literal["all"]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch, inputs, refuse_mask
 from ddcl_lightning.backbones._model_files import first_line, hub_unavailable, require, text_instead
 from ddcl_lightning.backbones.base import Tokens
-from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze
-from ddcl_lightning._utils.batch import Batch, inputs, refuse_mask
 from ddcl_lightning.backbones.feature_cache import CacheDtype, content_key
+from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze
 
 ImageTokens = Literal["all", "cls", "mean"]
 

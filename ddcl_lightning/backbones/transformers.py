@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.batch import Batch, inputs, mask, texts
 from ddcl_lightning.backbones._model_files import first_line
 from ddcl_lightning.backbones._transformers_loading import (
     load_encoder,
@@ -16,9 +17,8 @@ from ddcl_lightning.backbones._transformers_loading import (
     tokenizer_fingerprint,
 )
 from ddcl_lightning.backbones.base import Tokens
-from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze, gradient_reaches
-from ddcl_lightning._utils.batch import Batch, inputs, mask, texts
 from ddcl_lightning.backbones.feature_cache import CacheDtype, content_key
+from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze, gradient_reaches
 
 TextTokens = Literal["all", "cls", "last", "mean"]
 

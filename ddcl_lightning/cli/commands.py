@@ -17,16 +17,16 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.enums import StrEnum
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
+from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
-from ddcl_lightning.cli.errors import CHECKED, explain, is_refusal, lost_process, sentence, unwritable
+from ddcl_lightning.checkpoints.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
 from ddcl_lightning.cli.config_files import check_config
 from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
+from ddcl_lightning.cli.errors import CHECKED, explain, is_refusal, lost_process, sentence, unwritable
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
-from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
-from ddcl_lightning.checkpoints.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
 

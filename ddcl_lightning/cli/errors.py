@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Callback
 
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import other_model
+from ddcl_lightning.cli.wrong_values import wrong_value
 from ddcl_lightning.heads import Head
 from ddcl_lightning.tasks import Task
-from ddcl_lightning.cli.wrong_values import wrong_value
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning._utils.batch import Batch, size
+from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.explain.explanation import Span
 from ddcl_lightning.functional import nearest_prototype, soft_assign
 from ddcl_lightning.functional._common import masked_mean
-from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, find_banks
+from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import find_banks
 
 
 @dataclass(frozen=True)

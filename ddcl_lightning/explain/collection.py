@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.explain.explanation import Explanation, InputView, TokenView
 from ddcl_lightning.explain.batch_summary import Look, Observer, real_tokens
+from ddcl_lightning.explain.explanation import Explanation, InputView, TokenView
 from ddcl_lightning.explain.samples import Album, positions, take
 from ddcl_lightning.explain.statistics import Tally
 from ddcl_lightning.module import DDCLReadoutModule

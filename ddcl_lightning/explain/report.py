@@ -6,8 +6,8 @@ from html import escape
 from importlib import resources
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
-from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
 from ddcl_lightning.explain.html import as_everywhere, bar, figure
+from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
 from ddcl_lightning.explain.prototype_cards import prototype_card
 
 _FIGURES = {

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
 from ddcl_lightning.explain.batch_summary import Look, distances, real_tokens
+from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
 from ddcl_lightning.explain.nearest import Nearest
 from ddcl_lightning.explain.samples import Album, class_labels, positions
 from ddcl_lightning.explain.typical_words import WordMass, words_at, words_of
-from ddcl_lightning.metrics.clustering import (
+from ddcl_lightning.metrics.clustering_metrics import (
     adjusted_rand_index,
     hungarian_accuracy,
     normalized_mutual_info,

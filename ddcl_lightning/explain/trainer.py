@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from ddcl_lightning._utils import compat
-from ddcl_lightning.checkpoints.reading import check_checkpoint, other_model
-from ddcl_lightning.explain.collection import check_arguments, collect
-from ddcl_lightning.explain.batch_summary import Observer
-from ddcl_lightning.explain.report import render
 from ddcl_lightning._utils.files import write_text
+from ddcl_lightning.checkpoints.reading import check_checkpoint, other_model
+from ddcl_lightning.explain.batch_summary import Observer
+from ddcl_lightning.explain.collection import check_arguments, collect
+from ddcl_lightning.explain.report import render
 from ddcl_lightning.module import DDCLReadoutModule
 
 

@@ -15,7 +15,6 @@ from ddcl_lightning.functional.assignment import (
     soft_assign,
 )
 from ddcl_lightning.functional.cell_statistics import Cells, cells, merge_cells
-from ddcl_lightning.functional.phase_transition import critical_factor, critical_temperature, prototype_critical_temperatures
 from ddcl_lightning.functional.decomposition import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional.diagnostics import (
     AssignmentStatistics,
@@ -26,10 +25,15 @@ from ddcl_lightning.functional.diagnostics import (
     separation,
     total_variance,
 )
+from ddcl_lightning.functional.means import assign_codes, merge_token_means, token_means
+from ddcl_lightning.functional.phase_transition import (
+    critical_factor,
+    critical_temperature,
+    prototype_critical_temperatures,
+)
 from ddcl_lightning.functional.quantization import quantize
 from ddcl_lightning.functional.slots import prototype_slots
 from ddcl_lightning.functional.split import SplitTest, split_test
-from ddcl_lightning.functional.means import assign_codes, merge_token_means, token_means
 
 __all__ = [
     "AssignmentStatistics",

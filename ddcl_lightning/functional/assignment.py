@@ -86,10 +86,10 @@ def soft_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor)
     check_shapes(tokens, prototypes, None)
     dtype = accumulation_dtype(tokens, prototypes)
     with torch.autocast(tokens.device.type, enabled=False):
-        return _log_assign(tokens.to(dtype), prototypes.to(dtype), temperature).exp()
+        return log_assign(tokens.to(dtype), prototypes.to(dtype), temperature).exp()
 
 
-def _log_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
+def log_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
     """Logarithm of the assignments, ``(..., N, K)``: finite where the assignments themselves underflow."""
     center = prototypes.mean(-2, keepdim=True)
     z, p = tokens - center, prototypes - center
@@ -197,7 +197,7 @@ def prototype_attention_reference(
         center = prototypes.detach().to(dtype).mean(-2, keepdim=True)
         z = zero_padding(tokens.to(dtype) - center, mask)
         p = prototypes.to(dtype) - center
-        weights = _log_assign(z, p, temperature).exp()
+        weights = log_assign(z, p, temperature).exp()
         if detach_assignments:
             weights = weights.detach()
         centroids = weights @ p
@@ -265,6 +265,6 @@ def sample_codes(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor
     codes = torch.empty(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
     with torch.autocast(tokens.device.type, enabled=False):
         for rows in token_chunks(tokens.shape[-2], p[..., 0].numel()):
-            log_q = _log_assign(tokens[..., rows, :].to(dtype), p, temperature)
+            log_q = log_assign(tokens[..., rows, :].to(dtype), p, temperature)
             codes[..., rows] = (log_q - torch.empty_like(log_q).exponential_().log()).argmax(-1)
     return codes

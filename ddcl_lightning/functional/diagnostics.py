@@ -15,7 +15,7 @@ from ddcl_lightning.functional._common import (
     token_chunks,
     zero_padding,
 )
-from ddcl_lightning.functional.assignment import _log_assign
+from ddcl_lightning.functional.assignment import log_assign
 
 
 class Separation(NamedTuple):
@@ -100,7 +100,7 @@ def assignment_statistics(
     with torch.autocast(tokens.device.type, enabled=False):
         for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
             valid = None if mask is None else mask[..., part]
-            log_q = _log_assign(zero_padding(tokens[..., part, :].to(dtype), valid), p, temperature)
+            log_q = log_assign(zero_padding(tokens[..., part, :].to(dtype), valid), p, temperature)
             q = zero_padding(log_q.exp(), valid)
             entropy += torch.special.entr(q).sum((-1, -2))  # -q ln q, and 0 where q underflows
             mass += q.sum(-2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, token_chunks, zero_padding
-from ddcl_lightning.functional.assignment import TokenMeans, _log_assign
+from ddcl_lightning.functional.assignment import TokenMeans, log_assign
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def _stream(
         for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
             valid = None if mask is None else mask[..., part]
             z = zero_padding(tokens[..., part, :].to(dtype), valid)
-            log_q = _log_assign(z, p, temperature)
+            log_q = log_assign(z, p, temperature)
             if codes is not None:
                 codes[..., part] = log_q.argmax(-1)
             if valid is not None:

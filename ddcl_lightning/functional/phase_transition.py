@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning.functional._common import check_mask, check_shapes, token_chunks, zero_padding
-from ddcl_lightning.functional.assignment import _log_assign
+from ddcl_lightning.functional.assignment import log_assign
 
 EXACT_DIMENSION = 1024  # above it eigvalsh of a d x d matrix costs more than power iteration on the tokens
 EXACT_ELEMENTS = 1 << 25  # entries of all the covariances, 256 MiB in float64
@@ -67,7 +67,7 @@ def prototype_critical_temperatures(
     """
     check_shapes(tokens, prototypes, mask)
     z, keep = _valid_tokens(tokens, mask)
-    log_q = _log_assign(z, prototypes.to(torch.float64), temperature).mT
+    log_q = log_assign(z, prototypes.to(torch.float64), temperature).mT
     weights = (log_q + keep.log().unsqueeze(-2)).softmax(-1)
     return critical_factor(detach_assignments) * _weighted_lambda_max(z, weights)
 

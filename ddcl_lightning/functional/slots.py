@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, zero_padding
-from ddcl_lightning.functional.assignment import _log_assign
+from ddcl_lightning.functional.assignment import log_assign
 
 
 def prototype_slots(
@@ -45,7 +45,7 @@ def prototype_slots(
     with torch.autocast(tokens.device.type, enabled=False):
         z = zero_padding(tokens.to(dtype), mask)
         averaged = z if values is None else values.to(dtype)
-        logits = _log_assign(z, prototypes.to(dtype), temperature)
+        logits = log_assign(z, prototypes.to(dtype), temperature)
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         weights = logits.softmax(-2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 
 AnyHead = TypeVar("AnyHead", bound="Head")
 
@@ -124,7 +124,7 @@ class Head(nn.Module, ABC):
         """Numbers that the head learns or could learn: all its parameters, frozen ones included, and no buffers."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    # Saving and sharing; see heads/hub.py ---------------------------------------------------------
+    # Saving and sharing; see heads/saving.py ---------------------------------------------------------
 
     def init_args(self) -> dict[str, Any]:
         """Arguments that make this head again, as plain data: by default the attributes of the same names.
@@ -132,9 +132,9 @@ class Head(nn.Module, ABC):
         Raises:
             TypeError: If an argument of ``__init__`` is kept nowhere; override the method then.
         """
-        from ddcl_lightning.heads import hub
+        from ddcl_lightning.heads import saving
 
-        return hub.stored_arguments(self)
+        return saving.stored_arguments(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the head into ``folder``: ``config.json`` and ``model.safetensors``.
@@ -144,9 +144,9 @@ class Head(nn.Module, ABC):
             TypeError: If an argument is kept nowhere or is not plain data.
             ValueError: If the head could not be made again from its arguments.
         """
-        from ddcl_lightning.heads import hub
+        from ddcl_lightning.heads import saving
 
-        hub.save(self, folder)
+        saving.save(self, folder)
 
     @classmethod
     def from_pretrained(
@@ -172,9 +172,9 @@ class Head(nn.Module, ABC):
             FileNotFoundError: If there is no such folder or repository, or a file is missing.
             ValueError: If the files do not hold a head of this class.
         """
-        from ddcl_lightning.heads import hub
+        from ddcl_lightning.heads import saving
 
-        return hub.load(
+        return saving.load(
             cls,
             name_or_folder,
             revision=revision,
@@ -205,9 +205,9 @@ class Head(nn.Module, ABC):
         Raises:
             ImportError: Without huggingface_hub and safetensors.
         """
-        from ddcl_lightning.heads import hub
+        from ddcl_lightning.heads import saving
 
-        return hub.push(self, repo_id, private=private, token=token, commit_message=commit_message)
+        return saving.push(self, repo_id, private=private, token=token, commit_message=commit_message)
 
 
 def check_rebuild(head: Head, embed_dim: int) -> bool:

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.nn.attention import DDCLAttention
 from ddcl_lightning.functional import log_barrier
 from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
+from ddcl_lightning.nn.attention import DDCLAttention
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 
 Pooling = Literal["centroid", "histogram", "both", "slots", "token_slots"]

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
-from ddcl_lightning.nn.bank import TemperatureUnit
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens
 from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
+from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
+from ddcl_lightning.nn.bank import TemperatureUnit
 from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import broadcast_object, token_weight
+from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import masked_mean, zero_padding
-from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.heads.base import ReadoutOutput, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer, code_shares, mean_token
+from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import initial_prototypes
-from ddcl_lightning._utils.reservoir import Reservoir
 
 CodebookInit = Literal["uniform", "kmeans"]
 START_TOKENS = 65_536  # tokens of the first batch, over all processes, that a k-means start uses

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.heads import Head, hub
+from ddcl_lightning.heads import Head, saving
 from ddcl_lightning.module import DDCLReadoutModule
 
 try:
@@ -50,7 +50,7 @@ class PrototypePooling(Module):
     @property
     def head_config(self) -> dict[str, Any]:
         """Class, dimension and arguments of the head, as plain data."""
-        return hub.describe(self.head)
+        return saving.describe(self.head)
 
     def forward(self, features: dict[str, Tensor | Any], **kwargs: Any) -> dict[str, Tensor | Any]:
         """Add what the head reads out of the encoder's tokens to the features.
@@ -113,7 +113,7 @@ class PrototypePooling(Module):
             "local_files_only": local_files_only,
         }
         config = cls.load_config(model_name_or_path, **place)
-        module = cls(hub.create(config.get("head_config", {})))
+        module = cls(saving.create(config.get("head_config", {})))
         cls.load_torch_weights(model_name_or_path, model=module, **place)
         return module
 

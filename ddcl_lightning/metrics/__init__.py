@@ -1,7 +1,7 @@
 """Metrics of clusterings, codebooks and reconstructions over whole data sets, for torchmetrics."""
 
-from ddcl_lightning.metrics.clustering import ClusteringMetrics
-from ddcl_lightning.metrics.codebook import CodebookMetrics
-from ddcl_lightning.metrics.reconstruction import ReconstructionMetrics
+from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
+from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
+from ddcl_lightning.metrics.reconstruction_metrics import ReconstructionMetrics
 
 __all__ = ["ClusteringMetrics", "CodebookMetrics", "ReconstructionMetrics"]

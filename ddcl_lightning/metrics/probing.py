@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,16 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ddcl_lightning._utils.batch import Batch, index, labels
-from ddcl_lightning.functional._common import masked_mean
-from ddcl_lightning.nn.initialization import initial_prototypes
-from ddcl_lightning.metrics.clustering import ClusteringMetrics
 from ddcl_lightning._utils.modes import evaluating
-from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, all_tokens, find_banks
 from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
+from ddcl_lightning.monitoring.recording import BankProbe, Observation, all_tokens
+from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.initialization import initial_prototypes
+
+if TYPE_CHECKING:
+    from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 MAX_SAMPLES = 65_536
 CLUSTERING_METRICS = ("acc", "nmi", "ari", "usage", "perplexity")
@@ -74,7 +77,7 @@ class Readouts:
 
 @torch.no_grad()
 def collect_readouts(
-    module: DDCLReadoutModule,
+    module: "ReadoutModule",
     batches: Iterable[Batch],
     *,
     tokens: Mapping[str, Reservoir] | None = None,

@@ -4,43 +4,16 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning._utils.distributed import gather_objects, gather_rows, sum_over_processes, world_size
 from ddcl_lightning.functional import BankOutput, Decomposition
-
-
-def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
-    """All prototype banks inside ``module`` by their qualified names, each once, in order of registration."""
-    return {name: bank for name, bank in module.named_modules() if isinstance(bank, PrototypeBank)}
-
-
-def require_banks(module: nn.Module, caller: str, pattern: str = "*") -> dict[str, PrototypeBank]:
-    """Those whose name matches the caller's ``banks`` pattern, with an error that names the caller where there is none.
-
-    A module whose ``banks_optional`` is True may have none: its heads can be swapped, and a callback that has nothing
-    to look at then says so and stays idle.
-    """
-    banks = find_banks(module)
-    if not banks and getattr(module, "banks_optional", False):
-        rank_zero_info(f"{caller} stays idle: {type(module).__name__} holds no PrototypeBank.")
-    elif not banks:
-        raise ValueError(
-            f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or "
-            "any module that holds a PrototypeBank) as an attribute, or remove the callback."
-        )
-    chosen = {name: bank for name, bank in banks.items() if fnmatchcase(name, pattern)}
-    if banks and not chosen:
-        raise ValueError(f"banks must match the name of a bank; got {pattern!r} where there are {', '.join(banks)}.")
-    return chosen
+from ddcl_lightning.nn.bank import PrototypeBank
 
 
 @dataclass(frozen=True)

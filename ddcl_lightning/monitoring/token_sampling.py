@@ -12,14 +12,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 from tqdm.auto import tqdm
 
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import silent_logging, to_device, train_batches
 from ddcl_lightning._utils.distributed import is_first_process
 from ddcl_lightning._utils.modes import evaluating
-from ddcl_lightning.monitoring.recording import bank_inputs
-from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.monitoring.recording import bank_inputs
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning.nn.scaling import EmbeddingScale
 from ddcl_lightning.nn.settled_state import settle
 

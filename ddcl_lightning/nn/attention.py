@@ -5,9 +5,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask, zero_padding
+from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 
 

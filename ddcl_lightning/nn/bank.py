@@ -7,7 +7,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.nn.temperature import RunningCriticalTemperature
 from ddcl_lightning._utils.distributed import log_sum_over_processes, token_weight
 from ddcl_lightning.functional import (
     BankOutput,
@@ -24,6 +23,7 @@ from ddcl_lightning.functional import (
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, POSITIVE, Rules, keep_unless, running_dtype
 from ddcl_lightning.nn.settled_state import SettledState
 from ddcl_lightning.nn.shared_parameters import note_prototypes
+from ddcl_lightning.nn.temperature import RunningCriticalTemperature
 
 TemperatureUnit = Literal["absolute", "critical"]
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
-from ddcl_lightning._utils.modes import evaluating
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
-from ddcl_lightning.optim.step_statistics import straight_through
+from ddcl_lightning.nn.straight_through import straight_through
 
 QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.functional import nearest_prototype, prototype_critical_temperatures, split_test, token_means
 from ddcl_lightning.functional.split import NUM_NULLS
-from ddcl_lightning.optim.optimizers import resize_state
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.optim.resizing_state import resize_state
 
 MIN_TOKENS = 8  # of the sample, in each half of a split
 

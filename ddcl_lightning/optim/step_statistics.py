@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning.functional import (
     BankOutput,
@@ -23,6 +22,8 @@ from ddcl_lightning.functional import (
     token_means,
 )
 from ddcl_lightning.monitoring.recording import BankHook, bank_inputs
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.straight_through import anchor_of
 
 
 class Seen(NamedTuple):
@@ -120,7 +121,7 @@ class StepStatistics:
         passes = partial(self._pass, prototypes, seen)
         if output.codes is not None:
             # A gradient that is passed around the bank, straight through, hangs on to this.
-            output = output._replace(anchor=_Anchor.apply(prototypes))
+            output = output._replace(anchor=anchor_of(prototypes))
         for value in (output.centroids, *output.terms, output.weights, output.cost, output.anchor):
             if value is not None and value.requires_grad:
                 value.register_hook(passes)  # type: ignore[no-untyped-call]
@@ -164,46 +165,6 @@ class StepStatistics:
     def _reset(self, prototypes: Tensor) -> bool:
         """Whether somebody has set the gradient to None that came with what has passed."""
         return prototypes in self._graded and prototypes.grad is None
-
-
-def straight_through(value: Tensor, carrier: Tensor, anchor: Tensor | None) -> Tensor:
-    """``value`` to the last bit, with a gradient that goes to ``carrier`` unchanged.
-
-    Args:
-        value: What is read, any shape.
-        carrier: What gets the gradient, of the same shape.
-        anchor: That of the bank's output, by which an optimizer knows of the backward pass.
-    """
-    result: Tensor = value.detach() + (carrier - carrier.detach())
-    if anchor is not None:
-        result = _Tie.apply(result, anchor)
-    return result
-
-
-class _Anchor(torch.autograd.Function):
-    """A zero that depends on prototypes and gives them a gradient of zero: one that ``zero_grad`` can take away."""
-
-    @staticmethod
-    def forward(ctx: Any, prototypes: Tensor) -> Tensor:
-        ctx.shape = prototypes.shape
-        return prototypes.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.new_zeros(ctx.shape)
-
-
-class _Tie(torch.autograd.Function):
-    """The value, whose backward pass reaches the anchor too."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        ctx.dtype = anchor.dtype
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, gradient.new_zeros((), dtype=ctx.dtype)
 
 
 def _add(kept: dict[Tensor, Seen], prototypes: Tensor, seen: Seen) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 

@@ -9,7 +9,7 @@ from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 
 
 class Task(nn.Module, ABC):

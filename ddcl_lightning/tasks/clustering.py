@@ -9,8 +9,8 @@ from torchmetrics import Metric, MetricCollection
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.metrics.clustering import ClusteringMetrics
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.base import Task
 
 

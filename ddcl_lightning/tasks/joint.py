@@ -8,7 +8,7 @@ from torchmetrics import Metric, MetricCollection
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.classification import Classification
 from ddcl_lightning.tasks.clustering import Clustering
 

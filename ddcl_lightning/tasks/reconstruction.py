@@ -9,12 +9,12 @@ from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch, inputs
-from ddcl_lightning.metrics.codebook import CodebookMetrics
-from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning._utils.distributed import token_weight
+from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.functional._common import accumulation_dtype, masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.metrics.reconstruction import ReconstructionMetrics
+from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
+from ddcl_lightning.metrics.reconstruction_metrics import ReconstructionMetrics
 from ddcl_lightning.tasks.base import Task, note_unused_weight, with_head_losses
 
 ReconstructionLoss = Literal["mse", "l1"]

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning import PrototypeBank, find_banks
+from ddcl_lightning.adapters.distillation import distill_feedforward, initialize_feedforward
 from ddcl_lightning.adapters.feedforward import DDCLFeedForward, ridge_regression
-from ddcl_lightning.functional import critical_temperature, soft_assign
 from ddcl_lightning.adapters.insertion import quantization_loss
-from ddcl_lightning.adapters.replacement import (
-    FeedForwardReplacement,
-    distill_feedforward,
-    initialize_feedforward,
-    replace_feedforward,
-)
+from ddcl_lightning.adapters.replacement import FeedForwardReplacement, replace_feedforward
+from ddcl_lightning.functional import critical_temperature, soft_assign
 
 VOCABULARY, DIM, DEPTH = 40, 16, 3
 

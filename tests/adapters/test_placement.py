@@ -26,8 +26,8 @@ from ddcl_lightning import (
     remove_prototypes,
     two_timescale_groups,
 )
+from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
-from ddcl_lightning.adapters.insertion import PlacedPrototypes
 from ddcl_lightning.monitoring.recording import BankProbe, Observation
 from tests.tiny import quiet_trainer
 

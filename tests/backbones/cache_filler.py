@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ddcl_lightning.backbones import feature_cache
-from ddcl_lightning.backbones import Tokens
-from ddcl_lightning.backbones.pretrained import PretrainedBackbone
 from ddcl_lightning._utils.batch import texts
+from ddcl_lightning.backbones import Tokens, feature_cache
+from ddcl_lightning.backbones.pretrained import PretrainedBackbone
 
 
 class Letters(PretrainedBackbone):

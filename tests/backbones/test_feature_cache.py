@@ -17,9 +17,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
-from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule, Tokens, feature_cache
+from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule, Tokens
+from ddcl_lightning.backbones import feature_cache
 from ddcl_lightning.backbones.feature_cache import FeatureCache, content_key
-from tests.cache_filler import Letters, batches, text
+from tests.backbones.cache_filler import Letters, batches, text
 from tests.tiny import quiet_trainer
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
@@ -202,8 +203,8 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def filler(folder: Path, *arguments: Any, wait: bool = True) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.cache_filler", str(folder), *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-W", "ignore", "-m", "tests.backbones.cache_filler", str(folder), *map(str, arguments)],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

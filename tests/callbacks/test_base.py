@@ -15,7 +15,7 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from ddcl_lightning.callbacks._base import BankCallback
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 from tests.tiny import LinearBackbone
 from tests.tiny import loader as blob_batches
 
@@ -66,7 +66,9 @@ def test_only_due_batches_are_observed_and_validation_never_is():
 
 def test_the_probe_costs_nothing_between_due_batches(monkeypatch):
     looks = []
-    monkeypatch.setattr("ddcl_lightning.monitoring.recording.bank_inputs", lambda *args: looks.append(1) or (args[1][0], None))
+    monkeypatch.setattr(
+        "ddcl_lightning.monitoring.recording.bank_inputs", lambda *args: looks.append(1) or (args[1][0], None)
+    )
     fit(Project(), Spy(every_n_batches=6))
     assert len(looks) == 2
 

@@ -11,8 +11,8 @@ from toys import QUIET, Project, blobs, fit, loader
 
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, PrototypeBank
 from ddcl_lightning.callbacks import CollapseError, CollapseWarning, KMeansInitialization, TemperatureAnnealing
-from ddcl_lightning.monitoring.history import ENOUGH_TOKENS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.datamodules.digits import DigitsDataModule
+from ddcl_lightning.monitoring.history import ENOUGH_TOKENS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.monitoring.signals import HeadSignals
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from toys import Masked, Project, TwoLevels, fit
 
-from ddcl_lightning.nn import bank as bank_module
-from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.callbacks import DecompositionCheck, DecompositionViolationError, KMeansInitialization
 from ddcl_lightning.callbacks.decomposition_check import exact_variance, find_violations
 from ddcl_lightning.functional import BankOutput, Decomposition, DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional import prototype_attention as right
 from ddcl_lightning.functional import prototype_attention_reference as reference
 from ddcl_lightning.monitoring.recording import Observation
+from ddcl_lightning.nn import bank as bank_module
+from ddcl_lightning.nn.bank import PrototypeBank
 
 
 def wrong_temperature(tokens, prototypes, temperature, mask=None, **kwargs):

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from ddcl_lightning import DDCLReadout, DDCLReadoutModule, IdentityBackbone
+from ddcl_lightning._utils.random_state import random_states, set_random_states
 from ddcl_lightning.callbacks import AdaptiveBankSize, ExactResume, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
-from ddcl_lightning._utils.random_state import random_states, set_random_states
 from ddcl_lightning.tasks import Classification
 from tests.callbacks.toys import Project, fit
 from tests.tiny import quiet_trainer

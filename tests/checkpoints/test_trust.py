@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone, PCABackbone, trust
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone, PCABackbone
+from ddcl_lightning.checkpoints import trust
+from ddcl_lightning.checkpoints.trust import UntrustedName, check_hyper_parameters
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads import Head
-from ddcl_lightning.checkpoints.trust import UntrustedName, check_hyper_parameters
 
 EVIL = "canary_module.Thing"
 QUICK = [

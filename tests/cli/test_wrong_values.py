@@ -10,9 +10,9 @@ import pytest
 
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.cli.config_files import check_config
+from ddcl_lightning.cli.wrong_values import wrong_value
 from ddcl_lightning.datamodules import CIFAR10DataModule, DebrisDataModule, MNISTDataModule, TextDataModule
 from ddcl_lightning.recipes import recipe_paths
-from ddcl_lightning.cli.wrong_values import wrong_value
 from tests.tiny_data import idx_folder, jpeg_file
 
 ANNEALING = "{class_path: ddcl_lightning.callbacks.TemperatureAnnealing, init_args: {start: abc}}"

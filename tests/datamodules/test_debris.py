@@ -17,7 +17,7 @@ from ddcl_lightning.datamodules._orbits import (
     label_regimes,
     read_catalogue,
 )
-from ddcl_lightning.metrics.clustering import (
+from ddcl_lightning.metrics.clustering_metrics import (
     adjusted_rand_index,
     count_matrix,
     hungarian_accuracy,

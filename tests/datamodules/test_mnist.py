@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddcl_lightning.datamodules import FashionMNISTDataModule, MNISTDataModule
-from ddcl_lightning.datamodules import _downloads as downloads
+from ddcl_lightning.datamodules import _optional as optional
 from ddcl_lightning.datamodules.mnist import FILES, read_idx
 from tests.datamodules.runs import indices, tiny_mnist, write_idx
 
@@ -84,7 +84,7 @@ def test_download_happens_where_it_is_needed(tmp_path: Path, monkeypatch: pytest
     data.prepare_data()
     data.prepare_data()
     data.setup()
-    assert calls == [(str(tmp_path), True, downloads.TIMEOUT_SECONDS)]
+    assert calls == [(str(tmp_path), True, optional.TIMEOUT_SECONDS)]
     assert socket.getdefaulttimeout() is None
     assert len(indices(data.predict_dataloader())) == 30
 

@@ -8,7 +8,8 @@ from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.heads import CLSPooling, MeanPooling
 from ddcl_lightning.heads.ddcl import Pooling, TokenChoice
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, find_banks
+from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.nn.discovery import find_banks
 
 TOKENS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()

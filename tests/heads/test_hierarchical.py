@@ -21,9 +21,9 @@ from ddcl_lightning.callbacks import (
 )
 from ddcl_lightning.functional import critical_temperature, decompose, soft_assign
 from ddcl_lightning.heads import Head, HierarchicalReadout
-from ddcl_lightning.nn.initialization import initial_prototypes
 from ddcl_lightning.monitoring.recording import BankProbe
 from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.initialization import initial_prototypes
 
 TOKENS = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 1], [0, 1, 1, 1, 1], [1] * 5, [1, 0, 0, 0, 0]]).bool()

@@ -13,8 +13,8 @@ from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, R
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
-from ddcl_lightning.optim.optimizers import TokenNormalized
 from ddcl_lightning.nn.scaling import ScaleMode
+from ddcl_lightning.optim.token_normalized import TokenNormalized
 
 
 def setup(**options: Any) -> tuple[SoftVQ, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning import CodebookMetrics
-from ddcl_lightning.metrics.codebook import codebook_counts, soft_perplexity
+from ddcl_lightning.metrics.codebook_metrics import codebook_counts, soft_perplexity
 from tests.processes import results_of_processes
 
 CODES = torch.tensor([[[0, 3], [0, 1], [2, -1]], [[0, 3], [-1, -1], [2, 1]]])  # (2, 3, 2), -1 is padding

@@ -8,6 +8,7 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import StandardScaler
 
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone
+from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
     Readouts,
@@ -16,7 +17,6 @@ from ddcl_lightning.metrics.probing import (
     kmeans_scores,
     linear_probe,
 )
-from ddcl_lightning._utils.reservoir import Reservoir
 from tests.tiny import Blobs, loader
 
 

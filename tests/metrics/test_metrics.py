@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from ddcl_lightning.metrics.clustering import (
+from ddcl_lightning.metrics.clustering_metrics import (
     ClusteringMetrics,
     adjusted_rand_index,
     count_matrix,

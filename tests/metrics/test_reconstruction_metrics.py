@@ -10,7 +10,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.regression import MeanSquaredError
 
 from ddcl_lightning import ReconstructionMetrics
-from ddcl_lightning.metrics.reconstruction import peak_signal_to_noise
+from ddcl_lightning.metrics.reconstruction_metrics import peak_signal_to_noise
 from tests.processes import results_of_processes
 
 

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ddcl_lightning import DDCLAttention
 from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 QUIET = {

@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddcl_lightning.monitoring.plots import MAX_LABELS, MAX_POINTS, draw_bank, draw_history, draw_usage
 from ddcl_lightning.functional import assignment_statistics
+from ddcl_lightning.monitoring.plots import MAX_LABELS, MAX_POINTS, draw_bank, draw_history, draw_usage
 
 
 def render(figure: Figure) -> str:

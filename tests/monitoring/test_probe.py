@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ddcl_lightning import DDCLAttention, PrototypeBank, find_banks
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, bank_inputs, require_banks
+from ddcl_lightning.monitoring.recording import BankProbe, Observation, bank_inputs
+from ddcl_lightning.nn.discovery import require_banks
 
 
 class Nested(nn.Module):

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ddcl_lightning import EmbeddingScale, PrototypeBank, SoftVectorQuantizer
 from ddcl_lightning.backbones import PCABackbone
-from ddcl_lightning.nn.temperature import RunningCriticalTemperature
 from ddcl_lightning.heads import HierarchicalReadout, VQPooling
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.temperature import RunningCriticalTemperature
 from tests.tiny import clustering_module, loader, quiet_trainer
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ddcl_lightning import Classification, DDCLReadoutModule, PrototypeBank
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
-from ddcl_lightning.nn.temperature import RunningCriticalTemperature
 from ddcl_lightning.functional import critical_temperature
 from ddcl_lightning.heads import Head, ReadoutOutput
+from ddcl_lightning.nn.temperature import RunningCriticalTemperature
 
 
 def stretched(size: int = 400, heads: int = 2, dim: int = 5, seed: int = 0) -> Tensor:

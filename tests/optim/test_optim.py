@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning import DDCLAttention, PrototypeBank, TokenNormalized
 from ddcl_lightning.functional import soft_assign
-from ddcl_lightning.optim.optimizers import OptimizerSpec
+from ddcl_lightning.optim.factory import OptimizerSpec
 
 
 def bank_and_optimizer(lr: float = 0.3, heads: int = 2) -> tuple[PrototypeBank, TokenNormalized]:

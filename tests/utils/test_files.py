@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ddcl_lightning import DDCLReadout
+from ddcl_lightning._utils.files import whole_file, write_text
 from ddcl_lightning.callbacks import ExactResume
 from ddcl_lightning.callbacks._figures import emit
 from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
-from ddcl_lightning._utils.files import whole_file, write_text
 from ddcl_lightning.recipes import copy_recipe
 from tests.tiny import clustering_module, loader, quiet_trainer
 

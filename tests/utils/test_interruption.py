@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ddcl_lightning.cli import commands as cli
-from ddcl_lightning.callbacks import SaveOnSignal
 from ddcl_lightning._utils.interruption import INTERRUPTION, Interrupted
+from ddcl_lightning.callbacks import SaveOnSignal
+from ddcl_lightning.cli import commands as cli
 from tests.tiny import clustering_module, loader, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create")

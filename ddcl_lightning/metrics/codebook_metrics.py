@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.metrics.clustering import perplexity, usage
+from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
 
 
 def codebook_counts(codes: Tensor, num_codes: int) -> Tensor:

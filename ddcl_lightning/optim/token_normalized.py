@@ -1,9 +1,5 @@
-"""Optimizers for two time scales: by name in a recipe, and the token-normalised prototype step."""
+"""The token-normalised step of prototypes."""
 
-import difflib
-import importlib
-import inspect
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,15 +7,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.distributed import max_over_processes, sum_over_processes
+from ddcl_lightning.functional import TokenMeans
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning._utils.distributed import max_over_processes, sum_over_processes, take_the_last
-from ddcl_lightning.functional import Cells, TokenMeans
-from ddcl_lightning.monitoring.recording import find_banks
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.shared_parameters import follow_alone, release
+from ddcl_lightning.optim.relocation import relocate
 from ddcl_lightning.optim.step_statistics import StepStatistics
-
-CROWDED = 1.5  # a cell with this many times the mean load may get a second prototype
-RECENT = 0.05  # weight of the newest step in what is remembered of a cell
 
 
 class TokenNormalized(Optimizer):
@@ -33,9 +27,9 @@ class TokenNormalized(Optimizer):
 
     It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
     prototypes through it. But it counts tokens as gradients count: those of calls that a backward pass has gone
-    through since the last step or ``zero_grad``, see :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. Frozen
-    prototypes (``requires_grad_(False)``) stay where they are. Prototypes of half precision move by a copy in
-    float32, or small steps would be rounded away.
+    through since the last step or ``zero_grad``, see
+    :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. Frozen prototypes (``requires_grad_(False)``) stay
+    where they are. Prototypes of half precision move by a copy in float32, or small steps would be rounded away.
 
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
     ``relocate`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does (Patane and Russo
@@ -155,7 +149,10 @@ class TokenNormalized(Optimizer):
                 target, seen_by_some = _reduce(seen.means)
                 precise.copy_(torch.where(seen_by_some, precise.lerp(target.to(precise.dtype), group["lr"]), precise))
                 if group["relocate"] > 0 and seen.cells is not None:
-                    self._relocate(prototypes, precise, seen.cells, group["relocate"], group["balance"])
+                    loads = self.state[prototypes].get("cells")
+                    self.state[prototypes]["cells"] = relocate(
+                        precise, seen.cells, loads, group["relocate"], group["balance"]
+                    )
                 prototypes.copy_(precise)
         return loss
 
@@ -170,42 +167,6 @@ class TokenNormalized(Optimizer):
         precise = torch.where(kept.to(prototypes.dtype) == prototypes, kept, rounded)
         state["precise"] = precise
         return precise
-
-    def _relocate(self, key: Tensor, prototypes: Tensor, lying: Cells, share: float, balance: float) -> None:
-        """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded."""
-        latest = sum_over_processes(torch.stack([lying.distortion, lying.number], -1))
-        before = self.state[key].get("cells", torch.zeros_like(latest))
-        # The first look counts whole, one without tokens not at all.
-        weight = torch.where(before[..., 1].any(), RECENT, 1.0) * latest[..., 1].any()
-        running = before.lerp(latest, weight.to(latest.dtype))
-        distortion, number = running.unbind(-1)
-        load = number**balance * distortion ** (1 - balance)
-        mean = load.mean(-1, keepdim=True)
-        most = max(1, load.shape[-1] // 64)
-        order = load.sort(dim=-1, stable=True).indices
-        empty, crowded = order[:, :most], order.flip(-1)[:, :most]
-        token, seen = take_the_last(lying.token, lying.place)
-
-        def rows(index: Tensor, values: Tensor) -> Tensor:
-            return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-        # What its tokens lose: all of them go to the nearest other prototype, at the worst.
-        source = rows(empty, prototypes)
-        apart = torch.cdist(source.to(running.dtype), prototypes.to(running.dtype)).square()
-        neighbour = apart.scatter(2, empty.unsqueeze(-1), torch.inf).amin(-1)
-        loss = number.gather(1, empty) * neighbour
-        moves = (load.gather(1, empty) < share * mean) & (load.gather(1, crowded) > CROWDED * mean)
-        moves &= (loss < distortion.gather(1, crowded)) & seen.gather(1, crowded)
-        moves = moves.unsqueeze(-1)
-
-        target = torch.where(moves, rows(crowded, token).to(prototypes.dtype), source)
-        prototypes.scatter_(1, empty.unsqueeze(-1).expand_as(target), target)
-        # Both parts of a cell that was split start with half of it.
-        half = rows(crowded, running) / 2
-        for index in (empty, crowded):
-            divided = torch.where(moves, half, rows(index, running))
-            running.scatter_(1, index.unsqueeze(-1).expand_as(divided), divided)
-        self.state[key]["cells"] = running
 
 
 def _check_range(lr: float, relocate: float, balance: float) -> None:
@@ -230,106 +191,3 @@ def _reduce(statistics: TokenMeans) -> tuple[Tensor, Tensor]:
     weight = (log_mass - largest).exp().unsqueeze(-1).masked_fill(~some, 0.0)
     total = sum_over_processes(weight)
     return sum_over_processes(weight * mean) / torch.where(some, total, 1.0), some
-
-
-@torch.no_grad()
-def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: Tensor) -> None:
-    """Give optimizers the state of a parameter whose rows are about to change, each row that of its parent.
-
-    Args:
-        optimizers: All of them; those without the parameter stay as they are.
-        prototypes: The parameter ``(H, K, d)``, still of its old size.
-        parents: Old row of each new one, ``(K',)`` int64.
-
-    Raises:
-        ValueError: If a state has neither the parameter's rows nor a single number; nothing has changed then.
-    """
-    changes: list[tuple[dict[str, Any], str, Tensor]] = []
-    mine = [o for o in optimizers if any(p is prototypes for group in o.param_groups for p in group["params"])]
-    for optimizer in mine:
-        state: dict[str, Any] = optimizer.state.get(prototypes, {})
-        for name, value in state.items():
-            if not isinstance(value, Tensor) or (value.numel() <= 1 and value.shape != prototypes.shape):
-                continue
-            if value.shape[:2] != prototypes.shape[:2]:
-                raise ValueError(
-                    f"optimizer {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for prototypes "
-                    f"{tuple(prototypes.shape)}, which cannot follow a change of their number. Use Adam, SGD or "
-                    "TokenNormalized for the prototypes."
-                )
-            changes.append((state, name, value.index_select(1, parents.to(value.device))))
-    for state, name, value in changes:
-        state[name] = value
-    for optimizer in mine:
-        if isinstance(optimizer, TokenNormalized):
-            optimizer.forget(prototypes)
-
-
-class OptimizerSpec:
-    """Name and arguments of an optimizer whose rates are set by the module.
-
-    Args:
-        argument: Name of the argument that it came from, for errors.
-        name: A class of ``torch.optim``, ``"TokenNormalized"``, or a dotted path to an Optimizer.
-        arguments: Arguments of the class other than ``params`` and ``lr``.
-        weight_decay: Default weight decay, for classes that have one; None keeps the class's own.
-
-    Raises:
-        ValueError: If the class is unknown, an argument is, or ``lr`` is among them.
-    """
-
-    def __init__(
-        self,
-        argument: str,
-        name: str,
-        arguments: dict[str, Any] | None = None,
-        *,
-        weight_decay: float | None = None,
-    ) -> None:
-        self.optimizer_class: Callable[..., Optimizer] = _find(argument, name)
-        self.arguments = dict(arguments or {})
-        if "lr" in self.arguments:
-            raise ValueError(
-                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from "
-                "lr_prototypes, rho and lr_task. Set those instead."
-            )
-        known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
-        for key in self.arguments:
-            if key not in known:
-                raise ValueError(f"{argument}_args has no argument {key!r}{_nearest(key, known)}")
-        if weight_decay is not None and "weight_decay" in known:
-            self.arguments.setdefault("weight_decay", weight_decay)
-
-    def create(self, groups: list[dict[str, Any]]) -> Optimizer:
-        """An optimizer over parameter groups that carry their own ``lr``."""
-        largest = max(group["lr"] for group in groups)
-        # Not every class has a default rate; the groups' own take precedence.
-        return self.optimizer_class(groups, lr=largest, **self.arguments)
-
-
-def _find(argument: str, name: str) -> type[Optimizer]:
-    if name == "TokenNormalized":
-        return TokenNormalized
-    found: object = getattr(torch.optim, name, None)
-    if found is None and "." in name:
-        module, _, attribute = name.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
-            found = None
-    if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
-        names = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
-        raise ValueError(
-            f"{argument} must name a class of torch.optim, 'TokenNormalized' or a dotted path to an Optimizer; "
-            f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
-        )
-    if issubclass(found, torch.optim.LBFGS):
-        raise ValueError(
-            f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD."
-        )
-    return found
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f". Did you mean {close[0]!r}?" if close else "."

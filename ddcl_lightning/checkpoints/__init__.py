@@ -1,0 +1,1 @@
+"""Checkpoint files: written whole, read with care, and what they may name."""

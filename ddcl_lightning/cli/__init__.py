@@ -1,0 +1,5 @@
+"""The ``ddcl`` command."""
+
+from ddcl_lightning.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Watching a codebook: recording what passes through it, signals of its health, their history and plots."""

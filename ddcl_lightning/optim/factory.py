@@ -1,0 +1,82 @@
+"""Optimizers by name, as recipes give them."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ddcl_lightning.optim.token_normalized import TokenNormalized
+
+
+class OptimizerSpec:
+    """Name and arguments of an optimizer whose rates are set by the module.
+
+    Args:
+        argument: Name of the argument that it came from, for errors.
+        name: A class of ``torch.optim``, ``"TokenNormalized"``, or a dotted path to an Optimizer.
+        arguments: Arguments of the class other than ``params`` and ``lr``.
+        weight_decay: Default weight decay, for classes that have one; None keeps the class's own.
+
+    Raises:
+        ValueError: If the class is unknown, an argument is, or ``lr`` is among them.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        weight_decay: float | None = None,
+    ) -> None:
+        self.optimizer_class: Callable[..., Optimizer] = _find(argument, name)
+        self.arguments = dict(arguments or {})
+        if "lr" in self.arguments:
+            raise ValueError(
+                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from "
+                "lr_prototypes, rho and lr_task. Set those instead."
+            )
+        known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
+        for key in self.arguments:
+            if key not in known:
+                raise ValueError(f"{argument}_args has no argument {key!r}{_nearest(key, known)}")
+        if weight_decay is not None and "weight_decay" in known:
+            self.arguments.setdefault("weight_decay", weight_decay)
+
+    def create(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """An optimizer over parameter groups that carry their own ``lr``."""
+        largest = max(group["lr"] for group in groups)
+        # Not every class has a default rate; the groups' own take precedence.
+        return self.optimizer_class(groups, lr=largest, **self.arguments)
+
+
+def _find(argument: str, name: str) -> type[Optimizer]:
+    if name == "TokenNormalized":
+        return TokenNormalized
+    found: object = getattr(torch.optim, name, None)
+    if found is None and "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
+        names = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+        raise ValueError(
+            f"{argument} must name a class of torch.optim, 'TokenNormalized' or a dotted path to an Optimizer; "
+            f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
+        )
+    if issubclass(found, torch.optim.LBFGS):
+        raise ValueError(
+            f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD."
+        )
+    return found
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f". Did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,44 @@
+"""What a module that composes backbone, head and task looks like to callbacks and evaluations."""
+
+from dataclasses import replace
+
+import lightning.pytorch as pl
+from torch import nn
+
+from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning.backbones.base import Backbone
+from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.optim.two_timescale import parameter_ids
+from ddcl_lightning.tasks.base import Task
+
+
+class ReadoutModule(pl.LightningModule):
+    """A LightningModule whose forward pass goes through a backbone and a head, for a task.
+
+    Callbacks that need these parts ask for this class, so that they do not depend on how the module is stepped.
+    """
+
+    backbone: Backbone
+    head: Head
+    task: Task
+
+    def forward(self, batch: Batch) -> ReadoutOutput:
+        """The readout of a batch as the data loader yields it."""
+        tokens, mask = self.backbone(batch)
+        readout: ReadoutOutput = self.head(tokens, mask)
+        return replace(readout, inputs=tokens, mask=mask)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by role: ``prototypes``, ``encoder`` (they move what a bank sees) and ``task``."""
+        inner = [bank.prototypes for bank in find_banks(self.backbone).values()]  # inside of the network
+        prototypes = [*inner, *self.head.prototype_parameters()]
+        inner_ids = parameter_ids(inner)
+        encoder = [
+            *(p for p in self.backbone.parameters() if id(p) not in inner_ids),
+            *self.head.embedding_parameters(),
+        ]
+        known = parameter_ids([*prototypes, *encoder])
+        rest = [p for part in (self.head, self.task) for p in part.parameters() if id(p) not in known]
+        roles = {"prototypes": prototypes, "encoder": encoder, "task": rest}
+        return {role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()}
