@@ -22,6 +22,7 @@ class ReadoutModule(pl.LightningModule):
     backbone: Backbone
     head: Head
     task: Task
+    stage_metrics: nn.ModuleDict
 
     def forward(self, batch: Batch) -> ReadoutOutput:
         """The readout of a batch as the data loader yields it."""

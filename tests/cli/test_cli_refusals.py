@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_cli import fails
+from tests.cli.test_cli import fails
 
 from ddcl_lightning.cli.commands import main
 
