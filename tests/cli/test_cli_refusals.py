@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.test_cli import fails
 
 from ddcl_lightning.cli.commands import main
+from tests.cli.test_cli import fails
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddcl_lightning import PrototypeBank, SoftVectorQuantizer
 from ddcl_lightning.heads import HierarchicalReadout
-from ddcl_lightning.settled_state import SettledState
+from ddcl_lightning.nn.settled_state import SettledState
 
 
 def tokens(number: int, scale: float = 1.0) -> Tensor:
