@@ -42,7 +42,7 @@ from ddcl_lightning.functional import critical_temperature, decompose
 from ddcl_lightning.heads import HierarchicalReadout
 from ddcl_lightning.heads.pooling import mean_token
 from ddcl_lightning.metrics.probing import clustering_scores, collect_readouts, kmeans_scores
-from ddcl_lightning.monitoring.recording import Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord
 from ddcl_lightning.monitoring.signals import read_signals
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -74,7 +74,7 @@ class SmallestSpread(BankCallback):
         super().__init__(every_n_batches=1)
         self.found: dict[str, float] = {}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
         """Keep what is smaller."""
         for name, one in seen.items():
             few = one.tokens.shape[1] <= 1024
@@ -190,7 +190,7 @@ def train(features: Features, method: str, sizes: list[int], critical: float, se
     for (name, bank), sample in zip(find_banks(module.head).items(), samples.values(), strict=True):
         terms = Decomposition(*(torch.zeros(1) for _ in range(3)))  # not read
         tokens = sample.gather().transpose(0, 1)
-        seen = Observation(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
+        seen = CodebookRecord(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
         now = read_signals(seen, bank.detach_assignments)[0]
         levels.append(
             {

@@ -50,7 +50,7 @@ from ddcl_lightning import (
 from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 
 SEEDS = tuple(range(5))
 DIM, HEADS, DEPTH, TOKENS = 32, 4, 2, 16
@@ -229,12 +229,12 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def look(net: nn.Module, x: Tensor) -> dict[str, float]:
     """Entropy over ln K and share of the codes in use, means over the calls of the banks."""
-    seen: list[Observation] = []
-    with torch.no_grad(), BankProbe(find_banks(net), lambda name, observed: seen.append(observed)):
+    seen: list[CodebookRecord] = []
+    with torch.no_grad(), record_codebooks(find_banks(net), lambda name, observed: seen.append(observed)):
         net(x)
     entropy, used = [], []
     for observed in seen:
-        found = assignment_statistics(observed.tokens, observed.prototypes, observed.temperature)
+        found = assignment_statistics(observed.tokens, observed.codebook, observed.temperature)
         entropy.append(float(found.entropy.mean()) / math.log(found.counts.shape[-1]))
         used.append(float((found.counts > 0).double().mean()))
     return {"entropy": sum(entropy) / len(seen), "usage": sum(used) / len(seen)} if seen else {}

@@ -37,7 +37,7 @@ from ddcl_lightning.functional import separation
 from ddcl_lightning.heads import DDCLReadout
 from ddcl_lightning.metrics.clustering_metrics import count_matrix, hungarian_accuracy, normalized_mutual_info
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.monitoring.signals import read_signals
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks import Clustering
@@ -120,9 +120,9 @@ def train(case: Case, epochs: int) -> dict[str, Any]:
 def state_at_end(module: DDCLReadoutModule, data: DigitsDataModule) -> dict[str, float]:
     """Separation, spread, temperature and effective dimension of the embeddings over the whole data set."""
     module.eval()
-    seen: list[Observation] = []
+    seen: list[CodebookRecord] = []
     batch = {"x": torch.cat([part["x"] for part in data.predict_dataloader()])}
-    with BankProbe(find_banks(module), lambda _, one: seen.append(one)):
+    with record_codebooks(find_banks(module), lambda _, one: seen.append(one)):
         module(batch)
     (signals,) = read_signals(seen[0], False, seen[0].valid_tokens())
     shares = torch.linalg.eigvalsh(seen[0].tokens[0].double().T.cov()).clamp(min=1e-300)

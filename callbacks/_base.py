@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import require_banks
 
@@ -51,9 +51,9 @@ class BankCallback(Callback):
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._due = self._reads = 0  # batches of this run
-        self._seen: dict[str, Observation] = {}
+        self._seen: dict[str, CodebookRecord] = {}
         self._banks: dict[str, PrototypeBank] = {}
-        self._probe: BankProbe | None = None
+        self._probe: record_codebooks | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget an earlier run."""
@@ -74,7 +74,7 @@ class BankCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to look."""
         self._due = self._reads = 0
-        self._probe = BankProbe(self._banks, self._seen.__setitem__)
+        self._probe = record_codebooks(self._banks, self._seen.__setitem__)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -100,7 +100,7 @@ class BankCallback(Callback):
             self._reads += 1
             self.observe(trainer, pl_module, seen)
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
         """Read this process's observations of one batch, by the name of the bank.
 
         Called on all processes where one has any. What is logged or decided has to be the same on all of them.
@@ -113,8 +113,7 @@ class BankCallback(Callback):
         if self._banks and self._due and not self._reads:
             rank_zero_warn(
                 f"{type(self).__name__} saw no call of {', '.join(self._banks)} in {self._due} training batches, so it "
-                "has looked at nothing. It sees calls of the module (bank(tokens, mask), not bank.forward), and none "
-                "from inside of a compiled module: compile the backbone only."
+                "has looked at nothing. It sees no calls from inside of a compiled module: compile the backbone only."
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

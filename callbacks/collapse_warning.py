@@ -12,7 +12,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import broadcast_object
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.monitoring.history import TREND_READINGS, HeadHistory, PrototypeUse, trend
-from ddcl_lightning.monitoring.recording import Observation, over_processes
+from ddcl_lightning.monitoring.recording import CodebookRecord, over_processes
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 NOT_FINITE = "tokens or prototypes are NaN or infinite. Lower the learning rates or clip the gradients."
@@ -94,7 +94,7 @@ class CollapseWarning(BankCallback):
         """Judge its separation and the use of its prototypes anew; a reading of half a split would mislead."""
         self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
         """Read, log and judge the signals of one batch, that of all processes together."""
         messages = [
             message
@@ -106,9 +106,9 @@ class CollapseWarning(BankCallback):
         if messages:
             self._act(trainer, messages)
 
-    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, seen: Observation) -> list[str]:
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, seen: CodebookRecord) -> list[str]:
         bank, tokens = self._banks[name], seen.valid_tokens()
-        if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(seen.prototypes).all()):
+        if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(seen.codebook).all()):
             return [f"not_finite in {name} at step {trainer.global_step}: {NOT_FINITE}"] if tokens.shape[1] else []
         fresh = (HeadHistory(PrototypeUse.none_of(bank.num_prototypes)) for _ in range(bank.num_heads))
         watches = [self._watches.setdefault((name, head), watch) for head, watch in enumerate(fresh)]

@@ -1,19 +1,16 @@
 """Prototypes that start where the tokens are."""
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.distributed import from_first_process
 from ddcl_lightning._utils.seeding import resolve_seed
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.token_sampling import calls_per_step, collect_tokens, execution_order
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks, require_banks
-from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
+from ddcl_lightning.nn.initialization import InitMethod
 
 
 class KMeansInitialization(Callback):
@@ -83,14 +80,17 @@ class KMeansInitialization(Callback):
                     progress=progress,
                     calls=calls,
                 )
-                bank.set_prototypes(self._prototypes(name, bank, tokens, progress))
-                if bank.critical is not None and bank.fraction is not None:
-                    # Before the first batch there is no critical temperature for the next bank's tokens to depend on.
-                    bank.critical.start(tokens)
-                    bank.set_fraction(bank.fraction)
                 for callback in annealing:
                     # The next bank's tokens depend on this one's temperature, so it is set now.
-                    callback.set_reference(trainer, name, bank, tokens)
+                    callback.set_now(trainer, name, bank)
+                bank.initialize(
+                    tokens.transpose(0, 1).flatten(1),
+                    method=self.method,
+                    num_restarts=self.num_restarts,
+                    seed=self.seed,
+                    progress=progress,
+                    name=name,
+                )
             rank_zero_info(
                 f"{self.method}: {bank.num_heads} x {bank.num_prototypes} prototypes of {name} set from "
                 f"{tokens.shape[1]} tokens."
@@ -105,24 +105,3 @@ class KMeansInitialization(Callback):
                 "them as they are. Call set_prototypes, or freeze them after the start (freeze_prototypes_steps)."
             )
         return True
-
-    def _prototypes(self, name: str, bank: PrototypeBank, tokens: Tensor, progress: bool) -> Tensor:
-        """Clustered on one process."""
-
-        def cluster() -> Tensor:
-            return torch.stack(
-                [
-                    initial_prototypes(
-                        head,
-                        bank.num_prototypes,
-                        method=self.method,
-                        num_restarts=self.num_restarts,
-                        seed=self.seed,
-                        progress=progress,
-                        description=f"{self.method} of {name}",
-                    )
-                    for head in tokens
-                ]
-            )
-
-        return from_first_process(cluster, f"bank {name!r} cannot be initialised").to(bank.prototypes)

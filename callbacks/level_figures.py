@@ -13,11 +13,11 @@ from ddcl_lightning.callbacks._figures import ValidationFigures
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
-_Shown = tuple[Observation, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
+_Shown = tuple[CodebookRecord, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
 
 
 class LevelFigures(ValidationFigures):
@@ -58,8 +58,8 @@ class LevelFigures(ValidationFigures):
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> dict[str, _Shown]:
         """What every bank sees of the batch, and the pieces that it is of."""
         assert isinstance(module, ReadoutModule)
-        observations: dict[str, Observation] = {}
-        with BankProbe(find_banks(module), observations.__setitem__):
+        observations: dict[str, CodebookRecord] = {}
+        with record_codebooks(find_banks(module), observations.__setitem__):
             module(batch)
             pieces = module.backbone.pieces(batch)
         return {name: (observed, *_images(observed, inputs(batch), pieces)) for name, observed in observations.items()}
@@ -83,7 +83,7 @@ class LevelFigures(ValidationFigures):
             )
 
 
-def _images(observed: Observation, images: Tensor, pieces: Tensor | None) -> tuple[Tensor | None, str]:
+def _images(observed: CodebookRecord, images: Tensor, pieces: Tensor | None) -> tuple[Tensor | None, str]:
     """One image ``(N, C, H, W)`` for each token of a bank, and what they are; None where there is none."""
     if observed.mask is not None or images.dim() != 4:
         return None, ""
@@ -95,10 +95,10 @@ def _images(observed: Observation, images: Tensor, pieces: Tensor | None) -> tup
     return None, ""
 
 
-def _pictures(name: str, observed: Observation, images: Tensor, tokens: str) -> dict[str, Figure]:
+def _pictures(name: str, observed: CodebookRecord, images: Tensor, tokens: str) -> dict[str, Figure]:
     """One figure per head."""
-    codes = nearest_prototype(observed.tokens, observed.prototypes)
-    heads, size = observed.prototypes.shape[:2]
+    codes = nearest_prototype(observed.tokens, observed.codebook)
+    heads, size = observed.codebook.shape[:2]
     rows = images.detach().float().cpu()
     low, high = (float(value) for value in rows.aminmax())
     figures = {}

@@ -9,7 +9,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, head_name
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
 from ddcl_lightning.monitoring.plots import draw_bank, draw_history, draw_usage
-from ddcl_lightning.monitoring.recording import Observation, over_processes
+from ddcl_lightning.monitoring.recording import CodebookRecord, over_processes
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 
@@ -34,14 +34,14 @@ class PrototypeFigures(BankCallback):
             raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
         self.every_n_epochs = every_n_epochs
         self._history: dict[str, list[dict[str, float]]] = {}
-        self._latest: dict[str, tuple[Observation, list[HeadSignals]]] = {}
+        self._latest: dict[str, tuple[CodebookRecord, list[HeadSignals]]] = {}
         self._drawn_at = -1
 
     def forget(self) -> None:
         """Start new curves."""
         self._history, self._latest, self._drawn_at = {}, {}, -1
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, Observation]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
         """Remember one point of the curves."""
         for name, observed in over_processes(seen).items():
             signals = read_signals(observed, self._banks[name].detach_assignments)
@@ -74,7 +74,7 @@ class PrototypeFigures(BankCallback):
             tokens = observed.valid_tokens()
             for head, values in enumerate(signals):
                 label = head_name(name, head, len(signals))
-                prototypes = observed.prototypes[head].float().cpu()
+                prototypes = observed.codebook[head].float().cpu()
                 figures[f"signals/{label}"] = draw_history(self._history[label], label)
                 figures[f"bank/{label}"] = draw_bank(tokens[head].float().cpu(), prototypes, label)
                 figures[f"usage/{label}"] = draw_usage(values.counts, values.mass, label)

@@ -8,15 +8,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import averaged_copies
 from ddcl_lightning.callbacks._base import log_name, starts_anew
-from ddcl_lightning.functional import critical_temperature
 from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks, require_banks
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 from ddcl_lightning.optim.two_timescale import run_length
 
 Schedule = Literal["exponential", "linear", "cosine"]
@@ -27,21 +26,19 @@ MAX_TRIED = 100_000  # positions at which a callable is tried before training; b
 class TemperatureAnnealing(Callback):
     """Lowers the temperature of every bank from ``start`` to ``end``.
 
-    A temperature means something only against the spread of the tokens. By default both ends are fractions of the
-    critical temperature ``T_c = 4 lambda_max(Cov(z))`` (``2 lambda_max`` with detached assignments), measured per
-    head on the tokens that reach the bank when training starts: above 1 the bank collapses towards the mean, whatever
-    the learning rates; far below it assignments are hard. Data in other units change nothing. Banks that follow their
-    critical temperature while the encoder changes (``temperature_unit="critical"``) get the fraction itself.
+    Numbers are fractions of the critical temperature ``T_c = 4 lambda_max(Cov(z))`` (``2 lambda_max`` with detached
+    assignments) of the tokens that reach each bank, head by head: above 1 the bank collapses towards the mean, whatever
+    the learning rates; far below it assignments are hard. Data in other units change nothing. What a bank has not been
+    initialised with is measured on a sample of its tokens when training starts.
 
     A copy of the module that ``WeightAveraging`` keeps gets the same temperature: its average would lag behind.
 
     Several callbacks, each for ``banks`` of its own, give several schedules; a list of ends gives every head its own.
 
     Args:
-        start: First temperature, > 0, or a list with one per head; not used by a callable.
-        end: Last temperature, > 0 and at most ``start``, or a list with one per head; the floor ``T_min`` of the
-            exponential schedule.
-        unit: ``"critical"``: fractions of T_c. ``"absolute"``: squared distances.
+        start: First temperature, a number > 0, a list with one per head, or a :class:`~ddcl_lightning.Temperature` for
+            banks whose temperature is absolute; not used by a callable.
+        end: Last temperature, likewise, at most ``start``; the floor ``T_min`` of the exponential schedule.
         schedule: ``"exponential"`` (``max(end, start exp(-e / tau))``, the paper's), ``"linear"``, ``"cosine"``, or a
             callable from the position e to a temperature in the same unit, which must not increase.
         per: Count e in epochs (``"epoch"``) or in optimizer steps (``"step"``; a batch after which several optimizers
@@ -62,27 +59,25 @@ class TemperatureAnnealing(Callback):
     @typed
     def __init__(
         self,
-        start: float | list[float] = 0.1,
-        end: float | list[float] = 0.005,
-        unit: Literal["critical", "absolute"] = "critical",
+        start: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
+        end: float | list[float] | Temperature = 0.005,
         schedule: Schedule | Callable[[float], float] = "exponential",
         per: Literal["epoch", "step"] = "epoch",
         tau: float | None = None,
         duration: float | None = None,
         banks: str = "*",
     ) -> None:
-        self._ends = _per_head(start, end)
+        first_temperature, last_temperature = _temperature("start", start), _temperature("end", end)
+        if first_temperature.unit != last_temperature.unit:
+            raise ValueError(f"start and end must be temperatures of one unit; got {start} and {end}.")
+        self._unit = first_temperature.unit
+        self._ends = _per_head(first_temperature.value, last_temperature.value)
         for first, last in self._ends:
-            for name, value in (("start", first), ("end", last)):
-                if not (value > 0 and math.isfinite(value)):
-                    raise ValueError(f"{name} must be a finite temperature > 0; got {value}.")
             if last > first:
                 raise ValueError(
                     f"the temperature must not increase (Theorem 3 and deterministic annealing both need it to fall); "
                     f"got start = {first} and end = {last}. Swap them."
                 )
-        if unit not in ("critical", "absolute"):
-            raise ValueError(f"unit must be 'critical' or 'absolute'; got {unit!r}.")
         if per not in ("epoch", "step"):
             raise ValueError(f"per must be 'epoch' or 'step'; got {per!r}.")
         if not callable(schedule) and schedule not in ("exponential", "linear", "cosine"):
@@ -91,14 +86,13 @@ class TemperatureAnnealing(Callback):
             raise ValueError(f"tau must be > 0 and belongs to schedule='exponential'; got {tau} with {schedule!r}.")
         if duration is not None and not duration > 0:
             raise ValueError(f"duration must be > 0 {per}s; got {duration}.")
-        self.start, self.end, self.unit, self.schedule = start, end, unit, schedule
+        self.start, self.end, self.schedule = start, end, schedule
         self.per, self.tau, self.duration, self.banks = per, tau, duration, banks
         self._banks: dict[str, PrototypeBank] = {}
         self._step_before = 0
         self._forget()
 
     def _forget(self) -> None:
-        self._references: dict[str, list[float]] = {}  # T_c of each head, by bank
         self._length: float | None = None
         self._steps = 0
         self._last = [math.inf] * len(self._ends)
@@ -122,6 +116,13 @@ class TemperatureAnnealing(Callback):
                     f"start and end must be one temperature, or one per head, {bank.num_heads} for bank {name!r}; got "
                     f"{self.start} and {self.end}."
                 )
+            unit = bank.temperature_state.unit
+            if (unit == "absolute") != (self._unit == "absolute"):
+                raise ValueError(
+                    f"the temperature of bank {name!r} has the unit {unit!r}, the schedule {self._unit!r}; got start "
+                    f"= {self.start}. A number is a fraction of the critical temperature; absolute ones are "
+                    "Temperature(..., unit='absolute'), in bank and schedule alike."
+                )
             others = [other for other in _annealings(trainer) if other is not self and fnmatchcase(name, other.banks)]
             if others:
                 raise ValueError(
@@ -130,41 +131,26 @@ class TemperatureAnnealing(Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the critical temperature of banks that nobody has measured, and set the temperature."""
+        """Measure the tokens of banks that nobody has started from data, and set the temperature."""
         self._fix_length(trainer)
-        followed = [name for name, bank in self._banks.items() if bank.fraction is not None]
-        if followed and self.unit == "absolute":
-            raise ValueError(
-                f"unit must be 'critical' for banks that follow their critical temperature ({', '.join(followed)}, "
-                "temperature_unit='critical'); got 'absolute'."
-            )
-        missing = {
-            name: bank for name, bank in self._banks.items() if name not in self._references and name not in followed
-        }
-        if missing and self.unit == "critical":
-            for name in execution_order(trainer, pl_module, self._banks):
-                if name in missing:
-                    tokens = collect_tokens(trainer, pl_module, name, missing[name], max_tokens=REFERENCE_TOKENS)
-                    self.set_reference(trainer, name, missing[name], tokens)
         self._apply(trainer)
+        missing = [name for name, bank in self._banks.items() if not bank.temperature_state.is_measured]
+        for name in execution_order(trainer, pl_module, self._banks) if missing else ():
+            if name in missing:
+                state = self._banks[name].temperature_state
+                tokens = collect_tokens(trainer, pl_module, name, self._banks[name], max_tokens=REFERENCE_TOKENS)
+                state.start(tokens)
+                if not state.is_measured:
+                    raise ValueError(
+                        f"the tokens that reach bank {name!r} have no variance, so no temperature is critical. Check "
+                        "the encoder: it maps everything to one point."
+                    )
 
-    def set_reference(self, trainer: pl.Trainer, name: str, bank: PrototypeBank, tokens: Tensor) -> None:
-        """Take T_c of a bank from a sample of its tokens, ``(H, N, d)``, and set its temperature.
-
-        A bank that follows its own critical temperature needs no sample. One that is not among ``banks`` is left alone.
-        """
-        if name not in self._banks:
-            return
-        if self.unit == "critical" and bank.fraction is None:
-            critical = critical_temperature(tokens, detach_assignments=bank.detach_assignments)
-            if not bool((critical > 0).all()):
-                raise ValueError(
-                    f"the tokens that reach bank {name!r} have no variance, so no temperature is critical. Check the "
-                    "encoder: it maps everything to one point."
-                )
-            self._references[name] = critical.tolist()
-        self._fix_length(trainer)
-        self._set(name, bank, self._values(self._position(trainer)))
+    def set_now(self, trainer: pl.Trainer, name: str, bank: PrototypeBank) -> None:
+        """Set the temperature of a bank before training starts; one that is not among ``banks`` is left alone."""
+        if name in self._banks:
+            self._fix_length(trainer)
+            self._set(bank, self._values(self._position(trainer)))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the temperature of the epoch."""
@@ -188,9 +174,9 @@ class TemperatureAnnealing(Callback):
         self._steps += trainer.global_step > self._step_before
 
     def value(self, position: float) -> float | list[float]:
-        """Temperature at a position (epochs or steps from the start), in the callback's unit; per head for lists."""
-        found = self._values(position)
-        return found if isinstance(self.start, Sequence) or isinstance(self.end, Sequence) else found[0]
+        """Temperature at a position (epochs or steps from the start), in the unit of ``start``; per head for lists."""
+        values = self._values(position)
+        return values if len(values) > 1 else values[0]
 
     def _values(self, position: float) -> list[float]:
         if callable(self.schedule):
@@ -225,21 +211,17 @@ class TemperatureAnnealing(Callback):
                     f"{self.per} {self._position(trainer):g}."
                 )
         self._last = values
-        for name, bank in self._banks.items():
-            self._set(name, bank, values)
+        for bank in self._banks.values():
+            self._set(bank, values)
         for copy in averaged_copies(trainer):  # averaged over a schedule, the temperature would lag behind it
             for name, bank in find_banks(copy).items():
                 if name in self._banks:
-                    self._set(name, bank, values)
+                    self._set(bank, values)
 
-    def _set(self, name: str, bank: PrototypeBank, values: list[float]) -> None:
-        value = torch.tensor(values if len(values) == bank.num_heads else values * bank.num_heads)
-        if bank.fraction is not None:
-            bank.set_fraction(value)
-        elif self.unit == "absolute":
-            bank.set_temperature(value)
-        elif name in self._references:
-            bank.set_temperature(value * torch.tensor(self._references[name]))
+    def _set(self, bank: PrototypeBank, values: list[float]) -> None:
+        bank.temperature_state.set_values(
+            torch.tensor(values if len(values) == bank.num_heads else values * bank.num_heads)
+        )
 
     def _position(self, trainer: pl.Trainer) -> float:
         return float(trainer.current_epoch if self.per == "epoch" else self._steps)
@@ -275,13 +257,20 @@ class TemperatureAnnealing(Callback):
             previous = value
 
     def state_dict(self) -> dict[str, Any]:
-        """Critical temperatures, the length of the run and the steps done: a resumed schedule is the same one."""
-        return {"references": self._references, "length": self._length, "steps": self._steps}
+        """Length of the run and the steps done: a resumed schedule is the same one."""
+        return {"length": self._length, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
-        self._references, self._length = dict(state_dict["references"]), state_dict["length"]
+        self._length = state_dict["length"]
         self._steps = state_dict["steps"]
+
+
+def _temperature(name: str, value: float | list[float] | Temperature) -> Temperature:
+    try:
+        return Temperature.of(value)
+    except ValueError as error:
+        raise ValueError(f"{name} of the schedule: {error}") from None
 
 
 def _per_head(start: float | list[float], end: float | list[float]) -> list[tuple[float, float]]:

@@ -35,6 +35,7 @@ from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.quantizer import SoftVectorQuantizer
 from ddcl_lightning.nn.scaling import EmbeddingScale
+from ddcl_lightning.nn.temperature import Temperature
 from ddcl_lightning.optim.token_normalized import TokenNormalized
 from ddcl_lightning.optim.two_timescale import two_timescale_groups
 from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
@@ -75,6 +76,7 @@ __all__ = [
     "SerialPrototypes",
     "SoftVectorQuantizer",
     "Task",
+    "Temperature",
     "TimmBackbone",
     "TokenNormalized",
     "Tokens",

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.functional._common import check_mask, zero_padding
-from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
-from ddcl_lightning.nn.initialization import initial_prototypes
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 DEFAULT_PROTOTYPE_DIM = 8
 CHUNK = 4096  # tokens that go through the layer at a time when it starts
@@ -30,8 +30,7 @@ class DDCLFeedForward(PlacedPrototypes):
         num_prototypes: K per head.
         num_heads: H; by default as many as fill half of D, ``max(1, D // (2 * prototype_dim))``.
         prototype_dim: d, dimension of one head's slice, free of D; 8, or D where that is less.
-        temperature: Initial T > 0, in the unit that ``temperature_unit`` says.
-        temperature_unit: See :class:`~ddcl_lightning.PrototypeBank`; by default T follows the scale of the slices.
+        temperature: Softness of the assignments, see :class:`~ddcl_lightning.PrototypeBank`.
         linear: The path A x.
 
     Attributes:
@@ -51,8 +50,7 @@ class DDCLFeedForward(PlacedPrototypes):
         *,
         num_heads: int | None = None,
         prototype_dim: int | None = None,
-        temperature: float = 0.05,
-        temperature_unit: TemperatureUnit = "critical",
+        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         linear: bool = True,
     ) -> None:
         super().__init__()
@@ -66,7 +64,6 @@ class DDCLFeedForward(PlacedPrototypes):
             prototype_dim,
             num_heads=num_heads,
             temperature=temperature,
-            temperature_unit=temperature_unit,
         )
         self.dim, width = dim, num_heads * prototype_dim
         self.input_projection = nn.Linear(dim, width, bias=False)
@@ -120,12 +117,7 @@ class DDCLFeedForward(PlacedPrototypes):
         """
         self._check(tokens)
         bank, training = self.bank, self.training
-        heads = bank.split_heads(self.input_projection(tokens))[0]
-        found = [initial_prototypes(head, bank.num_prototypes, num_restarts=num_restarts, seed=seed) for head in heads]
-        bank.set_prototypes(torch.stack(found).to(bank.prototypes))
-        if bank.critical is not None and bank.fraction is not None:
-            bank.critical.start(heads)
-            bank.set_fraction(bank.fraction.clone())
+        bank.initialize(self.input_projection(tokens), num_restarts=num_restarts, seed=seed)
         if targets is not None:
             self.eval()  # T was set from all the tokens; chunks of them must not move it
             self._solve(tokens, targets)

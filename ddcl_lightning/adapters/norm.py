@@ -7,7 +7,10 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.attention import refuse_bank_arguments
-from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.temperature import Temperature
+
+SOFT = 0.5  # of the critical temperature
 
 
 class PrototypeNorm(PlacedPrototypes):
@@ -25,8 +28,8 @@ class PrototypeNorm(PlacedPrototypes):
     Args:
         dim: D, dimension of the tokens.
         num_prototypes: K; not with ``bank``.
-        temperature: See :class:`~ddcl_lightning.PrototypeBank`.
-        temperature_unit: Likewise; by default T follows the scale of the tokens, which nothing bounds before a norm.
+        temperature: Softness of the assignments, see :class:`~ddcl_lightning.PrototypeBank`. Higher than elsewhere by
+            default: noisy inputs need it.
         bank: A bank of one head to share; its dimension must be D.
         eps: Smallest mean square to divide by, > 0.
 
@@ -41,8 +44,7 @@ class PrototypeNorm(PlacedPrototypes):
         dim: int,
         num_prototypes: int | None = None,
         *,
-        temperature: float = 0.5,
-        temperature_unit: TemperatureUnit = "critical",
+        temperature: float | list[float] | Temperature = SOFT,
         bank: PrototypeBank | None = None,
         eps: float = 1e-6,
     ) -> None:
@@ -52,12 +54,11 @@ class PrototypeNorm(PlacedPrototypes):
         if bank is None:
             if num_prototypes is None:
                 raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
-            bank = PrototypeBank(num_prototypes, dim, temperature=temperature, temperature_unit=temperature_unit)
+            bank = PrototypeBank(num_prototypes, dim, temperature=temperature)
         else:
             refuse_bank_arguments(
                 num_prototypes=num_prototypes,
-                temperature=None if temperature == 0.5 else temperature,
-                temperature_unit=None if temperature_unit == "critical" else temperature_unit,
+                temperature=None if temperature == SOFT else temperature,
             )
         if bank.num_heads != 1 or bank.dim != dim:
             raise ValueError(

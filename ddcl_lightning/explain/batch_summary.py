@@ -13,7 +13,7 @@ from ddcl_lightning.explain.explanation import Span
 from ddcl_lightning.functional import nearest_prototype, soft_assign
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 
@@ -73,13 +73,13 @@ class Observer:
             )
         self._module = module
         self._name, self.bank = list(banks.items())[-1]
-        self._seen: dict[str, Observation] = {}
+        self._seen: dict[str, CodebookRecord] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the bank, without gradients and in evaluation mode; modes are put back."""
         banks: dict[str, PrototypeBank] = {self._name: self.bank}
-        with evaluating(self._module), torch.no_grad(), BankProbe(banks, self._seen.__setitem__):
+        with evaluating(self._module), torch.no_grad(), record_codebooks(banks, self._seen.__setitem__):
             yield
 
     def __call__(self, batch: Batch) -> Look:
@@ -105,20 +105,20 @@ class Observer:
         return Look(
             shares=self._shares(seen, readout.assignments, mask).double().cpu(),
             means=_mean_over_tokens(heads.movedim(0, 1), mask).double().cpu(),
-            codes=nearest_prototype(seen.tokens, seen.prototypes).reshape(heads.shape[:-1]).cpu(),
+            codes=nearest_prototype(seen.tokens, seen.codebook).reshape(heads.shape[:-1]).cpu(),
             mask=mask.cpu(),
             tokens=heads,
-            prototypes=seen.prototypes,
+            prototypes=seen.codebook,
             temperature=seen.temperature,
             predicted=_cpu(self._module.task.predict(readout, batch).get("predicted_class")),
             spans=self._spans(batch, mask.cpu()),
         )
 
-    def _shares(self, seen: Observation, assignments: Tensor | None, mask: Tensor) -> Tensor:
-        heads, prototypes = seen.prototypes.shape[:2]
+    def _shares(self, seen: CodebookRecord, assignments: Tensor | None, mask: Tensor) -> Tensor:
+        heads, prototypes = seen.codebook.shape[:2]
         if assignments is not None and assignments.shape == (len(mask), heads, prototypes):
             return assignments
-        weights = soft_assign(seen.tokens, seen.prototypes, seen.temperature)
+        weights = soft_assign(seen.tokens, seen.codebook, seen.temperature)
         return _mean_over_tokens(weights.reshape(heads, *mask.shape, prototypes).movedim(0, 1), mask)
 
     def _spans(self, batch: Batch, mask: Tensor) -> list[list[Span]] | None:

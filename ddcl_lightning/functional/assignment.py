@@ -53,19 +53,19 @@ class BankOutput(NamedTuple):
         centroids: Soft centroids, ``(..., N, d)``, in the dtype of the tokens; zero at padding.
         terms: Loss terms, ``(...)`` each, float32 or wider.
         weights: Soft assignments ``(..., N, K)``, zero at padding, or None where they were not asked for.
-        cost: Mean over valid tokens of ``sum_k q_nk cost_k``, ``(...)``, or None without costs.
+        entropy: Mean over valid tokens of ``sum_k q_nk s_k`` with the surprisal s, ``(...)``, or None without one.
         codes: Hard codes, where a :class:`~ddcl_lightning.PrototypeBank` was asked for them.
         means: Token means, likewise.
         anchor: A zero on which gradients hang that are passed around such a call of a bank, or None unless an optimizer
             follows it.
-        scale: What the terms and the cost are multiplied by beyond being means over these tokens, for the mean over
+        scale: What the terms and the entropy are multiplied by beyond being means over these tokens, for the mean over
             processes.
     """
 
     centroids: Tensor
     terms: Decomposition
     weights: Tensor | None
-    cost: Tensor | None = None
+    entropy: Tensor | None = None
     codes: Tensor | None = None
     means: TokenMeans | None = None
     anchor: Tensor | None = None
@@ -105,7 +105,7 @@ def prototype_attention(
     mask: Tensor | None = None,
     *,
     detach_assignments: bool = False,
-    costs: Tensor | None = None,
+    surprisal: Tensor | None = None,
 ) -> BankOutput:
     """Soft centroids and loss terms in one attention call, without the ``N x K`` matrix in memory.
 
@@ -122,7 +122,8 @@ def prototype_attention(
         mask: ``(..., N)`` boolean, True for valid tokens. Padding enters no term and no gradient.
         detach_assignments: Hold ``q`` constant in the backward pass, the paper's stop-gradient form
             (eq. 10); by default gradients flow through ``q`` too.
-        costs: ``(..., K)``, a cost of each prototype, whose mean over the assignments is wanted too.
+        surprisal: ``(..., K)``, ``-ln`` of the mean assignment to each prototype; its mean over the assignments is the
+            entropy of the mean assignment, whose gradient is that of this mean.
 
     Returns:
         Centroids and terms; the weights are None. Terms are NaN where the mask leaves no token.
@@ -143,7 +144,7 @@ def prototype_attention(
         key = torch.cat([2 * p, -norms], -1) / temperature_like(temperature, p)
         if detach_assignments:
             query, key = query.detach(), key.detach()
-        extra = [] if costs is None else [costs.to(dtype).unsqueeze(-1)]
+        extra = [] if surprisal is None else [surprisal.to(dtype).unsqueeze(-1)]
         attended = _attend(query, key, torch.cat([p, norms, *extra], -1))
         dim = p.shape[-1]
         centroids, energy = attended[..., :dim], attended[..., dim]
@@ -152,9 +153,9 @@ def prototype_attention(
         # Rounding can leave a hard assignment a hair below zero.
         variance = (energy - centroids.square().sum(-1)).clamp(min=0.0)
         terms = _mean_terms(ols + variance, ols, variance, mask)
-        cost = None if costs is None else masked_mean(attended[..., dim + 1], mask)
+        entropy = None if surprisal is None else masked_mean(attended[..., dim + 1], mask)
         centroids = zero_padding(centroids + center, mask)
-    return BankOutput(centroids.to(tokens.dtype), terms, None, cost)
+    return BankOutput(centroids.to(tokens.dtype), terms, None, entropy)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def prototype_attention_reference(
     mask: Tensor | None = None,
     *,
     detach_assignments: bool = False,
-    costs: Tensor | None = None,
+    surprisal: Tensor | None = None,
 ) -> BankOutput:
     """The same as :func:`prototype_attention`, written out plainly and with the assignments returned.
 
@@ -186,10 +187,10 @@ def prototype_attention_reference(
         temperature: ``T > 0`` in units of squared distance.
         mask: ``(..., N)`` boolean, True for valid tokens.
         detach_assignments: Hold ``q`` constant in the backward pass (eq. 10).
-        costs: ``(..., K)``, a cost of each prototype.
+        surprisal: ``(..., K)``, see there.
 
     Returns:
-        Centroids, terms, weights and cost.
+        Centroids, terms, weights and entropy.
     """
     check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
@@ -205,9 +206,11 @@ def prototype_attention_reference(
         ols = (z - centroids).square().sum(-1)
         variance = (weights * _squared_distances(centroids, p)).sum(-1)
         terms = _mean_terms(loss, ols, variance, mask)
-        cost = None if costs is None else masked_mean((weights @ costs.to(dtype).unsqueeze(-1)).squeeze(-1), mask)
+        entropy = None
+        if surprisal is not None:
+            entropy = masked_mean((weights @ surprisal.to(dtype).unsqueeze(-1)).squeeze(-1), mask)
         centroids = zero_padding(centroids + center, mask)
-    return BankOutput(centroids.to(tokens.dtype), terms, zero_padding(weights, mask), cost)
+    return BankOutput(centroids.to(tokens.dtype), terms, zero_padding(weights, mask), entropy)
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
-"""Everything that a quantiser wants from its assignments, and all gradients, in one look at them."""
+"""Fused forward pass and analytic gradients of a quantizer: codes, losses, entropy and token means in two sweeps.
 
-from collections.abc import Callable
-from typing import Any
+The derivation is in docs/fused-quantization.md. Notation: ``q_nk`` assignments, ``l_nk`` their logarithms up to a
+constant of the token, ``c_n`` soft centroids, ``s_k`` the surprisal ``-ln M_k`` of the mean assignment M.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +14,8 @@ from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, 
 from ddcl_lightning.functional.assignment import BankOutput, Decomposition, TokenMeans
 
 BLOCK_ELEMENTS = 1 << 18  # entries of one N x K block: a megabyte stays in the cache from one operation to the next
-KEPT_ELEMENTS = 1 << 24  # assignments up to this size (64 MiB) are kept for the second sweep, larger ones are redone
-STARVED = 1e-20  # a prototype with less mass is summed again in log space, where nothing underflows
+STORED_ELEMENTS = 1 << 24  # 64 MiB: assignments up to this size are stored for the second sweep, others are redone
+SMALLEST_MASS = 1e-20  # a prototype with less mass is summed again in log space, where nothing underflows
 
 
 def quantize(
@@ -25,7 +29,7 @@ def quantize(
 ) -> BankOutput:
     """Soft centroids without gradients, loss terms, hard codes, token means and the entropy of the mean assignment.
 
-    For quantisers that pass gradients straight through: the decoder's gradient does not need the derivative of the
+    For quantizers that pass gradients straight through: the decoder's gradient does not need the derivative of the
     centroids, so that the gradients of the two losses can be found on the way forward, from assignments that are in
     the cache, and no backward pass over them is left.
 
@@ -35,12 +39,12 @@ def quantize(
         temperature: ``T > 0`` in units of squared distance; a float or one value per leading index, ``(...)``.
         mask: ``(..., N)`` boolean, True for valid tokens.
         detach_assignments: Hold ``q`` constant in the backward pass (eq. 10); the entropy then has no gradient.
-        total: From the logarithm of each prototype's mass here, ``(..., K)``, to that over all processes.
+        total: From the logarithm of each prototype's mass on this process, ``(..., K)``, to that over all processes.
 
     Returns:
-        ``terms.loss`` and ``cost``, the entropy in nats, have gradients for tokens and prototypes; the rest has none.
-        The cost is ``-sum_k m_k ln M_k`` for the mean assignment m here and M over all processes, so that its mean over
-        processes is the entropy.
+        ``terms.loss`` and ``entropy`` (nats) have gradients for tokens and prototypes; the rest has none. The entropy
+        is ``-sum_k m_k ln M_k`` for the mean assignment m on this process and M over all, so that its mean over
+        processes is the entropy of M.
 
     Raises:
         ValueError: If shapes do not fit or the temperature is not positive.
@@ -50,22 +54,23 @@ def quantize(
     dtype = accumulation_dtype(tokens, prototypes)
     with torch.autocast(tokens.device.type, enabled=False):
         scale = temperature_like(temperature, prototypes.to(dtype))
-        wanted = torch.is_grad_enabled() and (tokens.requires_grad or prototypes.requires_grad)
-        through_q = wanted and not detach_assignments
-        found = _Quantize.apply(tokens.to(dtype), prototypes.to(dtype), scale, mask, through_q, total)
-    loss, cost, ols, variance, centroids, codes, log_mass, means = found
+        differentiable = torch.is_grad_enabled() and (tokens.requires_grad or prototypes.requires_grad)
+        outputs = _FusedQuantization.apply(
+            tokens.to(dtype), prototypes.to(dtype), scale, mask, differentiable and not detach_assignments, total
+        )
+    loss, entropy, ols, variance, centroids, codes, log_mass, means = outputs
     return BankOutput(
         centroids.to(tokens.dtype),
         Decomposition(loss, ols, variance),
         None,
-        cost,
+        entropy,
         codes,
         TokenMeans(log_mass, means),
     )
 
 
-class _Quantize(torch.autograd.Function):
-    """Forward computes the gradients of ``loss`` and ``cost`` too; backward weighs them."""
+class _FusedQuantization(torch.autograd.Function):
+    """Forward computes the gradients of the loss and of the entropy too; backward weighs them."""
 
     @staticmethod
     def forward(
@@ -74,144 +79,217 @@ class _Quantize(torch.autograd.Function):
         prototypes: Tensor,
         temperature: Tensor,
         mask: Tensor | None,
-        through_q: bool,
+        through_assignments: bool,
         total: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, ...]:
         center = prototypes.mean(-2, keepdim=True)
-        z, p = zero_padding(tokens - center, mask), prototypes - center
-        ones, norms = torch.ones_like(z[..., :1]), p.square().sum(-1, keepdim=True)
-        valid = ones if mask is None else mask.unsqueeze(-1).to(z.dtype)
-        count = valid.sum(-2, keepdim=True)
-        query = torch.cat([z, ones], -1)
-        key = (torch.cat([2 * p, -norms], -1) / temperature).mT
-        value = torch.cat([p, norms, torch.ones_like(norms)], -1)
-        dim, size = p.shape[-1], p.shape[-2]
-
-        num_tokens = z.shape[-2]
-        heads = max(1, z[..., 0].numel() // max(1, num_tokens))
-        step = max(1, BLOCK_ELEMENTS // (size * heads))
-        blocks = [slice(start, start + step) for start in range(0, max(1, num_tokens), step)]
-        keep = through_q and heads * num_tokens * size <= KEPT_ELEMENTS
-        kept: list[Tensor] = []
-
-        def relative(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-            """Logits less their largest, that one, and where it is: ``(..., n, K)``, ``(..., n, 1)``, ``(..., n)``."""
-            logits = query[..., rows, :] @ key
-            largest, where = logits.max(-1, keepdim=True)
-            return logits.sub_(largest), largest, where.squeeze(-1)
-
-        # q = weights / sums. Sums over prototypes per token; over tokens per prototype: sum_n q_nk u_n [z_n, 1].
-        per_token, sums, offset, codes = [], [], [], []
-        wide = dim + 1
-        per_prototype = z.new_zeros(*p.shape[:-1], 2 * wide)  # for u = 1 and u = b
-        weighted = z.new_zeros(*p.shape[:-1], wide)  # of q l instead of q
-        for rows in blocks:
-            logits, largest, where = relative(rows)
-            weights = logits.exp()
-            if keep:
-                kept.append(weights)
-            attended = weights @ value
-            total_weight = attended[..., -1:]
-            shares = query[..., rows, :] * (valid[..., rows, :] / total_weight)
-            columns = [attended[..., :-1] / total_weight]
-            if through_q:
-                # b = sum_k q l, and sum_k q l p; l is the logarithm of q up to a constant of the token.
-                logits.mul_(weights)
-                slopes = logits @ torch.cat([p, torch.ones_like(norms)], -1) / total_weight
-                columns.append(slopes)
-                weighted += logits.mT @ shares
-                shares = torch.cat([shares, slopes[..., -1:] * shares], -1)
-            per_prototype[..., : shares.shape[-1]] += weights.mT @ shares
-            per_token.append(torch.cat(columns, -1))
-            sums.append(total_weight)
-            offset.append(largest)
-            codes.append(where)
-        found = torch.cat(per_token, -2)
-        total_weights, offsets = torch.cat(sums, -2), torch.cat(offset, -2)
-        centroids, energy = found[..., :dim], found[..., dim : dim + 1]
-        mass, tokens_sum = per_prototype[..., dim:wide], per_prototype[..., :dim]
-
-        log_mass, means = mass.squeeze(-1).log(), tokens_sum / mass
-        starved = mass.squeeze(-1) < STARVED
-        if bool(starved.any()):
-            _feed(log_mass, means, starved, z, query, key, offsets + total_weights.log(), valid)
+        problem = _Problem(zero_padding(tokens - center, mask), prototypes - center, temperature, mask)
+        sums = _first_sweep(problem, through_assignments)
+        log_mass, means = _token_means(problem, sums)
 
         # Loss terms (eq. 3).
-        error = z - centroids
-        ols = error.square().sum(-1, keepdim=True)
-        variance = (energy - centroids.square().sum(-1, keepdim=True)).clamp_(min=0.0)
-        mean_ols, mean_variance = ((term * valid).sum(-2) / count.squeeze(-2) for term in (ols, variance))
+        residual = problem.z - sums.centroids
+        ols = residual.square().sum(-1, keepdim=True)
+        variance = (sums.energy - sums.centroids.square().sum(-1, keepdim=True)).clamp_(min=0.0)
+        count = problem.count.squeeze(-2)
+        mean_ols, mean_variance = ((term * problem.valid).sum(-2) / count for term in (ols, variance))
         loss = mean_ols + mean_variance
 
-        # Entropy of the mean assignment: a_k = -ln M_k is its derivative, up to a constant.
-        everywhere = total(log_mass)
-        price = (everywhere.logsumexp(-1, keepdim=True) - everywhere).unsqueeze(-1)
-        cost = (log_mass.exp().unsqueeze(-1) * price).sum(-2) / count.squeeze(-2)
+        # Entropy of the mean assignment: its derivative by M_k is the surprisal, up to a constant.
+        log_total = total(log_mass)
+        surprisal = (log_total.logsumexp(-1, keepdim=True) - log_total).unsqueeze(-1)
+        entropy = (log_mass.exp().unsqueeze(-1) * surprisal).sum(-2) / count
 
-        token_loss, token_cost = 2 * error, torch.zeros_like(error)
-        prototype_loss, prototype_cost = 2 * (mass * p - tokens_sum), torch.zeros_like(p)
-        if through_q:
-            slope = found[..., dim + 1 :]
-            token_loss -= 2 * (slope[..., :-1] - slope[..., -1:] * centroids)
-            pull, reach = per_prototype[..., wide:], weighted
-            prototype_loss += 2 * (pull[..., :-1] - reach[..., :-1] - (pull[..., -1:] - reach[..., -1:]) * p)
-            priced = torch.cat([price * p, price], -1)
-            charged = z.new_zeros(*p.shape[:-1], wide)
-            paid = []
-            for number, rows in enumerate(blocks):
-                weights = kept[number] if keep else relative(rows)[0].exp_()
-                part = weights @ priced / total_weights[..., rows, :]
-                paid.append(part)
-                shares = query[..., rows, :] * (valid[..., rows, :] / total_weights[..., rows, :] * part[..., -1:])
-                charged += weights.mT @ shares
-            costs = torch.cat(paid, -2)
-            token_cost = (2 / temperature) * (costs[..., :-1] - costs[..., -1:] * centroids)
-            prototype_cost = (2 / temperature) * (
-                price * (tokens_sum - mass * p) - (charged[..., :-1] - charged[..., -1:] * p)
-            )
+        gradients = (
+            *_loss_gradients(problem, sums, residual),
+            *_entropy_gradients(problem, sums, surprisal, through_assignments),
+        )
+        token_loss, prototype_loss, token_entropy, prototype_entropy = gradients
         ctx.save_for_backward(
-            *(zero_padding(part, mask) / count for part in (token_loss, token_cost)),
-            *(part / count for part in (prototype_loss, prototype_cost)),
+            *(zero_padding(gradient, mask) / problem.count for gradient in (token_loss, token_entropy)),
+            *(gradient / problem.count for gradient in (prototype_loss, prototype_entropy)),
         )
         terms = (mean_ols.squeeze(-1), mean_variance.squeeze(-1))
-        outputs = (*terms, zero_padding(centroids + center, mask), torch.cat(codes, -1), log_mass, means + center)
+        outputs = (*terms, zero_padding(sums.centroids + center, mask), sums.codes, log_mass, means + center)
         ctx.mark_non_differentiable(*outputs)
-        return loss.squeeze(-1), cost.squeeze(-1), *outputs
+        return loss.squeeze(-1), entropy.squeeze(-1), *outputs
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        token_loss, token_cost, prototype_loss, prototype_cost = ctx.saved_tensors
-        of_loss, of_cost = (gradient.unsqueeze(-1).unsqueeze(-1) for gradient in upstream[:2])
-        tokens = of_loss * token_loss + of_cost * token_cost
-        prototypes = of_loss * prototype_loss + of_cost * prototype_cost
+        token_loss, token_entropy, prototype_loss, prototype_entropy = ctx.saved_tensors
+        of_loss, of_entropy = (gradient.unsqueeze(-1).unsqueeze(-1) for gradient in upstream[:2])
+        tokens = of_loss * token_loss + of_entropy * token_entropy
+        prototypes = of_loss * prototype_loss + of_entropy * prototype_entropy
         return tokens, prototypes, None, None, None, None
 
 
-def _feed(
-    log_mass: Tensor,
-    means: Tensor,
-    starved: Tensor,
-    z: Tensor,
-    query: Tensor,
-    key: Tensor,
-    log_sums: Tensor,
-    valid: Tensor,
-) -> None:
-    """Fill in the mass and the mean token of starved prototypes, in log space, in place."""
-    size = key.shape[-1]
-    parts = zip(
-        log_mass.view(-1, size),
-        means.view(-1, *means.shape[-2:]),
-        starved.reshape(-1, size),
-        z.reshape(-1, *z.shape[-2:]),
-        query.reshape(-1, *query.shape[-2:]),
-        key.reshape(-1, *key.shape[-2:]),
-        log_sums.reshape(-1, *log_sums.shape[-2:]),
-        valid.reshape(-1, *valid.shape[-2:]),
-        strict=True,
+class _Problem:
+    """Centred tokens and prototypes in the form of one attention: query ``[z, 1]``, key ``[2 p, -||p||^2] / T``.
+
+    Args:
+        z: Tokens less the mean prototype, ``(..., N, d)``, zero at padding.
+        p: Prototypes less their mean, ``(..., K, d)``.
+        temperature: ``(..., 1, 1)``.
+        mask: ``(..., N)`` boolean or None.
+    """
+
+    def __init__(self, z: Tensor, p: Tensor, temperature: Tensor, mask: Tensor | None) -> None:
+        ones = torch.ones_like(z[..., :1])
+        self.z, self.p, self.temperature = z, p, temperature
+        self.norms = p.square().sum(-1, keepdim=True)
+        self.valid = ones if mask is None else mask.unsqueeze(-1).to(z.dtype)
+        self.count = self.valid.sum(-2, keepdim=True)
+        self.query = torch.cat([z, ones], -1)
+        self.key = (torch.cat([2 * p, -self.norms], -1) / temperature).mT
+        self.num_tokens, self.num_prototypes, self.dim = z.shape[-2], p.shape[-2], p.shape[-1]
+        self.num_heads = max(1, z[..., 0].numel() // max(1, self.num_tokens))
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows of tokens whose assignments stay in the cache."""
+        step = max(1, BLOCK_ELEMENTS // (self.num_prototypes * self.num_heads))
+        return (slice(start, start + step) for start in range(0, max(1, self.num_tokens), step))
+
+    def fits_in_memory(self) -> bool:
+        """Whether the assignments may be stored from the first sweep to the second."""
+        return self.num_heads * self.num_tokens * self.num_prototypes <= STORED_ELEMENTS
+
+    def logits(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits less their largest ``(..., n, K)``, that one ``(..., n, 1)``, and where it is ``(..., n)``."""
+        logits = self.query[..., rows, :] @ self.key
+        largest, codes = logits.max(-1, keepdim=True)
+        return logits.sub_(largest), largest, codes.squeeze(-1)
+
+
+class _Sums(NamedTuple):
+    """What the first sweep adds up; ``q = weights / weight_sums``.
+
+    Attributes:
+        codes: Nearest prototype, ``(..., N)``.
+        centroids: ``c_n = sum_k q_nk p_k``, ``(..., N, d)``.
+        energy: ``sum_k q_nk ||p_k||^2``, ``(..., N, 1)``.
+        slope: ``[sum_k q_nk l_nk p_k, b_n = sum_k q_nk l_nk]``, ``(..., N, d + 1)``; None without gradients through q.
+        weight_sums: ``(..., N, 1)``.
+        log_sums: Logarithm of the sums before the largest logit was taken out, ``(..., N, 1)``.
+        tokens: ``[sum_n q_nk z_n, sum_n q_nk]``, ``(..., K, d + 1)``.
+        sloped_tokens: The same weighted by ``b_n``, zero without gradients through q.
+        logged_tokens: The same weighted by ``l_nk``, likewise.
+        weights: Those of every block, where they are stored.
+    """
+
+    codes: Tensor
+    centroids: Tensor
+    energy: Tensor
+    slope: Tensor | None
+    weight_sums: Tensor
+    log_sums: Tensor
+    tokens: Tensor
+    sloped_tokens: Tensor
+    logged_tokens: Tensor
+    weights: list[Tensor]
+
+
+def _first_sweep(problem: _Problem, through_assignments: bool) -> _Sums:
+    """Sums over prototypes per token, and over tokens per prototype."""
+    p, norms, dim, width = problem.p, problem.norms, problem.dim, problem.dim + 1
+    value = torch.cat([p, norms, torch.ones_like(norms)], -1)
+    store = through_assignments and problem.fits_in_memory()
+    per_token, weight_sums, offsets, codes, stored = [], [], [], [], []
+    per_prototype = p.new_zeros(*p.shape[:-1], 2 * width)
+    logged_tokens = p.new_zeros(*p.shape[:-1], width)
+    for rows in problem.blocks():
+        logits, largest, nearest = problem.logits(rows)
+        weights = logits.exp()
+        if store:
+            stored.append(weights)
+        attended = weights @ value
+        weight_sum = attended[..., -1:]
+        scaled_tokens = problem.query[..., rows, :] * (problem.valid[..., rows, :] / weight_sum)
+        columns = [attended[..., :-1] / weight_sum]
+        if through_assignments:
+            logits.mul_(weights)
+            slopes = logits @ torch.cat([p, torch.ones_like(norms)], -1) / weight_sum
+            columns.append(slopes)
+            logged_tokens += logits.mT @ scaled_tokens
+            scaled_tokens = torch.cat([scaled_tokens, slopes[..., -1:] * scaled_tokens], -1)
+        per_prototype[..., : scaled_tokens.shape[-1]] += weights.mT @ scaled_tokens
+        per_token.append(torch.cat(columns, -1))
+        weight_sums.append(weight_sum)
+        offsets.append(largest)
+        codes.append(nearest)
+    of_tokens, all_sums = torch.cat(per_token, -2), torch.cat(weight_sums, -2)
+    return _Sums(
+        codes=torch.cat(codes, -1),
+        centroids=of_tokens[..., :dim],
+        energy=of_tokens[..., dim : dim + 1],
+        slope=of_tokens[..., dim + 1 :] if through_assignments else None,
+        weight_sums=all_sums,
+        log_sums=torch.cat(offsets, -2) + all_sums.log(),
+        tokens=per_prototype[..., :width],
+        sloped_tokens=per_prototype[..., width:],
+        logged_tokens=logged_tokens,
+        weights=stored,
     )
-    for masses, centers, hungry, points, asking, keys, totals, counted in parts:
-        for some in hungry.nonzero().squeeze(-1).split(max(1, BLOCK_ELEMENTS // max(1, len(points)))):
-            log_q = (asking @ keys[:, some] - totals).masked_fill(counted == 0, -torch.inf)
-            masses[some] = log_q.logsumexp(0)
-            centers[some] = log_q.softmax(0).T @ points
+
+
+def _loss_gradients(problem: _Problem, sums: _Sums, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the summed loss for tokens ``(..., N, d)`` and prototypes ``(..., K, d)``."""
+    mass, tokens_sum = sums.tokens[..., -1:], sums.tokens[..., :-1]
+    for_tokens, for_prototypes = 2 * residual, 2 * (mass * problem.p - tokens_sum)
+    if sums.slope is not None:
+        for_tokens -= 2 * (sums.slope[..., :-1] - sums.slope[..., -1:] * sums.centroids)
+        sloped, logged = sums.sloped_tokens, sums.logged_tokens
+        for_prototypes += 2 * (sloped[..., :-1] - logged[..., :-1] - (sloped[..., -1:] - logged[..., -1:]) * problem.p)
+    return for_tokens, for_prototypes
+
+
+def _entropy_gradients(
+    problem: _Problem, sums: _Sums, surprisal: Tensor, through_assignments: bool
+) -> tuple[Tensor, Tensor]:
+    """The second sweep: gradients of the summed entropy for tokens and prototypes, zero where q is held constant."""
+    p, factor = problem.p, 2 / problem.temperature
+    if not through_assignments:
+        return torch.zeros_like(problem.z), torch.zeros_like(p)
+    value = torch.cat([surprisal * p, surprisal], -1)
+    surprised_tokens = p.new_zeros(*p.shape[:-1], problem.dim + 1)
+    per_token = []
+    for number, rows in enumerate(problem.blocks()):
+        weights = sums.weights[number] if sums.weights else problem.logits(rows)[0].exp_()
+        weight_sums = sums.weight_sums[..., rows, :]
+        surprise = weights @ value / weight_sums  # [sum_k q s p, sum_k q s] of each token
+        per_token.append(surprise)
+        scaled_tokens = problem.query[..., rows, :] * (problem.valid[..., rows, :] / weight_sums * surprise[..., -1:])
+        surprised_tokens += weights.mT @ scaled_tokens
+    surprise = torch.cat(per_token, -2)
+    mass, tokens_sum = sums.tokens[..., -1:], sums.tokens[..., :-1]
+    for_tokens = factor * (surprise[..., :-1] - surprise[..., -1:] * sums.centroids)
+    for_prototypes = factor * (
+        surprisal * (tokens_sum - mass * p) - (surprised_tokens[..., :-1] - surprised_tokens[..., -1:] * p)
+    )
+    return for_tokens, for_prototypes
+
+
+def _token_means(problem: _Problem, sums: _Sums) -> tuple[Tensor, Tensor]:
+    """Logarithm of each prototype's mass ``(..., K)`` and its mean token ``(..., K, d)``, also where it underflows."""
+    mass = sums.tokens[..., -1]
+    log_mass, means = mass.log(), sums.tokens[..., :-1] / mass.unsqueeze(-1)
+    underflows = mass < SMALLEST_MASS
+    if bool(underflows.any()):
+        _fill_in_log_space(problem, sums, underflows, log_mass, means)
+    return log_mass, means
+
+
+def _fill_in_log_space(problem: _Problem, sums: _Sums, chosen: Tensor, log_mass: Tensor, means: Tensor) -> None:
+    """Overwrite mass and mean token of the chosen prototypes ``(..., K)``, in place, head by head."""
+
+    def by_head(value: Tensor, dims: int) -> Tensor:
+        return value.reshape(-1, *value.shape[-dims:])
+
+    for head in range(problem.num_heads):
+        points = by_head(problem.z, 2)[head]
+        query, key = by_head(problem.query, 2)[head], by_head(problem.key, 2)[head]
+        log_sums, padding = by_head(sums.log_sums, 2)[head], by_head(problem.valid, 2)[head] == 0
+        indices = by_head(chosen, 1)[head].nonzero().squeeze(-1)
+        for some in indices.split(max(1, BLOCK_ELEMENTS // max(1, len(points)))):
+            log_q = (query @ key[:, some] - log_sums).masked_fill(padding, -torch.inf)
+            log_mass.view(-1, problem.num_prototypes)[head, some] = log_q.logsumexp(0)
+            means.view(-1, *means.shape[-2:])[head, some] = log_q.softmax(0).T @ points

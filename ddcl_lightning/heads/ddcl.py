@@ -13,6 +13,7 @@ from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.nn.attention import DDCLAttention
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 Pooling = Literal["centroid", "histogram", "both", "slots", "token_slots"]
 TokenChoice = Literal["all", "first", "mean"]
@@ -28,7 +29,8 @@ class DDCLReadout(Head):
         num_prototypes: K, prototypes per head.
         num_heads: H, independent banks.
         prototype_dim: Dimension of one head's prototypes; by default the backbone's ``embed_dim // num_heads``.
-        temperature: Initial T > 0, in units of squared distance. A ``TemperatureAnnealing`` callback replaces it.
+        temperature: Initial softness of the assignments, a number as a fraction of the critical temperature of the
+            tokens, see :class:`~ddcl_lightning.Temperature`. A ``TemperatureAnnealing`` callback replaces it.
         pooling: ``"centroid"``: mean of the soft centroids (what the tokens look like);
             ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated;
             ``"slots"``: for every prototype the mean of the tokens that it is responsible for
@@ -63,7 +65,7 @@ class DDCLReadout(Head):
         num_prototypes: int,
         num_heads: int = 1,
         prototype_dim: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         pooling: Pooling = "centroid",
         residual: bool = False,
         embedding_scale: ScaleMode | Literal["auto"] = "auto",
@@ -75,8 +77,7 @@ class DDCLReadout(Head):
     ) -> None:
         super().__init__()
         require_at_least(1, num_prototypes=num_prototypes, num_heads=num_heads)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {temperature}.")
+        Temperature.of(temperature).per_head(num_heads)  # refuse early
         check_width("prototype_dim", prototype_dim, budget)
         if tokens not in get_args(TokenChoice):
             raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")

@@ -13,9 +13,9 @@ from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_
 from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
-from ddcl_lightning.nn.bank import TemperatureUnit
 from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 LevelTokens = Literal["all", "first", "mean", "rare_mean", "rare_inputs", "joined"]
 LevelPooling = Literal["last", "all"]
@@ -31,16 +31,16 @@ class HierarchicalReadout(Head):
     the last, so that a level is started from what the one below really gives.
 
     Means of a level's centroids can spread much less than its tokens, and one temperature for all levels is then above
-    the critical one of the last, whose assignments become uniform. Therefore temperatures are fractions of each level's
-    own critical temperature, followed while the levels below move.
+    the critical one of the last, whose assignments become uniform. Therefore a number is a fraction of each level's own
+    critical temperature, followed while the levels below move.
 
     Args:
         num_prototypes: K of each level, a list with one number per level, from the tokens up.
         num_heads: H of each level.
         prototype_dim: d of each level; by default the dimension of what the level reads, ``// num_heads``. Another
             one projects.
-        temperature: Initial T > 0 of each level, in the unit below. A ``TemperatureAnnealing`` callback replaces it
-            (``banks="*levels.1.*"`` gives one level a schedule of its own).
+        temperature: Initial softness of the assignments of each level, see :class:`~ddcl_lightning.Temperature`. A
+            ``TemperatureAnnealing`` callback replaces it (``banks="*levels.1.*"`` gives one level its own schedule).
         tokens: What each level reads of the level below (the first one of the backbone): ``"all"``: every valid token;
             ``"first"``: the first valid one; ``"mean"``: the mean valid one, one vector per sample; ``"rare_mean"``:
             the same with tokens weighted by the rarity of their prototypes
@@ -58,9 +58,6 @@ class HierarchicalReadout(Head):
             computed from.
         pooling: ``"last"``: the mean soft centroid of the last level; ``"all"``: those of all levels side by side,
             through which a task's loss reaches every level.
-        temperature_unit: ``"critical"`` or ``"absolute"``, see :class:`~ddcl_lightning.PrototypeBank`. The tokens of a
-            frozen encoder do not move, so that their level may be ``"absolute"`` and save the covariance of every
-            batch; ``TemperatureAnnealing`` then measures its critical temperature once.
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
         num_tokens: T of the samples, for ``"joined"``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
@@ -84,12 +81,11 @@ class HierarchicalReadout(Head):
         num_prototypes: list[int],
         num_heads: int | list[int] = 1,
         prototype_dim: int | list[int] | None = None,
-        temperature: float | list[float] = 0.1,
+        temperature: float | Temperature | list[float | Temperature] = DEFAULT_TEMPERATURE,
         tokens: LevelTokens | list[LevelTokens] | None = None,
         embedding_scale: ScaleMode | Literal["auto"] | list[ScaleMode | Literal["auto"]] = "auto",
         end_to_end: bool = False,
         pooling: LevelPooling = "last",
-        temperature_unit: TemperatureUnit | list[TemperatureUnit] = "critical",
         detach_assignments: bool = False,
         num_tokens: int | None = None,
         embed_dim: int | None = None,
@@ -102,19 +98,16 @@ class HierarchicalReadout(Head):
                 f"{num_prototypes!r}. For a single bank use DDCLReadout."
             )
         self.num_prototypes, self.num_heads, self.prototype_dim = num_prototypes, num_heads, prototype_dim
-        self.temperature, self.temperature_unit = temperature, temperature_unit
+        self.temperature = temperature
         self.tokens, self.embedding_scale = tokens, embedding_scale
         self.end_to_end, self.pooling, self.detach_assignments = end_to_end, pooling, detach_assignments
         self.num_tokens, self.budget = num_tokens, budget
         self._heads: list[int] = self._each("num_heads", num_heads)
         self._dims: list[int | None] = self._each("prototype_dim", prototype_dim)
         self._scales: list[ScaleMode | Literal["auto"]] = self._each("embedding_scale", embedding_scale)
-        self._temperatures: list[float] = self._each("temperature", temperature)
+        self._temperatures = [Temperature.of(value) for value in self._each("temperature", temperature)]
         for heads, size in zip(self._heads, num_prototypes, strict=True):
             require_at_least(1, num_heads=heads, num_prototypes=size)
-        if not min(self._temperatures) > 0:
-            raise ValueError(f"temperature must be > 0 at every level; got {temperature}.")
-        self._units: list[TemperatureUnit] = self._each("temperature_unit", temperature_unit)
         last: LevelTokens = "mean" if self.num_levels > 1 else "all"
         default: list[LevelTokens] = ["all" for _ in self.num_prototypes[1:]]
         default.append(last)
@@ -189,7 +182,6 @@ class HierarchicalReadout(Head):
                 output_projection=False,
                 embedding_scale="none" if scale == "auto" else scale,
                 detach_assignments=self.detach_assignments,
-                temperature_unit=self._units[level],
             )
             self.levels.append(layer)
             if level + 1 < self.num_levels and self._reads[level + 1] in RARE:

@@ -7,6 +7,7 @@ from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_
 from ddcl_lightning.heads.pooling import code_shares, mean_token
 from ddcl_lightning.nn.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
 from ddcl_lightning.nn.scaling import ScaleMode
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 
 class SoftVQ(Head):
@@ -23,7 +24,7 @@ class SoftVQ(Head):
         num_codes: K per codebook.
         code_dim: d, dimension of a code; by default ``embed_dim // num_heads``.
         num_heads: H, independent codebooks on slices of a token (product quantisation).
-        temperature: First T as a fraction of the critical one, > 0.
+        temperature: Initial softness of the assignments, see there.
         commitment_weight: See :class:`~ddcl_lightning.SoftVectorQuantizer`, as for the arguments below.
         entropy_weight: See there.
         gradient: See there.
@@ -44,7 +45,7 @@ class SoftVQ(Head):
         num_codes: int,
         code_dim: int | None = None,
         num_heads: int = 1,
-        temperature: float = 0.05,
+        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         commitment_weight: float = 0.01,
         entropy_weight: float = 0.001,
         gradient: QuantizerGradient = "straight_through",

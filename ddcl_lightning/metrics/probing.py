@@ -17,7 +17,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, all_tokens
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.initialization import initial_prototypes
 
@@ -98,10 +98,10 @@ def collect_readouts(
     """
     banks = find_banks(module.head)
     name, bank = list(banks.items())[-1] if banks else ("", None)
-    seen: dict[str, Observation] = {}
+    seen: dict[str, CodebookRecord] = {}
     parts: list[Readouts] = []
     done = 0
-    with evaluating(module), BankProbe(banks, seen.__setitem__):
+    with evaluating(module), record_codebooks(banks, seen.__setitem__):
         for batch in batches:
             if to_device is not None:
                 batch = to_device(batch)
@@ -121,7 +121,7 @@ def collect_readouts(
                 )
             )
             for place, sample in (tokens or {}).items():
-                sample.add(all_tokens(seen[place]))
+                sample.add(seen[place].rows())
             done += size
             if done >= max_samples:
                 break
@@ -205,7 +205,7 @@ def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
     return masked_mean(values.float().mT, lengths).cpu()
 
 
-def _mean_input(seen: Observation, samples: int) -> Tensor:
+def _mean_input(seen: CodebookRecord, samples: int) -> Tensor:
     """Mean of each sample's tokens as a bank saw them, the heads side by side, ``(B, H * d)``."""
     rows = seen.tokens.transpose(0, 1).flatten(1)
     tokens = rows.reshape(samples, -1, rows.shape[1])

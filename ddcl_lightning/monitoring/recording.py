@@ -1,142 +1,95 @@
-"""Finding prototype banks inside any module, and looking at what passes through them."""
+"""One record of what passes through a codebook in a call, and one way to make such records."""
 
-import inspect
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from ddcl_lightning._utils.distributed import gather_objects, gather_rows, sum_over_processes, world_size
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.observer import BankObserver
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What one forward call of a bank saw and returned; tensors are detached, prototypes and T copied at the call.
+class CodebookRecord:
+    """What a codebook saw and returned in one call; tensors are detached, codebook and T copied at the call.
 
     Attributes:
         tokens: ``(H, N, d)``.
-        mask: ``(H, N)`` boolean or None.
-        prototypes: ``(H, K, d)``.
-        temperature: ``(H,)``.
-        terms: The terms that the call returned, ``(H,)`` each.
+        mask: ``(H, N)`` boolean, True for valid tokens, or None.
+        codebook: ``(H, K, d)``.
+        temperature: ``(H,)``, T in units of squared distance.
+        terms: The loss terms that the call returned, ``(H,)`` each.
+        codes: Hard codes ``(H, N)`` int64, or None where the call made none.
     """
 
     tokens: Tensor
     mask: Tensor | None
-    prototypes: Tensor
+    codebook: Tensor
     temperature: Tensor
     terms: Decomposition
+    codes: Tensor | None = None
+
+    @classmethod
+    def of_call(cls, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> "CodebookRecord":
+        """The record of a call of a bank with tokens ``(*, H * d)``."""
+        heads, flat_mask = bank.split_heads(tokens.detach(), mask)
+        terms = Decomposition(*((term.detach() / output.scale).to(term.dtype) for term in output.terms))
+        codes = None if output.codes is None else output.codes.reshape(-1, bank.num_heads).T
+        return cls(heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms, codes)
 
     def valid_tokens(self) -> Tensor:
         """Tokens without padding, ``(H, M, d)``."""
         return self.tokens if self.mask is None else self.tokens[:, self.mask[0]]
 
-
-def over_processes(observations: Mapping[str, Observation]) -> dict[str, Observation]:
-    """The observations of all processes as one per bank, the same everywhere: their valid tokens in rank order.
-
-    Banks that some process has not called are left out. Terms are means over all tokens.
-    """
-    if world_size() == 1:
-        return dict(observations)
-    called = gather_objects(list(observations))
-    return {name: _joint(observed) for name, observed in observations.items() if all(name in names for names in called)}
+    def rows(self) -> Tensor:
+        """Valid tokens ``(M, H, d)`` on the CPU in float32: one row per token, the heads side by side."""
+        return self.valid_tokens().transpose(0, 1).to("cpu", torch.float32)
 
 
-def _joint(observed: Observation) -> Observation:
-    tokens = observed.valid_tokens()
-    rows = gather_rows(tokens.transpose(0, 1).contiguous()).transpose(0, 1)
-    share = tokens.shape[1] / max(rows.shape[1], 1)
-    terms = Decomposition(*(sum_over_processes(term * share) for term in observed.terms))
-    return Observation(rows, None, observed.prototypes, observed.temperature, terms)
+Receiver = Callable[[str, CodebookRecord], None]
 
 
-Observer = Callable[[str, Observation], None]
+class record_codebooks(BankObserver):
+    """Context manager that hands a record of every call of some banks to a receiver.
 
-
-class BankHook:
-    """A forward hook of one bank: on copies of the bank, pickled or deep, it is idle, as it is when its owner is gone.
+    While it is not armed it costs nothing. Calls inside of compiled modules leave no record; copies of a bank are not
+    recorded, and nothing is when this object is gone.
 
     Args:
-        name: Name of the bank.
-        bank: The bank.
-        look: Method of the owner, called with the name and what a forward hook is called with.
-        of_training: Show calls in training mode only, and those inside of a compiled module too, whose graph breaks
-            there.
+        banks: Banks by name, or a module that holds them.
+        receive: Called with the name of the bank and the record.
+        armed: Record from the start; the context manager does.
+
+    Attributes:
+        armed: Whether calls are recorded.
     """
 
-    def __init__(
-        self,
-        name: str = "",
-        bank: PrototypeBank | None = None,
-        look: "weakref.WeakMethod[Any] | None" = None,
-        of_training: bool = False,
-    ) -> None:
-        self._name, self._look, self._of_training = name, look, of_training
-        self._bank = None if bank is None else weakref.ref(bank)
+    def __init__(self, banks: Mapping[str, PrototypeBank] | nn.Module, receive: Receiver, armed: bool = False) -> None:
+        self.armed = armed
+        self._receive = receive
+        self._names: dict[PrototypeBank, str] = {}
+        for name, bank in (find_banks(banks) if isinstance(banks, nn.Module) else banks).items():
+            self._names[bank] = name
+            bank.add_observer(self)
 
-    def __call__(
-        self, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
-    ) -> BankOutput | None:
-        """What the bank returns in place of its output, or None."""
-        if self._of_training:
-            return self._show_eagerly(bank, args, kwargs, output) if bank.training else None
-        return None if torch.compiler.is_compiling() else self._show(bank, args, kwargs, output)
-
-    def _show(
-        self, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
-    ) -> BankOutput | None:
-        look = None if self._look is None or self._bank is None or self._bank() is not bank else self._look()
-        shown: BankOutput | None = None if look is None else look(self._name, bank, args, kwargs, output)
-        return shown
-
-    _show_eagerly = torch.compiler.disable(_show)  # type: ignore[no-untyped-call]
-
-    def __reduce__(self) -> tuple[type["BankHook"], tuple[()]]:
-        return BankHook, ()
-
-
-class BankProbe:
-    """Calls an observer on every forward of the given banks while armed; costs nothing otherwise.
-
-    Args:
-        banks: Banks by name.
-        observer: Called with the name and the observation.
-    """
-
-    def __init__(self, banks: Mapping[str, PrototypeBank], observer: Observer) -> None:
-        self.armed = False
-        self._observer = observer
-        look = weakref.WeakMethod(self._look)
-        self._handles: list[RemovableHandle] = [
-            bank.register_forward_hook(BankHook(name, bank, look), with_kwargs=True) for name, bank in banks.items()
-        ]
-
-    def _look(
-        self, name: str, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
-    ) -> None:
-        if not self.armed:
-            return
-        tokens, mask = bank_inputs(bank, args, kwargs)
-        heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-        terms = Decomposition(*((term.detach() / output.scale).to(term.dtype) for term in output.terms))
-        prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
-        self._observer(name, Observation(heads, flat_mask, prototypes, temperature, terms))
+    def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
+        """Record a call."""
+        if self.armed:
+            self._receive(self._names[bank], CodebookRecord.of_call(bank, tokens, mask, output))
+        return output
 
     def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Record no further calls."""
+        for bank in self._names:
+            bank.remove_observer(self)
+        self._names.clear()
 
-    def __enter__(self) -> "BankProbe":
+    def __enter__(self) -> "record_codebooks":
         self.armed = True
         return self
 
@@ -146,14 +99,20 @@ class BankProbe:
         self.close()
 
 
-def bank_inputs(bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Tokens and mask of a call of ``bank.forward``, however they were passed."""
-    bound = inspect.signature(type(bank).forward).bind(bank, *args, **kwargs).arguments
-    tokens: Tensor = bound["tokens"]
-    mask: Tensor | None = bound.get("mask")
-    return tokens, mask
+def over_processes(records: Mapping[str, CodebookRecord]) -> dict[str, CodebookRecord]:
+    """The records of all processes as one per bank, the same everywhere: their valid tokens in rank order.
+
+    Banks that some process has not called are left out. Terms are means over all tokens.
+    """
+    if world_size() == 1:
+        return dict(records)
+    called = gather_objects(list(records))
+    return {name: _joint(record) for name, record in records.items() if all(name in names for names in called)}
 
 
-def all_tokens(observation: Observation) -> Tensor:
-    """Valid tokens ``(M, H, d)`` on the CPU in float32: one row per token, the heads side by side."""
-    return observation.valid_tokens().transpose(0, 1).to("cpu", torch.float32)
+def _joint(record: CodebookRecord) -> CodebookRecord:
+    tokens = record.valid_tokens()
+    rows = gather_rows(tokens.transpose(0, 1).contiguous()).transpose(0, 1)
+    weight = tokens.shape[1] / max(rows.shape[1], 1)
+    terms = Decomposition(*(sum_over_processes(term * weight) for term in record.terms))
+    return CodebookRecord(rows, None, record.codebook, record.temperature, terms)

@@ -13,7 +13,7 @@ from ddcl_lightning.functional import (
     separation,
     total_variance,
 )
-from ddcl_lightning.monitoring.recording import Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class HeadSignals:
 
 @torch.no_grad()
 def read_signals(
-    seen: Observation, detach_assignments: bool = False, recent_tokens: Tensor | None = None
+    seen: CodebookRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
 ) -> list[HeadSignals]:
     """Signals of each head from one observation.
 
@@ -97,8 +97,8 @@ def read_signals(
         One entry per head. T_c is 0 and T / T_c infinite where the tokens have no variance.
     """
     tokens = seen.valid_tokens() if recent_tokens is None else recent_tokens
-    apart = separation(seen.prototypes)
-    use = assignment_statistics(seen.tokens, seen.prototypes, seen.temperature, seen.mask)
+    apart = separation(seen.codebook)
+    use = assignment_statistics(seen.tokens, seen.codebook, seen.temperature, seen.mask)
     critical = critical_temperature(tokens, detach_assignments=detach_assignments)
     scale, dimension = total_variance(tokens).sqrt(), effective_dimension(tokens)
     return [
@@ -111,9 +111,9 @@ def read_signals(
             temperature=float(seen.temperature[head]),
             critical=float(critical[head]),
             entropy=float(use.entropy[head]),
-            num_prototypes=seen.prototypes.shape[1],
+            num_prototypes=seen.codebook.shape[1],
             mass=use.mass[head].cpu(),
             counts=use.counts[head].cpu(),
         )
-        for head in range(seen.prototypes.shape[0])
+        for head in range(seen.codebook.shape[0])
     ]

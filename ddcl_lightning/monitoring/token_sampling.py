@@ -17,9 +17,10 @@ from ddcl_lightning._utils.compat import silent_logging, to_device, train_batche
 from ddcl_lightning._utils.distributed import is_first_process
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.monitoring.recording import bank_inputs
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.scaling import EmbeddingScale
 from ddcl_lightning.nn.settled_state import settle
 
@@ -29,6 +30,21 @@ BATCH_STATISTICS = (EmbeddingScale, PrototypeRarity, nn.BatchNorm1d, nn.BatchNor
 
 class _Reached(BaseException):
     """Ends a training step at the bank whose tokens are wanted; no ``except Exception`` on the way may stop it."""
+
+
+class _StopAtBank(BankObserver):
+    """Takes the tokens of so many calls, and ends the step at the last one before anything is computed from them."""
+
+    def __init__(self, reservoir: Reservoir) -> None:
+        self.reservoir, self.calls_left = reservoir, 1
+
+    def before(self, bank: PrototypeBank, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
+        self.calls_left -= 1
+        heads, flat_mask = bank.split_heads(tokens, mask)
+        valid = heads if flat_mask is None else heads[:, flat_mask[0]]
+        self.reservoir.add(valid.transpose(0, 1).float())
+        if self.calls_left <= 0:
+            raise _Reached
 
 
 def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapping[str, PrototypeBank]) -> list[str]:
@@ -41,21 +57,16 @@ def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapp
     """
     order: dict[str, None] = {}
 
-    def note(name: str) -> None:
+    def note(name: str, record: CodebookRecord) -> None:
         order.setdefault(name)
         if len(order) == len(banks):
             raise _Reached
 
-    handles = [bank.register_forward_hook(lambda *_, name=name: note(name)) for name, bank in banks.items()]
-    try:
-        with _without_trace(module):
-            batch = next(train_batches(trainer), None)
-            if batch is None:
-                raise ValueError("the training data loader is empty. Check the data set and drop_last.")
-            _run_step(trainer, module, batch, 0)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with record_codebooks(banks, note), _without_trace(module):
+        batch = next(train_batches(trainer), None)
+        if batch is None:
+            raise ValueError("the training data loader is empty. Check the data set and drop_last.")
+        _run_step(trainer, module, batch, 0)
     missing = [name for name in banks if name not in order]
     if not order:
         raise ValueError(
@@ -105,21 +116,11 @@ def collect_tokens(
     """
     reservoir = Reservoir(max_tokens, seed)
     wanted = calls_per_step(module, bank) if calls is None else calls
-    left = wanted
-
-    def stop_at_bank(called: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        nonlocal left
-        left -= 1
-        tokens, mask = bank_inputs(bank, args, kwargs)
-        heads, flat_mask = bank.split_heads(tokens, mask)
-        valid = heads if flat_mask is None else heads[:, flat_mask[0]]
-        reservoir.add(valid.transpose(0, 1).float())
-        if left <= 0:
-            raise _Reached
+    sampler = _StopAtBank(reservoir)
 
     total = trainer.num_training_batches
     endless = math.isinf(total)
-    handle = bank.register_forward_pre_hook(stop_at_bank, with_kwargs=True)
+    bank.add_observer(sampler)
     try:
         with _without_trace(module):
             batches = tqdm(
@@ -130,14 +131,14 @@ def collect_tokens(
                 leave=False,
             )
             for number, batch in enumerate(batches):
-                left = wanted
+                sampler.calls_left = wanted
                 _run_step(trainer, module, batch, number)
                 settle(module)
                 full = reservoir.seen >= reservoir.capacity
                 if endless and trainer.strategy.reduce_boolean_decision(full, all=True):
                     break
     finally:
-        handle.remove()
+        bank.remove_observer(sampler)
     return reservoir.gather().transpose(0, 1).contiguous()
 
 

@@ -5,6 +5,7 @@ from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.quantizer import QuantizerOutput, QuantizerTerms, SoftVectorQuantizer
 from ddcl_lightning.nn.scaling import EmbeddingScale
+from ddcl_lightning.nn.temperature import Temperature
 
 __all__ = [
     "DDCLAttention",
@@ -14,5 +15,6 @@ __all__ = [
     "QuantizerOutput",
     "QuantizerTerms",
     "SoftVectorQuantizer",
+    "Temperature",
     "find_banks",
 ]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask, zero_padding
-from ddcl_lightning.nn.bank import PrototypeBank, TemperatureUnit
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 
 class DDCLAttentionOutput(NamedTuple):
@@ -45,13 +46,13 @@ class DDCLAttention(nn.Module):
         num_heads: H, independent banks.
         prototype_dim: d, dimension of one head's prototypes, free of D. By default D for one head and
             ``D // num_heads`` for several.
-        temperature: Initial T > 0, in the unit that ``temperature_unit`` says.
+        temperature: Softness of the assignments; a number is a fraction of the critical temperature of the tokens, see
+            :class:`~ddcl_lightning.Temperature`.
         residual: Return ``X + C W_o`` instead of the mixture alone (eq. 5).
         output_projection: Whether ``W_o`` exists. By default it does with a residual or several heads;
             switch it off where only the centroids are used (an unused parameter stops plain DDP).
         embedding_scale: Bound on the scale of the projected tokens, see :class:`~ddcl_lightning.EmbeddingScale`.
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
-        temperature_unit: See :class:`~ddcl_lightning.PrototypeBank`.
         bank: The bank of another layer, to share its prototypes and temperature (cross-layer sharing, section 8.7). The
             projections and the scale stay the layer's own. The arguments that make a bank belong to the layer that
             made it. Measured: residual prototypes after two blocks, 0.967 with one bank and 0.973 with two.
@@ -79,12 +80,11 @@ class DDCLAttention(nn.Module):
         *,
         num_heads: int = 1,
         prototype_dim: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         residual: bool = False,
         output_projection: bool | None = None,
         embedding_scale: ScaleMode = "none",
         detach_assignments: bool = False,
-        temperature_unit: TemperatureUnit = "absolute",
         bank: PrototypeBank | None = None,
         sampling: bool = False,
         context_dim: int | None = None,
@@ -98,9 +98,8 @@ class DDCLAttention(nn.Module):
                 num_prototypes=num_prototypes,
                 num_heads=None if num_heads == 1 else num_heads,
                 prototype_dim=prototype_dim,
-                temperature=None if temperature == 1.0 else temperature,
+                temperature=None if temperature == DEFAULT_TEMPERATURE else temperature,
                 detach_assignments=detach_assignments or None,
-                temperature_unit=None if temperature_unit == "absolute" else temperature_unit,
             )
             num_heads, prototype_dim = bank.num_heads, bank.dim
         if prototype_dim is None:
@@ -124,7 +123,6 @@ class DDCLAttention(nn.Module):
                 num_heads=num_heads,
                 temperature=temperature,
                 detach_assignments=detach_assignments,
-                temperature_unit=temperature_unit,
             )
         width = num_heads * prototype_dim
         self.embed_dim, self.residual, self.sampling, self.context_dim = embed_dim, residual, sampling, context_dim
@@ -186,7 +184,7 @@ class DDCLAttention(nn.Module):
 
     def _sample(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """A prototype per token and head from its assignments, heads side by side, ``(B, T, num_heads * d)``."""
-        drawn = self.bank.look_up(self.bank.sample(embedded))
+        drawn = self.bank.decode(self.bank.sample(embedded))
         return zero_padding(drawn.to(embedded.dtype), mask)
 
     def _shift(self, tokens: Tensor, context: Tensor | None) -> Tensor | None:

@@ -1,18 +1,18 @@
 """The bank of prototypes: the one stateful piece that every head, and every callback, is about."""
 
-from typing import Any, ClassVar, Literal, get_args
+import weakref
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.distributed import log_sum_over_processes, token_weight
+from ddcl_lightning._utils.arguments import require_at_least, typed
+from ddcl_lightning._utils.distributed import from_first_process, log_sum_over_processes, token_weight
 from ddcl_lightning.functional import (
     BankOutput,
     Decomposition,
     assign_codes,
-    critical_factor,
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
@@ -20,15 +20,14 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
-from ddcl_lightning.nn.guarded_state import FINITE, FLAG, POSITIVE, Rules, keep_unless, running_dtype
-from ddcl_lightning.nn.settled_state import SettledState
+from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
+from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
+from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.shared_parameters import note_prototypes
-from ddcl_lightning.nn.temperature import RunningCriticalTemperature
-
-TemperatureUnit = Literal["absolute", "critical"]
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, BankTemperature, Temperature
 
 
-class PrototypeBank(SettledState):
+class PrototypeBank(GuardedState):
     """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
 
     Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
@@ -38,35 +37,23 @@ class PrototypeBank(SettledState):
         num_prototypes: K, prototypes per head, at least 1.
         dim: d, dimension of one head's prototypes.
         num_heads: H, independent banks; tokens carry ``H * d`` values.
-        temperature: Initial T > 0 for all heads.
+        temperature: Softness of the assignments: a number > 0 is a fraction of the critical temperature of the tokens,
+            for all heads or a list with one per head; other units by :class:`~ddcl_lightning.Temperature`. All calls
+            between two steps of an optimizer see one T; in a loop without optimizers, ``settle(bank)`` stands for them.
         detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
-        temperature_unit: ``"absolute"``: T is a squared distance. ``"critical"``: T is a fraction of the critical
-            temperature of the tokens, which is followed from step to step while training: for encoders whose tokens
-            change their scale (those trained from scratch). All calls between two steps of an optimizer see one T; in a
-            loop without optimizers, call :meth:`settle` where they would step.
+        measure_variance: Follow the variance of the tokens for temperatures that need none too.
 
     Attributes:
         prototypes: Parameter ``(H, K, d)``.
-        temperature: Buffer ``(H,)``, T in units of squared distance, saved with the state.
-        fraction: Buffer ``(H,)``, T as a fraction of the critical one, or None for absolute temperatures.
-        spread: Buffer ``(H,)``, total variance of the tokens as of T, not saved; 0 before the first batch, None for
-            absolute temperatures.
+        temperature_state: The :class:`~ddcl_lightning.nn.temperature.BankTemperature` that owns T.
         initialized: Buffer, saved with the state: 1 if the prototypes were set from data, else 0.
 
     Raises:
         ValueError: If a size is below 1 or the temperature is not positive.
     """
 
-    temperature: Tensor
-    fraction: Tensor | None
-    spread: Tensor | None
     initialized: Tensor
-    state_rules: ClassVar[Rules] = {
-        "prototypes": FINITE,
-        "temperature": POSITIVE,
-        "fraction": POSITIVE,
-        "initialized": FLAG,
-    }
+    state_rules: ClassVar[Rules] = {"prototypes": FINITE, "initialized": FLAG}
 
     @typed
     def __init__(
@@ -75,110 +62,158 @@ class PrototypeBank(SettledState):
         dim: int,
         *,
         num_heads: int = 1,
-        temperature: float = 1.0,
+        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         detach_assignments: bool = False,
-        temperature_unit: TemperatureUnit = "absolute",
+        measure_variance: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("num_prototypes", num_prototypes), ("dim", dim), ("num_heads", num_heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+        require_at_least(1, num_prototypes=num_prototypes, dim=dim, num_heads=num_heads)
         self.num_prototypes, self.dim, self.num_heads = num_prototypes, dim, num_heads
         self.detach_assignments = detach_assignments
         self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
-        self.register_buffer("temperature", torch.ones(num_heads, dtype=running_dtype()))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
-        if temperature_unit not in get_args(TemperatureUnit):
-            raise ValueError(f"temperature_unit must be one of {get_args(TemperatureUnit)}; got {temperature_unit!r}.")
-        relative = temperature_unit == "critical"
-        self.critical = RunningCriticalTemperature(num_heads, dim) if relative else None
-        self.register_buffer("fraction", torch.ones(num_heads, dtype=running_dtype()) if relative else None)
-        spread = torch.zeros(num_heads, dtype=running_dtype()) if relative else None
-        self.register_buffer("spread", spread, persistent=False)
-        if relative:
-            self.set_fraction(temperature)
-        else:
-            self.set_temperature(temperature)
+        self.temperature_state = BankTemperature(
+            Temperature.of(temperature),
+            num_heads,
+            dim,
+            detach_assignments=detach_assignments,
+            measure=measure_variance,
+        )
+        self._observers: list[weakref.ref[BankObserver]] = []
 
-    def forward(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        need_weights: bool = False,
-        need_codes: bool = False,
-        detach_centroids: bool = False,
-        detach_prototypes: bool = False,
-    ) -> BankOutput:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> BankOutput:
         """Assign tokens and return their soft centroids.
 
         Args:
             tokens: ``(*, H * d)``, usually ``(B, T, H * d)``.
             mask: ``(*)`` boolean, True for valid tokens.
             need_weights: Return the assignments too; this stores them, where the default call does not.
-            need_codes: Return hard codes, token means and the entropy of the mean assignment too.
-            detach_centroids: The centroids and, of the terms, ``L_OLS`` and ``V`` need no gradient, as with a
-                straight-through estimator; codes then come at no extra cost, see
-                :func:`~ddcl_lightning.functional.quantize`.
-            detach_prototypes: Hold the prototypes constant: gradients reach the tokens only.
 
         Returns:
             Centroids ``(*, H * d)``, terms ``(H,)`` each (in training on several processes scaled so that their mean
             over processes is one over all valid tokens), weights ``(B, H, T, K)`` (``(H, N, K)`` for tokens
-            ``(N, H * d)``) or None. With ``need_codes`` also codes ``(*, H)`` int64, means, and as cost the entropy
-            ``(H,)`` in nats of the mean assignment, with its gradient: in training over all processes, in evaluation
-            over the tokens of this one.
+            ``(N, H * d)``) or None.
 
         Raises:
             ValueError: If a shape does not fit, or (in eager mode on a CPU, where looking costs nothing) if no token
                 is valid or the terms are not finite; the message says which input is to blame.
         """
-        heads, flat_mask = self.split_heads(tokens, mask)
-        prototypes = self.prototypes.detach() if detach_prototypes else self.prototypes
-        if self.training and not torch.compiler.is_compiling():
-            note_prototypes(self.prototypes)
-        if self.critical is not None and self.training:
-            first = self.critical.lambda_max == 0
-            self.critical(heads.detach(), flat_mask)
-            self.measured(first)
+        heads, flat_mask = self._begin(tokens, mask)
+        attend = prototype_attention_reference if need_weights else prototype_attention
+        output = attend(
+            heads, self.prototypes, self.temperature.clone(), flat_mask, detach_assignments=self.detach_assignments
+        )
+        return self._end(tokens, mask, heads, flat_mask, output)
+
+    def quantize(self, tokens: Tensor, mask: Tensor | None = None, *, straight_through: bool = True) -> BankOutput:
+        """Assign tokens to hard codes, with the losses that a codebook learns from.
+
+        In evaluation mode gradients reach the tokens only: the codebook is held constant.
+
+        Args:
+            tokens: ``(*, H * d)``.
+            mask: ``(*)`` boolean, True for valid tokens.
+            straight_through: The centroids and, of the terms, ``L_OLS`` and ``V`` need no gradient; codes then come at
+                no extra cost, see :func:`~ddcl_lightning.functional.quantize`. Always so in evaluation mode.
+
+        Returns:
+            As :meth:`forward` returns it, with codes ``(*, H)`` int64, token means, and the entropy ``(H,)`` in nats of
+            the mean assignment, with its gradient: in training over all processes, in evaluation over the tokens of
+            this one.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+        """
+        heads, flat_mask = self._begin(tokens, mask)
+        prototypes = self.prototypes if self.training else self.prototypes.detach()
         # What a process evaluates on its own must not wait for the others.
         total = log_sum_over_processes if self.training else Tensor.detach
-        attend = prototype_attention_reference if need_weights else prototype_attention
-        # A copy, because a schedule may set the next temperature before the backward pass reads this one.
         temperature = self.temperature.clone()
-        codes, means, costs = None, None, None
-        one_look = detach_centroids or not torch.is_grad_enabled()
-        if need_codes and one_look and not need_weights and not torch.compiler.is_compiling():
+        fused = straight_through or not self.training or not torch.is_grad_enabled()
+        if fused and not torch.compiler.is_compiling():
             output = quantize(
+                heads, prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, total=total
+            )
+        else:
+            codes, means = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
+            # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
+            log_mass = total(means.log_mass)
+            output = prototype_attention(
                 heads,
                 prototypes,
                 temperature,
                 flat_mask,
                 detach_assignments=self.detach_assignments,
-                total=total,
+                surprisal=log_mass.logsumexp(-1, keepdim=True) - log_mass,
             )
-            assert output.codes is not None
-            codes, means = output.codes, output.means
-        else:
-            if need_codes:
-                codes, means = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
-                # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
-                log_mass = total(means.log_mass)
-                costs = log_mass.logsumexp(-1, keepdim=True) - log_mass
-            output = attend(
-                heads, prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, costs=costs
-            )
+            output = output._replace(codes=codes, means=means)
+        return self._end(tokens, mask, heads, flat_mask, output)
+
+    def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens and mask in the form of the functional API, after whoever watches has seen them."""
+        heads, flat_mask = self.split_heads(tokens, mask)
+        for observer in self._watching():
+            observer.before(self, tokens, mask)
+        if self.training:
+            if not torch.compiler.is_compiling():
+                note_prototypes(self.prototypes)
+            self.temperature_state.observe(heads, flat_mask)
+        return heads, flat_mask
+
+    def _end(
+        self, tokens: Tensor, mask: Tensor | None, heads: Tensor, flat_mask: Tensor | None, output: BankOutput
+    ) -> BankOutput:
+        """The output in the shape of the tokens, through the hands of whoever watches."""
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
         if self.training and mask is not None:
             output = _scaled(output, token_weight(mask))
         lead = tokens.shape[:-1]
-        weights = output.weights
+        weights, codes = output.weights, output.codes
         if weights is not None:
             weights = weights.reshape(self.num_heads, *lead, -1).movedim(0, max(len(lead) - 1, 0))
-        centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
         if codes is not None:
             codes = codes.transpose(0, 1).reshape(*lead, self.num_heads)
-        return output._replace(centroids=centroids, weights=weights, codes=codes, means=means)
+        centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
+        output = output._replace(centroids=centroids, weights=weights, codes=codes)
+        for observer in self._watching():
+            output = observer.after(self, tokens, mask, output)
+        return output
+
+    # Watching -----------------------------------------------------------------------------------
+
+    def add_observer(self, observer: BankObserver) -> None:
+        """Show every call to an observer for as long as somebody else holds it; copies of the bank have none."""
+        self._observers = [reference for reference in self._observers if reference() is not None]
+        self._observers.append(weakref.ref(observer))
+
+    def remove_observer(self, observer: BankObserver) -> None:
+        """Show it no further calls; nothing happens if it was not shown any."""
+        self._observers = [reference for reference in self._observers if reference() not in (None, observer)]
+
+    def _watching(self) -> list[BankObserver]:
+        observers = [observer for reference in self._observers if (observer := reference()) is not None]
+        if torch.compiler.is_compiling():
+            return [observer for observer in observers if observer.breaks_graphs]
+        return observers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_observers": []}
+
+    # Tokens, codes, slots -----------------------------------------------------------------------
+
+    @property
+    def temperature(self) -> Tensor:
+        """T of every head in units of squared distance, ``(H,)``; set it with :meth:`set_temperature`."""
+        return self.temperature_state.current
+
+    def set_temperature(self, temperature: float | list[float] | Temperature) -> None:
+        """Set the temperature, in the unit that the bank was built with; a number is a fraction of the critical one.
+
+        Raises:
+            ValueError: If the unit is another one, the value is not positive, or a list has not one per head.
+        """
+        self.temperature_state.set(Temperature.of(temperature))
 
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
@@ -197,12 +232,12 @@ class PrototypeBank(SettledState):
         flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
         return heads, flat_mask
 
-    def codes(self, tokens: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor) -> Tensor:
         """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
         heads, _ = self.split_heads(tokens)
         return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
-    def look_up(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``."""
         heads = torch.arange(self.num_heads, device=codes.device)
         return self.prototypes[heads, codes].flatten(-2)
@@ -250,6 +285,41 @@ class PrototypeBank(SettledState):
         self.initialized.fill_(1.0)
 
     @torch.no_grad()
+    def initialize(
+        self,
+        tokens: Tensor,
+        *,
+        method: InitMethod = "kmeans",
+        num_restarts: int = 10,
+        seed: int = 0,
+        progress: bool = False,
+        name: str = "a bank",
+    ) -> None:
+        """Start from a sample of tokens: prototypes where they are, and T from their critical temperature.
+
+        Args:
+            tokens: ``(*, H * d)``, valid ones only, the same on every process; the first process clusters them.
+            method: ``"kmeans"`` or ``"farthest"``, see :func:`~ddcl_lightning.nn.initialization.initial_prototypes`.
+            num_restarts: Runs of k-means per head, at least 1.
+            seed: Seed of the method.
+            progress: Show a bar over the restarts.
+            name: What the bank is called there and in errors.
+
+        Raises:
+            ValueError: If a shape does not fit, a token is not finite, or a head has fewer than K distinct ones.
+        """
+        heads = self.split_heads(tokens)[0]
+
+        def cluster() -> Tensor:
+            settings: dict[str, Any] = {"method": method, "num_restarts": num_restarts, "seed": seed}
+            bar = {"progress": progress, "description": f"{method} of {name}"}
+            return torch.stack([initial_prototypes(head, self.num_prototypes, **settings, **bar) for head in heads])
+
+        clustered = from_first_process(cluster, f"bank {name!r} cannot be initialised")
+        self.set_prototypes(clustered.to(self.prototypes))
+        self.temperature_state.start(heads)
+
+    @torch.no_grad()
     def resize(self, prototypes: Tensor) -> None:
         """Take ``(H, K', d)`` values in the place of the ``(H, K, d)``; the parameter stays the same object.
 
@@ -288,53 +358,6 @@ class PrototypeBank(SettledState):
                 )
                 self._make_room(size)
 
-    @torch.no_grad()
-    def set_temperature(self, temperature: float | Tensor) -> None:
-        """Set T for all heads (a float) or per head (``(H,)``), in units of squared distance."""
-        if self.fraction is not None:
-            raise ValueError(
-                "temperature of this bank follows its tokens (temperature_unit='critical'); set the fraction of the "
-                "critical temperature with set_fraction."
-            )
-        self._fill(self.temperature, "temperature", "in units of squared distance", temperature)
-
-    @torch.no_grad()
-    def set_fraction(self, fraction: float | Tensor) -> None:
-        """Set T as a fraction of the critical temperature, for all heads (a float) or per head (``(H,)``)."""
-        if self.fraction is None or self.critical is None:
-            raise ValueError(
-                "fraction belongs to banks with temperature_unit='critical'; this one takes set_temperature, in units "
-                "of squared distance."
-            )
-        self._fill(self.fraction, "fraction", "a fraction of the critical temperature", fraction)
-        self.take_over()
-
-    def _fill(self, buffer: Tensor, name: str, unit: str, given: float | Tensor) -> None:
-        value = torch.as_tensor(given, dtype=buffer.dtype, device=buffer.device)
-        if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != self.num_heads):
-            raise ValueError(
-                f"{name} must be one value or one per head, ({self.num_heads},); got {tuple(value.shape)}."
-            )
-        if not bool((value > 0).all() and torch.isfinite(value).all()):
-            raise ValueError(f"{name} must be finite and > 0, {unit}; got {value.tolist()}.")
-        buffer.copy_(value.expand_as(buffer))
-
-    @torch.no_grad()
-    def take_over(self, where: Tensor | bool = True) -> None:
-        """Set T from the fraction; tokens without variance have no critical temperature and leave it as it is."""
-        assert self.fraction is not None
-        assert self.critical is not None
-        assert self.spread is not None
-        latest = self.fraction * critical_factor(self.detach_assignments) * self.critical.lambda_max
-        latest = latest.to(self.temperature.dtype)
-        keep_unless((latest > 0) & torch.isfinite(latest) & where, self.temperature, latest)
-        keep_unless(where, self.spread, self.critical.total_variance())
-
-    def begin_from_state(self) -> None:
-        """Take the spread of what was loaded; T was loaded itself."""
-        if self.critical is not None:
-            self.spread = self.critical.total_variance()
-
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
         if bool(torch.isfinite(output.terms.loss).all()):
             return
@@ -365,9 +388,9 @@ class PrototypeBank(SettledState):
 
 
 def _scaled(output: BankOutput, scale: Tensor | float) -> BankOutput:
-    """Terms and cost as this process's part in a mean over processes."""
+    """Terms and entropy as this process's part in a mean over processes."""
     if not isinstance(scale, Tensor):
         return output
     terms = Decomposition(*((term * scale).to(term.dtype) for term in output.terms))
-    cost = None if output.cost is None else (output.cost * scale).to(output.cost.dtype)
-    return output._replace(terms=terms, cost=cost, scale=scale)
+    entropy = None if output.entropy is None else (output.entropy * scale).to(output.entropy.dtype)
+    return output._replace(terms=terms, entropy=entropy, scale=scale)

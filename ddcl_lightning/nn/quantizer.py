@@ -12,6 +12,7 @@ from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padd
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
@@ -77,7 +78,8 @@ class SoftVectorQuantizer(nn.Module):
         code_dim: d, dimension of a head's codes; by default ``dim // num_heads``. Tokens are projected where
             ``num_heads * code_dim`` differs from D: a low dimension (8 or so) keeps many codes in use.
         num_heads: H, independent codebooks on slices of the token (product quantisation).
-        temperature: T as a fraction of the critical temperature, > 0. Too high (0.5 and above): codes crowd together,
+        temperature: Softness of the assignments; a number is a fraction of the critical temperature of the tokens, see
+            :class:`~ddcl_lightning.Temperature`. Too high (0.5 and above): codes crowd together,
             the decoder gets used to mixtures, and hard codes reconstruct badly. Too low from the start: the first
             codes to be near tokens keep them, as in k-means. Cells shrink with K, so that 3 / K is a good start and a
             hundredth of it a good end from 64 codes on.
@@ -113,7 +115,7 @@ class SoftVectorQuantizer(nn.Module):
         *,
         code_dim: int | None = None,
         num_heads: int = 1,
-        temperature: float = 0.05,
+        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         commitment_weight: float = 0.01,
         entropy_weight: float = 0.001,
         gradient: QuantizerGradient = "straight_through",
@@ -139,7 +141,7 @@ class SoftVectorQuantizer(nn.Module):
         self.dim, self.gradient, self.training_output = dim, gradient, training_output
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.bank = PrototypeBank(
-            num_codes, code_dim, num_heads=num_heads, temperature=temperature, temperature_unit="critical"
+            num_codes, code_dim, num_heads=num_heads, temperature=temperature, measure_variance=True
         )
         width = num_heads * code_dim
         self.input_projection = nn.Linear(dim, width) if width != dim else None
@@ -162,10 +164,8 @@ class SoftVectorQuantizer(nn.Module):
         tokens = self._tokens(z, mask)
         embedded = self._embed(tokens, mask)
         straight = self.gradient == "straight_through" or not self.training
-        output = self.bank(
-            embedded, mask, need_codes=True, detach_centroids=straight, detach_prototypes=not self.training
-        )
-        hard = self.bank.look_up(output.codes)
+        output = self.bank.quantize(embedded, mask, straight_through=straight)
+        hard = self.bank.decode(output.codes)
         value = output.centroids if self.training and self.training_output == "soft" else hard
         quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
         terms = self._terms(output, hard.detach(), mask)
@@ -176,7 +176,7 @@ class SoftVectorQuantizer(nn.Module):
         """Hard codes of tokens ``(B, T, D)`` or feature maps ``(B, D, H, W)``, as :class:`QuantizerOutput` has them."""
         with evaluating(self.scale):
             embedded = self._embed(self._tokens(z, None), None)
-        return self._squeeze(self.bank.codes(embedded), z)
+        return self._squeeze(self.bank.encode(embedded), z)
 
     def decode(self, indices: Tensor) -> Tensor:
         """What a decoder reads for hard codes.
@@ -203,7 +203,7 @@ class SoftVectorQuantizer(nn.Module):
                 f"indices must be in [0, num_codes = {size}); got values from {int(codes.min())} to "
                 f"{int(codes.max())}. Pass what encode returns."
             )
-        quantized = self._project(self.bank.look_up(codes.flatten(1, -2)), None)
+        quantized = self._project(self.bank.decode(codes.flatten(1, -2)), None)
         if codes.dim() == 3:
             return quantized
         return torch.unflatten(quantized.mT, -1, codes.shape[1:3])
@@ -260,8 +260,7 @@ class SoftVectorQuantizer(nn.Module):
         return codes.squeeze(-1) if self.bank.num_heads == 1 else codes
 
     def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> QuantizerTerms:
-        spread = self.bank.spread
-        assert spread is not None
+        spread = self.bank.temperature_state.variance
         # The running variance; where nothing was seen yet, that of the codes.
         codes = self.codebook.var(1, correction=0).sum(-1)
         spread = torch.where(spread > 0, spread, codes).clamp(min=torch.finfo(spread.dtype).tiny)
@@ -269,7 +268,7 @@ class SoftVectorQuantizer(nn.Module):
         per_head = torch.unflatten(apart, -1, (self.bank.num_heads, self.bank.dim)).sum(-1)
         valid = None if mask is None else mask.flatten().expand(self.bank.num_heads, -1)
         gap = masked_mean(per_head.flatten(0, 1).mT, valid) / spread
-        entropy = output.cost
+        entropy = output.entropy
         assert entropy is not None
         loss = self.commitment_weight * (output.terms.loss / spread).sum() - self.entropy_weight * entropy.sum()
         return QuantizerTerms(loss, output.terms, entropy, gap)

@@ -1,115 +1,188 @@
-"""The critical temperature of tokens that move, followed from batch to batch."""
+"""The temperature of a bank: its value, what the value is relative to, and how it follows the tokens."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.compat import recomputing
-from ddcl_lightning._utils.distributed import sum_over_processes
-from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
-from ddcl_lightning.nn.guarded_state import (
-    COUNT,
-    COVARIANCE,
-    DIRECTION,
-    NOT_NEGATIVE,
-    GuardedState,
-    Rules,
-    keep_unless,
-    running_dtype,
-)
+from ddcl_lightning.functional import critical_factor
+from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, POSITIVE, Rules, keep_unless, running_dtype
+from ddcl_lightning.nn.running_covariance import RunningCovariance
+from ddcl_lightning.nn.settled_state import SettledState
 
-ITERATIONS = 4  # of the power method per batch: the direction is kept, so they add up over the batches
+TemperatureUnit = Literal["critical", "initial", "absolute"]
+DEFAULT_TEMPERATURE = 0.1
 
 
-class RunningCriticalTemperature(GuardedState):
-    """Follows ``lambda_max`` of the covariance of every head's tokens, which sets their critical temperature.
+@dataclass(frozen=True)
+class Temperature:
+    """A temperature T and what its value is relative to.
 
-    An encoder that learns changes the scale of its tokens by orders of magnitude, and with it what a temperature means.
-    The running covariance is that of all processes; its largest eigenvalue is found by a power method that goes on from
-    batch to batch, so that a step costs ``H d^2`` beyond the covariance itself and never waits for the device. A batch
-    with a non-finite valid token on any process, or without a valid one, leaves everything as it is.
+    Wherever a class takes ``temperature``, a plain number is ``Temperature(number)``: a fraction of the critical
+    temperature of the tokens, above which all prototypes are drawn to one point. It means the same at every scale.
 
     Args:
-        num_heads: H.
-        dim: d.
-        momentum: Weight of the newest batch, in (0, 1]. The first batches are averaged evenly until it is reached.
-
-    Attributes:
-        lambda_max: Buffer ``(H,)``, variance along the direction of largest variance; 0 before the first batch.
-        covariance: Buffer ``(H, d, d)``.
+        value: Finite and > 0, one for all heads or a list with one per head.
+        unit: ``"critical"``: a fraction of the critical temperature of the tokens, which is followed from step to step
+            while training. ``"initial"``: a fraction of the critical temperature that the tokens have when the bank is
+            initialised (else at its first training batch); T stays when the encoder changes their scale.
+            ``"absolute"``: T itself, in units of squared distance, as in the paper.
 
     Raises:
-        ValueError: If the momentum is out of range.
+        ValueError: If the value is not finite and > 0, or the unit is unknown.
     """
 
-    lambda_max: Tensor
-    covariance: Tensor
-    direction: Tensor
-    num_batches: Tensor
-    state_rules: ClassVar[Rules] = {
-        "lambda_max": NOT_NEGATIVE,
-        "covariance": COVARIANCE,
-        "direction": DIRECTION,
-        "num_batches": COUNT,
-    }
+    value: float | list[float]
+    unit: TemperatureUnit = "critical"
 
     @typed
-    def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
+    def __init__(self, value: float | list[float], unit: TemperatureUnit = "critical") -> None:
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(number > 0 for number in values):
+            raise ValueError(
+                f"a temperature must be > 0, one number or one per head; got {value}. As a fraction of the critical "
+                f"temperature {DEFAULT_TEMPERATURE} is a good start."
+            )
+        if unit not in get_args(TemperatureUnit):
+            raise ValueError(f"unit of a temperature must be one of {get_args(TemperatureUnit)}; got {unit!r}.")
+        object.__setattr__(self, "value", value)
+        object.__setattr__(self, "unit", unit)
+
+    @classmethod
+    def of(cls, temperature: "float | list[float] | Temperature") -> "Temperature":
+        """The temperature that an argument means: a number is a fraction of the critical one."""
+        return temperature if isinstance(temperature, Temperature) else cls(temperature)
+
+    def per_head(self, num_heads: int) -> list[float]:
+        """One value for each head.
+
+        Raises:
+            ValueError: If there is a list of another length.
+        """
+        values = list(self.value) if isinstance(self.value, Sequence) else [self.value]
+        if len(values) not in (1, num_heads):
+            raise ValueError(
+                f"a temperature must be one number, or one per head, {num_heads}; got {len(values)}: {self.value}."
+            )
+        return values * num_heads if len(values) == 1 else values
+
+
+class BankTemperature(SettledState):
+    """T of every head, in units of squared distance, kept in step with the tokens that it is relative to.
+
+    In training it measures the covariance of the tokens of every call, and T moves when an optimizer steps: all calls
+    between two steps see the same T. Tokens that nobody trains (no gradient goes through them) are averaged evenly over
+    all batches; those of an encoder that learns are followed by a running average.
+
+    Args:
+        temperature: Initial value, see :class:`Temperature`.
+        num_heads: H.
+        dim: d.
+        detach_assignments: Of the bank; it halves the critical temperature.
+        measure: Measure the covariance for units that need none too, for owners that read :attr:`variance`.
+
+    Attributes:
+        value: Buffer ``(H,)``, in the unit of the temperature.
+        current: Buffer ``(H,)``, T in units of squared distance; 1 before the first tokens of a relative temperature.
+        variance: Buffer ``(H,)``, total variance of the tokens as of T, not saved; 0 before the first tokens.
+        unit: See :class:`Temperature`.
+
+    Raises:
+        ValueError: If the list of values has not one per head.
+    """
+
+    value: Tensor
+    current: Tensor
+    variance: Tensor
+    state_rules: ClassVar[Rules] = {"value": POSITIVE, "current": POSITIVE, "variance": NOT_NEGATIVE}
+
+    def __init__(
+        self,
+        temperature: Temperature,
+        num_heads: int,
+        dim: int,
+        *,
+        detach_assignments: bool = False,
+        measure: bool = False,
+    ) -> None:
         super().__init__()
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
-        self.momentum = momentum
-        generator = torch.Generator().manual_seed(0)  # the same start everywhere, and the global state left alone
+        self.unit, self.num_heads = temperature.unit, num_heads
+        self.factor = critical_factor(detach_assignments)
         dtype = running_dtype()
-        self.register_buffer("lambda_max", torch.zeros(num_heads, dtype=dtype))
-        self.register_buffer("covariance", torch.zeros(num_heads, dim, dim, dtype=dtype))
-        self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator, dtype=dtype))
-        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("value", torch.ones(num_heads, dtype=dtype))
+        self.register_buffer("current", torch.ones(num_heads, dtype=dtype))
+        self.register_buffer("variance", torch.zeros(num_heads, dtype=dtype), persistent=False)
+        measure = measure or self.unit != "absolute"
+        self.covariance = RunningCovariance(num_heads, dim) if measure else None
+        self._fixed = False  # the first critical temperature has been measured
+        self.set(temperature)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> None:
-        """Take in ``(H, N, d)`` tokens with mask ``(H, N)``."""
-        if recomputing():
-            return
-        with torch.autocast(tokens.device.type, enabled=False):
-            latest, count = _covariance(tokens, mask)
-            weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(self.covariance.dtype)
-            covariance, direction = self.covariance.lerp(latest.to(self.covariance.dtype), weight), self.direction
-            for _ in range(ITERATIONS):
-                image = (covariance @ direction.unsqueeze(-1)).squeeze(-1)
-                length = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-                # Tokens without variance leave the direction as it is, for those that come.
-                direction = torch.where(length > 0, image / length, direction)
-            # Not finite in one place is not finite here, and everywhere alike: sums are those of all processes.
-            usable = (count > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
-            self.num_batches += usable
-            keep_unless(usable, self.covariance, covariance)
-            keep_unless(usable, self.direction, direction)
-            keep_unless(usable, self.lambda_max, length.squeeze(-1))
+    def set(self, temperature: Temperature) -> None:
+        """Set the value, in the unit that the bank was built with.
 
-    def total_variance(self) -> Tensor:
-        """Trace of the covariance, ``(H,)``; 0 before the first batch."""
-        return self.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        Raises:
+            ValueError: If the unit is another one, or there is not one value per head.
+        """
+        if temperature.unit != self.unit:
+            raise ValueError(
+                f"the temperature of this bank has the unit {self.unit!r}; got {temperature}. Pass "
+                f"Temperature(..., unit={self.unit!r}), or build the bank with another unit."
+            )
+        self.set_values(torch.tensor(temperature.per_head(self.num_heads)))
+
+    @torch.no_grad()
+    def set_values(self, values: Tensor) -> None:
+        """Set values ``(H,)`` in the unit of the temperature, as a schedule does at every step."""
+        self.value.copy_(values)
+        self.take_over()
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Measure ``(H, N, d)`` tokens of a training call with mask ``(H, N)``."""
+        if self.covariance is None or (self.unit == "initial" and self._fixed):
+            return
+        first = self.covariance.lambda_max == 0
+        self.covariance(tokens.detach(), mask, moving=tokens.requires_grad)
+        if self.unit == "initial":
+            self._fixed = bool((self.covariance.lambda_max > 0).all())
+        self.measured(first)
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> None:
-        """Begin anew from a sample ``(H, N, d)``, the same on every process; it counts as one batch."""
-        z = tokens.to(self.covariance.device, torch.float64)
-        centred = z - z.mean(-2, keepdim=True)
-        values, vectors = torch.linalg.eigh(centred.mT @ centred / z.shape[-2])
-        self.covariance.copy_((vectors * values.unsqueeze(-2)) @ vectors.mT)
-        self.direction.copy_(vectors[..., -1])
-        self.lambda_max.copy_(values[..., -1].clamp(min=0.0))
-        self.num_batches.fill_(1)
+        """Measure a sample ``(H, N, d)``, the same on every process, in place of what was measured before."""
+        if self.covariance is not None:
+            self.covariance.start(tokens)
+            self._fixed = True
+            self.take_over()
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether T stands in its relation to tokens; an absolute one needs none."""
+        return self.unit == "absolute" or bool((self.reference() > 0).all())
 
-def _covariance(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes, and their number."""
-    z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
-    keep = torch.ones_like(z[..., :1]) if mask is None else mask.unsqueeze(-1).to(z.dtype)
-    sums = sum_over_processes(torch.cat([z.sum(-2), keep.sum(-2)], -1))
-    count = sums[..., -1:].clamp(min=1.0)
-    centred = (z - (sums[..., :-1] / count).unsqueeze(-2)) * keep
-    return sum_over_processes(centred.mT @ centred) / count.unsqueeze(-1), sums[0, -1]
+    def reference(self) -> Tensor:
+        """What the value is a fraction of, ``(H,)``: the critical temperature as measured, or 1."""
+        if self.covariance is None or self.unit == "absolute":
+            return torch.ones_like(self.value)
+        return self.factor * self.covariance.lambda_max
+
+    def take_over(self, where: Tensor | bool = True) -> None:
+        """Set T; tokens without variance have no critical temperature and leave it as it is."""
+        latest = (self.value * self.reference()).to(self.current.dtype)
+        keep_unless((latest > 0) & torch.isfinite(latest) & where, self.current, latest)
+        if self.covariance is not None:
+            keep_unless(where, self.variance, self.covariance.total_variance())
+
+    def begin_from_state(self) -> None:
+        """Take the variance of what was loaded; T was loaded itself."""
+        if self.covariance is not None:
+            self.variance = self.covariance.total_variance()
+            self._fixed = bool((self.covariance.lambda_max > 0).all())
+
+    def extra_repr(self) -> str:
+        """Value and unit, for ``print``."""
+        return f"{[round(float(value), 6) for value in self.value]}, unit={self.unit!r}"

@@ -21,8 +21,8 @@ from ddcl_lightning.functional import (
     nearest_prototype,
     token_means,
 )
-from ddcl_lightning.monitoring.recording import BankHook, bank_inputs
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.straight_through import anchor_of
 
 
@@ -40,7 +40,7 @@ class Seen(NamedTuple):
     number: int
 
 
-class StepStatistics:
+class StepStatistics(BankObserver):
     """Adds up what banks see between two steps, for an optimizer that moves prototypes by their tokens.
 
     The rules are those of gradients. A call counts when a backward pass goes through what it returned or through the
@@ -56,6 +56,8 @@ class StepStatistics:
         need_cells: Whether to look into the cells, asked at every call.
     """
 
+    breaks_graphs = True
+
     def __init__(self, banks: Mapping[str, PrototypeBank], need_cells: Callable[[], bool]) -> None:
         self._need_cells = need_cells
         self._called: dict[Tensor, Seen] = {}  # in case that no backward pass comes
@@ -64,13 +66,11 @@ class StepStatistics:
         self._graded: set[Tensor] = set()  # prototypes that got a gradient since
         self._dropped: set[Tensor] = set()
         self._counter = itertools.count()
-        look = weakref.WeakMethod(self._look)
-        self._handles: list[RemovableHandle] = [
-            bank.register_forward_hook(BankHook(name, bank, look, of_training=True), with_kwargs=True)
-            for name, bank in banks.items()
-        ]
+        self._banks = list(banks.values())
+        for bank in self._banks:
+            bank.add_observer(self)
         self._gradient_hooks: dict[Tensor, RemovableHandle] = {}
-        self._close = weakref.finalize(self, _remove, self._handles, self._gradient_hooks)
+        self._close = weakref.finalize(self, _remove, self._gradient_hooks)
         self._close.atexit = False
 
     def take(self, prototypes: Tensor) -> Seen | None:
@@ -100,16 +100,17 @@ class StepStatistics:
         (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
 
     def close(self) -> None:
-        """Remove the hooks, which goes without saying when this is gone."""
+        """Follow no further calls, which goes without saying when this is gone."""
+        for bank in self._banks:
+            bank.remove_observer(self)
         self._close()
 
-    def _look(
-        self, name: str, bank: PrototypeBank, args: tuple[Any, ...], kwargs: dict[str, Any], output: BankOutput
-    ) -> BankOutput | None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
+        """Note a call in training mode, and follow the backward pass through it."""
         prototypes = bank.prototypes
-        if not (torch.is_grad_enabled() and prototypes.requires_grad):
-            return None
-        tokens, mask = bank_inputs(bank, args, kwargs)
+        if not (bank.training and torch.is_grad_enabled() and prototypes.requires_grad):
+            return output
         seen = self._read(bank, tokens, mask, output)
         _add(self._called, prototypes, seen)
         self._dropped.discard(prototypes)
@@ -122,7 +123,7 @@ class StepStatistics:
         if output.codes is not None:
             # A gradient that is passed around the bank, straight through, hangs on to this.
             output = output._replace(anchor=anchor_of(prototypes))
-        for value in (output.centroids, *output.terms, output.weights, output.cost, output.anchor):
+        for value in (output.centroids, *output.terms, output.weights, output.entropy, output.anchor):
             if value is not None and value.requires_grad:
                 value.register_hook(passes)  # type: ignore[no-untyped-call]
         if tokens.grad_fn is not None:  # a hook on a leaf would outlive its graph
@@ -189,8 +190,8 @@ def _without_poison(seen: Seen, loss: Tensor) -> Seen:
     return Seen(TokenMeans(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0)), lying, number)
 
 
-def _remove(handles: list[RemovableHandle], more: dict[Tensor, RemovableHandle]) -> None:
-    for handle in (*handles, *more.values()):
+def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
+    for handle in handles.values():
         handle.remove()
 
 

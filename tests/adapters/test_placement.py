@@ -28,7 +28,7 @@ from ddcl_lightning import (
 )
 from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from tests.tiny import quiet_trainer
 
 DIM = 8
@@ -253,7 +253,7 @@ def test_hugging_face_and_timm_models() -> None:
         before = call()
         insert_prototypes(model, names, lambda width=width: GatedPrototypes(DDCLAttention(width, 4)), mask=mask)
         assert torch.equal(call(), before)
-        with BankProbe(find_banks(model), lambda name, seen: None):
+        with record_codebooks(find_banks(model), lambda name, seen: None):
             assert quantization_loss(model) > 0
         remove_prototypes(model)
         insert_prototypes(model, names[:1], lambda width=width: SerialPrototypes(DDCLAttention(width, 4)), mask=mask)
@@ -302,8 +302,8 @@ def test_shared_bank_counts_once() -> None:
 def test_token_normalized_reads_the_tokens_of_all_layers_that_share() -> None:
     net, bank = sharing()
     optimizer = TokenNormalized([bank.prototypes], lr=0.5).watch(net)
-    seen: list[Observation] = []
-    with BankProbe({"": bank}, lambda name, observed: seen.append(observed)):
+    seen: list[CodebookRecord] = []
+    with record_codebooks({"": bank}, lambda name, observed: seen.append(observed)):
         net(torch.randn(2, 6, DIM))
     before = bank.prototypes.detach().clone()
     optimizer.step()

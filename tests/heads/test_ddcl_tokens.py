@@ -8,7 +8,7 @@ from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.heads import CLSPooling, MeanPooling
 from ddcl_lightning.heads.ddcl import Pooling, TokenChoice
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.discovery import find_banks
 
 TOKENS = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -25,8 +25,8 @@ def test_one_vector_per_sample_reaches_the_bank(
     whole.load_state_dict(head.state_dict())
     assert (head.pooled_dim, head.num_parameters()) == (whole.pooled_dim, whole.num_parameters())
     vectors = summary(embed_dim=8)(TOKENS, MASK).pooled.unsqueeze(1)
-    seen: list[Observation] = []
-    with BankProbe(find_banks(head), lambda _, observed: seen.append(observed)):
+    seen: list[CodebookRecord] = []
+    with record_codebooks(find_banks(head), lambda _, observed: seen.append(observed)):
         found = head(TOKENS, MASK)
     expected = whole(vectors)
     assert seen[0].tokens.shape == (2, 3, 4)

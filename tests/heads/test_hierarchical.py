@@ -21,7 +21,7 @@ from ddcl_lightning.callbacks import (
 )
 from ddcl_lightning.functional import critical_temperature, decompose, soft_assign
 from ddcl_lightning.heads import Head, HierarchicalReadout
-from ddcl_lightning.monitoring.recording import BankProbe
+from ddcl_lightning.monitoring.recording import record_codebooks
 from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning.nn.initialization import initial_prototypes
 
@@ -313,7 +313,7 @@ def test_every_level_keeps_its_fraction_while_the_levels_below_move() -> None:
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             """T over the critical temperature of all the tokens that a level gets."""
             seen: dict[str, list[Tensor]] = {}
-            probe = BankProbe(find_banks(pl_module), lambda name, one: seen.setdefault(name, []).append(one))
+            probe = record_codebooks(find_banks(pl_module), lambda name, one: seen.setdefault(name, []).append(one))
             with torch.no_grad(), probe:
                 for batch in bags():
                     pl_module.eval()(batch)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ddcl_lightning import DDCLAttention, PrototypeBank, find_banks
-from ddcl_lightning.monitoring.recording import BankProbe, Observation, bank_inputs
+from ddcl_lightning.monitoring.recording import CodebookRecord, bank_inputs, record_codebooks
 from ddcl_lightning.nn.discovery import require_banks
 
 
@@ -32,9 +32,9 @@ def test_error_without_banks_names_the_caller() -> None:
         require_banks(nn.Linear(2, 2), "Watcher")
 
 
-def observe() -> tuple[PrototypeBank, BankProbe, list[Observation]]:
+def observe() -> tuple[PrototypeBank, record_codebooks, list[CodebookRecord]]:
     bank, seen = PrototypeBank(3, 4, num_heads=2), []
-    probe = BankProbe({"it": bank}, lambda name, observed: seen.append(observed))
+    probe = record_codebooks({"it": bank}, lambda name, observed: seen.append(observed))
     return bank, probe, seen
 
 
@@ -64,12 +64,12 @@ def test_observation_is_what_the_call_saw() -> None:
     with torch.no_grad():
         bank.prototypes += 1  # the step that follows
     bank.set_temperature(9.0)
-    assert torch.equal(observed.prototypes, before)
+    assert torch.equal(observed.codebook, before)
     assert observed.temperature.tolist() == [1.0, 1.0]
     assert torch.equal(observed.tokens[1], tokens.detach()[..., 4:].reshape(15, 4))
     assert torch.equal(observed.terms.loss, output.terms.loss.detach())
     assert torch.equal(observed.valid_tokens()[0], tokens.detach()[mask][:, :4])
-    assert not any(t.requires_grad for t in (observed.tokens, observed.prototypes, *observed.terms))
+    assert not any(t.requires_grad for t in (observed.tokens, observed.codebook, *observed.terms))
 
 
 def test_every_way_to_pass_the_arguments() -> None:

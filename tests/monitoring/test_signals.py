@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ddcl_lightning import PrototypeBank
 from ddcl_lightning.functional import critical_temperature, effective_dimension, separation, soft_assign, total_variance
-from ddcl_lightning.monitoring.recording import BankProbe, Observation
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 
-def look(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Observation:
-    seen: list[Observation] = []
-    with BankProbe({"": bank}, lambda name, observed: seen.append(observed)):
+def look(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> CodebookRecord:
+    seen: list[CodebookRecord] = []
+    with record_codebooks({"": bank}, lambda name, observed: seen.append(observed)):
         bank(tokens, mask)
     return seen[0]
 

@@ -1,0 +1,132 @@
+"""The covariance of tokens, followed from batch to batch, and its largest eigenvalue."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
+from ddcl_lightning.nn.guarded_state import (
+    COUNT,
+    COVARIANCE,
+    DIRECTION,
+    NOT_NEGATIVE,
+    GuardedState,
+    Rules,
+    keep_unless,
+    running_dtype,
+)
+
+ITERATIONS = 4  # of the power method per batch: the direction is kept, so they add up over the batches
+
+
+class RunningCovariance(GuardedState):
+    """Covariance of every head's tokens and its largest eigenvalue, which sets their critical temperature.
+
+    The covariance is that of all processes; its largest eigenvalue is found by a power method that goes on from batch
+    to batch, so that a step costs ``H d^2`` beyond the covariance itself and never waits for the device. A batch with a
+    non-finite valid token on any process, or without a valid one, leaves everything as it is.
+
+    Args:
+        num_heads: H.
+        dim: d.
+        momentum: Weight of the newest batch of tokens that learn, in (0, 1]. The first batches are averaged evenly
+            until it is reached.
+
+    Attributes:
+        lambda_max: Buffer ``(H,)``, variance along the direction of largest variance; 0 before the first batch.
+        covariance: Buffer ``(H, d, d)``.
+        num_batches: Buffer, batches of tokens that learn.
+        num_tokens: Buffer, tokens of all batches, those of a start sample included.
+
+    Raises:
+        ValueError: If the momentum is out of range.
+    """
+
+    lambda_max: Tensor
+    covariance: Tensor
+    direction: Tensor
+    num_batches: Tensor
+    num_tokens: Tensor
+    state_rules: ClassVar[Rules] = {
+        "lambda_max": NOT_NEGATIVE,
+        "covariance": COVARIANCE,
+        "direction": DIRECTION,
+        "num_batches": COUNT,
+        "num_tokens": COUNT,
+    }
+
+    @typed
+    def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        self.momentum = momentum
+        generator = torch.Generator().manual_seed(0)  # the same start everywhere, and the global state left alone
+        dtype = running_dtype()
+        self.register_buffer("lambda_max", torch.zeros(num_heads, dtype=dtype))
+        self.register_buffer("covariance", torch.zeros(num_heads, dim, dim, dtype=dtype))
+        self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator, dtype=dtype))
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, *, moving: bool = True) -> None:
+        """Take in ``(H, N, d)`` tokens with mask ``(H, N)``.
+
+        Args:
+            tokens: Detached.
+            mask: True for valid tokens.
+            moving: Whether the tokens learn; those that do not are averaged evenly over all batches.
+        """
+        if recomputing():
+            return
+        with torch.autocast(tokens.device.type, enabled=False):
+            latest, count = _covariance(tokens, mask)
+            if moving:
+                weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum)
+            else:
+                weight = count / (self.num_tokens + count).clamp(min=1)
+            weight = weight.to(self.covariance.dtype)
+            covariance, direction = self.covariance.lerp(latest.to(self.covariance.dtype), weight), self.direction
+            for _ in range(ITERATIONS):
+                image = (covariance @ direction.unsqueeze(-1)).squeeze(-1)
+                length = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
+                # Tokens without variance leave the direction as it is, for those that come.
+                direction = torch.where(length > 0, image / length, direction)
+            # Not finite in one place is not finite here, and everywhere alike: sums are those of all processes.
+            usable = (count > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
+            self.num_batches += usable
+            self.num_tokens += torch.where(usable, count, 0).to(self.num_tokens.dtype)
+            keep_unless(usable, self.covariance, covariance)
+            keep_unless(usable, self.direction, direction)
+            keep_unless(usable, self.lambda_max, length.squeeze(-1))
+
+    def total_variance(self) -> Tensor:
+        """Trace of the covariance, ``(H,)``; 0 before the first batch."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    @torch.no_grad()
+    def start(self, tokens: Tensor) -> None:
+        """Begin anew from a sample ``(H, N, d)``, the same on every process; it counts as one batch."""
+        z = tokens.to(self.covariance.device, torch.float64)
+        centred = z - z.mean(-2, keepdim=True)
+        values, vectors = torch.linalg.eigh(centred.mT @ centred / z.shape[-2])
+        self.covariance.copy_((vectors * values.unsqueeze(-2)) @ vectors.mT)
+        self.direction.copy_(vectors[..., -1])
+        self.lambda_max.copy_(values[..., -1].clamp(min=0.0))
+        self.num_batches.fill_(1)
+        self.num_tokens.fill_(z.shape[-2])
+
+
+def _covariance(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes, and their number."""
+    z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
+    keep = torch.ones_like(z[..., :1]) if mask is None else mask.unsqueeze(-1).to(z.dtype)
+    sums = sum_over_processes(torch.cat([z.sum(-2), keep.sum(-2)], -1))
+    count = sums[..., -1:].clamp(min=1.0)
+    centred = (z - (sums[..., :-1] / count).unsqueeze(-2)) * keep
+    return sum_over_processes(centred.mT @ centred) / count.unsqueeze(-1), sums[0, -1]
