@@ -39,7 +39,7 @@ class PrototypeBank(GuardedState):
         num_heads: H, independent banks; tokens carry ``H * d`` values.
         temperature: Softness of the assignments: a number > 0 is a fraction of the critical temperature of the tokens,
             for all heads or a list with one per head; other units by :class:`~ddcl_lightning.Temperature`. All calls
-            between two steps of an optimizer see one T; in a loop without optimizers, ``settle(bank)`` stands for them.
+            between two steps of an optimizer see one T; in a loop without optimizers, :meth:`settle` stands for them.
         detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
         measure_variance: Follow the variance of the tokens for temperatures that need none too.
 
@@ -206,6 +206,10 @@ class PrototypeBank(GuardedState):
     def temperature(self) -> Tensor:
         """T of every head in units of squared distance, ``(H,)``; set it with :meth:`set_temperature`."""
         return self.temperature_state.current
+
+    def settle(self) -> None:
+        """Let T follow what was measured since the last step; the step of an optimizer does."""
+        self.temperature_state.settle()
 
     def set_temperature(self, temperature: float | list[float] | Temperature) -> None:
         """Set the temperature, in the unit that the bank was built with; a number is a fraction of the critical one.
