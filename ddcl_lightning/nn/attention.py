@@ -208,9 +208,9 @@ class DDCLAttention(nn.Module):
 
 def refuse_bank_arguments(**given: object) -> None:
     """Raise if an argument that makes a bank is not None beside a bank that exists."""
-    found = {name: value for name, value in given.items() if value is not None}
-    if found:
-        listed = ", ".join(f"{name} = {value!r}" for name, value in found.items())
+    superfluous = {name: value for name, value in given.items() if value is not None}
+    if superfluous:
+        listed = ", ".join(f"{name} = {value!r}" for name, value in superfluous.items())
         raise ValueError(
             f"bank brings its own prototypes and temperature, so what makes a bank must be left out; got {listed}. "
             "Give it to the layer that made the bank."

@@ -1,4 +1,4 @@
-"""The bank of prototypes: the one stateful piece that every head, and every callback, is about."""
+"""The bank of prototypes, which heads are built on and callbacks look for."""
 
 import weakref
 from typing import Any, ClassVar
@@ -266,7 +266,7 @@ class PrototypeBank(GuardedState):
         self.split_heads(tokens, mask)  # for its checks
         heads = torch.unflatten(tokens, -1, (self.num_heads, self.dim)).transpose(1, 2)
         heads_mask = None if mask is None else mask.unsqueeze(1).expand(heads.shape[:-1])
-        found = prototype_slots(
+        slots = prototype_slots(
             heads,
             self.prototypes,
             self.temperature.clone(),
@@ -274,7 +274,7 @@ class PrototypeBank(GuardedState):
             detach_assignments=self.detach_assignments,
             values=None if values is None else values.unsqueeze(1),
         )
-        return found.to(tokens.dtype)
+        return slots.to(tokens.dtype)
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:

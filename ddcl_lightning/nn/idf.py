@@ -1,4 +1,4 @@
-"""How rare every prototype is among samples, which says how much a token of it tells about its sample."""
+"""Inverse document frequency of prototypes, and the weights of tokens that follow from it."""
 
 from typing import ClassVar
 
@@ -8,7 +8,15 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import sum_over_processes
-from ddcl_lightning.nn.guarded_state import COUNT, SHARE, Rules, keep_unless, running_dtype
+from ddcl_lightning.nn.guarded_state import (
+    COUNT,
+    SHARE,
+    Rules,
+    averaging_weight,
+    keep_unless,
+    require_momentum,
+    running_dtype,
+)
 from ddcl_lightning.nn.settled_state import SettledState
 
 RAREST = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
@@ -44,8 +52,7 @@ class PrototypeRarity(SettledState):
     @typed
     def __init__(self, num_heads: int, num_prototypes: int, momentum: float = 0.05) -> None:
         super().__init__()
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        require_momentum(momentum)
         self.momentum = momentum
         self.register_buffer("share", torch.ones(num_heads, num_prototypes, dtype=running_dtype()))
         self.register_buffer("current", self.share.clone(), persistent=False)
@@ -63,13 +70,13 @@ class PrototypeRarity(SettledState):
             totals = sum_over_processes(torch.cat([occurrences, samples[None]]))
             usable = torch.isfinite(totals).all() & (totals[-1] > 0)
             first = self.num_batches == 0
-            weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(q.dtype)
+            weight = averaging_weight(self.num_batches, self.momentum).to(q.dtype)
             self.num_batches += usable
             latest = (totals[:-1] / totals[-1].clamp(min=1.0)).view_as(self.share)
             keep_unless(usable, self.share, self.share.lerp(latest, weight))
             self.measured(first)
-        rarity = -self.current.clamp(RAREST, 1.0).log()
-        weights = (q * rarity[None, :, None, :]).sum(-1).mean(1).square() + LEAST
+        idf = -self.current.clamp(RAREST, 1.0).log()
+        weights = (q * idf[None, :, None, :]).sum(-1).mean(1).square() + LEAST
         return weights if mask is None else weights.masked_fill(~mask, 0.0)
 
     def take_over(self, where: Tensor | bool = True) -> None:

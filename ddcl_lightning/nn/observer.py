@@ -1,4 +1,4 @@
-"""Whoever watches the calls of a bank."""
+"""Observers of the calls of a bank."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Vector quantisation whose codes stay alive: soft while it learns, hard codes when it is used."""
+"""Vector quantization: soft assignments while it learns, hard codes when it is used."""
 
 from typing import Literal, NamedTuple, get_args
 

@@ -16,7 +16,9 @@ from ddcl_lightning.nn.guarded_state import (
     NOT_NEGATIVE,
     GuardedState,
     Rules,
+    averaging_weight,
     keep_unless,
+    require_momentum,
     running_dtype,
 )
 
@@ -62,8 +64,7 @@ class RunningCovariance(GuardedState):
     @typed
     def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
         super().__init__()
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        require_momentum(momentum)
         self.momentum = momentum
         generator = torch.Generator().manual_seed(0)  # the same start everywhere, and the global state left alone
         dtype = running_dtype()
@@ -87,7 +88,7 @@ class RunningCovariance(GuardedState):
         with torch.autocast(tokens.device.type, enabled=False):
             latest, count = _covariance(tokens, mask)
             if moving:
-                weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum)
+                weight = averaging_weight(self.num_batches, self.momentum)
             else:
                 weight = count / (self.num_tokens + count).clamp(min=1)
             weight = weight.to(self.covariance.dtype)

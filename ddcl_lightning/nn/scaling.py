@@ -1,4 +1,4 @@
-"""A bound on the scale of embeddings, without which an unsupervised encoder shrinks everything."""
+"""Bound on the scale of embeddings, without which an unsupervised encoder shrinks them."""
 
 from typing import Any, ClassVar, Literal, get_args
 
@@ -10,7 +10,17 @@ from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
-from ddcl_lightning.nn.guarded_state import COUNT, COVARIANCE, FINITE, GuardedState, Rules, keep_unless, running_dtype
+from ddcl_lightning.nn.guarded_state import (
+    COUNT,
+    COVARIANCE,
+    FINITE,
+    GuardedState,
+    Rules,
+    averaging_weight,
+    keep_unless,
+    require_momentum,
+    running_dtype,
+)
 
 ScaleMode = Literal["none", "unit", "per_dimension", "total", "whiten"]
 
@@ -59,8 +69,7 @@ class EmbeddingScale(GuardedState):
         require_at_least(1, dim=dim)
         if mode not in get_args(ScaleMode):
             raise ValueError(f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}.")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
+        require_momentum(momentum)
         self.dim, self.mode, self.momentum = dim, mode, momentum
         dtype = running_dtype()
         self.register_buffer("mean", torch.zeros(dim, dtype=dtype))
@@ -131,7 +140,7 @@ class EmbeddingScale(GuardedState):
         if recomputing():
             return
         usable = (count > 0) & torch.isfinite(mean).all() & torch.isfinite(variance).all()
-        weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum).to(self.mean.dtype)
+        weight = averaging_weight(self.num_batches, self.momentum).to(self.mean.dtype)
         self.num_batches += usable
         keep_unless(usable, self.mean, self.mean.lerp(mean.to(self.mean.dtype), weight))
         keep_unless(usable, self.variance, self.variance.lerp(variance.to(self.variance.dtype), weight))

@@ -1,4 +1,4 @@
-"""State that all calls of a step see alike: what they measure moves it when an optimizer steps."""
+"""State that changes when an optimizer steps and at no other time, so that all calls between two steps agree."""
 
 import weakref
 from typing import Any

@@ -1,4 +1,4 @@
-"""Two things that go wrong with prototypes in optimizers, found out at the step and said by name."""
+"""Checks at the step of an optimizer: prototypes that are in two of them, and state of another size."""
 
 import weakref
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ def follow_alone(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None
     """
     _hook()
     names = {id(parameter): name for name, parameter in parameters.items()}
-    for theirs in _FOLLOWED.values():
-        for shared in names.keys() & theirs.keys():
-            del theirs[shared]
+    for followed in _FOLLOWED.values():
+        for shared in names.keys() & followed.keys():
+            del followed[shared]
     _FOLLOWED[optimizer] = names
 
 
@@ -63,13 +63,13 @@ def _hook() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    theirs = [(other, names) for other, names in _FOLLOWED.items() if other is not optimizer]
+    followed = [(other, names) for other, names in _FOLLOWED.items() if other is not optimizer]
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             key = id(parameter)
             if key in _PROTOTYPES:
                 check_state(optimizer, parameter)
-            for other, names in theirs:
+            for other, names in followed:
                 if key in names:
                     raise RuntimeError(
                         f"parameter {names[key]!r} is in two optimizers, {type(other).__name__} and "
