@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 from torch.utils.data import DataLoader
 
-from ddcl_lightning import Clustering, DDCLReadoutModule, Decomposition, IdentityBackbone, find_banks
+from ddcl_lightning import Clustering, DDCLReadoutModule, Decomposition, IdentityBackbone, Temperature, find_banks
 from ddcl_lightning._utils.batch import labels
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.backbones import PatchBackbone, TransformersBackbone
@@ -163,7 +163,7 @@ def head_and_schedules(method: str, sizes: list[int], critical: float) -> tuple[
     if method.startswith("paper"):
         last = HELD if method.endswith("held") else LAST
         annealing = TemperatureAnnealing(start=HELD * critical, end=last * critical, unit="absolute", per="step")
-        return HierarchicalReadout(sizes, temperature_unit="absolute", temperature=HELD * critical), [annealing]
+        return HierarchicalReadout(sizes, temperature=Temperature(HELD * critical, unit="absolute")), [annealing]
     above = "rare_inputs" if method.endswith("tokens") else "rare_mean" if "rare" in method else "mean"
     reads: Any = ["all", above]
     # A frozen encoder's tokens do not move: their critical temperature is measured once. Those of level 2 do.

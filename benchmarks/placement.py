@@ -158,7 +158,7 @@ def heads(fractions: list[float]) -> Transformer:
 
     def create() -> SerialPrototypes:
         placed = SerialPrototypes(layer(residual=True, num_heads=len(fractions)))
-        placed.layer.bank.set_fraction(torch.tensor(fractions))
+        placed.layer.bank.set_temperature(torch.tensor(fractions))
         return placed
 
     return after(range(DEPTH), create)
@@ -291,7 +291,7 @@ def run_sampling(name: str, seed: int, epochs: int) -> dict[str, Any]:
     check = train(net, x, y, epochs)
     result = {"acc": accuracy(net, test_x, test_y), **look(net, test_x)}
     (bank,) = find_banks(net).values()
-    bank.set_fraction(1e-6)
+    bank.set_temperature(1e-6)
     return {**result, "hard": accuracy(net, test_x, test_y), "checks": check.checks, "violations": check.violations}
 
 

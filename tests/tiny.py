@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone, Temperature
 from ddcl_lightning.tasks import Task
+
+
+def absolute(value: float | list[float] = 1.0) -> Temperature:
+    """T itself, in units of squared distance."""
+    return Temperature(value, unit="absolute")
 
 
 class Blobs(Dataset[dict[str, Tensor]]):
@@ -46,7 +51,9 @@ class LinearBackbone(IdentityBackbone):
 
 
 def clustering_module(task: Task | None = None, **kwargs: Any) -> DDCLReadoutModule:
-    return DDCLReadoutModule(LinearBackbone(), DDCLReadout(4, temperature=2.0), task or Clustering(4), **kwargs)
+    return DDCLReadoutModule(
+        LinearBackbone(), DDCLReadout(4, temperature=absolute(2.0)), task or Clustering(4), **kwargs
+    )
 
 
 def quiet_trainer(**kwargs: Any) -> pl.Trainer:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import PrototypeBank, find_banks
+from ddcl_lightning import PrototypeBank, Temperature, find_banks
 from ddcl_lightning.adapters.distillation import distill_feedforward, initialize_feedforward
 from ddcl_lightning.adapters.feedforward import DDCLFeedForward, ridge_regression
 from ddcl_lightning.adapters.insertion import quantization_loss
@@ -64,7 +64,7 @@ def output_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_output_is_what_the_formula_says() -> None:
-    layer = DDCLFeedForward(6, 5, num_heads=2, prototype_dim=3, temperature=0.7, temperature_unit="absolute")
+    layer = DDCLFeedForward(6, 5, num_heads=2, prototype_dim=3, temperature=Temperature(0.7, unit="absolute"))
     x = torch.randn(4, 7, 6)
     z = (x @ layer.input_projection.weight.T).unflatten(-1, (2, 3))
     centroids = torch.stack(
@@ -125,8 +125,8 @@ def test_starts_from_k_means_and_least_squares() -> None:
     outcomes = torch.randn(4, 8).repeat(50, 1)
     layer.train().start_from(x, outcomes)
     assert layer.training
-    assert layer.bank.critical is not None
-    assert int(layer.bank.critical.num_batches) == 1  # the least squares have not moved T
+    assert layer.bank.temperature_state.covariance is not None
+    assert int(layer.bank.temperature_state.covariance.num_batches) == 1  # the least squares have not moved T
     slices = layer.input_projection(centers).detach()
     assert float(torch.cdist(layer.bank.prototypes[0].detach(), slices).min(0).values.max()) < 0.05
     expected = 0.05 * critical_temperature(layer.input_projection(x).unsqueeze(0))
@@ -313,7 +313,7 @@ def test_layers_start_from_what_their_mlp_sees() -> None:
     assert isinstance(part, DDCLFeedForward)
     # Each prototype of k-means is the mean of the tokens that are nearest to it.
     z = part.input_projection(tokens).detach()
-    codes = part.bank.codes(z)[:, 0]
+    codes = part.bank.encode(z)[:, 0]
     means = torch.stack([z[codes == k].mean(0) for k in range(3)])
     torch.testing.assert_close(part.bank.prototypes[0].detach(), means, rtol=1e-3, atol=1e-3)
 

@@ -19,6 +19,7 @@ from ddcl_lightning import (
     PrototypeBank,
     PrototypeNorm,
     SerialPrototypes,
+    Temperature,
     TokenNormalized,
     find_banks,
     insert_prototypes,
@@ -112,7 +113,7 @@ def test_norm_with_one_prototype_at_zero_is_rms_norm() -> None:
 
 
 def test_norm_by_hand() -> None:
-    norm, x = PrototypeNorm(DIM, 4, temperature=0.7, temperature_unit="absolute"), torch.randn(2, 6, DIM)
+    norm, x = PrototypeNorm(DIM, 4, temperature=Temperature(0.7, unit="absolute")), torch.randn(2, 6, DIM)
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
@@ -125,7 +126,7 @@ def test_norm_by_hand() -> None:
 
 def test_norm_does_not_depend_on_place_or_scale() -> None:
     """Moved and scaled tokens, with prototypes and T moved and scaled along, give the same numbers."""
-    norm, x = PrototypeNorm(DIM, 4, temperature_unit="absolute"), torch.randn(2, 6, DIM)
+    norm, x = PrototypeNorm(DIM, 4, temperature=Temperature(1.0, unit="absolute")), torch.randn(2, 6, DIM)
     moved = copy.deepcopy(norm)
     moved.bank.set_prototypes(100 * norm.bank.prototypes.detach() + 7)
     moved.bank.set_temperature(norm.bank.temperature * 1e4)
@@ -134,7 +135,7 @@ def test_norm_does_not_depend_on_place_or_scale() -> None:
 
 @pytest.mark.parametrize(
     "create",
-    [serial, gated, lambda: PrototypeNorm(DIM, 4, temperature_unit="absolute")],
+    [serial, gated, lambda: PrototypeNorm(DIM, 4, temperature=Temperature(1.0, unit="absolute"))],
     ids=["serial", "gated", "norm"],
 )
 def test_padding_stays_out(create: Callable[[], PlacedPrototypes]) -> None:

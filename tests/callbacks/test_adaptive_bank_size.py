@@ -60,7 +60,7 @@ def test_two_prototypes_become_six(kind: Any, when: dict[str, Any]) -> None:
     assert (sizes[0], sizes[-1]) == (2, 6)
     assert sizes == sorted(sizes)
     x, y = blobs(**SIX)
-    codes = module.layer.bank.codes(module.encoder(x))[:, 0]
+    codes = module.layer.bank.encode(module.encoder(x))[:, 0]
     assert len({(int(a), int(b)) for a, b in zip(codes, y, strict=True)}) == 6
 
 

@@ -10,6 +10,7 @@ from toys import QUIET, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, l
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules.digits import DigitsDataModule
+from tests.tiny import absolute
 
 
 class Recorder(pl.Callback):
@@ -49,30 +50,30 @@ def temperatures(module=None, data=None, max_epochs=5, trainer=None, **kwargs):
     ],
 )
 def test_schedules_by_epoch(schedule, expected):
-    values = temperatures(start=8.0, end=1.0, unit="absolute", schedule=schedule)
+    values = temperatures(start=absolute(8.0), end=absolute(1.0), schedule=schedule)
     assert values == pytest.approx(np.repeat(expected, 6).tolist(), rel=1e-6)
 
 
 def test_the_papers_exponential_with_tau_and_floor():
-    values = temperatures(start=8.0, end=2.0, unit="absolute", tau=2.0)
+    values = temperatures(start=absolute(8.0), end=absolute(2.0), tau=2.0)
     assert values[::6] == pytest.approx([max(2.0, 8 * math.exp(-epoch / 2)) for epoch in range(5)], rel=1e-6)
 
 
 def test_duration_ends_the_schedule_early():
     for schedule in ("exponential", "linear"):
-        values = temperatures(start=8.0, end=1.0, unit="absolute", schedule=schedule, duration=2)[::6]
+        values = temperatures(start=absolute(8.0), end=absolute(1.0), schedule=schedule, duration=2)[::6]
         assert values[0] == 8.0
         assert values[2:] == pytest.approx([1.0] * 3)
 
 
 def test_by_step_it_falls_with_every_batch_and_ends_with_the_run():
-    values = temperatures(start=8.0, end=1.0, unit="absolute", schedule="linear", per="step", max_epochs=2)
+    values = temperatures(start=absolute(8.0), end=absolute(1.0), schedule="linear", per="step", max_epochs=2)
     assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
 
 
 def test_steps_of_two_manual_optimizers_count_once():
     values = temperatures(
-        TwoOptimizers(), start=8.0, end=1.0, unit="absolute", schedule="linear", per="step", max_epochs=2
+        TwoOptimizers(), start=absolute(8.0), end=absolute(1.0), schedule="linear", per="step", max_epochs=2
     )
     assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
 
@@ -93,11 +94,11 @@ def test_max_steps_bounds_the_length():
 
 def test_streams_without_length():
     data = DataLoader(Stream(96), batch_size=16)
-    values = temperatures(data=data, start=8.0, end=1.0, unit="absolute", schedule="linear", max_epochs=3)
+    values = temperatures(data=data, start=absolute(8.0), end=absolute(1.0), schedule="linear", max_epochs=3)
     assert sorted(set(values), reverse=True) == pytest.approx([8.0, 4.5, 1.0])
     with pytest.raises(ValueError, match="length of the run is unknown"):
         temperatures(data=data, per="step", max_epochs=3)
-    assert temperatures(data=data, per="step", duration=4, start=8.0, end=1.0, unit="absolute")[4] == 1.0
+    assert temperatures(data=data, per="step", duration=4, start=absolute(8.0), end=absolute(1.0))[4] == 1.0
 
 
 def test_fractions_of_the_critical_temperature():
@@ -236,7 +237,7 @@ def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(
 
 
 def test_the_temperature_is_logged():
-    trainer = fit(Project(), TemperatureAnnealing(start=3.0, end=3.0, unit="absolute"))
+    trainer = fit(Project(), TemperatureAnnealing(start=absolute(3.0), end=absolute(3.0)))
     assert float(trainer.callback_metrics["ddcl/temperature/layer.bank"]) == 3.0
 
 
@@ -261,8 +262,8 @@ def both_levels(*callbacks, module=None, max_epochs=4, **kwargs):
 
 
 def test_two_callbacks_give_two_schedules():
-    first = TemperatureAnnealing(start=8.0, end=2.0, unit="absolute", schedule="linear", banks="layer.*")
-    second = TemperatureAnnealing(start=0.5, end=0.25, unit="absolute", schedule="linear", duration=2, banks="t?p.*")
+    first = TemperatureAnnealing(start=absolute(8.0), end=absolute(2.0), schedule="linear", banks="layer.*")
+    second = TemperatureAnnealing(start=absolute(0.5), end=absolute(0.25), schedule="linear", duration=2, banks="t?p.*")
     found = both_levels(first, second)
     assert np.ravel(found["layer"]) == pytest.approx([8.0, 6.0, 4.0, 2.0])
     assert np.ravel(found["top"]) == pytest.approx([0.5, 0.25, 0.25, 0.25])
@@ -278,7 +279,7 @@ def test_banks_that_no_pattern_matches_keep_their_temperature(kmeans):
 
 def test_a_list_gives_every_head_its_own_temperature():
     annealing = TemperatureAnnealing(
-        start=[8.0, 1.0], end=[2.0, 1.0], unit="absolute", schedule="linear", banks="layer.*"
+        start=absolute([8.0, 1.0]), end=absolute([2.0, 1.0]), schedule="linear", banks="layer.*"
     )
     found = both_levels(annealing, module=TwoLevels(num_heads=2, output_projection=False))
     assert np.asarray(found["layer"]).T.tolist() == [pytest.approx([8.0, 6.0, 4.0, 2.0]), [1.0] * 4]
@@ -287,7 +288,7 @@ def test_a_list_gives_every_head_its_own_temperature():
 
 
 def test_the_ends_of_heads_may_differ_one_by_one_in_fractions_too():
-    one_start = temperatures(Project(num_heads=2), start=8.0, end=[4.0, 1.0], unit="absolute", max_epochs=5)
+    one_start = temperatures(Project(num_heads=2), start=absolute(8.0), end=absolute([4.0, 1.0]), max_epochs=5)
     assert one_start[::6] == pytest.approx([8.0, 8 * 2**-0.25, 8 * 2**-0.5, 8 * 2**-0.75, 4.0])  # its own tau
     module = Project(num_heads=2)
     even = Project(num_heads=2)
@@ -295,9 +296,9 @@ def test_the_ends_of_heads_may_differ_one_by_one_in_fractions_too():
     fit(module, TemperatureAnnealing(start=[0.5, 0.1], end=[0.5, 0.1]), max_epochs=1)
     expected = torch.tensor([0.5, 0.1]) * even.layer.bank.temperature
     torch.testing.assert_close(module.layer.bank.temperature, expected)
-    followed = Project(num_heads=2, temperature_unit="critical")
+    followed = Project(num_heads=2)
     fit(followed, TemperatureAnnealing(start=[0.5, 0.1], end=[0.4, 0.1]), max_epochs=5)
-    assert followed.layer.bank.fraction.tolist() == pytest.approx([0.4, 0.1])
+    assert followed.layer.bank.temperature_state.value.tolist() == pytest.approx([0.4, 0.1])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tiny import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddcl_lightning import Classification, Clustering, DDCLReadoutModule, IdentityBackbone, find_banks
+from ddcl_lightning import Classification, Clustering, DDCLReadoutModule, IdentityBackbone, Temperature, find_banks
 from ddcl_lightning.backbones import Tokens
 from ddcl_lightning.callbacks import (
     CollapseWarning,
@@ -24,6 +24,7 @@ from ddcl_lightning.heads import Head, HierarchicalReadout
 from ddcl_lightning.monitoring.recording import record_codebooks
 from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning.nn.initialization import initial_prototypes
+from tests.tiny import absolute
 
 TOKENS = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 1], [0, 1, 1, 1, 1], [1] * 5, [1, 0, 0, 0, 0]]).bool()
@@ -84,7 +85,7 @@ def module(**kwargs: Any) -> DDCLReadoutModule:
 
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_levels_are_the_definitions_one_after_the_other(mask: Tensor | None) -> None:
-    layer = head(temperature_unit="absolute", temperature=[1.0, 0.3]).eval()
+    layer = head(temperature=[Temperature(1.0, unit="absolute"), Temperature(0.3, unit="absolute")]).eval()
     first, second = (bank.prototypes[0].detach() for bank in find_banks(layer).values())
     centroids = soft_assign(TOKENS.flatten(0, 1), first, 1.0).view(6, 5, 5) @ first
     keep = torch.ones(6, 5).bool() if mask is None else mask
@@ -129,7 +130,7 @@ def test_every_level_has_settings_of_its_own() -> None:
     banks = find_banks(layer)
     assert list(banks) == ["levels.0.bank", "levels.1.bank", "levels.2.bank"]
     assert [tuple(bank.prototypes.shape) for bank in banks.values()] == [(2, 8, 4), (1, 6, 8), (3, 3, 2)]
-    assert [bank.fraction.tolist() for bank in banks.values()] == [
+    assert [bank.temperature_state.value.tolist() for bank in banks.values()] == [
         pytest.approx([value] * heads) for value, heads in ((0.5, 2), (0.2, 1), (0.1, 3))
     ]
     assert [level.scale.mode for level in layer.levels] == ["unit", "none", "total"]
@@ -171,14 +172,16 @@ def test_rare_prototypes_weigh_more() -> None:
 
 
 def test_the_rare_mean_is_the_weighted_one() -> None:
-    layer = head(tokens=["all", "rare_mean"], temperature_unit="absolute").eval()
+    layer = head(tokens=["all", "rare_mean"], temperature=Temperature(1.0, unit="absolute")).eval()
     layer.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     below = layer.levels[0](TOKENS, MASK, need_weights=True)
     weights = layer.rarities["0"](below.weights, MASK)
     mean = torch.einsum("bt,btd->bd", weights, below.tokens) / weights.sum(1, keepdim=True)
     torch.testing.assert_close(layer.levels[1](mean.unsqueeze(1)).tokens, layer(TOKENS, MASK).tokens)
 
-    other = head(tokens=["all", "rare_inputs"], temperature_unit="absolute", prototype_dim=[2, 3]).eval()
+    other = head(
+        tokens=["all", "rare_inputs"], temperature=Temperature(1.0, unit="absolute"), prototype_dim=[2, 3]
+    ).eval()
     other.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     weights = other.rarities["0"](other.levels[0](TOKENS, MASK, need_weights=True).weights, MASK)
     mean = torch.einsum("bt,btd->bd", weights, TOKENS) / weights.sum(1, keepdim=True)
@@ -190,7 +193,7 @@ def test_the_rare_mean_is_the_weighted_one() -> None:
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_a_levels_input_is_fixed_for_its_own_loss_unless_told_otherwise(end_to_end: bool) -> None:
-    layer = head(end_to_end=end_to_end, prototype_dim=[4, 3], temperature_unit="absolute")
+    layer = head(end_to_end=end_to_end, prototype_dim=[4, 3], temperature=Temperature(1.0, unit="absolute"))
     tokens = TOKENS.clone().requires_grad_()
     readout = layer(tokens)
     first, second = (bank.prototypes for bank in find_banks(layer).values())
@@ -334,11 +337,11 @@ def test_every_level_keeps_its_fraction_while_the_levels_below_move() -> None:
 
 def test_one_temperature_for_both_levels_collapses_the_second_and_is_reported() -> None:
     """The cause of the paper's level-2 assignments at H = ln K."""
-    trained = module(temperature_unit="absolute")
+    trained = module(temperature=Temperature(1.0, unit="absolute"))
     data = Bags()
     high = 0.9 * float(critical_temperature(data.x[data.mask]))
     watch = CollapseWarning(every_n_batches=1, min_separation=0.0, max_drop=1.0)
-    annealing = TemperatureAnnealing(start=high, end=high, unit="absolute")
+    annealing = TemperatureAnnealing(start=absolute(high), end=absolute(high))
     with pytest.warns(UserWarning, match="CollapseWarning: "):
         fit(trained, annealing, KMeansInitialization(), watch, max_epochs=2)
     signs = {message.split(" at step")[0] for message in watch.reported}

@@ -238,7 +238,7 @@ def test_samples_follow_the_assignments() -> None:
 def test_sampling_streams_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, x = PrototypeBank(4, 2, temperature=1e-6), torch.randn(50, 2)
     monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", 12)
-    assert torch.equal(bank.sample(x), bank.codes(x))  # cold: the nearest one
+    assert torch.equal(bank.sample(x), bank.encode(x))  # cold: the nearest one
 
 
 def test_sampling_changes_neither_loss_terms_nor_gradients_nor_evaluation() -> None:

@@ -23,7 +23,7 @@ def test_shapes(heads: int, lead: tuple[int, ...]) -> None:
     weights = bank(tokens, need_weights=True).weights
     assert weights.shape == (*lead[:-1], heads, *lead[-1:], 6)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    codes = bank.codes(tokens)
+    codes = bank.encode(tokens)
     assert codes.shape == (*lead, heads)
     assert torch.equal(codes, weights.movedim(len(lead) - 1, -2).argmax(-1) if lead else weights.argmax(-1))
 
@@ -189,10 +189,10 @@ def test_resize_refuses_what_is_not_finite() -> None:
 @pytest.mark.parametrize("size", [2, 7])
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_bank_loads_at_the_size_that_was_saved(size: int, assign: bool) -> None:
-    saved = PrototypeBank(3, 4, num_heads=2, temperature_unit="critical")
+    saved = PrototypeBank(3, 4, num_heads=2)
     saved.train()(torch.randn(9, 8))
     saved.resize(torch.randn(2, size, 4))
-    layer = torch.nn.Sequential(PrototypeBank(3, 4, num_heads=2, temperature_unit="critical"))
+    layer = torch.nn.Sequential(PrototypeBank(3, 4, num_heads=2))
     layer.load_state_dict({f"0.{name}": value for name, value in saved.state_dict().items()}, assign=assign)
     bank = layer[0]
     assert isinstance(bank, PrototypeBank)

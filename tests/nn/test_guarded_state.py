@@ -19,7 +19,7 @@ from ddcl_lightning.backbones import PCABackbone
 from ddcl_lightning.heads import HierarchicalReadout, VQPooling
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.nn.idf import PrototypeRarity
-from ddcl_lightning.nn.temperature import RunningCriticalTemperature
+from ddcl_lightning.nn.running_covariance import RunningCovariance
 from tests.tiny import clustering_module, loader, quiet_trainer
 
 
@@ -99,7 +99,7 @@ class NoLook(TorchDispatchMode):
 
 def test_nobody_waits_for_the_device_to_find_out() -> None:
     bad = torch.full((2, 9, 6), torch.nan)
-    critical, rarity = RunningCriticalTemperature(2, 6), PrototypeRarity(2, 3)
+    critical, rarity = RunningCovariance(2, 6), PrototypeRarity(2, 3)
     scales = [EmbeddingScale(6, "per_dimension"), EmbeddingScale(6, "total")]
     with NoLook():
         critical(bad)

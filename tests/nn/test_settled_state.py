@@ -87,7 +87,7 @@ def test_checkpointed_calls_of_one_backward_pass_see_what_they_saw(
 
 
 def test_any_optimizer_moves_the_temperature_after_its_step() -> None:
-    bank = PrototypeBank(3, 4, temperature=0.1, temperature_unit="critical")
+    bank = PrototypeBank(3, 4, temperature=0.1)
     encoder = nn.Linear(6, 4)
     bank.requires_grad_(False)
     bank(encoder(tokens(1)))
@@ -95,8 +95,8 @@ def test_any_optimizer_moves_the_temperature_after_its_step() -> None:
     bank(encoder(tokens(2, 3.0))).terms.loss.sum().backward()
     assert torch.equal(bank.temperature, before)
     torch.optim.Adam(encoder.parameters()).step()
-    assert bank.critical is not None
-    torch.testing.assert_close(bank.temperature, 0.1 * 4 * bank.critical.lambda_max)
+    assert bank.temperature_state.covariance is not None
+    torch.testing.assert_close(bank.temperature, 0.1 * 4 * bank.temperature_state.covariance.lambda_max)
     assert bool(bank.temperature > before)
     bank.eval()
     bank(encoder(tokens(3, 9.0)))

@@ -156,7 +156,7 @@ def moved(loop: Loop, lr: float = 0.5, relocate: float = 0.5) -> Tensor:
     net = Net()
     codes = TokenNormalized([net.vq.bank.prototypes], lr=lr, relocate=relocate).watch(net)
     # The temperature that the codes see must not depend on what else passes.
-    net.vq.bank.critical.momentum = 1e-9  # type: ignore[union-attr]
+    net.vq.bank.temperature_state.covariance.momentum = 1e-9  # type: ignore[union-attr]
     with torch.no_grad():
         net.vq(tokens(1))
     loop(net, codes)

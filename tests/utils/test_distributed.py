@@ -58,7 +58,7 @@ def token_normalized_step(rank: int, processes: int, relocate: float = 0.0) -> T
 def poisoned_steps(rank: int, processes: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Two batches that add up and one that is not finite on the first process, where nobody looks."""
     torch.manual_seed(0)
-    bank = PrototypeBank(4, 3, temperature=0.1, temperature_unit="critical").double()
+    bank = PrototypeBank(4, 3, temperature=0.1).double()
     bank._require_finite = lambda *args: None  # type: ignore[method-assign]
     optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocate=0.5).watch(bank)
     x, mask = tokens_and_mask()

@@ -1,0 +1,87 @@
+"""The covariance of tokens over batches, its largest eigenvalue, and how the batches are weighed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional import critical_temperature
+from ddcl_lightning.nn.running_covariance import RunningCovariance
+
+
+def stretched(size: int = 400, heads: int = 2, dim: int = 5, seed: int = 0) -> Tensor:
+    """Tokens ``(H, N, d)`` far from the origin with one long direction per head."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(1, 3, dim) * torch.arange(1, heads + 1).view(-1, 1)
+    return torch.randn(heads, size, dim, generator=generator) * scales.unsqueeze(1) + 50
+
+
+def covariance(tokens: Tensor) -> Tensor:
+    """Of every head, ``(H, d, d)``."""
+    return torch.stack([torch.cov(head.T, correction=0) for head in tokens])
+
+
+def test_equals_the_largest_eigenvalue_of_the_tokens() -> None:
+    running, tokens = RunningCovariance(2, 5), stretched()
+    for _ in range(20):  # the power method goes on from batch to batch
+        running(tokens)
+    torch.testing.assert_close(4 * running.lambda_max.double(), critical_temperature(tokens), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(running.total_variance(), tokens.var(1, correction=0).sum(-1), rtol=1e-4, atol=0.0)
+
+
+def test_padding_takes_no_part() -> None:
+    tokens, mask = stretched(), torch.rand(400) < 0.7
+    masked, bare = RunningCovariance(2, 5), RunningCovariance(2, 5)
+    masked(tokens.masked_fill(~mask[:, None], torch.nan), mask.expand(2, -1))
+    bare(tokens[:, mask])
+    torch.testing.assert_close(masked.covariance, bare.covariance)
+    assert int(masked.num_tokens) == int(mask.sum())
+
+
+def test_first_batches_count_alike_and_later_ones_replace_them() -> None:
+    running = RunningCovariance(2, 5, momentum=0.1)
+    first, second = stretched(seed=1), stretched(seed=2)
+    running(first)
+    running(second)
+    mean = (covariance(first) + covariance(second)) / 2
+    torch.testing.assert_close(running.covariance, mean, rtol=1e-4, atol=1e-4)
+    for _ in range(100):
+        running(0.1 * first)
+    torch.testing.assert_close(4 * running.lambda_max.double(), 1e-2 * critical_temperature(first), rtol=1e-2, atol=0.0)
+
+
+def test_tokens_that_do_not_learn_are_averaged_evenly_by_their_number() -> None:
+    """However many batches there are: the thirtieth counts as much as the first."""
+    running = RunningCovariance(2, 5)
+    batches = [stretched(size=10 + 20 * (number % 2), seed=number) for number in range(60)]
+    for batch in batches:
+        running(batch, moving=False)
+    total = sum(batch.shape[1] * covariance(batch) for batch in batches)
+    assert isinstance(total, Tensor)
+    assert int(running.num_tokens) == sum(batch.shape[1] for batch in batches)
+    torch.testing.assert_close(running.covariance, total / int(running.num_tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_refuses_a_momentum() -> None:
+    with pytest.raises(ValueError, match=r"momentum must be in \(0, 1\]; got 0"):
+        RunningCovariance(1, 2, momentum=0.0)
+
+
+def test_it_begins_anew_from_a_sample_and_goes_on_from_there() -> None:
+    tokens = torch.randn(2, 400, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [3.0, 2.0, 1.0, 1.0, 1.0]
+    )
+    running = RunningCovariance(2, 5)
+    for _ in range(3):
+        running(100 * tokens)
+    running.start(tokens)
+    torch.testing.assert_close(4 * running.lambda_max.double(), critical_temperature(tokens), rtol=1e-5, atol=0.0)
+    assert int(running.num_tokens) == 400
+    running(2 * tokens)  # the second batch counts as much as the sample
+    torch.testing.assert_close(4 * running.lambda_max.double(), 2.5 * critical_temperature(tokens), rtol=1e-3, atol=0.0)
+    running.start(tokens)
+    running(2 * tokens[:, :100], moving=False)  # a quarter as many tokens
+    expected = (400 * covariance(tokens) + 100 * covariance(2 * tokens[:, :100])) / 500
+    torch.testing.assert_close(running.covariance, expected, rtol=1e-3, atol=1e-3)
+    one = torch.zeros(2, 3, 5)
+    running.start(one)
+    assert running.lambda_max.tolist() == [0.0, 0.0]
