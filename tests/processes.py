@@ -67,6 +67,26 @@ def run_processes(
     return outcomes
 
 
+def results_of_processes(folder: Path, target: Callable[[int], Any]) -> list[Any]:
+    """What ``target(rank)`` returns in each of two processes of a gloo group, as :func:`torch.save` keeps it."""
+    import torch
+
+    stem = str(folder / "result")
+    outcomes = run_processes(folder, _save_result, target, stem)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    return [torch.load(f"{stem}-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _save_result(target: Callable[[int], Any], stem: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.save(target(rank), f"{stem}-{rank}.pt")
+    dist.destroy_process_group()
+
+
 def fork_server() -> ForkServerContext:
     """Starts processes by forking a server that has imported what they need."""
     context = multiprocessing.get_context("forkserver")

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from ddcl_lightning import CodebookMetrics
 from ddcl_lightning.codebook_metrics import codebook_counts, soft_perplexity
+from tests.processes import results_of_processes
 
 CODES = torch.tensor([[[0, 3], [0, 1], [2, -1]], [[0, 3], [-1, -1], [2, 1]]])  # (2, 3, 2), -1 is padding
 SHARES = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.25] * 4], [[0.0, 1.0, 0.0, 0.0], [0.25] * 4]])
@@ -94,20 +93,15 @@ def test_refusals() -> None:
         CodebookMetrics(3).compute()
 
 
-def _update_and_save(rank: int, init_file: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        metric = CodebookMetrics(4, 2)
-        metric.update(CODES[rank::2], SHARES[rank::2])
-        torch.save(metric.compute(), f"{out}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _metrics_of_half(rank: int) -> dict[str, Tensor]:
+    metric = CodebookMetrics(4, 2)
+    metric.update(CODES[rank::2], SHARES[rank::2])
+    return metric.compute()
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(_update_and_save, args=(str(tmp_path / "init"), str(tmp_path)), nprocs=2)
     metric = CodebookMetrics(4, 2)
     metric.update(CODES, SHARES)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), metric.compute())
+    for found in results_of_processes(tmp_path, _metrics_of_half):
+        torch.testing.assert_close(found, metric.compute())

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from ddcl_lightning import EmbeddingScale, PrototypeBank, TokenNormalized
@@ -22,6 +20,7 @@ from ddcl_lightning.distributed import (
 )
 from ddcl_lightning.reservoir import Reservoir
 from ddcl_lightning.scale import ScaleMode
+from tests.processes import results_of_processes
 
 modes = pytest.mark.parametrize("mode", ["per_dimension", "total", "whiten"])
 
@@ -117,21 +116,14 @@ def everything(rank: int, processes: int) -> dict[str, Any]:
     }
 
 
-def _run(rank: int, init_file: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        torch.save(everything(rank, 2), f"{out}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def everything_of_two(rank: int) -> dict[str, Any]:
+    return everything(rank, 2)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found; they are started once, because that is what takes the time."""
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_run, args=(str(folder / "init"), str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return results_of_processes(tmp_path_factory.mktemp("gloo"), everything_of_two)
 
 
 @pytest.mark.slow

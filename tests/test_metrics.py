@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from ddcl_lightning.metrics import (
     purity,
     usage,
 )
+from tests.processes import results_of_processes
 
 
 def random_labelling(seed: int) -> tuple[Tensor, Tensor, int, int]:
@@ -217,22 +216,17 @@ def test_on_a_gpu() -> None:
     assert {name: value.cpu() for name, value in metric.compute().items()} == expected.compute()
 
 
-def _update_and_save(rank: int, init_file: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        assignments, labels, k, c = random_labelling(7)
-        metric = ClusteringMetrics(k, c)
-        metric.update(assignments[rank::2], labels[rank::2])
-        torch.save(metric.compute(), f"{out}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _metrics_of_half(rank: int) -> dict[str, Tensor]:
+    assignments, labels, k, c = random_labelling(7)
+    metric = ClusteringMetrics(k, c)
+    metric.update(assignments[rank::2], labels[rank::2])
+    return metric.compute()
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(_update_and_save, args=(str(tmp_path / "init"), str(tmp_path)), nprocs=2)
     assignments, labels, k, c = random_labelling(7)
     metric = ClusteringMetrics(k, c)
     metric.update(assignments, labels)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == metric.compute()
+    for found in results_of_processes(tmp_path, _metrics_of_half):
+        assert found == metric.compute()

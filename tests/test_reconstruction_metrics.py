@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.regression import MeanSquaredError
 
 from ddcl_lightning import ReconstructionMetrics
 from ddcl_lightning.reconstruction_metrics import peak_signal_to_noise
+from tests.processes import results_of_processes
 
 
 def images(size: int = 16, count: int = 7) -> tuple[Tensor, Tensor]:
@@ -76,20 +75,15 @@ def test_refusals() -> None:
         ReconstructionMetrics().compute()
 
 
-def _update_and_save(rank: int, init_file: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    try:
-        metric = ReconstructionMetrics()
-        metric.update(*(part[rank::2] for part in images()))
-        torch.save(metric.compute(), f"{out}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def _metrics_of_half(rank: int) -> dict[str, Tensor]:
+    metric = ReconstructionMetrics()
+    metric.update(*(part[rank::2] for part in images()))
+    return metric.compute()
 
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(_update_and_save, args=(str(tmp_path / "init"), str(tmp_path)), nprocs=2)
     metric = ReconstructionMetrics()
     metric.update(*images())
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), metric.compute())
+    for found in results_of_processes(tmp_path, _metrics_of_half):
+        torch.testing.assert_close(found, metric.compute())
