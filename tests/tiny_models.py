@@ -15,7 +15,8 @@ def tiny_bert(folder: Path, layers: int = 2, hidden: int = 32, seed: int = 0) ->
     """A BERT with a WordPiece tokenizer of a few film words and single letters; words it has not seen are spelled."""
     from transformers import BertConfig, BertModel
 
-    vocab = [*SPECIAL, *WORDS, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]
+    # Each once: "a" is a word and a letter.
+    vocab = list(dict.fromkeys([*SPECIAL, *WORDS, *_LETTERS, *(f"##{letter}" for letter in _LETTERS)]))
     config = BertConfig(
         vocab_size=len(vocab),
         hidden_size=hidden,

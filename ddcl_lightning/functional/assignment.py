@@ -1,6 +1,6 @@
 """Soft assignment of tokens to prototypes (eq. 2), soft centroids (eq. 4) and the loss terms (eq. 3)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class BankOutput(NamedTuple):
     means: TokenMeans | None = None
     anchor: Tensor | None = None
     scale: Tensor | float = 1.0
+
+    def replaced(self, **changes: Any) -> "BankOutput":
+        """What ``_replace`` returns, which torch 2.6 cannot compile."""
+        values: list[Any] = [changes.get(name, value) for name, value in zip(BankOutput._fields, self, strict=True)]
+        return BankOutput(*values)
 
 
 def soft_assign(tokens: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:

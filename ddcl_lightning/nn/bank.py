@@ -146,7 +146,7 @@ class PrototypeBank(GuardedState):
                 detach_assignments=self.detach_assignments,
                 surprisal=log_mass.logsumexp(-1, keepdim=True) - log_mass,
             )
-            output = output._replace(codes=codes, means=means)
+            output = output.replaced(codes=codes, means=means)
         return self._end(tokens, mask, heads, flat_mask, output)
 
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -175,7 +175,7 @@ class PrototypeBank(GuardedState):
         if codes is not None:
             codes = codes.transpose(0, 1).reshape(*lead, self.num_heads)
         centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
-        output = output._replace(centroids=centroids, weights=weights, codes=codes)
+        output = output.replaced(centroids=centroids, weights=weights, codes=codes)
         for observer in self._watching():
             output = observer.after(self, tokens, mask, output)
         return output
@@ -397,4 +397,4 @@ def _scaled(output: BankOutput, scale: Tensor | float) -> BankOutput:
         return output
     terms = Decomposition(*((term * scale).to(term.dtype) for term in output.terms))
     entropy = None if output.entropy is None else (output.entropy * scale).to(output.entropy.dtype)
-    return output._replace(terms=terms, entropy=entropy, scale=scale)
+    return output.replaced(terms=terms, entropy=entropy, scale=scale)

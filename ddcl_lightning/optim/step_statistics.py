@@ -122,7 +122,7 @@ class StepStatistics(BankObserver):
         passes = partial(self._pass, prototypes, seen)
         if output.codes is not None:
             # A gradient that is passed around the bank, straight through, hangs on to this.
-            output = output._replace(anchor=anchor_of(prototypes))
+            output = output.replaced(anchor=anchor_of(prototypes))
         for value in (output.centroids, *output.terms, output.weights, output.entropy, output.anchor):
             if value is not None and value.requires_grad:
                 value.register_hook(passes)  # type: ignore[no-untyped-call]
