@@ -21,6 +21,7 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
+from ddcl_lightning.functional._common import require_tokens
 from ddcl_lightning.guarded_state import FINITE, FLAG, POSITIVE, GuardedState, Rules, keep_unless, running_dtype
 from ddcl_lightning.shared_parameters import note_prototypes
 
@@ -126,6 +127,7 @@ class PrototypeBank(GuardedState):
                 is valid or the terms are not finite; the message says which input is to blame.
         """
         heads, flat_mask = self.split_heads(tokens, mask)
+        require_tokens(tokens)
         prototypes = self.prototypes.detach() if detach_prototypes else self.prototypes
         if self.training and not torch.compiler.is_compiling():
             note_prototypes(self.prototypes)
@@ -325,8 +327,6 @@ class PrototypeBank(GuardedState):
             raise ValueError(
                 "mask leaves no valid token in the batch, so the loss has no mean. Drop empty samples from the data."
             )
-        if tokens.numel() == 0:
-            raise ValueError("tokens must hold at least one token; got an empty batch. Drop it from the data.")
         valid = tokens if mask is None else tokens[mask]
         if not bool(torch.isfinite(valid).all()):
             raise ValueError(
