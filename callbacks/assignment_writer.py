@@ -40,7 +40,8 @@ class AssignmentWriter(BasePredictionWriter):
         top: Prototypes per row, at least 1.
         columns: What else to write of each row: names of columns of the user's file (an id, say), ``label``, ``text``,
             ``file``, ``split``; of other data modules, keys of the batch (``label`` is ``y``).
-        dropped: Add the rows that the data module left out, with the reason in a column ``left_out`` and no prototypes.
+        dropped: Add the rows that the data module left out, with ``columns``, the reason in a column ``left_out`` and
+            no prototypes.
 
     Raises:
         ValueError: If an argument is out of its range. Path and format are checked before prediction starts.
@@ -144,7 +145,9 @@ class AssignmentWriter(BasePredictionWriter):
             _data_module(trainer).left_out() if hasattr(_data_module(trainer), "left_out") else {}
         )
         if self.dropped:
-            table = with_left_out(table, left_out)
+            numbers = [number for numbers in left_out.values() for number in numbers]
+            known = hasattr(_data_module(trainer), "describe_rows")
+            table = with_left_out(table, left_out, self._asked(trainer, None, numbers, len(numbers)) if known else {})
         if table["dataloader"].nunique() == 1:
             table = table.drop(columns="dataloader")
         with whole_file(self.path) as draft:
@@ -184,13 +187,21 @@ def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def with_left_out(table: pd.DataFrame, left_out: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-    """The table with a row for each number of a row that was left out, in their order, and a column that says why."""
+def with_left_out(
+    table: pd.DataFrame, left_out: Mapping[str, Sequence[int]], cells: Mapping[str, Sequence[Any]]
+) -> pd.DataFrame:
+    """The table with a row for each number of a row that was left out, in their order, and a column that says why.
+
+    Args:
+        table: What was predicted.
+        left_out: Numbers by reason.
+        cells: What else is known of these rows, by column.
+    """
     reasons = [reason for reason, numbers in left_out.items() for _ in numbers]
     numbers = [number for numbers in left_out.values() for number in numbers]
     # An integer beside a gap stays an integer.
     table = table.astype({name: "Int64" for name in table if pd.api.types.is_integer_dtype(table[name])})
-    more = pd.DataFrame({"dataloader": 0, "index": numbers, "left_out": reasons})
+    more = pd.DataFrame({"dataloader": 0, "index": numbers, **cells, "left_out": reasons})
     return pd.concat([table, more.astype({"dataloader": "Int64", "index": "Int64"})]).sort_values(
         ["dataloader", "index"], kind="stable"
     )

@@ -17,11 +17,13 @@ class Origin(NamedTuple):
             one file or split to the next.
         columns: What the file says of each row, N cells by column.
         dropped: Numbers of the rows that are in the file and not in the data set, by reason.
+        dropped_cells: What the file says of such rows, cells by column by number, where it is kept.
     """
 
     numbers: Tensor
     columns: Mapping[str, Sequence[Any]] = {}
     dropped: Mapping[str, Sequence[int]] = {}
+    dropped_cells: Mapping[int, Mapping[str, Any]] = {}
 
 
 def listing(numbers: Sequence[int]) -> str:

@@ -193,23 +193,27 @@ class SplitDataModule(pl.LightningDataModule):
         """What is known of rows by number: columns of the user's file, ``label`` (name of the class) and ``split``.
 
         Args:
-            index: Numbers of rows, M of them.
+            index: Numbers of rows, M of them; those of rows that were dropped too.
             names: Of :attr:`row_names`.
 
         Returns:
-            M cells by name.
+            M cells by name, None where nothing is known of a row that was dropped.
 
         Raises:
             ValueError: If a name is unknown.
         """
         loaded, _ = self._require_setup()
         check_names(names, self.row_names)
-        places = [self._check_index(int(number)) for number in index]
-        columns = loaded.origin.columns if loaded.origin else {}
-        return {
-            name: [writable(columns[name][place] if name in columns else self._told(name, place)) for place in places]
-            for name in names
-        }
+        origin = Origin(loaded.numbers) if loaded.origin is None else loaded.origin
+        dropped = {number for numbers in origin.dropped.values() for number in numbers}
+
+        def cell(name: str, number: int) -> Any:
+            if number in dropped:
+                return origin.dropped_cells.get(number, {}).get(name)
+            place = self._check_index(number)
+            return origin.columns[name][place] if name in origin.columns else self._told(name, place)
+
+        return {name: [writable(cell(name, int(number))) for number in index] for name in names}
 
     def _told(self, name: str, place: int) -> str | None:
         loaded, _ = self._require_setup()

@@ -109,7 +109,7 @@ class TextSplitDataModule(SplitDataModule):
     def load(self) -> Loaded:
         """The texts of all splits."""
         found = _numbered(self.read())
-        dropped: dict[str, list[int]] = {}
+        dropped: dict[int, dict[str, Any]] = {}
         if self.drop_empty:
             found, dropped = self._without_empty(found)
         train, val, test = (found.get(name, TextRows([], [], [])) for name in SPLITS)
@@ -122,7 +122,9 @@ class TextSplitDataModule(SplitDataModule):
             name: [cell for rows in (train, val, test) for cell in rows.columns.get(name, [None] * len(rows.texts))]
             for name in names
         }
-        origin = Origin(numbers, {**columns, "text": columns.get("text", fetch.texts)}, dropped)
+        origin = Origin(
+            numbers, {**columns, "text": columns.get("text", fetch.texts)}, {"white space": sorted(dropped)}, dropped
+        )
         return Loaded(fetch, torch.tensor(y, dtype=torch.int64), len(val.texts), len(test.texts), origin)
 
     def lengths(self, loaded: Loaded) -> Tensor:
@@ -136,21 +138,24 @@ class TextSplitDataModule(SplitDataModule):
         assert isinstance(fetch, Texts)
         return fetch.texts[self._check_index(index)]
 
-    def _without_empty(self, found: dict[Split, TextRows]) -> tuple[dict[Split, TextRows], dict[str, list[int]]]:
-        kept = {
-            name: rows.take([row for row, text in enumerate(rows.texts) if text.strip()])
-            for name, rows in found.items()
-        }
-        before, after = (
-            {number for rows in splits.values() for number in rows.numbers or ()} for splits in (found, kept)
-        )
-        empty = sorted(before - after)
+    def _without_empty(self, found: dict[Split, TextRows]) -> tuple[dict[Split, TextRows], dict[int, dict[str, Any]]]:
+        """The rows that hold text, and the cells of the others by number."""
+        kept: dict[Split, TextRows] = {}
+        empty: dict[int, dict[str, Any]] = {}
+        for split, rows in found.items():
+            assert rows.numbers is not None
+            kept[split] = rows.take([row for row, text in enumerate(rows.texts) if text.strip()])
+            for row, text in enumerate(rows.texts):
+                if not text.strip():
+                    cells = {name: column[row] for name, column in rows.columns.items()}
+                    empty[rows.numbers[row]] = {"text": text, "label": rows.labels[row], "split": split, **cells}
         if empty:
+            total = sum(len(rows.texts) for rows in found.values())
             rank_zero_warn(
-                f"{type(self).__name__} left out {len(empty)} of {len(before)} texts, which hold nothing but white "
-                f"space ({listing(empty)}, from 0); drop_empty=False keeps them."
+                f"{type(self).__name__} left out {len(empty)} of {total} texts, which hold nothing but white "
+                f"space ({listing(list(empty))}, from 0); drop_empty=False keeps them."
             )
-        return kept, {"white space": empty}
+        return kept, empty
 
 
 def _numbered(found: dict[Split, TextRows]) -> dict[Split, TextRows]:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddcl_lightning._utils import compat
-from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.arguments import nearest, typed
 from ddcl_lightning._utils.batch import Batch, index
 from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
-from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
@@ -172,15 +170,33 @@ class DDCLReadoutModule(ReadoutModule):
     ) -> "Self":
         """Lightning's, for files of others too: no pickle runs, and no module is imported because the file names it.
 
+        Arguments of the class take the place of those in the file. A module that was built from objects, not by the
+        command line, has no backbone, head and task in its file: pass them.
+
         Raises:
-            ValueError: If the hyperparameters name what :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
+            ValueError: If an argument is unknown or missing, the file is no checkpoint, or its hyperparameters name
+                what :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
         """
+        arguments = inspect.signature(cls).parameters
+        known = [name for name, argument in arguments.items() if argument.kind is not argument.VAR_KEYWORD]
+        strange = [name for name in kwargs if name not in known and len(known) == len(arguments)]
+        if strange:
+            raise ValueError(f"{cls.__name__} has no argument {strange[0]!r}{nearest(strange[0], known)}")
         if weights_only:
-            if isinstance(checkpoint_path, (str, Path)) and not is_keyword(checkpoint_path):
-                check_checkpoint(checkpoint_path)
-            known = {"_class_path", *inspect.signature(cls).parameters} - set(kwargs)  # Lightning leaves out the rest
             stored = stored_hyper_parameters(checkpoint_path)
-            check_hyper_parameters(cls, {k: v for k, v in stored.items() if k in known}, str(checkpoint_path))
+            given = {name: stored[name] for name in ("_class_path", *known) if name in stored and name not in kwargs}
+            check_hyper_parameters(cls, given, str(checkpoint_path))
+            missing = [
+                name
+                for name in known
+                if arguments[name].default is inspect.Parameter.empty and name not in stored and name not in kwargs
+            ]
+            if missing and hparams_file is None and "_class_path" not in stored:
+                raise ValueError(
+                    f"{', '.join(missing)} must be passed: {str(checkpoint_path)!r} holds the weights of a module that "
+                    f"was built from objects, not how to build these. Build them as for training: "
+                    f"{cls.__name__}.load_from_checkpoint(path, {', '.join(f'{name}=...' for name in missing)})."
+                )
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     # Steps --------------------------------------------------------------------------------------

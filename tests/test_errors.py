@@ -24,6 +24,7 @@ from ddcl_lightning import (
     PCABackbone,
     PrototypeBank,
     Reconstruction,
+    SoftVectorQuantizer,
     TokenNormalized,
     two_timescale_groups,
 )
@@ -39,6 +40,7 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
+from ddcl_lightning.heads import PMAPooling, VQPooling
 from ddcl_lightning.nn.initialization import initial_prototypes
 from ddcl_lightning.recipes import find_recipe
 from tests.tiny import LinearBackbone, clustering_module, loader, quiet_trainer
@@ -65,6 +67,25 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "mask leaves no valid token",
     ),
     "no_tokens": (lambda: LAYER(torch.empty(2, 0, 4)), ValueError, "at least one token; got an empty batch"),
+    "no_samples": (lambda: DDCLReadout(3, embed_dim=4)(TOKENS[:0]), ValueError, r"empty batch, of shape \(0, 5, 4\)"),
+    "no_samples_for_a_rival": (lambda: VQPooling(3, embed_dim=4)(TOKENS[:0]), ValueError, "at least one token"),
+    "no_samples_for_pma": (
+        lambda: PMAPooling(embed_dim=4)(TOKENS[:0], torch.ones(0, 5, dtype=torch.bool)),
+        ValueError,
+        "at least one token",
+    ),
+    "nothing_to_quantize": (lambda: SoftVectorQuantizer(4, 3)(TOKENS[:, :0]), ValueError, "at least one token"),
+    "empty_map_to_quantize": (
+        lambda: SoftVectorQuantizer(4, 3)(torch.ones(2, 4, 0, 3)),
+        ValueError,
+        "at least one token",
+    ),
+    "nothing_valid_to_quantize": (
+        lambda: SoftVectorQuantizer(4, 3)(TOKENS, torch.zeros(2, 5, dtype=torch.bool)),
+        ValueError,
+        "mask leaves no valid token",
+    ),
+    "nothing_to_whiten": (lambda: EmbeddingScale(4, "whiten")(TOKENS[:0]), ValueError, "the first has 0"),
     "sample_without_tokens": (
         lambda: DDCLReadout(3, embed_dim=4)(TOKENS, torch.tensor([[True] * 5, [False] * 5])),
         ValueError,

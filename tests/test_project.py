@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ddcl_lightning.cli import main
 from ddcl_lightning.recipes import recipe_paths
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,8 @@ if sys.version_info >= (3, 11):
     PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 else:
     PROJECT = {}
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
@@ -68,3 +70,16 @@ def test_readme_names_every_recipe_and_callback() -> None:
 
     names = [*recipe_paths(), *(name for name in callbacks.__all__ if not name.endswith("Error"))]
     assert [name for name in names if name not in readme] == []
+
+
+def test_readme_predicts_on_files_with_words_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for line in README.splitlines() if line.startswith("ddcl predict") and "TextDataModule" in line]
+    assert len(lines) == 2
+    for line in lines:
+        words = line.replace(" --ckpt_path ...", "").split()[1:]
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--print_config"])
+        assert stop.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["data"]["class_path"] == "ddcl_lightning.datamodules.TextDataModule"
+        assert printed["data"]["init_args"]["path"] == "new.csv"

@@ -1,11 +1,13 @@
 """Arguments of constructors, held against their annotations: a wrong type is one sentence, at once."""
 
+import difflib
 import functools
 import inspect
 import math
 import os
+import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,16 +17,19 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 _WORDS = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", types.NoneType: "None"}
 _LISTS = (list, tuple, Sequence)
+LARGEST = 2**63 - 1  # torch counts with 64 bits
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|overflow", re.IGNORECASE)
 
 
 def typed(function: F) -> F:
     """Decorate a constructor: its arguments must be what their annotations say.
 
-    An integer is no float with a fraction, no text and no bool; a number is finite; text is no list. Scalars of NumPy
-    become Python's, so that what is kept of them is plain data.
+    An integer is no float with a fraction, no text and no bool, and fits into 64 bits; a number is finite; text is no
+    list. Scalars of NumPy become Python's, so that what is kept of them is plain data.
 
     Raises:
-        ValueError: From the constructor, naming the argument, what it must be and what it got.
+        ValueError: From the constructor, naming the argument, what it must be and what it got; or the sizes for which
+            there is not enough memory.
     """
     signature = inspect.signature(function)
     named = {name for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -35,7 +40,14 @@ def typed(function: F) -> F:
         hints = _hints(function)
         for name in named & set(bound.arguments) & set(hints):
             bound.arguments[name] = conform(name, bound.arguments[name], hints[name])
-        return function(*bound.args, **bound.kwargs)
+        try:
+            return function(*bound.args, **bound.kwargs)
+        except (MemoryError, RuntimeError) as error:
+            sizes = {name: value for name, value in bound.arguments.items() if type(value) is int and value > 1}
+            if not (sizes and is_memory_short(error)):
+                raise
+            given = ", ".join(f"{name} = {value}" for name, value in sizes.items())
+            raise ValueError(f"sizes must fit into memory; got {given}. Lower the largest.") from error
 
     checked.__signature__ = signature  # type: ignore[attr-defined] # for getfullargspec, which follows no __wrapped__
     return checked  # type: ignore[return-value]
@@ -67,6 +79,20 @@ def require_at_least(minimum: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= minimum:
             raise ValueError(f"{name} must be at least {minimum}; got {value}. Pass {minimum} or more.")
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether an error says that something is too large for this machine."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``". Did you mean ...?"``, or the valid words where none is near."""
+    words = sorted(set(known))
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if close:
+        return f". Did you mean {close[0]!r}?"
+    return f". Valid are: {', '.join(words)}." if 0 < len(words) <= 30 else "."
 
 
 class _Misfit(Exception):
@@ -104,7 +130,8 @@ def _fit(value: Any, kind: Any) -> Any:
     if origin is bool:
         return bool(_require(value, isinstance(value, (bool, np.bool_))))
     if origin is int:
-        return int(_require(value, _is_real(value) and isinstance(value, Integral)))
+        whole = _is_real(value) and isinstance(value, Integral)
+        return int(_require(value, whole and abs(int(value)) <= LARGEST))
     if origin is float:
         if isinstance(value, Tensor):  # one per head, say
             looks = value.device.type == "cpu" and value.is_floating_point()
@@ -180,6 +207,8 @@ def _remedy(value: Any, kinds: list[Any]) -> str:
         return " Leave out the quotes." if _is_number(value) else " Pass a number."
     if isinstance(value, bool) and numbers:
         return " Pass the number that you mean."
+    if _is_real(value) and isinstance(value, Integral) and int in kinds:
+        return f" Pass {LARGEST} at most."
     if _is_real(value) and int in kinds:
         return " Round it." if math.isfinite(value) else " Pass a number that can be counted to."
     if isinstance(value, str) and any((get_origin(kind) or kind) in _LISTS for kind in kinds):

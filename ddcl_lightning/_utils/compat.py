@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning,
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -258,6 +259,16 @@ def end_finished_epoch(trainer: pl.Trainer) -> None:
     finished = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
     if epoch_loop.restarting and batches.current.ready and finished and not validation_is_due(trainer):
         epoch_loop.val_loop._has_run = True
+
+
+def finds_last_checkpoint(trainer: pl.Trainer) -> bool:
+    """Whether Lightning resolves ``ckpt_path="last"`` to a file; where not, it goes on without one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that warning
+        found = trainer._checkpoint_connector._parse_ckpt_path(
+            TrainerFn.FITTING, "last", model_provided=True, model_connected=False
+        )
+    return found is not None
 
 
 def take_signals(trainer: pl.Trainer, agree: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ def is_keyword(path: str | Path) -> bool:
     return str(path) in _KEYWORDS or str(path).startswith("registry:") or "://" in str(path)
 
 
-def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
-    """Refuse a file that is no checkpoint of ``fit``.
+def read_checkpoint(path: str | Path, to_resume: bool = False) -> dict[str, Any]:
+    """What a checkpoint of ``fit`` holds, its tensors without their values; nothing in it is run.
+
+    A file is read once, however many ask for it, until it changes.
 
     Args:
         path: The file.
@@ -55,18 +58,8 @@ def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
-    try:
-        state = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
-            raise ValueError(
-                f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds Python objects, which run code "
-                f"when they are loaded. None was loaded.{_others(file)}"
-            ) from error
-        raise ValueError(
-            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} cannot be read as one: it is torn, or of "
-            f"another kind.{_others(file)}"
-        ) from error
+    seen = file.stat()
+    state = _read(file, seen.st_ino, seen.st_size, seen.st_mtime_ns)
     missing = [name for name in ("state_dict", "pytorch-lightning_version") if not _holds(state, name)]
     if to_resume:
         missing += [name for name in ("loops", "optimizer_states") if not _holds(state, name)]
@@ -74,6 +67,24 @@ def check_checkpoint(path: str | Path, to_resume: bool = False) -> None:
         raise ValueError(
             f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no {missing[0]!r}.{_others(file)}"
         )
+    return state
+
+
+@lru_cache(maxsize=1)
+def _read(file: Path, *version: int) -> Any:
+    """The file as it is in this version."""
+    try:
+        return torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
+            raise ValueError(
+                f"ckpt_path must be a checkpoint of `ddcl fit`; {str(file)!r} holds Python objects, which run code "
+                f"when they are loaded. None was loaded.{_others(file)}"
+            ) from error
+        raise ValueError(
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(file)!r} cannot be read as one: it is torn, or of "
+            f"another kind.{_others(file)}"
+        ) from error
 
 
 def _holds(state: Any, name: str) -> bool:

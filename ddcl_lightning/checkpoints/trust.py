@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning._utils import compat
 from ddcl_lightning.backbones.base import Backbone
+from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
 from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.tasks.base import Task
@@ -71,20 +72,29 @@ def check_hyper_parameters(
         raise UntrustedName(f"{source} is refused: its hyperparameters are nested too deeply.") from None
 
 
-def stored_hyper_parameters(checkpoint: Any) -> dict[str, Any]:
-    """Hyperparameters in a checkpoint file, read without running anything in it; none where it cannot be read so.
+def stored_hyper_parameters(checkpoint: Any, to_resume: bool = False) -> dict[str, Any]:
+    """Hyperparameters in a checkpoint, read without running anything in it.
 
     Args:
-        checkpoint: Path, URL, or an open file, which is left where it was.
+        checkpoint: Path of a file, which must be a checkpoint; or an address or an open file, which is left where it
+            was: there none are found where it cannot be read, since whoever loads it says what is wrong with it.
+        to_resume: See :func:`~ddcl_lightning.checkpoints.reading.read_checkpoint`.
+
+    Raises:
+        ValueError: If the file is no checkpoint.
     """
-    place = checkpoint.tell() if hasattr(checkpoint, "tell") else None
-    try:
-        held = compat.load_checkpoint(checkpoint, map_location="meta", weights_only=True)
-    except Exception:  # whoever loads it for good says what is wrong with it
-        return {}
-    finally:
-        if place is not None:
-            checkpoint.seek(place)
+    held: Any
+    if isinstance(checkpoint, (str, Path)) and not is_keyword(checkpoint):
+        held = read_checkpoint(checkpoint, to_resume)
+    else:
+        place = checkpoint.tell() if hasattr(checkpoint, "tell") else None
+        try:
+            held = compat.load_checkpoint(checkpoint, map_location="meta", weights_only=True)
+        except Exception:
+            held = None
+        finally:
+            if place is not None:
+                checkpoint.seek(place)
     found = [held.get(key) for key in HYPER_PARAMETERS] if isinstance(held, dict) else []
     return {name: value for part in found if isinstance(part, dict) for name, value in part.items()}
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning_utilities.core.enums import StrEnum
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
+from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
-from ddcl_lightning.checkpoints.reading import check_checkpoint, is_keyword
-from ddcl_lightning.checkpoints.trust import UntrustedName, check_hyper_parameters, stored_hyper_parameters
+from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
 from ddcl_lightning.cli.config_files import check_config
 from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.cli.errors import CHECKED, explain, is_refusal, lost_process, sentence, unwritable
@@ -58,17 +58,13 @@ class DDCLCommandLine(LightningCLI):
             key for key in self._foreign.get(name or "", ()) for word in given if word.split("=")[0] == f"--{key}"
         ]
         if strange:
-            raise SystemExit(
-                _fail(f"unknown key {strange[0]!r} for {name}. Leave it out: it belongs to another command.")
-            )
+            _refuse(f"unknown key {strange[0]!r} for {name}. Leave it out: it belongs to another command.")
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise SystemExit(_fail(explain(str(error), self._parser(name) if name else parser))) from None
+            _refuse(explain(str(error), self._parser(name) if name else parser))
         except (UnicodeDecodeError, RecursionError) as error:  # of a file of settings below the config
-            raise SystemExit(
-                _fail(f"a file of settings must be YAML in UTF-8, and flat; {error}. Correct it.")
-            ) from None
+            _refuse(f"a file of settings must be YAML in UTF-8, and flat; {error}. Correct it.")
         for name in self._foreign.get(self.config.get("subcommand") or "", ()):
             self.config[self.config["subcommand"]].pop(name, None)
         self._given = self._model_settings()
@@ -76,10 +72,8 @@ class DDCLCommandLine(LightningCLI):
         self._warn_of_dropped_callbacks()
         if self.config.get("subcommand") == "explain":
             asked = self.config["explain"]
-            try:
+            with _refusals(ValueError):
                 check_request(asked["ckpt_path"], asked["output"])
-            except ValueError as error:
-                raise SystemExit(_fail(str(error))) from None
 
     def _accept_settings_of_others(self) -> None:
         """Let the config that one subcommand wrote serve every other: what only the others know is passed over."""
@@ -96,18 +90,12 @@ class DDCLCommandLine(LightningCLI):
         path = config.get("ckpt_path") if config else None
         if path is None:
             return
-        if not is_keyword(path):
-            try:
-                check_checkpoint(path, to_resume=self.config.get("subcommand") == "fit")
-            except ValueError as error:
-                raise SystemExit(_fail(str(error))) from None
         if config.get("weights_only") is None:
             config["weights_only"] = True  # Lightning's default is to run the pickles of a URL
         given = {value for value in vars(config.as_flat()).values() if isinstance(value, str)}
-        try:
-            check_hyper_parameters(DDCLReadoutModule, stored_hyper_parameters(path), str(path), trusted=given)
-        except UntrustedName as error:
-            raise SystemExit(_fail(str(error))) from None
+        with _refusals(ValueError):
+            stored = stored_hyper_parameters(path, to_resume=self.config.get("subcommand") == "fit")
+            check_hyper_parameters(DDCLReadoutModule, stored, str(path), trusted=given)
 
     def _warn_of_dropped_callbacks(self) -> None:
         config = self.config.get(self.config.get("subcommand") or "")
@@ -151,7 +139,14 @@ class DDCLCommandLine(LightningCLI):
             short = unwritable(error)
             if _wants_traceback() or (short is None and not isinstance(error, CHECKED)):
                 raise
-            raise SystemExit(_fail(short or explain(sentence(error), self.parser))) from error
+            _refuse(short or explain(sentence(error), self.parser))
+        asked = self.config.get(self.subcommand) or {}
+        if asked.get("ckpt_path") == "last" and not compat.finds_last_checkpoint(self.trainer):
+            _refuse(
+                "ckpt_path last must find a checkpoint of an earlier run; there is none where ModelCheckpoint of this "
+                "one writes. Name the file, or give ModelCheckpoint a dirpath and save_last=True, or leave ckpt_path "
+                "out to start anew."
+            )
 
 
 def main(args: ArgsType = None) -> None:
@@ -167,7 +162,7 @@ def main(args: ArgsType = None) -> None:
         except OSError as error:  # of what is printed
             if _wants_traceback() or unwritable(error) is None:
                 raise
-            raise SystemExit(_fail(str(unwritable(error)))) from None
+            _refuse(str(unwritable(error)))
         except Interrupted as end:
             if not end.reported:
                 print(f"Ended by {signal_name(end.number)}; nothing was written.", file=sys.stderr)
@@ -182,10 +177,8 @@ def _main(args: ArgsType) -> None:
     if words[:1] == ["recipes"]:
         _recipes(words[1:])
         return
-    try:
+    with _refusals(ValueError):
         words = resolve_configs(words)
-    except ValueError as error:
-        raise SystemExit(_fail(str(error))) from None
     # Reaches only threads that start later, so it comes before the first tensor; see DDCLReadoutModule.on_fit_start.
     torch.set_flush_denormal(True)
     with _arguments_of_process(words):
@@ -237,10 +230,10 @@ def _run(args: ArgsType) -> None:
         lost = lost_process(error)
         short = lost or (None if is_refusal(error) else unwritable(error))
         if short is not None and not _wants_traceback():
-            raise SystemExit(_fail(short)) from None
+            _refuse(short)
         if _wants_traceback() or not is_refusal(error):
             raise
-        raise SystemExit(_fail(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")) from None
+        _refuse(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")
 
 
 def _recipes(words: list[str]) -> None:
@@ -253,10 +246,8 @@ def _recipes(words: list[str]) -> None:
     copy.add_argument("folder", nargs="?", default=".", help="where to; by default here")
     given = parser.parse_args(words)
     if given.command == "copy":
-        try:
+        with _refusals(ValueError, OSError):
             print(copy_recipe(given.name, given.folder))
-        except (ValueError, OSError) as error:
-            raise SystemExit(_fail(str(error))) from None
         return
     paths = recipe_paths()
     width = max(map(len, paths), default=0)
@@ -268,10 +259,20 @@ def _wants_traceback() -> bool:
     return os.environ.get("DDCL_TRACEBACK", "0") not in ("", "0")
 
 
-def _fail(message: str) -> int:
+def _refuse(message: str) -> NoReturn:
+    """End with a line and exit code 2."""
     rank: int = getattr(rank_zero_only, "rank", 0)
     print(f"error{f' in process {rank}' if rank else ''}: {message}", file=sys.stderr)
-    return 2
+    raise SystemExit(2) from None
+
+
+@contextmanager
+def _refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """End so at these errors, which say all there is to say."""
+    try:
+        yield
+    except kinds as error:
+        _refuse(str(error))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Errors for people: which key is wrong and the nearest valid one, and which errors need no traceback."""
 
-import difflib
 import dis
 import errno
 import importlib
@@ -15,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 
+from ddcl_lightning._utils.arguments import is_memory_short, nearest
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import other_model
 from ddcl_lightning.cli.wrong_values import wrong_value
@@ -23,6 +23,10 @@ from ddcl_lightning.tasks import Task
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
+_MISSING_ARGUMENT = re.compile(
+    r"Parser key \"([\w.]+)\"(?:(?!Parser key).)*?class_path '([\w.]+)':\s+the following arguments are required: (\w+)",
+    re.DOTALL,
+)
 _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
 # Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
 _REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
@@ -64,6 +68,10 @@ def explain(message: str, parser: ArgumentParser) -> str:
         key, name = found.groups()
         base = _BASES.get(key, Callback)
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
+    found = _MISSING_ARGUMENT.search(message)
+    if found:
+        key, path, name = found.groups()
+        return f"{key}.init_args.{name} must be given: {path} has no default for it; got null. Pass a value."
     wrong = wrong_value(message)
     if wrong:
         return wrong
@@ -85,7 +93,7 @@ def lost_process(error: BaseException) -> str | None:
 
 def unwritable(error: BaseException) -> str | None:
     """What to say where something cannot be written, or memory is short; None for any other error."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+    if is_memory_short(error):
         return "there is not enough memory for sizes like these. Lower the number of prototypes, widths or batch sizes."
     if type(error).__name__ == "PathError" and "writable" in str(error):
         return f"{error} Choose a place where you may write with --trainer.default_root_dir."
@@ -139,15 +147,6 @@ def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:
 def _raised_here(frame: TracebackType) -> bool:
     """Whether the frame stopped at a ``raise`` statement, and not at an operation that failed: that is a bug."""
     return frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``". Did you mean ...?"``, or the valid words where none is near."""
-    words = sorted(set(known))
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if close:
-        return f". Did you mean {close[0]!r}?"
-    return f". Valid are: {', '.join(words)}." if 0 < len(words) <= 30 else "."
 
 
 def _arguments(class_path: str) -> list[str]:

@@ -15,6 +15,11 @@ _FIGURES = {
     "nmi": ("NMI", "information shared with the classes"),
     "ari": ("ARI", "agreement of pairs, 0 by chance"),
 }
+# Controls, and the characters that turn the direction of what follows them: shown as their escapes.
+_UNSEEN = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 _GUIDE = {
     "Prototype": "A point in the space of the embeddings that training has moved. A sample's shares say how much it "
     "resembles each of them; they sum to 100 %.",
@@ -36,6 +41,8 @@ _GUIDE = {
 def render(explanation: Explanation) -> str:
     """The page, a complete HTML document. The same explanation gives the same characters.
 
+    Control characters and those that override the direction of writing appear as escapes such as that of U+202E.
+
     Args:
         explanation: From :func:`~ddcl_lightning.explain.collection`.
     """
@@ -50,7 +57,7 @@ def render(explanation: Explanation) -> str:
         body.append(_inputs_section(explanation))
     guide = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GUIDE.items())
     body.append(f'<footer id="guide"><h3>How to read this</h3><dl>{guide}</dl></footer>')
-    return (
+    page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -59,6 +66,7 @@ def render(explanation: Explanation) -> str:
         + "\n".join(body)
         + f"\n<script>{script}</script>\n</body>\n</html>\n"
     )
+    return page.translate(_UNSEEN)
 
 
 def _asset(name: str) -> str:

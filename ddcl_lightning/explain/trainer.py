@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.files import write_text
-from ddcl_lightning.checkpoints.reading import check_checkpoint, other_model
+from ddcl_lightning.checkpoints.reading import other_model, read_checkpoint
 from ddcl_lightning.explain.batch_summary import Observer
 from ddcl_lightning.explain.collection import check_arguments, collect
 from ddcl_lightning.explain.report import render
@@ -101,7 +101,7 @@ def check_request(ckpt_path: str | None, output: str) -> None:
             "ckpt_path is needed: without a checkpoint the prototypes are random. Pass --ckpt_path FILE.ckpt, which "
             "`ddcl fit` writes below lightning_logs/."
         )
-    check_checkpoint(ckpt_path)
+    read_checkpoint(ckpt_path)
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"output must end in .html; got {output!r}.")

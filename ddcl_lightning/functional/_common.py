@@ -48,6 +48,15 @@ def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def require_tokens(tokens: Tensor) -> None:
+    """Raise a ValueError unless there is something to take a mean over."""
+    if tokens.numel() == 0:
+        raise ValueError(
+            f"tokens must hold at least one token; got an empty batch, of shape {tuple(tokens.shape)}. Drop it from "
+            "the data."
+        )
+
+
 def temperature_like(temperature: float | Tensor, reference: Tensor) -> Tensor:
     """Temperature as a tensor that broadcasts against ``(..., N, d)``; a float is checked, a tensor is trusted."""
     if isinstance(temperature, Tensor):

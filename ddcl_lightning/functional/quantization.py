@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, temperature_like, zero_padding
+from ddcl_lightning.functional._common import (
+    accumulation_dtype,
+    check_shapes,
+    require_tokens,
+    temperature_like,
+    zero_padding,
+)
 from ddcl_lightning.functional.assignment import BankOutput, Decomposition, TokenMeans
 
 BLOCK_ELEMENTS = 1 << 18  # entries of one N x K block: a megabyte stays in the cache from one operation to the next
@@ -47,10 +53,11 @@ def quantize(
         processes is the entropy of M.
 
     Raises:
-        ValueError: If shapes do not fit or the temperature is not positive.
+        ValueError: If shapes do not fit, there is no token, or the temperature is not positive.
         TypeError: If tokens are not floating point or the mask is not boolean.
     """
     check_shapes(tokens, prototypes, mask)
+    require_tokens(tokens)
     dtype = accumulation_dtype(tokens, prototypes)
     with torch.autocast(tokens.device.type, enabled=False):
         scale = temperature_like(temperature, prototypes.to(dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.functional._common import check_mask
+from ddcl_lightning.functional._common import check_mask, require_tokens
 from ddcl_lightning.nn.discovery import find_banks
 
 AnyHead = TypeVar("AnyHead", bound="Head")
@@ -236,6 +236,7 @@ def check_tokens(head: Head, tokens: Tensor, mask: Tensor | None) -> None:
             f"tokens must have shape (B, T, embed_dim = {head.input_dim}) with T >= 1; got {tuple(tokens.shape)}. "
             f"Give {name} tokens of the dimension that it was built for, a single vector as (B, 1, embed_dim)."
         )
+    require_tokens(tokens)
     check_mask(tokens, mask)
     if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu":
         return

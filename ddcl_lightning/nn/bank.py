@@ -20,6 +20,7 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
+from ddcl_lightning.functional._common import require_tokens
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
 from ddcl_lightning.nn.observer import BankObserver
@@ -152,6 +153,7 @@ class PrototypeBank(GuardedState):
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens and mask in the form of the functional API, after whoever watches has seen them."""
         heads, flat_mask = self.split_heads(tokens, mask)
+        require_tokens(tokens)
         for observer in self._watching():
             observer.before(self, tokens, mask)
         if self.training:
@@ -369,8 +371,6 @@ class PrototypeBank(GuardedState):
             raise ValueError(
                 "mask leaves no valid token in the batch, so the loss has no mean. Drop empty samples from the data."
             )
-        if tokens.numel() == 0:
-            raise ValueError("tokens must hold at least one token; got an empty batch. Drop it from the data.")
         valid = tokens if mask is None else tokens[mask]
         if not bool(torch.isfinite(valid).all()):
             raise ValueError(

@@ -111,7 +111,7 @@ class EmbeddingScale(GuardedState):
             if int(self.num_batches) == 0:
                 raise ValueError(
                     f"embedding_scale='whiten' needs batches of at least 2 D = {2 * self.dim} valid tokens; the first "
-                    f"has {int(count)}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
+                    f"has {int(sums[-1])}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
                 )
             return None
         mean = sums[:-1] / count

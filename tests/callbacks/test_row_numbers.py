@@ -73,13 +73,16 @@ def test_what_was_dropped_is_told_and_written_where_asked(
 ) -> None:
     data = TextDataModule(written(tmp_path, "csv"), limit=20, seed=0)
     with caplog.at_level("INFO"):
-        predict(data, tmp_path / f"out.{suffix}", columns=["key"], dropped=True)
+        predict(data, tmp_path / f"out.{suffix}", columns=["key", "label", "text"], dropped=True)
     assert "Not predicted: 4 by white space (rows 0, 7, 8, 39); 2 by limit=20 (rows " in caplog.text
     table = (pd.read_csv if suffix == "csv" else pd.read_parquet)(tmp_path / f"out.{suffix}")
     assert table["index"].tolist() == list(range(40))
     gone = table[table["left_out"].notna()]
     assert gone["left_out"].value_counts().to_dict() == {"white space": 4, "limit=20": 2}
     assert gone["prototype_1"].isna().all()
+    source = numbered_table()
+    for name in ("key", "label", "text"):
+        assert gone[name].tolist() == source[name].loc[gone["index"]].tolist()
     if suffix == "csv":  # integers stay integers beside the gaps
         assert ",1," in (tmp_path / "out.csv").read_text()
         assert not any(".0," in line for line in (tmp_path / "out.csv").read_text().splitlines())

@@ -1,6 +1,7 @@
 """A checkpoint and a head's files run nothing: no pickle, and no module that is named in them alone."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,37 @@ def test_an_argument_of_the_caller_takes_the_place_of_an_untrusted_one(trained: 
     module = DDCLReadoutModule.load_from_checkpoint(checkpoint, encoder_optimizer="Adam")
     assert module.encoder_optimizer.optimizer_class is torch.optim.Adam
     assert not canary.exists()
+
+
+def test_arguments_of_the_caller_are_checked(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no argument 'rhoo'\. Did you mean 'rho'"):
+        DDCLReadoutModule.load_from_checkpoint(trained, rhoo=0.1)
+    with pytest.raises(ValueError, match="has no argument 'nonsense'"):
+        DDCLReadoutModule.load_from_checkpoint(trained, nonsense=3, weights_only=False)
+    state = torch.load(trained, weights_only=True)
+    torch.save({**state, "hyper_parameters": {"rho": 0.1}}, "of_objects.ckpt")
+    expected = r"head, task must be passed: 'of_objects.ckpt'.*load_from_checkpoint\(path, head=\.\.\., task=\.\.\.\)"
+    with pytest.raises(ValueError, match=expected):
+        DDCLReadoutModule.load_from_checkpoint("of_objects.ckpt", backbone=IdentityBackbone(4))
+
+
+@pytest.mark.parametrize("command", ["validate", "explain"])
+def test_a_command_reads_its_checkpoint_once(command: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, looks = torch.load, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        looks.append(kwargs.get("map_location"))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", counted)
+    checkpoint = str(shutil.copy(trained, "copy.ckpt"))
+    main([command, "--config", "digits", *QUICK[:-1], "--ckpt_path", checkpoint])
+    assert looks.count("meta") == 1  # ours; the others are Lightning's
+    DDCLReadoutModule.load_from_checkpoint(checkpoint)
+    assert looks.count("meta") == 1
+    torch.save({"state_dict": {}}, checkpoint)
+    with pytest.raises(ValueError, match="holds no"):
+        DDCLReadoutModule.load_from_checkpoint(checkpoint)
 
 
 INSTALLED: dict[str, tuple[dict[str, str], bool]] = {

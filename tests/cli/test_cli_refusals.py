@@ -78,3 +78,17 @@ def test_settings_of_the_trainer_that_cannot_work_are_refused_with_the_remedy(
     setting: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in fails(capsys, *FIT, f"--trainer.{setting}")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_last_checkpoint_of_no_run_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [command, *FIT[1:], "--ckpt_path", "last"]
+    assert "must find a checkpoint of an earlier run" in fails(capsys, *words)
+
+
+def test_a_path_of_the_data_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "--config", "digits", "--data", "TextDataModule", "--data.init_args.path", "null"]
+    line = fails(capsys, *words)
+    assert line.startswith(
+        "data.init_args.path must be given: ddcl_lightning.datamodules.TextDataModule has no default"
+    )

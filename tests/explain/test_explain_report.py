@@ -120,6 +120,13 @@ def test_texts_and_names_of_the_data_are_never_markup() -> None:
     assert page.tags.count("img") == 2 * 2 + 1
 
 
+def test_controls_and_overrides_of_direction_are_shown() -> None:
+    strange = "a\0b\x1b[2Jc\u202egnp.exe\u2066d\x9b"
+    html = render(dataclasses.replace(points(), data=strange, checkpoint=strange))
+    assert html.count(r"a\x00b\x1b[2Jc\u202egnp.exe\u2066d\x9b") >= 2
+    assert not set(strange) & set(html) - set("ab[2Jcgnp.exed")
+
+
 def test_tokens_are_tinted_and_marked() -> None:
     page = Page(html := render(texts()))
     assert re.findall(r"<mark>(\w+)</mark>", html)[:2] == ["cat", "cat"]

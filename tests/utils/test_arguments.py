@@ -201,3 +201,12 @@ def test_what_cannot_be_judged_passes() -> None:
 def test_hyperparameters_stay_plain_data() -> None:
     module = DDCLReadoutModule(IdentityBackbone(4), DDCLReadout(4), Clustering(4), lr_prototypes=np.float64(0.1))
     assert type(module.hparams["lr_prototypes"]) is float
+
+
+def test_integers_fit_into_64_bits_and_sizes_into_memory() -> None:
+    with pytest.raises(ValueError, match=r"num_prototypes must be an integer; got 10{30}\. Pass 9223372036854775807"):
+        PrototypeBank(10**30, 4)
+    with pytest.raises(ValueError, match="must fit into memory; got num_prototypes = 1000000000000000, dim = 4"):
+        PrototypeBank(10**15, 4)
+    with pytest.raises(ValueError, match="must fit into memory; got num_prototypes = 1000000000000, dim = 10000000000"):
+        PrototypeBank(10**12, 10**10)
