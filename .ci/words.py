@@ -2,8 +2,8 @@
 
     python .ci/words.py [FILES...]
 
-Looks at the identifiers of every Python file that git knows, at its comments, docstrings and strings, and at the Markdown
-pages for the words. Prints one line for each and exits with 1 if there is any.
+Looks at the identifiers of every Python file that git knows, at its comments, docstrings and strings, and at the
+Markdown pages for the words. Prints one line for each and exits with 1 if there is any.
 """
 
 import re
