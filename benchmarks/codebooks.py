@@ -1,39 +1,27 @@
 """Codebooks side by side: soft codes, straight-through VQ-VAE, and the quantisers of vector-quantize-pytorch.
 
 One encoder, one decoder, the same images, epochs, batches, code dimension and number of codes for all; after every
-epoch 2,000 test images are encoded with HARD codes, counted and decoded, and all of them at the end. Every rival has
+epoch 2,000 test images are encoded with HARD codes, counted and decoded, and all of them at the end. Every baseline has
 the settings that its authors document: k-means start, decay 0.99 and expiry of dead codes for EMA and the rotation
 trick; the rotation trick inside of SimVQ; the levels of the FSQ paper. Losses of quantisers are relative to the
 variance of the images, as in the VQ-VAE paper.
 
-    python benchmarks/codebooks.py --data fashion --images FOLDER --codes 64       # or cifar10, FILE.npz
-    python benchmarks/codebooks.py --quick
-
-Goes on where an interrupted run ended. Writes ``codebooks_DATA_CODES.json``,
-with ``_dD`` for another dimension.
+    python benchmarks/codebooks.py --fashion FOLDER --cifar FILE.npz
+    python benchmarks/codebooks.py --fashion FOLDER --cases 'fashion/64/16/*'
 """
 
 import argparse
 import math
+import statistics
 import time
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import load, options, plus_minus, quiet_trainer, save
+from _measure import quiet_trainer
+from _study import Case, Config, Results, Run, Study, Table, extreme, mean, read
 
-from ddcl_lightning import (
-    ConvBackbone,
-    ConvDecoder,
-    DDCLReadoutModule,
-    EmbeddingScale,
-    Head,
-    Reconstruction,
-    Tokens,
-)
+from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, EmbeddingScale, Head, Reconstruction, Tokens
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule
@@ -41,60 +29,137 @@ from ddcl_lightning.heads import MeanPooling, SoftVQ, VQPooling
 from ddcl_lightning.integrations.vector_quantize import LibraryVQ
 
 SEEDS = (0, 1, 2)
-DIM = 16
+EPOCHS, IMAGES = 8, 6_000
 EVAL_BATCH = 250
 RATE = 1e-3  # of encoder and decoder, cosine
-SHARE, RELOCATE = 0.05, 0.5  # of the way that our codes go in a step; of the mean load, see TokenNormalized
-WATCHED = 2_000  # test images that are looked at after every epoch; all of them are at the end
+STEP, RELOCATE = 0.05, 0.5  # of the token-normalised step, see TokenNormalized
+WATCHED = 2_000  # test images that are evaluated after every epoch; all of them are at the end
 LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
+
+# Soft codes: commitment and bonus (times 64 / K) in units of the images' variance, and the token-normalised step.
+SOFT: dict[str, Any] = {
+    "quantiser": "soft",
+    "commitment": 0.1,
+    "bonus": 0.01,
+    "optimizer": "TokenNormalized",
+    "rate": STEP,
+    "optimizer_args": {"relocate": RELOCATE},
+}
+STANDARD = {**SOFT, "commitment": 0.25, "bonus": 0.04, "embedding_scale": "per_dimension"}
+SLOW = {**SOFT, "commitment": 0.25, "rate": 0.02}
+STILL = {**SLOW, "optimizer_args": {}}
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
+MOVING = {**EMA, "rotation_trick": False, "commitment_weight": 0.25}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("no bottleneck", {"quantiser": "none"}),
+    "ours": ("**ours**", SOFT),
+    "ours-standardised": ("**ours, standardised**", {**STANDARD, "project": True}),
+    "ours-standardised-wide": ("ours, standardised, 16 dimensions", STANDARD),
+    "slow": ("(a) ours, more commitment (.25), slower (2 %)", SLOW),
+    "slow-error": (
+        "(a), relocation by error alone",
+        {**SLOW, "optimizer_args": {"relocate": RELOCATE, "balance": 0.0}},
+    ),
+    "slow-still": ("(a), no relocation", STILL),
+    "slow-still-soft": ("(a), no relocation, soft output", {**STILL, "training_output": "soft"}),
+    "paper": (
+        "the paper's recipe (Adam, soft gradient, no bonus)",
+        {
+            "quantiser": "soft",
+            "commitment": 0.25,
+            "bonus": 0.0,
+            "training_output": "soft",
+            "gradient": "soft",
+            "optimizer": "Adam",
+            "rate": 10 * RATE,
+            "annealing_start": 0.05,  # the rule for K is ours
+        },
+    ),
+    "vqvae": ("VQ-VAE, straight-through", {"quantiser": "vqvae", "optimizer": "Adam", "rate": 10 * RATE}),
+    "ema": ("EMA, k-means start, expiry", {"quantiser": "VectorQuantize", "arguments": MOVING}),
+    # Documented by nobody: what the tokens alone bring.
+    "ema-standardised": (
+        "EMA, k-means start, expiry, standardised",
+        {"quantiser": "VectorQuantize", "arguments": MOVING, "standardised_backbone": True},
+    ),
+    "rotation": ("rotation trick", {"quantiser": "VectorQuantize", "arguments": {**EMA, "rotation_trick": True}}),
+    "simvq": ("SimVQ", {"quantiser": "SimVQ", "arguments": {}}),
+    "fsq": ("FSQ", {"quantiser": "FSQ"}),
+    "lfq": ("LFQ", {"quantiser": "LFQ", "arguments": {}}),
+}
+COMPARED = ("ours", "ours-standardised", "ema", "ema-standardised", "rotation", "simvq", "fsq", "lfq")
+WIDE = ("ours-standardised-wide", "slow-error", "vqvae", "paper")
+OTHER_DIM = ("ours", "ours-standardised", "slow", "ema", "rotation", "fsq")
+# Data, codes, dimension of the codes: methods, and those that have fewer seeds.
+TABLES: dict[str, tuple[tuple[str, int, int], tuple[str, ...], dict[str, tuple[int, ...]]]] = {
+    "fashion-64": (
+        ("fashion", 64, 16),
+        (*COMPARED, *WIDE, "none", "slow", "slow-still", "slow-still-soft"),
+        {"none": (0,), "paper": (0,), "slow-still-soft": (0,)},
+    ),
+    "cifar10-64": (("cifar10", 64, 16), (*COMPARED, *WIDE), {"slow-error": (0, 1)}),
+    "fashion-1024": (("fashion", 1024, 16), COMPARED, {}),
+    "cifar10-1024": (("cifar10", 1024, 16), COMPARED, {}),
+    "fashion-16": (("fashion", 16, 16), ("ours", "slow", "vqvae", "paper"), {"slow": (0,)}),
+    "cifar10-16": (("cifar10", 16, 16), ("ours", "vqvae", "paper"), dict.fromkeys(("ours", "vqvae", "paper"), (0,))),
+    "fashion-64-d8": (("fashion", 64, 8), OTHER_DIM, dict.fromkeys(OTHER_DIM, (0,))),
+    "fashion-64-d64": (
+        ("fashion", 64, 64),
+        OTHER_DIM,
+        dict.fromkeys(("ours", "slow", "rotation", "fsq"), (0,)),
+    ),
+}
 
-OURS, PAPER = "soft codes", "soft codes as in the paper, Adam"
-STANDARD, WIDE = "soft codes, standardised tokens", "soft codes, standardised tokens, not projected"
-EMA_STANDARD = "EMA, k-means, expiry, standardised tokens"  # not documented by anybody: what the tokens alone bring
-SLOW = "soft codes, more commitment, slower"  # and what was tried with it
-BY_ERROR, STILL = f"{SLOW}, relocation by error", f"{SLOW}, no relocation"
-SOFT = f"{STILL}, soft output"
+
+def case(method: str, data: str, codes: int, dim: int, seeds: tuple[int, ...] | None = None) -> Case:
+    """A method with the number of its codes."""
+    label, config = METHODS[method]
+    config = {"data": data, "codes": codes, "dim": dim, **config}
+    if "arguments" in config:
+        config["arguments"] = {"codebook_size": codes, **config["arguments"]}
+    if method == "fsq":
+        config["arguments"] = {"levels": LEVELS[codes]}
+    if config.pop("project", False) and codes <= 64:
+        config["code_dim"] = 8  # few codes have no use for many dimensions
+    needs = {"fashion": ("fashion",), "cifar10": ("cifar",), "digits": ()}[data]
+    return Case(label, config, needs, seeds)
 
 
-Create = Callable[[int, float], Head]  # number of codes, variance of the images
+CASES = {
+    f"{'/'.join(map(str, place))}/{method}": case(method, *place, fewer.get(method))
+    for place, methods, fewer in TABLES.values()
+    for method in methods
+}
+QUICK = {f"digits/16/16/{method}": case(method, "digits", 16, 16) for method in METHODS}
 
 
-def soft(commitment: float = 0.1, entropy: float = 0.01, **options: Any) -> Create:
-    """Soft codes whose weights suit a reconstruction loss in units of the images' variance.
+def create_head(config: Config, variance: float) -> Head:
+    """A quantiser whose losses suit a reconstruction loss of images of this variance."""
+    quantiser, codes = config["quantiser"], config["codes"]
+    if quantiser == "none":
+        return MeanPooling()
+    if quantiser == "vqvae":
+        return VQPooling(codes, weight=variance)
+    if quantiser != "soft":
+        return LibraryVQ(quantiser, dict(config["arguments"]), weight=variance)
+    names = ("embedding_scale", "code_dim", "training_output", "gradient")
+    return SoftVQ(
+        codes,
+        commitment_weight=config["commitment"] * variance,
+        # The bonus pulls at a token by 1 / T, so that its weight goes with the temperature.
+        entropy_weight=config["bonus"] * 64 / codes * variance,
+        **{name: config[name] for name in names if name in config},
+    )
 
-    The bonus pulls at a token by 1 / T, so that its weight goes with the temperature.
-    """
 
-    def create(codes: int, variance: float) -> Head:
-        weights = {"commitment_weight": commitment * variance, "entropy_weight": entropy * 64 / codes * variance}
-        return SoftVQ(codes, **{**weights, **options})
-
-    return create
-
-
-def annealing(codes: int) -> TemperatureAnnealing:
+def annealing(codes: int, start: float | None = None) -> TemperatureAnnealing:
     """From a fraction of the critical temperature to a hundredth of it; cells shrink with K, so T does."""
-    start = min(0.2, 0.05 * 64 / codes)
+    start = min(0.2, 0.05 * 64 / codes) if start is None else start
     return TemperatureAnnealing(start=start, end=start / 100, per="step")
 
 
-def compact(codes: int) -> int | None:
-    """Dimensions that standardised tokens are projected to: few codes have no use for many."""
-    return 8 if codes <= 64 else None
-
-
-def standardised(code_dim: Callable[[int], int | None]) -> Create:
-    """Soft codes of standardised tokens, which bear more commitment and a larger bonus."""
-
-    def create(codes: int, variance: float) -> Head:
-        return soft(0.25, 0.04, embedding_scale="per_dimension", code_dim=code_dim(codes))(codes, variance)
-
-    return create
-
-
 class StandardisedBackbone(ConvBackbone):
-    """Tokens as ours are before they are quantised, for a rival that has no such option."""
+    """Tokens as ours are before they are quantised, for a baseline that has no such option."""
 
     def __init__(self, in_channels: int, embed_dim: int, widths: tuple[int, ...], code_dim: int) -> None:
         super().__init__(in_channels, embed_dim, widths)
@@ -107,37 +172,8 @@ class StandardisedBackbone(ConvBackbone):
         return Tokens(self.scale(self.code_projection(super().forward(batch)[0])))
 
 
-def ema(codes: int, variance: float) -> Head:
-    """Codes as moving averages, with the settings that the library documents."""
-    arguments = {"codebook_size": codes, **EMA, "rotation_trick": False, "commitment_weight": 0.25}
-    return LibraryVQ("VectorQuantize", arguments, weight=variance)
-
-
-METHODS: dict[str, Create] = {
-    "no bottleneck": lambda codes, variance: MeanPooling(),
-    OURS: soft(),
-    STANDARD: standardised(compact),
-    WIDE: standardised(lambda codes: None),
-    SLOW: soft(0.25),
-    BY_ERROR: soft(0.25),
-    STILL: soft(0.25),
-    SOFT: soft(0.25, training_output="soft"),
-    f"{SOFT} and gradient": soft(0.25, training_output="soft", gradient="soft"),
-    PAPER: soft(0.25, entropy_weight=0.0, training_output="soft", gradient="soft"),
-    "VQ-VAE, straight-through": lambda codes, variance: VQPooling(codes, weight=variance),
-    "EMA, k-means, expiry": ema,
-    EMA_STANDARD: ema,
-    "rotation trick": lambda codes, variance: LibraryVQ(
-        "VectorQuantize", {"codebook_size": codes, **EMA, "rotation_trick": True}, weight=variance
-    ),
-    "SimVQ": lambda codes, variance: LibraryVQ("SimVQ", {"codebook_size": codes}, weight=variance),
-    "FSQ": lambda codes, variance: LibraryVQ("FSQ", {"levels": LEVELS[codes]}, weight=variance),
-    "LFQ": lambda codes, variance: LibraryVQ("LFQ", {"codebook_size": codes}, weight=variance),
-}
-
-
 class History(pl.Callback):
-    """Figures of the test set after every epoch, and seconds per training step."""
+    """Metrics of the test set after every epoch, and seconds per training step."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
@@ -153,137 +189,120 @@ class History(pl.Callback):
         self.steps = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the figures."""
-        self.epochs.append(figures(trainer, "val"))
+        """Keep the metrics."""
+        self.epochs.append(metrics(trainer, "val"))
         entropy = trainer.callback_metrics.get("train/code_entropy")
         if entropy is not None:
             self.epochs[-1]["soft_perplexity"] = round(math.exp(float(entropy)), 3)
 
 
-def figures(trainer: pl.Trainer, stage: str) -> dict[str, float]:
-    """What the last pass over a set found."""
-    names = ("mse", "psnr", "ssim", "usage", "perplexity")
-    found = {name: trainer.callback_metrics.get(f"{stage}/{name}") for name in names}
-    return {name: round(float(value), 6) for name, value in found.items() if value is not None}
+def metrics(trainer: pl.Trainer, stage: str) -> dict[str, float]:
+    """Results of the last pass over a set."""
+    logged = {
+        name: trainer.callback_metrics.get(f"{stage}/{name}") for name in ("mse", "psnr", "ssim", "usage", "perplexity")
+    }
+    return {name: round(float(value), 6) for name, value in logged.items() if value is not None}
 
 
-def data_module(args: argparse.Namespace, seed: int) -> tuple[pl.LightningDataModule, int]:
+def data_module(config: Config, seed: int, options: argparse.Namespace) -> tuple[pl.LightningDataModule, int]:
     """Images and their channels."""
     common: dict[str, Any] = {"batch_size": 64, "eval_batch_size": EVAL_BATCH, "seed": seed}
-    if args.quick:
-        return DigitsDataModule(**common, val_fraction=0.2, as_images=True, limit=200), 1
-    if args.data == "fashion":
-        return FashionMNISTDataModule(path=str(args.images), limit=args.limit, **common), 1
-    return CIFAR10DataModule(path=str(args.images), limit=args.limit, **common), 3
+    if config["data"] == "fashion":
+        return FashionMNISTDataModule(path=str(options.fashion), limit=IMAGES, **common), 1
+    if config["data"] == "cifar10":
+        return CIFAR10DataModule(path=str(options.cifar), limit=IMAGES, **common), 3
+    return DigitsDataModule(**common, val_fraction=0.2, as_images=True, limit=200), 1
 
 
-def train(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
-    """One run."""
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """Train, and evaluate after every epoch."""
+    torch.set_flush_denormal(True)
     pl.seed_everything(seed, verbose=False)
-    data, channels = data_module(args, seed)
+    data, channels = data_module(config, seed, options)
     data.setup("fit")
-    images = next(iter(data.val_dataloader()))["x"]
-    variance = float(images.var())
-    widths = (16,) if args.quick else (32, 64)
-    adam = name.startswith("VQ-VAE") or name == PAPER
-    lr_prototypes = 10 * RATE if adam else 0.02 if name.startswith(SLOW) else SHARE  # a rate of Adam, or a share
-    relocation: dict[str, Any] = {} if adam or name.startswith(STILL) else {"relocate": RELOCATE}
-    if name == BY_ERROR:
-        relocation["balance"] = 0.0
-    backbone = ConvBackbone(channels, args.dim, widths)
-    if name == EMA_STANDARD:
-        backbone = StandardisedBackbone(channels, args.dim, widths, compact(args.codes) or args.dim)
+    variance = float(next(iter(data.val_dataloader()))["x"].var())
+    widths = (16,) if options.quick else (32, 64)
+    backbone = ConvBackbone(channels, config["dim"], widths)
+    if config.get("standardised_backbone"):
+        code_dim = 8 if config["codes"] <= 64 else config["dim"]
+        backbone = StandardisedBackbone(channels, config["dim"], widths, code_dim)
+    rate = config.get("rate", STEP)
     module = DDCLReadoutModule(
         backbone,
-        METHODS[name](args.codes, variance),
+        create_head(config, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
-        prototype_optimizer="Adam" if adam else "TokenNormalized",
-        prototype_optimizer_args=relocation,
-        lr_prototypes=lr_prototypes,
-        rho=RATE / lr_prototypes,
+        prototype_optimizer=config.get("optimizer", "TokenNormalized"),
+        prototype_optimizer_args=dict(config.get("optimizer_args", {})),
+        lr_prototypes=rate,
+        rho=RATE / rate,
         lr_task=RATE,
         lr_schedule="cosine",
     )
     history = History()
     callbacks = [
-        annealing(64 if name == PAPER else args.codes),  # the rule for K is ours
+        annealing(config["codes"], config.get("annealing_start")),
         KMeansInitialization(num_restarts=1, max_tokens=16_384, progress=False),
         history,
     ]
-    watched = 1.0 if args.quick else WATCHED // EVAL_BATCH
-    trainer = quiet_trainer(1 if args.quick else args.epochs, callbacks, limit_val_batches=watched)
+    watched = 1.0 if options.quick else WATCHED // EVAL_BATCH
+    trainer = quiet_trainer(1 if options.quick else EPOCHS, callbacks, limit_val_batches=watched)
     trainer.fit(module, datamodule=data)
     trainer.test(module, data, verbose=False)
-    step = 1e3 * history.seconds / history.steps
-    result = {"method": name, "seed": seed, "step_ms": round(step, 2), "test": figures(trainer, "test")}
-    return {**result, "epochs": history.epochs}
+    step = round(1e3 * history.seconds / history.steps, 2)
+    return {"step_ms": step, "test": metrics(trainer, "test"), "epochs": history.epochs}
 
 
-def table(result: dict[str, Any], codes: int) -> str:
-    """The rows as Markdown."""
-    lines = ["| method | hard MSE | perplexity / K | usage, first epoch | usage, last | smallest | ms per step |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name in METHODS:
-        runs = [run for run in result["runs"] if run["method"] == name]
-        if not runs:
-            continue
-        last = [run["test"] for run in runs]
-        cells = [plus_minus((found["mse"] for found in last), 5)]
-        if "usage" in last[0]:
-            cells.append(plus_minus(found["perplexity"] / codes for found in last))
-            cells.append(plus_minus(run["epochs"][0]["usage"] for run in runs))
-            cells.append(plus_minus(found["usage"] for found in last))
-            cells.append(f"{min(epoch['usage'] for run in runs for epoch in run['epochs']):.3f}")
-        else:
-            cells += ["-"] * 4
-        # Figures from a machine that did other things too are kept without their times.
-        times = [run["step_ms"] for run in runs if "step_ms" in run]
-        cells.append(f"{min(times):.0f}" if times else "-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def until_full(runs: list[Run]) -> str:
+    """The epoch after which all codes were in use first, per seed where some never were."""
+    if "usage" not in runs[0]["epochs"][0]:
+        return ""
+    epochs = [
+        next((place for place, epoch in enumerate(run["epochs"], 1) if epoch["usage"] == 1), None) for run in runs
+    ]
+    reached = [epoch for epoch in epochs if epoch is not None]
+    if not reached:
+        return "never"
+    if len(reached) < len(epochs):
+        return ", ".join("never" if epoch is None else str(epoch) for epoch in epochs)
+    return " to ".join(dict.fromkeys(str(pick(reached)) for pick in (min, max)))
 
 
-def main() -> None:
-    """Run what is missing."""
-    parser = options(__doc__)
-    parser.add_argument("--data", choices=("fashion", "cifar10"), default="fashion")
-    parser.add_argument("--images", type=Path, help="folder of idx files, or CIFAR-10 as a folder or .npz")
-    parser.add_argument("--codes", type=int, choices=tuple(LEVELS), default=64)
-    parser.add_argument("--dim", type=int, default=DIM, help="dimension of tokens and codes")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=6_000, help="training images")
-    parser.add_argument("--methods", nargs="*", choices=tuple(METHODS), default=tuple(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
-    args = parser.parse_args()
-    if args.quick:
-        args.codes, args.seeds = 16, SEEDS[:1]
-    elif args.images is None:
-        parser.error("--images is needed: where the images are")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    torch.set_flush_denormal(True)
-    name = (
-        "codebooks"
-        if args.quick
-        else f"codebooks_{args.data}_{args.codes}" + (f"_d{args.dim}" if args.dim != DIM else "")
-    )
-    result = {} if args.quick else load(args.output, name)
-    result.pop("versions", None)
-    result["settings"] = {
-        "epochs": args.epochs,
-        "limit": args.limit,
-        "codes": args.codes,
-        "dim": args.dim,
-        "rate": RATE,
+def least_used(run: Run) -> float | None:
+    return min((epoch["usage"] for epoch in run["epochs"] if "usage" in epoch), default=None)
+
+
+def of_codes(run: Run, codes: int) -> float | None:
+    """Perplexity over K."""
+    return run["test"]["perplexity"] / codes if "perplexity" in run["test"] else None
+
+
+def table(results: Results, data: str, codes: int, dim: int) -> Table:
+    """The methods by their error."""
+    cases = results.where(data=data, codes=codes, dim=dim)
+    cases.sort(key=lambda name: statistics.fmean(read(results.of(name), "test.mse")))
+    columns = {
+        "seeds": lambda runs: f"{len(runs)}",
+        "test MSE": mean("test.mse", ".5f"),
+        "SSIM": mean("test.ssim", deviation=False),
+        "perplexity / K": mean(lambda run: of_codes(run, codes), deviation=False),
+        "used, epoch 1": mean(lambda run: run["epochs"][0].get("usage"), deviation=False),
+        "used, end": mean("test.usage", deviation=False),
+        "least used": extreme(min, least_used),
+        "epochs to 100 %": until_full,
     }
-    runs = result.setdefault("runs", [])
-    for seed in args.seeds:
-        for method in args.methods:
-            if not any(run["method"] == method and run["seed"] == seed for run in runs):
-                runs.append(train(args, method, seed))
-                save(args.output, name, result)
-                print(method, seed, runs[-1]["epochs"][-1], runs[-1]["step_ms"], flush=True)
-    print(table(result, args.codes))
+    return results.table("method", cases, columns)
 
+
+STUDY = Study(
+    "codebooks",
+    CASES,
+    run,
+    {name: lambda results, place=place: table(results, *place) for name, (place, _, _) in TABLES.items()},
+    seeds=SEEDS,
+    settings={"epochs": EPOCHS, "images": IMAGES, "rate": RATE},
+    quick=QUICK,
+    packages=("vector-quantize-pytorch",),
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

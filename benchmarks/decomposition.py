@@ -5,20 +5,17 @@ float64, float32 and bfloat16, and held against the float64 decomposition as ``D
 of them the layer is then broken on purpose, in five ways.
 
     python benchmarks/decomposition.py            # a few minutes on two cores
-    python benchmarks/decomposition.py --quick
-
-Writes ``decomposition.json``.
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import options, save
+from _study import Case, Config, Results, Run, Study, Table
 from torch import Tensor
-from tqdm import tqdm
 
 from ddcl_lightning.callbacks.decomposition_check import TOLERANCES, find_violations
 from ddcl_lightning.functional import (
@@ -31,9 +28,15 @@ from ddcl_lightning.functional import (
 )
 from ddcl_lightning.functional.decomposition import energy_floor
 
-PROBLEMS = 1_000_000
-CHUNK = 2_000  # problems of one shape and precision
-LARGE_CHUNKS, LARGE_CHUNK = 60, 2  # and some of the size of a real batch
+CASES = {  # chunks have one shape and precision; some have the size of a real batch
+    "random": Case(
+        "random problems", {"problems": 1_000_000, "chunk": 2_000, "large_chunks": 60, "large": [4096, 512, 64]}
+    )
+}
+QUICK = {
+    "random": Case("random problems", {"problems": 3_000, "chunk": 100, "large_chunks": 3, "large": [512, 64, 16]})
+}
+LARGE_CHUNK = 2
 BROKEN_EVERY = 10  # chunks
 NOTICEABLE = 1e-3  # a breakage that moves a term by this part of the energy
 FIELDS = DecompositionErrors._fields
@@ -179,11 +182,11 @@ def not_a_number(p: Problems) -> Decomposition:
 
 
 BREAKAGES: dict[str, Callable[[Problems], Decomposition]] = {
-    "wrong temperature (1.1 T)": wrong_temperature,
-    "mask leak": mask_leak,
-    "rows sum to 1.01": rows_off,
-    "V around the wrong centroid": wrong_centroid,
-    "NaN": not_a_number,
+    "temperature": wrong_temperature,
+    "mask": mask_leak,
+    "rows": rows_off,
+    "centroid": wrong_centroid,
+    "nan": not_a_number,
 }
 
 
@@ -226,15 +229,15 @@ class Tally:
         softened = column["sharpness"].clamp(min=1.0)
         positive = losses > torch.finfo(torch.float64).tiny
         relative = column["energy"][positive] / losses[positive]
-        shown = {
-            "identity / energy": column["identity"],
-            "L_q / energy": column["loss"],
-            "L_OLS / energy": column["ols"],
-            "V / energy": column["variance"],
-            "L_OLS / (energy max(1, energy / T))": column["ols"] / softened,
-            "V / (energy max(1, energy / T))": column["variance"] / softened,
-            "identity / L_q": column["identity"][positive] * relative,
-            "L_q / L_q": column["loss"][positive] * relative,
+        by_name = {
+            "identity": column["identity"],
+            "loss": column["loss"],
+            "ols": column["ols"],
+            "variance": column["variance"],
+            "ols_softened": column["ols"] / softened,
+            "variance_softened": column["variance"] / softened,
+            "identity_relative": column["identity"][positive] * relative,
+            "loss_relative": column["loss"][positive] * relative,
         }
         return {
             "problems": len(errors),
@@ -243,7 +246,7 @@ class Tally:
             "sharpness": {"lowest": float(column["sharpness"].min()), "highest": float(column["sharpness"].max())},
             "errors": {
                 name: {"worst": float(values.max()), "p99.99": percentile(values, 0.9999)}
-                for name, values in shown.items()
+                for name, values in by_name.items()
             },
             "broken": {
                 name: {"problems": tried, "caught": caught, "noticeable": moved, "caught_of_noticeable": both}
@@ -264,45 +267,20 @@ def random_shape(generator: torch.Generator) -> tuple[int, int, int]:
     return n, k, d
 
 
-def report(result: dict[str, Any]) -> None:
-    """The tables of ``docs/measurements.md``."""
-    names = list(result["precisions"])
-    first = result["precisions"][names[0]]
-    print(f"| relative error of, to | {' | '.join(f'{n} worst | {n} 99.99 %' for n in names)} |")
-    print("|" + "---|" * (1 + 2 * len(names)))
-    for key in first["errors"]:
-        found = [result["precisions"][name]["errors"][key] for name in names]
-        cells = (f"{one['worst']:.1e} | {one['p99.99']:.1e}" for one in found)
-        print(f"| {key} | {' | '.join(cells)} |")
-    for name in names:
-        one = result["precisions"][name]
-        print(f"{name}: {one['violations']} violations in {one['problems']} problems {one['examples_of_violations']}")
-    print(f"| broken | {' | '.join(f'{n}: all | {n}: noticeable' for n in names)} |")
-    print("|" + "---|" * (1 + 2 * len(names)))
-    for key in first["broken"]:
-        found = [result["precisions"][name]["broken"][key] for name in names]
-        shares = (
-            (one["caught"] / max(one["problems"], 1), one["caught_of_noticeable"] / max(one["noticeable"], 1))
-            for one in found
-        )
-        print(f"| {key} | {' | '.join(f'{a:.2%} | {b:.3%}' for a, b in shares)} |")
-
-
-def main() -> None:
-    arguments = options(__doc__).parse_args()
-    problems, size, large = (3_000, 100, 3) if arguments.quick else (PROBLEMS, CHUNK, LARGE_CHUNKS)
-    seed = 0
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """Errors, violations and what is caught, by precision."""
+    problems, size = config["problems"], config["chunk"]
     generator = torch.Generator().manual_seed(seed)
     tallies = {name: Tally() for name in DTYPES}
     chunks = math.ceil(problems / size)
-    for number in tqdm(range(chunks + large), desc="chunks", mininterval=5):
+    for number in range(chunks + config["large_chunks"]):
         name = list(DTYPES)[number % len(DTYPES)]
         dtype, tally = DTYPES[name], tallies[name]
         torch.set_flush_denormal(number // len(DTYPES) % 2 == 1)  # as in fit, and as outside of it
         if number < chunks:
             p = draw(min(size, problems - number * size), random_shape(generator), dtype, generator)
         else:
-            p = draw(LARGE_CHUNK, (512, 64, 16) if arguments.quick else (4096, 512, 64), dtype, generator)
+            p = draw(LARGE_CHUNK, config["large"], dtype, generator)
         trained = solve(p)
         precision = trained.loss.dtype
         exact, energy = decompose(p.tokens, p.prototypes, p.temperature, p.mask), energy_of_each(p)
@@ -317,15 +295,70 @@ def main() -> None:
                 leaks = slice(None) if broken is not mask_leak else ~p.mask.all(-1)  # type: ignore[union-attr]
                 tally.add_broken(breakage, errors_of_each(p, broken(p), exact, energy)[leaks], precision)
     torch.set_flush_denormal(False)
-    result = {
-        "seed": seed,
+    return {"precisions": {name: tally.summary() for name, tally in tallies.items()}}
+
+
+PRECISIONS = {"float64": "float64", "float32": "float32", "bfloat16": "bfloat16 tokens"}
+ERRORS = {  # of what, relative to what
+    "identity": "L_q = L_OLS + V among the float64 terms (energy)",
+    "loss": "trained L_q (energy)",
+    "ols_softened": "trained L_OLS (energy times max(1, energy / T))",
+    "variance_softened": "trained V (the same)",
+    "ols": "trained L_OLS (energy)",
+    "variance": "trained V (energy)",
+    "loss_relative": "trained L_q (L_q itself)",
+}
+LABELS = {
+    "temperature": "temperature 10 % too high",
+    "mask": "padding enters the means",
+    "rows": "assignments sum to 1.01",
+    "centroid": "V around the mean of the prototypes",
+    "nan": "NaN in one term",
+}
+
+
+def scientific(value: float) -> str:
+    """``1.5e-7`` for 1.5e-07."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def errors_table(results: Results) -> Table:
+    by_precision = results.of("random")[0]["precisions"]
+    rows = [["error of (relative to)", *(f"{label}: worst, 99.99 %" for label in PRECISIONS.values())]]
+    for error, label in ERRORS.items():
+        pairs = (by_precision[name]["errors"][error] for name in PRECISIONS)
+        rows.append([label, *(f"{scientific(pair['worst'])}, {scientific(pair['p99.99'])}" for pair in pairs)])
+    tallies = (by_precision[name] for name in PRECISIONS)
+    counts = (f"{tally['violations']} of {tally['problems']:,}" for tally in tallies)
+    return [*rows, ["violations under the default tolerances", *counts]]
+
+
+def breakages_table(results: Results) -> Table:
+    by_precision = results.of("random")[0]["precisions"]
+    rows = [["breakage", *(f"{label}: all, noticeable" for label in PRECISIONS.values())]]
+    for breakage, label in LABELS.items():
+        tallies = (by_precision[name]["broken"][breakage] for name in PRECISIONS)
+        cells = (
+            f"{100 * tally['caught'] / max(tally['problems'], 1):.1f} %, "
+            f"{100 * tally['caught_of_noticeable'] / max(tally['noticeable'], 1):.2f} %"
+            for tally in tallies
+        )
+        rows.append([label, *cells])
+    return rows
+
+
+STUDY = Study(
+    "decomposition",
+    CASES,
+    run,
+    {"errors": errors_table, "breakages": breakages_table},
+    settings={
         "tolerances": {str(dtype).removeprefix("torch."): value for dtype, value in TOLERANCES.items()},
         "noticeable": NOTICEABLE,
-        "precisions": {name: tally.summary() for name, tally in tallies.items()},
-    }
-    save(arguments.output, "decomposition", result)
-    report(result)
-
+    },
+    quick=QUICK,
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -4,24 +4,17 @@ All tables that scikit-learn brings along (none is scaled), pixels of its two im
 duplicates, heavy tails, a far outlier, constant columns, tiny and huge units, float32, nearly as many clusters as rows.
 Default settings, the same seed on both sides; the process's own CPU time, one thread.
 
-    python benchmarks/estimator.py               # 10 minutes
-    python benchmarks/estimator.py --quick
-
-Writes ``estimator.json``.
+    OMP_NUM_THREADS=1 python benchmarks/estimator.py               # 10 minutes
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import statistics
+import argparse
 import time
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from _common import options, save
+from _study import Case, Config, Results, Run, Study, Table, mean, read
 from sklearn import datasets
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
@@ -29,31 +22,60 @@ from sklearn.exceptions import ConvergenceWarning
 from ddcl_lightning import DDCLClustering
 
 SIZES = (2, 3, 5, 8, 12, 20)
-SEEDS = range(5)
 PIXELS = 5_000
 BOUND = 1.02
+DATA = {
+    "iris": "iris",
+    "wine": "wine",
+    "breast_cancer": "breast_cancer",
+    "digits": "digits",
+    "diabetes": "diabetes",
+    "linnerud-data": "linnerud data",
+    "linnerud-target": "linnerud target",
+    "china": "china pixels",
+    "flower": "flower pixels",
+    "duplicates-20": "21 distinct rows x 20",
+    "duplicates-uneven": "21 distinct rows, 1 to 300 times",
+    "rows-18": "18 rows",
+    "student-t": "Student's t, 1.2 degrees",
+    "log-normal": "log-normal, sigma 2",
+    "outlier": "blobs and one outlier at 1e6",
+    "outlier-float32": "the same in float32",
+    "iris-constant": "iris and 4 constant columns",
+    "iris-small": "iris x 1e-6",
+    "wine-large": "wine x 1e6",
+    "wine-float32": "wine in float32",
+    "iris-far": "iris, far from the origin",
+}
+ROWS = {"rows-18": 18}  # fewer distinct ones than the largest K
+CASES = {
+    f"{data}/{size}": Case(label, {"data": data, "size": size})
+    for data, label in DATA.items()
+    for size in SIZES
+    if size <= ROWS.get(data, max(SIZES))
+}
 
 
-def tables() -> dict[str, Any]:
-    """What scikit-learn brings along, as it is."""
-    linnerud = datasets.load_linnerud()
-    loaders = ("iris", "wine", "breast_cancer", "digits", "diabetes")
-    return {
-        **{name: getattr(datasets, f"load_{name}")().data for name in loaders},
-        "linnerud data": linnerud.data,
-        "linnerud target": linnerud.target,
-    }
+@cache
+def load(name: str) -> Any:
+    """A data set as it is."""
+    if name in ("iris", "wine", "breast_cancer", "digits", "diabetes"):
+        return getattr(datasets, f"load_{name}")().data
+    if name.startswith("linnerud-"):
+        return getattr(datasets.load_linnerud(), name.removeprefix("linnerud-"))
+    return {**pixels(), **hard_data()}[name]
 
 
+@cache
 def pixels() -> dict[str, Any]:
     generator = np.random.default_rng(0)
     images = {name: datasets.load_sample_image(f"{name}.jpg").reshape(-1, 3) for name in ("china", "flower")}
     return {
-        f"{name} pixels": image[generator.choice(len(image), PIXELS, replace=False)].astype(float)
-        for name, image in images.items()
+        name: image[generator.choice(len(image), PIXELS, replace=False)].astype(float) for name, image in images.items()
     }
 
 
+@cache
 def hard_data() -> dict[str, Any]:
     """Data on which a temperature scale taken from the whole spread says nothing about the clusters."""
     generator = np.random.default_rng(0)
@@ -61,22 +83,24 @@ def hard_data() -> dict[str, Any]:
     blobs = datasets.make_blobs(400, n_features=4, centers=10, random_state=0)[0]
     few = generator.normal(size=(21, 3))
     return {
-        "21 distinct rows x 20": np.repeat(few, 20, axis=0),
-        "21 distinct rows, 1 to 300 times": np.repeat(few, generator.integers(1, 300, 21), axis=0),
-        "18 rows": generator.normal(size=(18, 5)),
-        "Student's t, 1.2 degrees": generator.standard_t(1.2, size=(500, 4)),
-        "log-normal, sigma 2": generator.lognormal(0, 2, size=(500, 6)),
-        "blobs and one outlier at 1e6": np.vstack([blobs, np.full((1, 4), 1e6)]),
-        "the same in float32": np.vstack([blobs, np.full((1, 4), 1e6)]).astype(np.float32),
-        "iris and 4 constant columns": np.hstack([iris, np.full((150, 4), 7.1)]),
-        "iris x 1e-6": 1e-6 * iris,
-        "wine x 1e6": 1e6 * wine,
-        "wine in float32": wine.astype(np.float32),
-        "iris, far from the origin": iris + 1e6,
+        "duplicates-20": np.repeat(few, 20, axis=0),
+        "duplicates-uneven": np.repeat(few, generator.integers(1, 300, 21), axis=0),
+        "rows-18": generator.normal(size=(18, 5)),
+        "student-t": generator.standard_t(1.2, size=(500, 4)),
+        "log-normal": generator.lognormal(0, 2, size=(500, 6)),
+        "outlier": np.vstack([blobs, np.full((1, 4), 1e6)]),
+        "outlier-float32": np.vstack([blobs, np.full((1, 4), 1e6)]).astype(np.float32),
+        "iris-constant": np.hstack([iris, np.full((150, 4), 7.1)]),
+        "iris-small": 1e-6 * iris,
+        "wine-large": 1e6 * wine,
+        "wine-float32": wine.astype(np.float32),
+        "iris-far": iris + 1e6,
     }
 
 
-def compare(x: Any, size: int, seed: int) -> dict[str, float]:
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """Inertia over that of k-means, and the CPU time of both."""
+    x, size = load(config["data"]), config["size"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         times = [time.process_time()]
@@ -88,48 +112,48 @@ def compare(x: Any, size: int, seed: int) -> dict[str, float]:
     lowest, inertia = (inertia_of(x, model.labels_, size) for model in (reference, ours))
     exact = 1e-12 * float(np.square(x - x.mean(0)).sum())
     ratio = inertia / lowest if lowest > exact else 1.0 if inertia <= exact else float("inf")
-    return {"seed": seed, "ratio": ratio, "kmeans_s": times[1] - times[0], "ours_s": times[2] - times[1]}
+    return {"shape": x.shape, "ratio": ratio, "kmeans_s": times[1] - times[0], "ours_s": times[2] - times[1]}
 
 
 def inertia_of(x: Any, labels: Any, size: int) -> float:
-    cells = (x[labels == k].astype(np.float64) for k in range(size))
-    return float(sum(np.square(cell - cell.mean(0)).sum() for cell in cells if len(cell)))
+    clusters = (x[labels == k].astype(np.float64) for k in range(size))
+    return float(sum(np.square(cluster - cluster.mean(0)).sum() for cluster in clusters if len(cluster)))
 
 
-def main() -> None:
-    arguments = options(__doc__).parse_args()
-    torch.set_num_threads(1)
-    data, sizes, seeds = {**tables(), **pixels(), **hard_data()}, SIZES, SEEDS
-    if arguments.quick:
-        data, sizes, seeds = {"linnerud data": datasets.load_linnerud().data}, (2, 3), range(1)
-    rows = []
-    print(f"| data | rows x columns | {' | '.join(f'K = {k}' for k in sizes)} | CPU time / k-means |")
-    print("|---|---|" + "---|" * (len(sizes) + 1))
-    for name, x in data.items():
-        distinct = len(np.unique(x, axis=0))
-        cells = []
-        for size in sizes:
-            if size > distinct:
-                cells.append("-")
-                continue
-            runs = [compare(x, size, seed) for seed in seeds]
-            rows.append({"data": name, "shape": list(x.shape), "size": size, "runs": runs})
-            cells.append(f"{max(run['ratio'] for run in runs):.3f}")
-        own = [run for row in rows if row["data"] == name for run in row["runs"]]
-        cost = sum(run["ours_s"] for run in own) / sum(run["kmeans_s"] for run in own)
-        print(f"| {name} | {x.shape[0]:,} x {x.shape[1]} | {' | '.join(cells)} | {cost:.0f} |", flush=True)
-    runs = [run for row in rows for run in row["runs"]]
-    ratios = [run["ratio"] for run in runs]
-    summary = {
-        "trials": len(ratios),
-        "above_bound": sum(ratio > BOUND for ratio in ratios),
-        "largest": max(ratios),
-        "mean": statistics.fmean(ratios),
-        "cpu_ratio": sum(run["ours_s"] for run in runs) / sum(run["kmeans_s"] for run in runs),
-    }
-    save(arguments.output, "estimator", {"bound": BOUND, "seeds": list(seeds), "summary": summary, "cells": rows})
-    print(f"\n{summary}")
+def cost(runs: list[Run]) -> float:
+    """CPU time over that of k-means."""
+    return float(sum(run["ours_s"] for run in runs) / sum(run["kmeans_s"] for run in runs))
 
+
+def inertia(results: Results) -> Table:
+    rows = [["data", "rows x columns", *(f"K = {size}" for size in SIZES), "CPU time / k-means"]]
+    for data, label in DATA.items():
+        by_size = {size: results.of(f"{data}/{size}") for size in SIZES}
+        if runs := [run for some in by_size.values() for run in some]:
+            count, columns = runs[0]["shape"]
+            cells = [f"{max(read(some, 'ratio')):.3f}" if some else "-" for some in by_size.values()]
+            rows.append([label, f"{count:,} x {columns}", *cells, f"{cost(runs):.0f}"])
+    return rows
+
+
+def summary(results: Results) -> Table:
+    ratios = read(results.runs, "ratio")
+    above = sum(ratio > BOUND for ratio in ratios)
+    cells = [f"{len(ratios)}", f"{above}", f"{max(ratios):.3f}", mean("ratio", deviation=False)(results.runs)]
+    return [
+        ["trials", f"above {BOUND}", "largest", "mean", "CPU time / k-means"],
+        [*cells, f"{cost(results.runs):.0f}"],
+    ]
+
+
+STUDY = Study(
+    "estimator",
+    CASES,
+    run,
+    {"inertia": inertia, "summary": summary},
+    seeds=range(5),
+    quick={name: CASES[name] for name in ("linnerud-data/2", "linnerud-data/3")},
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

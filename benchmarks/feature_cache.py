@@ -1,46 +1,45 @@
 """What the cache of frozen features saves: seconds per epoch without it, while it is filled, and from it.
 
-A frozen text encoder, all tokens, a prototype readout and a classifier, three epochs of SST-2. One run after the
-other in one process: no cache; an empty cache; the same folder in a second run. Then a fill is killed in the middle
-(SIGKILL) and started again, and every sample's tokens are held against those of a run without interruption.
+A frozen text encoder, all tokens, a prototype readout and a classifier, three epochs of SST-2: without a cache, with an
+empty one, and with one that an earlier run has filled. Then a fill is killed in the middle (SIGKILL) and started again,
+and every sample's tokens are held against those of a run without interruption.
 
-    python benchmarks/feature_cache.py --encoder FOLDER          # 5 minutes on one core
-    python benchmarks/feature_cache.py --encoder FOLDER --quick
-
-FOLDER is a Hugging Face encoder; the texts are read from ``--data`` (sst2_glue.jsonl.gz). Writes
-``feature_cache.json``.
+    python benchmarks/feature_cache.py --encoder FOLDER --texts FOLDER          # 5 minutes on one core
 """
 
 import argparse
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import ROOT, options, quiet_trainer, save
+from _measure import quiet_trainer
+from _study import Case, Config, Results, Run, Study, Table
 
 from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule
 from ddcl_lightning.backbones import TransformersBackbone
 from ddcl_lightning.datamodules import SST2DataModule
 
-EPOCHS = 3
-FILL = "--fill-only"
+EPOCHS, SENTENCES = 3, 3_000
+NEEDS = ("encoder", "texts")
+CASES = {
+    "none": Case("no cache", {"cache": "none"}, NEEDS),
+    "empty": Case("empty cache", {"cache": "empty"}, NEEDS),
+    "full": Case("the same cache again", {"cache": "full"}, NEEDS),
+    "killed": Case("a killed fill, started again", {"cache": "killed"}, NEEDS),
+}
 
 
-def backbone(args: argparse.Namespace, cache: Path | None) -> TransformersBackbone:
-    return TransformersBackbone(str(args.encoder), max_length=64, cache_dir=None if cache is None else str(cache))
+def backbone(options: argparse.Namespace, cache: Path | None) -> TransformersBackbone:
+    return TransformersBackbone(str(options.encoder), max_length=64, cache_dir=None if cache is None else str(cache))
 
 
-def data_module(args: argparse.Namespace) -> SST2DataModule:
-    limit = 256 if args.quick else args.sentences
-    return SST2DataModule(path=str(args.data / "sst2_glue.jsonl.gz"), limit=limit, batch_size=64, seed=0)
+def data_module(options: argparse.Namespace) -> SST2DataModule:
+    limit = 256 if options.quick else SENTENCES
+    return SST2DataModule(path=str(options.texts / "sst2_glue.jsonl.gz"), limit=limit, batch_size=64, seed=0)
 
 
 class Clock(pl.Callback):
@@ -61,38 +60,51 @@ class Clock(pl.Callback):
         self.epochs.append(time.perf_counter() - self.last)
 
 
-def run(args: argparse.Namespace, cache: Path | None) -> dict[str, Any]:
-    """Train, and say how long it took."""
-    pl.seed_everything(0, verbose=False)
-    module = DDCLReadoutModule(backbone(args, cache), DDCLReadout(16, prototype_dim=64), Classification(2))
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """Train, and say how long it took; or kill a fill."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "features"
+        if config["cache"] == "killed":
+            return killed(options, cache, Path(folder) / "whole")
+        if config["cache"] == "full":
+            train(options, seed, cache)
+        seconds = train(options, seed, None if config["cache"] == "none" else cache)
+        size = sum(path.stat().st_size for path in cache.rglob("*.npy"))
+    return {**seconds, "mib": round(size / 2**20, 1)}
+
+
+def train(options: argparse.Namespace, seed: int, cache: Path | None) -> Run:
+    pl.seed_everything(seed, verbose=False)
+    torch.set_flush_denormal(True)
+    module = DDCLReadoutModule(backbone(options, cache), DDCLReadout(16, prototype_dim=64), Classification(2))
     clock = Clock()
     trainer = quiet_trainer(EPOCHS, [clock], limit_val_batches=0)
     clock.start = time.perf_counter()
-    trainer.fit(module, datamodule=data_module(args))
+    trainer.fit(module, datamodule=data_module(options))
     return {"before_s": round(clock.before, 2), "epochs_s": [round(seconds, 2) for seconds in clock.epochs]}
 
 
-def fill(args: argparse.Namespace, folder: Path) -> tuple[TransformersBackbone, int]:
+def fill(options: argparse.Namespace, folder: Path) -> tuple[TransformersBackbone, int]:
     """Encode the training data into a cache; also the number of samples that were not there yet."""
-    data = data_module(args)
+    data = data_module(options)
     data.setup()
-    made = backbone(args, folder)
-    return made, made.fill_cache(data.train_dataloader(), progress=False)
+    filled = backbone(options, folder)
+    return filled, filled.fill_cache(data.train_dataloader(), progress=False)
 
 
 @torch.no_grad()
-def killed(args: argparse.Namespace, folder: Path, whole: Path) -> dict[str, int]:
-    """Kill a fill once it has written something, start again, and compare with the whole cache."""
-    command = [sys.executable, __file__, FILL, str(folder), "--encoder", str(args.encoder), "--data", str(args.data)]
-    command += ["--sentences", str(args.sentences), *(["--quick"] if args.quick else [])]
-    process = subprocess.Popen(command)
-    while process.poll() is None and not list(folder.glob("*/segment-*")):
+def killed(options: argparse.Namespace, folder: Path, whole: Path) -> Run:
+    """Kill a fill once it has written something, start again, and compare with one that nobody killed."""
+    process = multiprocessing.get_context("spawn").Process(target=fill, args=(options, folder))
+    process.start()
+    assert process.pid is not None
+    while process.is_alive() and not list(folder.glob("*/segment-*")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    resumed, encoded = fill(args, folder)
-    expected, missing = fill(args, whole)
-    data = data_module(args)
+    process.kill()
+    process.join()
+    resumed, encoded = fill(options, folder)
+    expected, _ = fill(options, whole)
+    data = data_module(options)
     data.setup()
     rows = wrong = 0
     for batch in data.train_dataloader():
@@ -101,36 +113,39 @@ def killed(args: argparse.Namespace, folder: Path, whole: Path) -> dict[str, int
         close = torch.isclose(left.values, right.values, atol=1e-2, rtol=1e-2).flatten(1).all(1)
         assert left.mask is not None
         assert right.mask is not None
-        same = close & (left.mask == right.mask).all(1)
-        rows, wrong = rows + len(same), wrong + int((~same).sum())
-    return {"rows": rows, "encoded_after_the_kill": encoded, "missing_from_the_whole": missing, "wrong_rows": wrong}
+        equal = close & (left.mask == right.mask).all(1)
+        rows, wrong = rows + len(equal), wrong + int((~equal).sum())
+    signalled = process.exitcode == -signal.SIGKILL
+    return {"rows": rows, "encoded_after_the_kill": encoded, "wrong_rows": wrong, "signalled": signalled}
 
 
-def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--encoder", type=Path, required=True, help="folder of a Hugging Face encoder")
-    shared = Path(os.environ.get("DDCL_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=shared, help="folder of the text files")
-    parser.add_argument("--sentences", type=int, default=6_000)
-    parser.add_argument(FILL, type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    torch.set_flush_denormal(True)
-    if args.fill_only:
-        fill(args, args.fill_only)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "features"
-        result: dict[str, Any] = {"without": run(args, None), "first": run(args, cache), "second": run(args, cache)}
-        result["mib"] = round(sum(path.stat().st_size for path in cache.rglob("*.npy")) / 2**20, 1)
-        result["killed"] = killed(args, Path(folder) / "killed", cache)
-    save(args.output, "feature_cache", result)
-    print("| run | before the first epoch | epochs |\n|---|---|---|")
-    for name in ("without", "first", "second"):
-        seconds = ", ".join(f"{epoch:.1f}" for epoch in result[name]["epochs_s"])
-        print(f"| {name} | {result[name]['before_s']:.1f} s | {seconds} s |")
-    print(result["killed"], f"{result['mib']} MiB")
+def epochs(results: Results) -> Table:
+    columns = {
+        "before the first epoch": lambda runs: f"{runs[0]['before_s']:.1f} s",
+        "each epoch": lambda runs: ", ".join(f"{seconds:.2f}" for seconds in runs[0]["epochs_s"]) + " s",
+        "on disk": lambda runs: f"{runs[0]['mib']:.0f} MiB" if runs[0].get("mib") else "-",
+    }
+    return results.table("run", ("none", "empty", "full"), columns)
 
+
+def kill(results: Results) -> Table:
+    columns = {
+        "sentences": lambda runs: f"{runs[0]['rows']:,}",
+        "encoded after the kill": lambda runs: f"{runs[0]['encoded_after_the_kill']:,}",
+        "rows that differ from an uninterrupted fill": lambda runs: f"{runs[0]['wrong_rows']}",
+    }
+    return results.table("run", ["killed"], columns)
+
+
+STUDY = Study(
+    "feature_cache",
+    CASES,
+    run,
+    {"epochs": epochs, "killed": kill},
+    settings={"epochs": EPOCHS, "sentences": SENTENCES},
+    packages=("transformers",),
+    threads=2,
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -5,22 +5,17 @@ trained on the mean token of other phrases and tested on the validation sentence
 parameters and by the same distillation: a narrower MLP, and a single linear layer, which needs fewer. Each starts from
 least squares as well as it can (the narrow MLP from a random first layer).
 
-    python benchmarks/feedforward.py --encoder FOLDER           # 20 minutes of one free core
-    python benchmarks/feedforward.py --encoder FOLDER --quick
-
-FOLDER is a Hugging Face encoder of BERT's kind; the texts are read from ``--data`` (sst2_glue.jsonl.gz). Writes
-``feedforward.json`` after every run, and continues where an interrupted one ended.
+    python benchmarks/feedforward.py --encoder FOLDER --texts FOLDER           # 20 minutes of one free core
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import torch
-from _common import ROOT, load, options, plus_minus, save
+from _study import Case, Config, Results, Run, Study, Table, interval, mean
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -31,29 +26,51 @@ from ddcl_lightning.backbones import TransformersBackbone
 from ddcl_lightning.datamodules import SST2DataModule
 from ddcl_lightning.metrics.probing import linear_probe
 
-SEEDS = (0, 1, 2)
 PHRASES, PROBE, STEPS, BATCH_TOKENS = 3000, 4000, 500, 256
 LR = 1e-2  # the best of 3e-3, 1e-2 and 2e-2 for prototypes and the narrow MLP alike
 TIMED = (32, 64)  # samples and tokens of the timed call
-# Share of the MLP's parameters: heads of 16 prototypes of dimension 8, width of the narrow MLP; both per D.
-SIZES = {"1/4": (1 / 16, 1.0), "1/2": (3 / 16, 2.0), "1": (7 / 16, 4.0)}
-ONE, ALL = "one block", "all blocks"
-# Method, size, seeds with one block, seeds with all.
-PLAN = (
-    ("prototypes", "1/4", 3, 3),
-    ("narrow MLP", "1/4", 3, 3),
-    ("linear", "1/8", 1, 1),
-    ("prototypes", "1/2", 1, 0),
-    ("narrow MLP", "1/2", 1, 0),
-    ("prototypes", "1", 1, 0),
-    ("narrow MLP", "1", 1, 0),
-    ("prototypes, no linear path", "1/4", 1, 0),
-    ("prototypes, tokens of the original model", "1/4", 0, 1),
-)
+MLP = "mlp"
+# Label, fraction of the MLP's parameters, configuration (heads of 16 prototypes of dimension 8, or the width of the
+# narrow MLP, both per D), seeds with one block replaced, seeds with all.
+METHODS: dict[str, tuple[str, str, dict[str, Any], int, int]] = {
+    MLP: ("the MLP itself", "1", {"layer": "original"}, 1, 1),
+    "prototypes-1/4": ("prototypes", "1/4", {"layer": "prototypes", "heads": 1 / 16}, 3, 3),
+    "narrow-1/4": ("narrow MLP", "1/4", {"layer": "mlp", "width": 1.0}, 3, 3),
+    "linear": ("linear", "1/8", {"layer": "linear"}, 1, 1),
+    # What the linear path has cost goes into heads.
+    "prototypes-no-linear": (
+        "prototypes, no linear path",
+        "1/4",
+        {"layer": "prototypes", "heads": 1 / 8, "linear": False},
+        1,
+        0,
+    ),
+    "prototypes-1/2": ("prototypes", "1/2", {"layer": "prototypes", "heads": 3 / 16}, 1, 0),
+    "narrow-1/2": ("narrow MLP", "1/2", {"layer": "mlp", "width": 2.0}, 1, 0),
+    "prototypes-1": ("prototypes", "1", {"layer": "prototypes", "heads": 7 / 16}, 1, 0),
+    "narrow-1": ("narrow MLP", "1", {"layer": "mlp", "width": 4.0}, 1, 0),
+    "prototypes-original-tokens": (
+        "prototypes, distilled on the original model's tokens",
+        "1/4",
+        {"layer": "prototypes", "heads": 1 / 16, "sequential": False},
+        0,
+        1,
+    ),
+}
+NEEDS = ("encoder", "texts")
+CASES = {
+    **{
+        f"{blocks}/{name}": Case(label, {"measure": "error", "blocks": blocks, **config}, NEEDS, range(seeds))
+        for name, (label, _, config, *numbers) in METHODS.items()
+        for blocks, seeds in zip(("one", "all"), numbers, strict=True)
+        if seeds
+    },
+    "time": Case("one call", {"measure": "time", "layers": {name: METHODS[name][2] for name in METHODS}}, NEEDS),
+}
 
 
 class NarrowMLP(nn.Module):
-    """The rival of the same size."""
+    """The baseline of the same size."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
@@ -84,34 +101,31 @@ def _assign(layer: nn.Linear, features: Tensor, targets: Tensor) -> None:
     layer.bias.copy_(bias)
 
 
-def creator(method: str, size: str) -> Callable[[int], nn.Module]:
+def creator(config: Config) -> Callable[[int], nn.Module]:
     """What makes a layer for D."""
-    if method == "linear":
+    if config["layer"] == "linear":
         return lambda dim: Linear(dim, dim)
-    heads, width = SIZES[size]
-    if method == "narrow MLP":
-        return lambda dim: NarrowMLP(dim, int(width * dim))
-    if method != "prototypes, no linear path":
-        return lambda dim: DDCLFeedForward(dim, num_heads=max(1, int(heads * dim)))
-    # What the linear path has cost goes into heads.
-    return lambda dim: DDCLFeedForward(dim, num_heads=max(1, int((heads + 1 / 16) * dim)), linear=False)
+    if config["layer"] == "mlp":
+        return lambda dim: NarrowMLP(dim, int(config["width"] * dim))
+    linear = config.get("linear", True)
+    return lambda dim: DDCLFeedForward(dim, num_heads=max(1, int(config["heads"] * dim)), linear=linear)
 
 
 class Bench:
     """One encoder and its texts."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        phrases, probe, evaluated = (40, 60, 20) if args.quick else (PHRASES, PROBE, None)
-        self.backbone = TransformersBackbone(str(args.encoder), tokens="mean", max_length=64)
+    def __init__(self, options: argparse.Namespace) -> None:
+        phrases, probe, evaluated = (40, 60, 20) if options.quick else (PHRASES, PROBE, None)
+        self.backbone = TransformersBackbone(str(options.encoder), tokens="mean", max_length=64)
         self.model: nn.Module = self.backbone.encoder
-        data = SST2DataModule(path=str(args.data / "sst2_glue.jsonl.gz"), batch_size=64)
+        data = SST2DataModule(path=str(options.texts / "sst2_glue.jsonl.gz"), batch_size=64)
         data.setup()
         train = _texts(data.train_dataloader(), phrases + probe)
         self.test = _texts(data.val_dataloader(), evaluated)
         self.distilled, self.probed = train[:phrases], train[phrases:]
         self.batches = [
-            dict(zip(("input_ids", "attention_mask"), self.backbone._tokenize(part), strict=True))
-            for part in _sorted_batches([text for text, _ in self.distilled])
+            dict(zip(("input_ids", "attention_mask"), self.backbone._tokenize(texts), strict=True))
+            for texts in _sorted_batches([text for text, _ in self.distilled])
         ]
 
     def accuracy(self) -> float:
@@ -122,18 +136,17 @@ class Bench:
     @torch.no_grad()
     def _features(self, rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
         rows = sorted(rows, key=lambda row: len(row[0]))
-        texts = [text for text, _ in rows]
-        found = [self.backbone.encode(part).values[:, 0] for part in _sorted_batches(texts)]
-        return torch.cat(found), torch.tensor([label for _, label in rows])
+        vectors = [self.backbone.encode(texts).values[:, 0] for texts in _sorted_batches([text for text, _ in rows])]
+        return torch.cat(vectors), torch.tensor([label for _, label in rows])
 
 
 def _texts(loader: Any, limit: int | None) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
+    rows: list[tuple[str, int]] = []
     for batch in loader:
-        found += zip(batch["text"], batch["y"].tolist(), strict=True)
-        if limit is not None and len(found) >= limit:
+        rows += zip(batch["text"], batch["y"].tolist(), strict=True)
+        if limit is not None and len(rows) >= limit:
             break
-    return found[:limit]
+    return rows[:limit]
 
 
 def _sorted_batches(texts: list[str], size: int = 64) -> list[list[str]]:
@@ -141,36 +154,36 @@ def _sorted_batches(texts: list[str], size: int = 64) -> list[list[str]]:
     return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
-def run(bench: Bench, method: str, size: str, where: str, seed: int, quick: bool) -> dict[str, Any]:
-    """Replace, distill, probe."""
+create_bench = cache(Bench)
+
+
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """Replace, distill, probe; or time."""
+    torch.set_flush_denormal(True)
+    bench = create_bench(options)
+    if config["measure"] == "time":
+        return times(bench, config["layers"], options.quick)
     torch.manual_seed(seed)
-    depth = len(replaceable(bench.model))
-    blocks: Any = "all" if where == ALL else [depth // 2]
-    with replace_feedforward(bench.model, creator(method, size), blocks) as replacement:
-        parts = list(replacement.parts.values())
-        start = time.perf_counter()
-        found = distill_feedforward(
+    if config["layer"] == "original":
+        return {"error": [0.0], "acc": bench.accuracy()}
+    blocks: Any = "all" if config["blocks"] == "all" else [len(replaceable(bench.model)) // 2]
+    with replace_feedforward(bench.model, creator(config), blocks) as replacement:
+        layers = list(replacement.parts.values())
+        distilled = distill_feedforward(
             replacement,
             bench.batches,
-            steps=20 if quick else STEPS,
+            steps=20 if options.quick else STEPS,
             lr=LR,
             batch_tokens=BATCH_TOKENS,
-            sequential="original" not in method,
+            sequential=config.get("sequential", True),
             seed=seed,
         )
-        seconds = time.perf_counter() - start
-        accuracy = bench.accuracy()
-    return {
-        "method": method,
-        "size": size,
-        "where": where,
-        "seed": seed,
-        "parameters": sum(p.numel() for p in parts[0].parameters()),
-        "start": [round(one.start, 5) for one in found],
-        "error": [round(one.error, 5) for one in found],
-        "acc": accuracy,
-        "seconds": round(seconds, 1),
-    }
+        return {
+            "parameters": sum(p.numel() for p in layers[0].parameters()),
+            "start": [round(block.start, 5) for block in distilled],
+            "error": [round(block.error, 5) for block in distilled],
+            "acc": bench.accuracy(),
+        }
 
 
 def replaceable(model: nn.Module) -> list[list[nn.Module]]:
@@ -180,106 +193,61 @@ def replaceable(model: nn.Module) -> list[list[nn.Module]]:
 
 
 @torch.no_grad()
-def times(bench: Bench, quick: bool) -> list[dict[str, Any]]:
+def times(bench: Bench, configs: dict[str, Config], quick: bool) -> Run:
     """Milliseconds of a call of one MLP and of what replaces it, side by side, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     original = nn.Sequential(*replaceable(bench.model)[0]).eval()
     dim = next(original.parameters()).shape[1]
     tokens = torch.randn(*((2, 8) if quick else TIMED), dim)
-    cases: dict[tuple[str, str], nn.Module] = {("the MLP itself", "1"): original}
-    for method, size, *_ in PLAN:
+    layers: dict[str, nn.Module] = {}
+    for name, config in configs.items():
         torch.manual_seed(0)
-        part = creator(method, size)(dim).eval()
-        if isinstance(part, DDCLFeedForward):
-            part.start_from(tokens.flatten(0, 1))
-        cases[method, size] = part
-    seen: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        layers[name] = original if config["layer"] == "original" else creator(config)(dim).eval()
+        if isinstance(layer := layers[name], DDCLFeedForward):
+            layer.start_from(tokens.flatten(0, 1))
+    fastest = dict.fromkeys(layers, float("inf"))
     for turn in range(2 if quick else 61):
-        for case, part in cases.items():
+        for name, layer in layers.items():
             start = time.perf_counter()
-            part(tokens)
+            layer(tokens)
             if turn:
-                seen[case].append(1e3 * (time.perf_counter() - start))
-    torch.set_num_threads(threads)
-    return [
-        {
-            "method": method,
-            "size": size,
-            "parameters": sum(p.numel() for p in cases[method, size].parameters()),
-            "fastest_ms": min(values),
-            "ratio": min(values) / min(seen["the MLP itself", "1"]),
-        }
-        for (method, size), values in seen.items()
-    ]
+                fastest[name] = min(fastest[name], 1e3 * (time.perf_counter() - start))
+    parameters = {name: sum(p.numel() for p in layer.parameters()) for name, layer in layers.items()}
+    return {"fastest_ms": fastest, "parameters": parameters}
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    time_of = {(row["method"], row["size"]): row for row in result["times"]}
-    lines = [
-        "| in place of the MLP | parameters | share | time | one block: error | ACC | all blocks: error | ACC |",
-        "|---|---|---|---|---|---|---|---|",
-        f"| the MLP itself | {time_of['the MLP itself', '1']['parameters']:,} | 1 | 1.00 | 0 | {result['acc']:.3f} | 0 "
-        f"| {result['acc']:.3f} |",
-    ]
-    whole = time_of["the MLP itself", "1"]["parameters"]
-    for method, size, *_ in PLAN:
-        cost = time_of[method, size]
-        cells = [method, f"{cost['parameters']:,}", f"{cost['parameters'] / whole:.2f}", f"{cost['ratio']:.2f}"]
-        for where in (ONE, ALL):
-            runs = [r for r in result["runs"] if (r["method"], r["size"], r["where"]) == (method, size, where)]
-            if not runs:
-                cells += ["-", "-"]
-                continue
-            errors = [sum(run["error"]) / len(run["error"]) for run in runs]
-            several = len(runs) > 1
-            cells.append(plus_minus(errors) if several else f"{errors[0]:.3f}")
-            cells.append(plus_minus(run["acc"] for run in runs) if several else f"{runs[0]['acc']:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def all_errors(runs: list[Run]) -> str:
+    """From the lowest error of a block to the highest, over all seeds."""
+    errors = [{"error": error} for run in runs for error in run["error"]]
+    return interval("error", ".3f")(errors) if any(error["error"] for error in errors) else "0" if errors else ""
 
 
-def main() -> None:
-    """Run what is missing."""
-    parser = options(__doc__)
-    parser.add_argument("--encoder", type=Path, required=True, help="folder of a Hugging Face encoder")
-    shared = Path(os.environ.get("DDCL_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=shared, help="folder of the text file")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
-    bench = Bench(args)
-    result = {} if args.quick else load(args.output, "feedforward")
-    result.pop("versions", None)
-    config: Any = bench.model.config
-    result["settings"] = {
-        "encoder": {name: getattr(config, name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")},
-        "phrases": len(bench.distilled),
-        "probe": [len(bench.probed), len(bench.test)],
+def table(results: Results) -> Table:
+    """Size and time of every replacement, and what it does in one block and in all."""
+    timed = results.of("time")
+    rows = [["in its place", "parameters", "time", "one block: error", "accuracy", "all blocks: error", "accuracy"]]
+    for name, (label, size, *_) in METHODS.items():
+        ratio = mean(lambda run, name=name: run["fastest_ms"][name] / run["fastest_ms"][MLP], ".2f")(timed)
+        one, every = (results.of(f"{blocks}/{name}") for blocks in ("one", "all"))
+        error = mean(lambda run: run["error"][0])(one) if name != MLP else "0"
+        rows.append([label, size, ratio, error, mean("acc")(one), all_errors(every), mean("acc")(every)])
+    return rows
+
+
+STUDY = Study(
+    "feedforward",
+    CASES,
+    run,
+    {"replacements": table},
+    settings={
+        "phrases": PHRASES,
+        "probe": PROBE,
         "steps": STEPS,
         "lr": LR,
         "batch_tokens": BATCH_TOKENS,
         "timed": TIMED,
-    }
-    if "acc" not in result:
-        result["acc"] = bench.accuracy()
-    if "times" not in result:
-        result["times"] = times(bench, args.quick)
-    runs = result.setdefault("runs", [])
-    for method, size, one, every in PLAN:
-        for where, seeds in ((ONE, one), (ALL, every)):
-            for seed in SEEDS[: min(seeds, 1) if args.quick else seeds]:
-                key = {"method": method, "size": size, "where": where, "seed": seed}
-                if any(all(run[name] == value for name, value in key.items()) for run in runs):
-                    continue
-                runs.append(run(bench, method, size, where, seed, args.quick))
-                save(args.output, "feedforward", result)
-                print(runs[-1], flush=True)
-    save(args.output, "feedforward", result)
-    print(table(result))
-
+    },
+    packages=("transformers",),
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -4,29 +4,21 @@ Level 1 reads the tokens of a frozen encoder through 64 prototypes, level 2 one 
 gives both levels one temperature, whose value its text lost; the centroids' means spread less than the tokens, so
 that what is a good temperature for level 1 is above the critical one of level 2. Here it is run held at such a
 value, and annealed through it, beside ours: a fraction of each level's own critical temperature, tokens at unit length,
-and the mean weighted by the rarity of the tokens' prototypes. All start level by level from k-means.
+and the mean weighted by the idf of the tokens' prototypes. All start level by level from k-means. Nothing here was
+chosen by the test posts. ``--quick`` takes digits: strokes and digits, no encoder.
 
-    python benchmarks/hierarchy.py --encoder FOLDER
-    python benchmarks/hierarchy.py --encoder FOLDER --posts test    # which nothing here was chosen by
-    python benchmarks/hierarchy.py --quick          # digits: strokes and digits, no encoder
-
-FOLDER is a Hugging Face encoder; the texts are read from ``--data`` (20newsgroups_bydate_stripped.jsonl.gz). Writes
-``hierarchy.json`` after every run (with ``_test``, ``_dD`` for other posts and dimensions), and continues where an
-interrupted one ended.
+    python benchmarks/hierarchy.py --encoder FOLDER --texts FOLDER [--cases 'test/128/*']
 """
 
 import argparse
-import json
-import os
-import time
-import warnings
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import ROOT, load, options, plus_minus, quiet_trainer, save
-from text_readouts import TASKS, data_module
+from _measure import quiet_trainer
+from _study import Case, Config, Results, Run, Study, Table, extreme, joined, mean
+from text_readouts import create_backbone, data_module, encoder_settings
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 from torch.utils.data import DataLoader
@@ -34,7 +26,7 @@ from torch.utils.data import DataLoader
 from ddcl_lightning import Clustering, DDCLReadoutModule, Decomposition, IdentityBackbone, Temperature, find_banks
 from ddcl_lightning._utils.batch import labels
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.backbones import PatchBackbone, TransformersBackbone
+from ddcl_lightning.backbones import PatchBackbone
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.datamodules import DigitsDataModule
@@ -45,23 +37,47 @@ from ddcl_lightning.metrics.probing import clustering_scores, collect_readouts, 
 from ddcl_lightning.monitoring.recording import CodebookRecord
 from ddcl_lightning.monitoring.signals import read_signals
 
-SEEDS = (0, 1, 2, 3, 4)
-EPOCHS = 3
-# Of the tokens, unless told otherwise: their first singular directions, not centred, so that lengths and angles stay.
-DIM = 128
+EPOCHS, LENGTH = 3, 64  # tokens of a post
 SIZES = [64, 20]  # the paper's
-HELD, LAST = 0.5, 0.02  # the paper's one temperature, as fractions of level 1's critical one; its values are lost
-LEVEL_1, LEVEL_2 = (0.1, 0.02), (0.1, 0.005)  # ours, of each level's own
-VIEWS = ("k-means, CLS", "k-means, mean", "k-means, mean, unit length")
-METHODS = (
-    "ours, rare mean of tokens",
-    "ours, rare mean of centroids",
-    "ours, mean of centroids",
-    "ours, mean of centroids, fast",  # at the paper's rate: what unit length alone brings
-    "paper, one T annealed",
-    "paper, one T held",
-    "paper, T of each level",  # the paper's but for the temperature, which alone is ours
-)
+# The paper's one temperature, as fractions of level 1's critical one; its values are lost. Then those of each level.
+HELD, ANNEALED = [0.5, 0.5], [0.5, 0.02]
+OWN = [[0.1, 0.02], [0.1, 0.005]]
+OURS: dict[str, Any] = {"scale": "unit", "temperature": "own", "schedule": OWN, "rate": 1e-3}
+PAPER: dict[str, Any] = {"level_2": "mean", "scale": "none", "temperature": "common", "rate": 1e-2}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kmeans-cls": ("k-means, CLS", {"vector": "first"}),
+    "kmeans-mean": ("k-means, mean", {"vector": "mean"}),
+    "kmeans-mean-unit": ("k-means, mean, unit length", {"vector": "mean, unit length"}),
+    "ours-mean": ("ours, mean of centroids", {**OURS, "level_2": "mean"}),
+    # At the paper's rate: what unit length alone brings.
+    "ours-mean-fast": ("ours, mean of centroids, fast", {**OURS, "level_2": "mean", "rate": 1e-2}),
+    "ours-idf-centroids": ("ours, idf mean of centroids", {**OURS, "level_2": "rare_mean"}),
+    "ours-idf-tokens": ("ours, idf mean of tokens", {**OURS, "level_2": "rare_inputs"}),
+    # The paper's but for the temperature, which alone is ours.
+    "paper-own": ("paper, T of each level", {**PAPER, "temperature": "own", "schedule": OWN}),
+    "paper-annealed": ("paper, one T annealed", {**PAPER, "schedule": ANNEALED}),
+    "paper-held": ("paper, one T held", {**PAPER, "schedule": HELD}),
+}
+COMPARED = ("kmeans-mean", "kmeans-mean-unit", "ours-idf-tokens")  # in all dimensions
+# Posts, and the first singular directions of the tokens, not centred, so that lengths and angles stay.
+TABLES: dict[tuple[str, int], tuple[str, ...]] = {
+    ("train", 128): tuple(METHODS),
+    ("test", 128): tuple(METHODS),
+    ("train", 384): COMPARED,
+    ("test", 384): COMPARED,
+}
+
+
+def case(name: str, posts: str, dim: int | None, sizes: list[int]) -> Case:
+    label, config = METHODS[name]
+    needs = () if posts == "digits" else ("encoder", "texts")
+    return Case(label, {"posts": posts, "dim": dim, "sizes": sizes, **config}, needs)
+
+
+CASES = {
+    f"{posts}/{dim}/{name}": case(name, posts, dim, SIZES) for (posts, dim), names in TABLES.items() for name in names
+}
+QUICK = {f"digits/{name}": case(name, "digits", None, [16, 10]) for name in METHODS}
 
 
 class SmallestSpread(BankCallback):
@@ -72,14 +88,14 @@ class SmallestSpread(BankCallback):
 
     def __init__(self) -> None:
         super().__init__(every_n_batches=1)
-        self.found: dict[str, float] = {}
+        self.smallest: dict[str, float] = {}
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
         """Keep what is smaller."""
-        for name, one in seen.items():
-            few = one.tokens.shape[1] <= 1024
-            exact = decompose(one.tokens, one.prototypes, one.temperature, one.mask) if few else one.terms
-            self.found[name] = min(self.found.get(name, float("inf")), float(exact.variance.min()))
+        for name, bank in seen.items():
+            few = bank.tokens.shape[1] <= 1024
+            exact = decompose(bank.tokens, bank.prototypes, bank.temperature, bank.mask) if few else bank.terms
+            self.smallest[name] = min(self.smallest.get(name, float("inf")), float(exact.variance.min()))
 
 
 class Features:
@@ -99,20 +115,15 @@ class Features:
 
     def mean(self) -> Tensor:
         """Mean valid token of every sample, ``(N, D)``."""
-        parts = self.loader(shuffle=False)
-        return torch.cat([mean_token(one["x"] * one["mask"].unsqueeze(-1), one["mask"]) for one in parts])
+        batches = self.loader(shuffle=False)
+        return torch.cat([mean_token(batch["x"] * batch["mask"].unsqueeze(-1), batch["mask"]) for batch in batches])
 
     def reduced(self, dim: int) -> "Features":
         """The same in the first right singular directions of the tokens."""
         sample = self.sample(65_536).double()
-        energy, directions = torch.linalg.eigh(sample.mT @ sample)
-        basis = directions[:, -dim:].flip(1).float()
-        print(
-            f"{float(energy[-dim:].sum() / energy.sum()):.1%} of the tokens' squared length in {dim} directions",
-            flush=True,
-        )
-        parts = [(one["x"] @ basis).half() for one in self.loader(shuffle=False)]
-        return Features(torch.cat(parts), self.mask, self.y)
+        basis = torch.linalg.eigh(sample.mT @ sample).eigenvectors[:, -dim:].flip(1).float()
+        reduced = [(batch["x"] @ basis).half() for batch in self.loader(shuffle=False)]
+        return Features(torch.cat(reduced), self.mask, self.y)
 
     def sample(self, size: int) -> Tensor:
         """Some valid tokens, ``(size, D)``."""
@@ -121,172 +132,135 @@ class Features:
         return self.x[chosen[:, 0], chosen[:, 1]].float()
 
 
+@cache
 @torch.no_grad()
-def newsgroups(args: argparse.Namespace) -> Features:
-    length = TASKS["newsgroups"]["max_length"]
-    backbone = TransformersBackbone(str(args.encoder), max_length=length, cache_dir=str(args.cache))
-    data = data_module("newsgroups", args, seed=0, evaluate_on="train" if args.posts == "train" else "auto")
-    data.setup()
-    posts = data.test_dataloader()
-    backbone.fill_cache(posts)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in posts:
+def load(posts: str, dim: int | None, options: argparse.Namespace) -> Features:
+    """Posts, or patches of the digits as tokens."""
+    if posts == "digits":
+        data = DigitsDataModule(limit=400, seed=0, as_images=True)
+        data.setup()
+        batches = list(data.val_dataloader())
+        x = torch.cat([PatchBackbone(patch_size=4, stride=2)(batch).values for batch in batches])
+        return Features(x, torch.ones(x.shape[:2], dtype=torch.bool), torch.cat([batch["y"] for batch in batches]))
+    backbone = create_backbone({"max_length": LENGTH}, options)
+    data = data_module("newsgroups", options, 0, evaluate_on="train" if posts == "train" else "auto")
+    loader = data.test_dataloader()
+    backbone.fill_cache(loader)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in loader:
         tokens, mask = backbone(batch)
         truth = labels(batch)
         assert mask is not None
         assert truth is not None
-        room = (0, length - tokens.shape[1])
-        parts.append((pad(tokens, (0, 0, *room)).half(), pad(mask, room), truth))
-    features = Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return features if args.dim == features.x.shape[-1] else features.reduced(args.dim)
+        room = (0, LENGTH - tokens.shape[1])
+        rows.append((pad(tokens, (0, 0, *room)).half(), pad(mask, room), truth))
+    features = Features(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    return features if dim == features.x.shape[-1] else features.reduced(dim)
 
 
-@torch.no_grad()
-def digits() -> Features:
-    """The quick version: patches of the digits as tokens."""
-    data = DigitsDataModule(limit=400, seed=0, as_images=True)
-    data.setup()
-    batches = list(data.val_dataloader())
-    x = torch.cat([PatchBackbone(patch_size=4, stride=2)(batch).values for batch in batches])
-    truth = torch.cat([batch["y"] for batch in batches])
-    return Features(x, torch.ones(x.shape[:2], dtype=torch.bool), truth)
-
-
-def head_and_schedules(method: str, sizes: list[int], critical: float) -> tuple[HierarchicalReadout, list[Any]]:
+def create_head(config: Config, critical: float) -> tuple[HierarchicalReadout, list[Any]]:
     """A head, and what sets its temperatures; ``critical`` is that of the tokens as they are."""
-    own = [
-        TemperatureAnnealing(*LEVEL_1, per="step", banks="*levels.0.*"),
-        TemperatureAnnealing(*LEVEL_2, per="step", banks="*levels.1.*"),
-    ]
-    if method.endswith("each level"):
-        return HierarchicalReadout(sizes, temperature_unit=["absolute", "critical"]), own
-    if method.startswith("paper"):
-        last = HELD if method.endswith("held") else LAST
-        annealing = TemperatureAnnealing(start=HELD * critical, end=last * critical, unit="absolute", per="step")
-        return HierarchicalReadout(sizes, temperature=Temperature(HELD * critical, unit="absolute")), [annealing]
-    above = "rare_inputs" if method.endswith("tokens") else "rare_mean" if "rare" in method else "mean"
-    reads: Any = ["all", above]
-    # A frozen encoder's tokens do not move: their critical temperature is measured once. Those of level 2 do.
-    head = HierarchicalReadout(sizes, tokens=reads, embedding_scale="unit", temperature_unit=["absolute", "critical"])
-    return head, own
+    reads: Any = ["all", config["level_2"]]
+    common: dict[str, Any] = {"tokens": reads, "embedding_scale": config["scale"]}
+    if config["temperature"] == "own":
+        schedules = [
+            TemperatureAnnealing(*ends, per="step", banks=f"*levels.{level}.*")
+            for level, ends in enumerate(config["schedule"])
+        ]
+        # A frozen encoder's tokens do not move: their critical temperature is measured once. Those of level 2 do.
+        return HierarchicalReadout(config["sizes"], temperature_unit=["absolute", "critical"], **common), schedules
+    start, end = (fraction * critical for fraction in config["schedule"])
+    readout = HierarchicalReadout(config["sizes"], temperature_unit="absolute", temperature=start, **common)
+    return readout, [TemperatureAnnealing(start=start, end=end, unit="absolute", per="step")]
 
 
-def train(features: Features, method: str, sizes: list[int], critical: float, seed: int, epochs: int) -> dict[str, Any]:
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
     """Scores after the last epoch, and the state of both levels."""
+    torch.set_flush_denormal(True)
+    features, clusters = load(config["posts"], config["dim"], options), config["sizes"][-1]
+    if "vector" in config:
+        rows = features.mean()
+        if config["vector"] == "first":
+            rows = features.x[torch.arange(len(features.y)), features.mask.int().argmax(1)].float()
+        elif config["vector"] == "mean, unit length":
+            rows = normalize(rows)
+        return kmeans_scores(rows, features.y, clusters, num_restarts=10, seed=100 * seed)
     pl.seed_everything(seed, verbose=False)
-    head, schedules = head_and_schedules(method, sizes, critical)
-    rate = 1e-2 if method.startswith("paper") or method.endswith("fast") else 1e-3
+    head, schedules = create_head(config, float(critical_temperature(features.sample(16_384))))
     backbone = IdentityBackbone(features.x.shape[-1])
-    module = DDCLReadoutModule(backbone, head, Clustering(sizes[-1]), lr_prototypes=rate, rho=0.0)
+    module = DDCLReadoutModule(backbone, head, Clustering(clusters), lr_prototypes=config["rate"], rho=0.0)
     spread, check = SmallestSpread(), DecompositionCheck(every_n_batches=40)
     start = KMeansInitialization(num_restarts=10, max_tokens=12_000, seed=100 * seed, progress=False)
-    trainer = quiet_trainer(epochs, [*schedules, start, spread, check], limit_val_batches=0)
-    begin = time.perf_counter()
+    trainer = quiet_trainer(1 if options.quick else EPOCHS, [*schedules, start, spread, check], limit_val_batches=0)
     trainer.fit(module, features.loader(shuffle=True))
-    seconds = time.perf_counter() - begin
     samples = {name: Reservoir(16_384) for name in find_banks(module.head)}
-    found = collect_readouts(module, features.loader(shuffle=False), tokens=samples, max_samples=1 << 30)
+    readouts = collect_readouts(module, features.loader(shuffle=False), tokens=samples, max_samples=1 << 30)
     levels = []
     for (name, bank), sample in zip(find_banks(module.head).items(), samples.values(), strict=True):
         terms = Decomposition(*(torch.zeros(1) for _ in range(3)))  # not read
         tokens = sample.gather().transpose(0, 1)
-        seen = CodebookRecord(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
-        now = read_signals(seen, bank.detach_assignments)[0]
+        observation = Observation(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
+        signals = read_signals(observation, bank.detach_assignments)[0]
         levels.append(
             {
-                "temperature_ratio": now.temperature_ratio,
-                "critical": now.critical,
-                "entropy_ratio": now.entropy_ratio,
-                "delta_relative": now.relative_separation,
-                "smallest_variance": spread.found[f"head.{name}"],
-                "scale": now.scale,
+                "temperature_ratio": signals.temperature_ratio,
+                "critical": signals.critical,
+                "entropy_ratio": signals.entropy_ratio,
+                "delta_relative": signals.relative_separation,
+                "smallest_variance": spread.smallest[f"head.{name}"],
+                "scale": signals.scale,
             }
         )
-    return {
-        "method": method,
-        "seed": seed,
-        **clustering_scores(found.clusters[:, 0], found.labels, sizes[-1]),
-        "levels": levels,
-        "checks": check.checks,
-        "violations": check.violations,
-        "seconds": round(seconds, 1),
-    }
+    scores = clustering_scores(readouts.clusters[:, 0], readouts.labels, clusters)
+    return {**scores, "levels": levels, "checks": check.checks, "violations": check.violations}
 
 
-def run(features: Features, args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Fill in what is missing."""
-    sizes, epochs = ([16, 10], 1) if args.quick else (SIZES, EPOCHS)
-    result["rows"], runs = len(features.y), result.setdefault("runs", [])
-    critical = float(critical_temperature(features.sample(16_384)))
-    mean = features.mean()
-    first = features.x[torch.arange(len(features.y)), features.mask.int().argmax(1)].float()
-    views = dict(zip(VIEWS, (first, mean, normalize(mean)), strict=True))
-    seeds = SEEDS[: 1 if args.quick else None]
-    done = {(one["method"], one["seed"]) for one in runs}
-    for method, seed in ((method, seed) for seed in seeds for method in args.methods):
-        if (method, seed) in done:
-            continue
-        if method in views:
-            scores = kmeans_scores(views[method], features.y, sizes[-1], num_restarts=10, seed=100 * seed)
-            runs.append({"method": method, "seed": seed, **scores})
-        else:
-            runs.append(train(features, method, sizes, critical, seed, epochs))
-        save(args.output, args.name, result)
-        print(runs[-1], flush=True)
+def both_levels(pick: Any, key: str, form: str) -> Any:
+    """A value of level 1 and of level 2."""
+
+    def level(number: int) -> Any:
+        return extreme(pick, lambda run: run["levels"][number][key] if "levels" in run else None, form)
+
+    return joined(level(0), level(1))
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    lines = ["| method | ACC | NMI | ARI | T / T_c: level 1, 2 | H / ln K: level 1, 2 | smallest V: level 1, 2 |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    found = {one["method"] for one in result["runs"]}
-    for method in sorted(found, key=lambda name: (not name.startswith("k-means"), name)):
-        runs = [one for one in result["runs"] if one["method"] == method]
-        cells = [plus_minus(one[key] for one in runs) for key in ("acc", "nmi", "ari")]
-        for key, form, pick in (
-            ("temperature_ratio", "{:.3g}", max),
-            ("entropy_ratio", "{:.3f}", max),
-            ("smallest_variance", "{:.2g}", min),
-        ):
-            both = (0, 1) if "levels" in runs[0] else ()
-            cells.append(", ".join(form.format(pick(one["levels"][i][key] for one in runs)) for i in both))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+COLUMNS = {
+    "ACC": mean("acc"),
+    "NMI": mean("nmi"),
+    "ARI": mean("ari"),
+    "T / T_c: level 1, 2": both_levels(max, "temperature_ratio", ".3g"),
+    "H / ln K: level 1, 2": both_levels(max, "entropy_ratio", ".3f"),
+    "smallest V: level 1, 2": both_levels(min, "smallest_variance", ".2g"),
+}
 
 
-def main() -> None:
-    """Run everything, or go on with it."""
-    parser = options(__doc__)
-    parser.add_argument("--encoder", type=Path, help="folder of a Hugging Face encoder; not needed with --quick")
-    shared = Path(os.environ.get("DDCL_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=shared, help="folder of the text file")
-    parser.add_argument("--cache", type=Path, default=ROOT / "feature_cache", help="folder of the features")
-    parser.add_argument("--posts", choices=("train", "test"), default="train", help="what is clustered, and scored")
-    parser.add_argument("--dim", type=int, default=DIM, help="dimension of the tokens")
-    parser.add_argument("--methods", nargs="*", choices=(*VIEWS, *METHODS), default=(*VIEWS, *METHODS))
-    args = parser.parse_args()
-    args.name = "hierarchy" + ("_test" if args.posts == "test" else "") + (f"_d{args.dim}" if args.dim != DIM else "")
-    if args.encoder is None and not args.quick:
-        parser.error("--encoder FOLDER is needed without --quick")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    torch.set_flush_denormal(True)
-    result = {} if args.quick else load(args.output, args.name)
-    result.pop("versions", None)
-    result["settings"] = {
-        "sizes": SIZES,
+def dimensions(results: Results) -> Table:
+    rows = [["posts", *(METHODS[name][0] for name in COMPARED)]]
+    for posts, label in (("train", "training"), ("test", "test")):
+        for dim in (128, 384):
+            cells = (mean("acc")(results.of(f"{posts}/{dim}/{name}")) for name in COMPARED)
+            rows.append([f"{label}, {dim} dimensions", *cells])
+    return rows
+
+
+STUDY = Study(
+    "hierarchy",
+    CASES,
+    run,
+    {
+        "train": lambda results: results.table("method", results.where(posts="train", dim=128), COLUMNS),
+        "test": lambda results: results.table("method", results.where(posts="test", dim=128), COLUMNS),
+        "dimensions": dimensions,
+    },
+    seeds=range(5),
+    settings=lambda options: {
         "epochs": EPOCHS,
-        "dim": args.dim,
-        "posts": args.posts,
-        "paper": {"held": HELD, "last": LAST, "lr_prototypes": 1e-2},
-        "ours": {"level_1": LEVEL_1, "level_2": LEVEL_2, "lr_prototypes": 1e-3},
-    }
-    if not args.quick:
-        config = json.loads((args.encoder / "config.json").read_text(encoding="utf-8"))
-        keys = ("architectures", "num_hidden_layers", "hidden_size", "vocab_size")
-        result["settings"]["encoder"] = {key: config[key] for key in keys}
-    run(digits() if args.quick else newsgroups(args), args, result)
-    print(table(result))
-
+        "max_length": LENGTH,
+        "encoder": None if options.quick else encoder_settings(options),
+    },
+    quick=QUICK,
+    packages=("transformers",),
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

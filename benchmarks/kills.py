@@ -4,12 +4,12 @@ Every trial starts ``ddcl fit`` in a process of its own, sends SIGKILL or SIGTER
 the newest checkpoint; some are killed again. Compared with the run that nobody killed: weights and buffers, the state
 of the optimizers, and that of the callbacks, the random generators among them.
 
-    python benchmarks/kills.py --trials 30 --seeds 7 8
+    python benchmarks/kills.py
 """
 
+import argparse
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import options, save
+from _study import Case, Config, Results, Run, Study, Table
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
@@ -30,17 +30,23 @@ from ddcl_lightning import IdentityBackbone, cli
 LIMIT = 1800.0  # seconds after which a run counts as hanging; a busy machine is slow
 _ADD = "--trainer.callbacks+="
 _DROPOUT = ["--model.backbone", "kills.DroppedOut", "--trainer.max_epochs", "4"]
-_SPLITS = ["--trainer.callbacks.max_prototypes=24", "--trainer.callbacks.significance=null"]
-RUNS: dict[str, list[str]] = {  # what makes each recipe short
-    "digits": ["--trainer.max_epochs", "4"],
-    "digits, dropout": _DROPOUT,
-    "digits, adaptive": ["--trainer.max_epochs", "5", f"{_ADD}AdaptiveBankSize", *_SPLITS],
-    "digits_adaptive": ["--trainer.max_epochs", "8"],
-    "digits_soft_vq": ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"],
-    "digits_vqvae": ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"],
-    "digits_hierarchical": ["--trainer.max_epochs", "2"],
-    "debris": ["--trainer.max_epochs", "12", "--trainer.check_val_every_n_epoch", "2"],
-    "vit_digits": ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "5", "--summary.compare", "false"],
+_FEW = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"]
+_SPLITS = ["--trainer.max_epochs", "5", f"{_ADD}AdaptiveBankSize"]
+_SPLITS += ["--trainer.callbacks.max_prototypes=24", "--trainer.callbacks.significance=null"]
+RECIPES: dict[str, tuple[str, str, list[str], int]] = {  # label, recipe, what makes it short, trials per seed
+    "digits": ("digits", "digits", ["--trainer.max_epochs", "4"], 4),
+    "digits-dropout": ("digits, dropout", "digits", _DROPOUT, 4),
+    "digits-adaptive-size": ("digits, adaptive", "digits", _SPLITS, 4),
+    "digits_adaptive": ("digits_adaptive", "digits_adaptive", ["--trainer.max_epochs", "8"], 3),
+    "digits_soft_vq": ("digits_soft_vq", "digits_soft_vq", _FEW, 3),
+    "digits_vqvae": ("digits_vqvae", "digits_vqvae", _FEW, 3),
+    "digits_hierarchical": ("digits_hierarchical", "digits_hierarchical", ["--trainer.max_epochs", "2"], 3),
+    "debris": ("debris", "debris", ["--trainer.max_epochs", "12", "--trainer.check_val_every_n_epoch", "2"], 3),
+    "vit_digits": ("vit_digits", "vit_digits", [*_FEW[:3], "5", "--summary.compare", "false"], 3),
+}
+CASES = {
+    name: Case(label, {"recipe": recipe, "words": words, "trials": trials})
+    for name, (label, recipe, words, trials) in RECIPES.items()
 }
 
 
@@ -76,9 +82,9 @@ class End(Callback):
         torch.save({**end, "optimizers": optimizers, "weights": pl_module.state_dict()}, self.path)
 
 
-def start(name: str, folder: Path, checkpoint: Path | None = None) -> int:
+def start(config: Config, folder: Path, checkpoint: Path | None = None) -> int:
     """Begin a run in a process of its own; its number."""
-    words = ["fit", "--config", name.partition(",")[0], *RUNS[name]]
+    words = ["fit", "--config", config["recipe"], *config["words"]]
     words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
     words += [f"{_ADD}lightning.pytorch.callbacks.ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}/saved"]
     words += ["--trainer.callbacks.every_n_train_steps=2", "--trainer.callbacks.save_top_k=-1"]
@@ -145,13 +151,13 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
         yield where
 
 
-def trial(name: str, folder: Path, whole: Any, seconds: float, draw: random.Random) -> dict[str, Any]:
+def trial(config: Config, folder: Path, whole: Any, seconds: float, draw: random.Random) -> dict[str, Any]:
     """One run that is killed, some twice, and resumed."""
     kills: list[str] = []
     torn: list[str] = []
     checkpoint = None
     for _ in range(draw.choice([1, 1, 2])):
-        process = start(name, folder, checkpoint)
+        process = start(config, folder, checkpoint)
         number = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
         if draw.random() < 0.25:  # anywhere, the start included
             code = watch(process, draw.uniform(0.05, 1.0) * seconds)
@@ -166,7 +172,7 @@ def trial(name: str, folder: Path, whole: Any, seconds: float, draw: random.Rand
         torn += unreadable
         kills.append(f"{number.name} -> {code} from {checkpoint.name if checkpoint else 'nothing'}")
     (folder / "end.pt").unlink(missing_ok=True)
-    code = wait(start(name, folder, checkpoint))
+    code = wait(start(config, folder, checkpoint))
     if code != 0:
         return {"kills": kills, "torn": torn, "end": f"exit code {code}"}
     different = list(differences(whole, torch.load(folder / "end.pt", weights_only=False)))
@@ -189,58 +195,45 @@ def watch(process: int, seconds: float, reached: Callable[[], bool] = lambda: Fa
     return None
 
 
-def campaign(names: list[str], trials: int, seed: int, root: Path) -> list[dict[str, Any]]:
-    """``trials`` trials, spread evenly over the recipes."""
-    draw, results = random.Random(seed), []
-    wholes: dict[str, tuple[Any, float]] = {}
-    for number in range(trials):
-        name = names[number % len(names)]
-        if name not in wholes:
-            began = time.monotonic()
-            code = wait(start(name, root / name / "whole"))
-            if code != 0:
-                raise RuntimeError(f"{name} ends with {code}: {(root / name / 'whole' / 'log').read_text()[-2000:]}")
-            wholes[name] = torch.load(root / name / "whole" / "end.pt", weights_only=False), time.monotonic() - began
-        folder = root / name / str(number)
-        result = {"recipe": name, **trial(name, folder, *wholes[name], draw)}
-        print(number, result, flush=True)
-        results.append(result)
-        if result["end"] == "equal":
-            shutil.rmtree(folder)
-    return results
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """A row per recipe, in Markdown."""
-    rows = ["| recipe | runs | killed | ends equal bit for bit |", "|---|---|---|---|"]
-    for name in (*dict.fromkeys(result["recipe"] for result in results), "all"):
-        mine = [result for result in results if name in (result["recipe"], "all")]
-        kills = sum(" -> 0 " not in kill for result in mine for kill in result["kills"])  # others had ended before
-        equal = sum(result["end"] == "equal" for result in mine)
-        rows.append(f"| {name} | {len(mine)} | {kills} times | {equal} |")
-    return "\n".join(rows)
-
-
-def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--trials", type=int, default=30, help="for each seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8])
-    parser.add_argument("--recipes", nargs="+", default=list(RUNS), choices=list(RUNS))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """The run that nobody kills, and trials of being killed."""
+    generator, trials = random.Random(f"{config} {seed}"), []
     with tempfile.TemporaryDirectory() as root:
-        names, trials = (given.recipes[:3], 3) if given.quick else (given.recipes, given.trials)
-        results = [
-            {"seed": seed, **result}
-            for seed in given.seeds[: 1 if given.quick else None]
-            for result in campaign(names, trials, seed, Path(root) / str(seed))
-        ]
-    equal = sum(result["end"] == "equal" for result in results)
-    print(table(results))
-    save(given.output, "kills", {"equal": equal, "trials": results})
-    if equal < len(results):
-        raise SystemExit(1)
+        began = time.monotonic()
+        code = wait(start(config, Path(root) / "whole"))
+        if code != 0:
+            log = (Path(root) / "whole" / "log").read_text()
+            raise RuntimeError(f"{config['recipe']} ends with {code}: {log[-2000:]}")
+        seconds = time.monotonic() - began
+        whole = torch.load(Path(root) / "whole" / "end.pt", weights_only=False)
+        for number in range(1 if options.quick else config["trials"]):
+            trials.append(trial(config, Path(root) / str(number), whole, seconds, generator))
+            if trials[-1]["end"] != "equal":
+                print(trials[-1], flush=True)
+    return {"trials": trials}
 
+
+def table(results: Results) -> Table:
+    """A row per recipe, and their sums."""
+    groups = {CASES[name].label: results.of(name) for name in results.where()}
+    rows = [["recipe", "runs", "killed", "ends equal bit for bit", "torn checkpoints"]]
+    for label, runs in {**groups, "all": results.runs}.items():
+        trials = [trial for run in runs for trial in run["trials"]]
+        kills = sum(" -> 0 " not in kill for trial in trials for kill in trial["kills"])  # others had ended before
+        equal = sum(trial["end"] == "equal" for trial in trials)
+        torn = sum(len(trial["torn"]) for trial in trials)
+        rows.append([label, f"{len(trials)}", f"{kills} times", f"{equal}", f"{torn}"])
+    return rows
+
+
+STUDY = Study(
+    "kills",
+    CASES,
+    run,
+    {"recipes": table},
+    seeds=(7, 8),
+    quick={name: CASES[name] for name in ("digits", "digits-dropout", "digits-adaptive-size")},
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -2,32 +2,27 @@
 
 Forward and backward of a bank of K prototypes over N tokens (d = 64, float32; loss: mean square of the centroids plus
 L_q), fused as in training and written out plainly, eager and compiled, against ``tokens @ prototypes.T @ prototypes``
-with its backward. All cases take turns in one process, and the fastest turns are compared, for machines are noisy.
+with its backward. All of one size take turns in one process, and the fastest turns are compared, for machines are
+noisy.
 
 Low temperatures make numbers too small to be normal, which a CPU multiplies slowly unless told to flush them to zero.
 ``torch.set_flush_denormal`` tells the calling thread, and the worker threads which that one starts later: "caller" is
-what it does once the workers exist, "all threads" is what it does before the first parallel operation.
+what it does once the workers exist, "all" is what it does before the first parallel operation.
 
-    python benchmarks/layer_cost.py               # 15 minutes on two cores: keep them free
-    python benchmarks/layer_cost.py --quick
-
-Writes ``layer_cost.json``.
+    python benchmarks/layer_cost.py               # 20 minutes on two cores: keep them free
 """
 
 import argparse
 import itertools
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from _common import options, peak_mib, save
+from _measure import in_fresh_process, peak_mib, reset_peak
+from _study import Case, Config, Results, Run, Study, Table
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddcl_lightning.functional import critical_temperature
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -35,11 +30,27 @@ from ddcl_lightning.nn.bank import PrototypeBank
 DIM = 64
 SIZES = tuple(itertools.product((4096, 32768), (64, 1024)))
 FRACTIONS = (0.1, 0.005)  # of the critical temperature
-FLUSHES = ("off", "caller", "all threads")
-MATMULS = "two matrix products"
-PATHS = ("fused", "fused, compiled", "plain", "plain, compiled")
+FLUSHES = ("off", "caller", "all")
+PRODUCTS = "products"
+PATHS = {
+    "fused": "fused",
+    "fused-compiled": "fused, compiled",
+    "plain": "plain",
+    "plain-compiled": "plain, compiled",
+    PRODUCTS: "matrix products",
+}
 SECONDS, TURNS = 60.0, (5, 25)  # per size and temperature; fewest and most turns
-MEMORY_CASES = (MATMULS, "fused", "plain")
+
+
+def size_case(size: int, prototypes: int, **config: Any) -> Case:
+    return Case(f"{size} x {prototypes}", {"tokens": size, "prototypes": prototypes, **config})
+
+
+CASES = {f"time/{n}/{k}/{t}": size_case(n, k, measure="time", temperature=t) for n, k in SIZES for t in FRACTIONS} | {
+    f"memory/{n}/{k}": size_case(n, k, measure="memory") for n, k in SIZES
+}
+QUICK = {"time/256/16/0.1": size_case(256, 16, measure="time", temperature=0.1)}
+QUICK["memory/256/16"] = size_case(256, 16, measure="memory")
 
 Step = Callable[[], None]
 
@@ -83,7 +94,8 @@ def problem(size: int, prototypes: int) -> tuple[Tensor, Tensor]:
 def modules(prototypes: Tensor, names: Iterable[str]) -> dict[str, nn.Module]:
     """The module of each case."""
     return {
-        name: Products(prototypes) if name == MATMULS else Layer(prototypes, name.startswith("plain")) for name in names
+        name: Products(prototypes) if name == PRODUCTS else Layer(prototypes, name.startswith("plain"))
+        for name in names
     }
 
 
@@ -100,10 +112,10 @@ def step_of(name: str, module: nn.Module, tokens: Tensor) -> Step:
     return step
 
 
-def set_temperature(cases: Iterable[nn.Module], tokens: Tensor, fraction: float) -> None:
+def set_temperature(layers: Iterable[nn.Module], tokens: Tensor, fraction: float) -> None:
     """A fraction of the critical temperature for all layers."""
     temperature = fraction * float(critical_temperature(tokens))
-    for module in cases:
+    for module in layers:
         if isinstance(module, Layer):
             module.bank.set_temperature(temperature)
 
@@ -114,22 +126,33 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-class Turns:
-    """All cases of one size, which take turns."""
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """Times of all paths in turn, or the memory of each."""
+    size, prototypes = config["tokens"], config["prototypes"]
+    # Quick is without what takes longest: compiling, and starting processes.
+    paths = ["fused", "plain"] if options.quick else [path for path in PATHS if path != PRODUCTS]
+    if config["measure"] == "time":
+        turns = Turns(size, prototypes, paths)
+        return turns.measure(config["temperature"], *((1.0, (1, 1)) if options.quick else (SECONDS, TURNS)))
+    measured = ["fused"] if options.quick else ["fused", "plain", PRODUCTS]
+    return {"mib": {path: in_fresh_process(__file__, "memory", path, size, prototypes) for path in measured}}
 
-    def __init__(self, size: int, prototypes: int, paths: tuple[str, ...]) -> None:
+
+class Turns:
+    """All paths of one size, which take turns."""
+
+    def __init__(self, size: int, prototypes: int, paths: list[str]) -> None:
         torch.compiler.reset()  # so that no size is taken for a dynamic one, or refused as one too many
-        self.common = {"tokens": size, "prototypes": prototypes}
         self.paths = paths
         self.tokens, bank = problem(size, prototypes)
-        self.modules = modules(bank, (MATMULS, *paths))
+        self.modules = modules(bank, (PRODUCTS, *paths))
         self.steps = {name: step_of(name, module, self.tokens) for name, module in self.modules.items()}
         # A thread that flushes before its first parallel operation has workers that flush; see above.
         self.flushing = ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,))
 
     def timed(self, name: str, flush: str) -> float:
         """Seconds of one step."""
-        if flush == "all threads":
+        if flush == "all":
             return self.flushing.submit(seconds, self.steps[name]).result()
         torch.set_flush_denormal(flush == "caller")
         try:
@@ -137,39 +160,27 @@ class Turns:
         finally:
             torch.set_flush_denormal(False)
 
-    def measure(self, fraction: float, budget: float, turns: tuple[int, int]) -> list[dict[str, Any]]:
-        """One row per path and way of flushing, at one temperature."""
+    def measure(self, fraction: float, limit: float, turns: tuple[int, int]) -> Run:
+        """Fastest milliseconds by path and way of flushing, at one temperature."""
         set_temperature(self.modules.values(), self.tokens, fraction)
-        jobs = [(MATMULS, "off"), *itertools.product(self.paths, FLUSHES)]
+        jobs = [(PRODUCTS, "off"), *itertools.product(self.paths, FLUSHES)]
         times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
         for job in jobs:
             self.timed(*job)  # compile, start threads, fill caches
         began = time.perf_counter()
         for turn in range(turns[1]):
-            if turn >= turns[0] and time.perf_counter() - began > budget:
+            if turn >= turns[0] and time.perf_counter() - began > limit:
                 break
             for job in jobs:
-                times[job].append(self.timed(*job))
-        bare = times.pop((MATMULS, "off"))
-        return [
-            {
-                **self.common,
-                "temperature": fraction,
-                "turns": len(bare),
-                "path": path,
-                "flush": flush,
-                "median_ratio_within_turns": statistics.median(
-                    mine / theirs for mine, theirs in zip(values, bare, strict=True)
-                ),
-                "fastest_ms": 1e3 * min(values),
-                "fastest_matmuls_ms": 1e3 * min(bare),
-            }
-            for (path, flush), values in times.items()
-        ]
+                times[job].append(1e3 * self.timed(*job))
+        fastest: dict[str, dict[str, float]] = {}
+        for (path, flush), values in times.items():
+            fastest.setdefault(path, {})[flush] = min(values)
+        return {"ms": fastest, "turns": len(times[PRODUCTS, "off"])}
 
 
-def memory_of_this_process(name: str, size: int, prototypes: int) -> float:
-    """Memory in MiB that one forward and backward adds to that of the inputs."""
+def memory(name: str, size: int, prototypes: int) -> float:
+    """Memory in MiB that one forward and backward adds to that of the inputs, in this process."""
 
     def prepared(size: int, prototypes: int) -> Step:
         tokens, bank = problem(size, prototypes)
@@ -179,70 +190,64 @@ def memory_of_this_process(name: str, size: int, prototypes: int) -> float:
 
     prepared(256, 8)()  # loads libraries and starts threads
     step = prepared(size, prototypes)
+    if not reset_peak():
+        raise OSError("the peak of a process can be measured on Linux only.")
     before = peak_mib()
     step()
     return peak_mib() - before
 
 
-def memory(name: str, size: int, prototypes: int) -> float:
-    """The same in a fresh process, for the peak of a process never falls."""
-    command = [sys.executable, __file__, "--memory-of", name, str(size), str(prototypes)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def short(number: float) -> str:
+    """Two digits or more."""
+    return f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
 
 
-def report(result: dict[str, Any]) -> None:
-    """The tables of ``docs/measurements.md``."""
-    found = {
-        tuple(row[key] for key in ("tokens", "prototypes", "temperature", "path", "flush")): row
-        for row in result["time"]
+def time_table(results: Results, columns: dict[str, tuple[tuple[str, str], ...]], last: bool) -> Table:
+    """Times over those of the products, by column as ``(path, flush)``; with the products' own as the last column."""
+    rows = [["N", "K", "T / T_c", *columns, *(["matrix products"] if last else [])]]
+    for case in results.where(measure="time"):
+        config, ms = results.configs[case], results.of(case)[0]["ms"]
+        size = {key: config[key] for key in ("tokens", "prototypes")}
+        # The products are the same at every temperature.
+        base = min(results.of(other)[0]["ms"][PRODUCTS]["off"] for other in results.where(measure="time", **size))
+        cells = [
+            ", ".join(short(ms[path][flush] / base) for path, flush in jobs if path in ms) for jobs in columns.values()
+        ]
+        numbers = [f"{config['tokens']:,}", f"{config['prototypes']:,}", f"{config['temperature']:g}"]
+        rows.append([*numbers, *cells, *([f"{base:.0f} ms"] if last else [])])
+    return rows
+
+
+def paths_table(results: Results) -> Table:
+    return time_table(results, {PATHS[path]: ((path, "caller"),) for path in PATHS if path != PRODUCTS}, last=True)
+
+
+def flush_table(results: Results) -> Table:
+    columns = {
+        f"{path}: off, fit, all threads": tuple((path, flush) for flush in FLUSHES) for path in ("fused", "plain")
     }
-    sizes = sorted({key[:3] for key in found}, key=lambda key: (key[0], key[1], -key[2]))
-    paths = list(dict.fromkeys(row["path"] for row in result["time"]))
-    for flush in FLUSHES:
-        print(f"\nflushing: {flush}\n\n| N | K | T / T_c | {' | '.join(paths)} | matrix products, ms |")
-        print("|" + "---|" * (4 + len(paths)))
-        for size in sizes:
-            # The products are the same at every temperature.
-            bare = min(row["fastest_matmuls_ms"] for key, row in found.items() if key[:2] == size[:2])
-            cells = " | ".join(f"{found[(*size, path, flush)]['fastest_ms'] / bare:.1f}" for path in paths)
-            print(f"| {size[0]:,} | {size[1]:,} | {size[2]:g} | {cells} | {bare:.0f} |")
-    names = [name for name in MEMORY_CASES if name in result["memory_mib"][0]]
-    print(f"\nmemory, MiB\n\n| N | K | {' | '.join(names)} |")
-    print("|" + "---|" * (2 + len(names)))
-    for row in result["memory_mib"]:
-        cells = " | ".join(f"{row[name]:.0f}" for name in names)
-        print(f"| {row['tokens']:,} | {row['prototypes']:,} | {cells} |")
+    return time_table(results, columns, last=False)
 
 
-def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.memory_of:
-        name, size, prototypes = arguments.memory_of
-        print(memory_of_this_process(name, int(size), int(prototypes)))
-        return
-    sizes, fractions, budget, turns, paths, in_memory = SIZES, FRACTIONS, SECONDS, TURNS, PATHS, MEMORY_CASES
-    if arguments.quick:  # without what takes longest: compiling, and starting processes
-        sizes, fractions, budget, turns, paths, in_memory = (
-            ((256, 16),),
-            (0.1,),
-            1.0,
-            (1, 1),
-            ("fused", "plain"),
-            ("fused",),
-        )
-    result: dict[str, Any] = {"dim": DIM, "threads": torch.get_num_threads(), "time": [], "memory_mib": []}
-    for size, prototypes in tqdm(sizes, desc="memory"):
-        row = {name: memory(name, size, prototypes) for name in in_memory}
-        result["memory_mib"].append({"tokens": size, "prototypes": prototypes, **row})
-    for size, prototypes in tqdm(sizes, desc="time"):
-        together = Turns(size, prototypes, paths)
-        for fraction in fractions:
-            result["time"] += together.measure(fraction, budget, turns)
-            save(arguments.output, "layer_cost", result)
-    report(result)
+def memory_table(results: Results) -> Table:
+    paths = (PRODUCTS, "fused", "plain")
+    rows = [["N", "K", *(PATHS[path] for path in paths)]]
+    for case in results.where(measure="memory"):
+        config, mib = results.configs[case], results.of(case)[0]["mib"]
+        cells = [f"{mib[path]:.0f}" if path in mib else "" for path in paths]
+        rows.append([f"{config['tokens']:,}", f"{config['prototypes']:,}", *cells])
+    return rows
 
+
+STUDY = Study(
+    "layer_cost",
+    CASES,
+    run,
+    {"paths": paths_table, "flushing": flush_table, "memory": memory_table},
+    settings={"dim": DIM},
+    quick=QUICK,
+    threads=2,
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

@@ -14,22 +14,18 @@ Four tasks on scikit-learn's 1,797 digits, of which 360 are for testing; the spl
 * ``context``: a bank alone on two domains (digits, and digits made brighter, inverted or rotated) whose context says
   which one a sample is of: squared distance to the nearest prototype over the total variance, at equal K.
 
-    python benchmarks/placement.py                # about 10 minutes on one core; goes on where it was stopped
-    python benchmarks/placement.py --quick
-
-Writes ``placement.json``.
+    python benchmarks/placement.py                # about 10 minutes on one core
 """
 
-import logging
+import argparse
 import math
-import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _common import load, options, plus_minus, quiet_trainer, save
+from _measure import quiet_trainer
+from _study import Case, Config, Results, Run, Study, Table, extreme, mean, same
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -52,7 +48,6 @@ from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 
-SEEDS = tuple(range(5))
 DIM, HEADS, DEPTH, TOKENS = 32, 4, 2, 16
 PROTOTYPES = 16  # after and beside blocks; 8 in a norm
 EPOCHS, BATCH, RATE, RHO = 30, 64, 3e-3, 0.3
@@ -136,65 +131,46 @@ class GatedAdapter(nn.Module):
         return self.block(x) + torch.tanh(self.gate(x)) * self.bottleneck(x)
 
 
-def after(blocks: range, create: Callable[[], PlacedPrototypes]) -> Transformer:
-    """The network with prototypes at some blocks."""
-    net = Transformer()
-    insert_prototypes(net, [f"blocks.{i}" for i in blocks], create)
-    return net
-
-
-def shared() -> Transformer:
-    """Residual prototypes after every block, from one bank."""
-    bank = PrototypeBank(PROTOTYPES, DIM, **FRACTION)
-    return after(range(DEPTH), lambda: SerialPrototypes(DDCLAttention(DIM, bank=bank, residual=True)))
-
-
-def layer(**kwargs: Any) -> DDCLAttention:
-    return DDCLAttention(DIM, PROTOTYPES, **{**FRACTION, **kwargs})
-
-
-def heads(fractions: list[float]) -> Transformer:
-    """Residual prototypes after every block, in heads whose temperatures are fractions of their own critical ones."""
-
-    def create() -> SerialPrototypes:
-        placed = SerialPrototypes(layer(residual=True, num_heads=len(fractions)))
-        placed.layer.bank.set_temperature(torch.tensor(fractions))
-        return placed
-
-    return after(range(DEPTH), create)
-
-
-NETWORKS: dict[str, Callable[[], Transformer]] = {
-    "plain (LayerNorm)": Transformer,
-    "plain, wider": lambda: Transformer(hidden=2 * DIM + 24),  # as large as with residual prototypes
-    "serial, mixture, every block": lambda: after(range(DEPTH), lambda: SerialPrototypes(layer())),
-    "serial, mixture, last block": lambda: after(range(DEPTH - 1, DEPTH), lambda: SerialPrototypes(layer())),
-    "serial, residual, every block": lambda: after(range(DEPTH), lambda: SerialPrototypes(layer(residual=True))),
-    "serial, residual, one shared bank": shared,
-    "serial, residual, 4 heads, T = 0.1 T_c": lambda: heads(4 * [0.1]),
-    "serial, residual, 4 heads, T from 0.02 to 0.5 T_c": lambda: heads([0.02, 0.06, 0.17, 0.5]),
-    "gated, every block": lambda: after(range(DEPTH), lambda: GatedPrototypes(layer())),
-    "RMSNorm": lambda: Transformer(lambda: nn.RMSNorm(DIM)),
-    "PrototypeNorm, T = 0.1 T_c": lambda: Transformer(lambda: PrototypeNorm(DIM, 8, temperature=0.1)),
-    "PrototypeNorm, T = 0.5 T_c": lambda: Transformer(lambda: PrototypeNorm(DIM, 8)),
+# Label and configuration by id. ``place`` says what is put where, ``fractions`` are T / T_c of the heads.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("plain (LayerNorm)", {}),
+    "plain-wider": ("plain, wider hidden layers", {"hidden": 2 * DIM + 24}),  # as large as with residual prototypes
+    "mixture-every": ("serial, mixture, every block", {"place": "serial", "residual": False}),
+    "mixture-last": ("serial, mixture, last block", {"place": "serial", "residual": False, "blocks": "last"}),
+    "residual-every": ("serial, residual, every block", {"place": "serial", "residual": True}),
+    "residual-shared": ("serial, residual, one shared bank", {"place": "serial", "residual": True, "shared": True}),
+    "residual-heads": (
+        "serial, residual, 4 heads, T = 0.1 T_c",
+        {"place": "serial", "residual": True, "fractions": [0.1, 0.1, 0.1, 0.1]},
+    ),
+    "residual-heads-spread": (
+        "serial, residual, 4 heads, T from 0.02 to 0.5 T_c",
+        {"place": "serial", "residual": True, "fractions": [0.02, 0.06, 0.17, 0.5]},
+    ),
+    "gated": ("gated, every block", {"place": "gated"}),
+    "rms-norm": ("RMSNorm", {"norm": "rms"}),
+    "prototype-norm-0.1": ("PrototypeNorm, T = 0.1 T_c", {"norm": "prototype", "temperature": 0.1}),
+    "prototype-norm-0.5": ("PrototypeNorm, T = 0.5 T_c", {"norm": "prototype", "temperature": 0.5}),
 }
-ADDED: dict[str, Callable[[], PlacedPrototypes]] = {
-    "gated, every block": lambda: GatedPrototypes(layer()),
-    "serial, residual, every block": lambda: SerialPrototypes(layer(residual=True)),
+PRETRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "nothing": ("nothing", {}),
+    "gated": ("gated prototypes beside every block", {"place": "gated"}),
+    "bottleneck": ("gated bottleneck of the same size beside every block", {"place": "bottleneck"}),
+    "residual": ("residual prototypes after every block", {"place": "serial", "residual": True}),
 }
-SAMPLING = {
-    "soft, T = 0.03 T_c": {"temperature": 0.03},
-    "sampling, T = 0.03 T_c": {"temperature": 0.03, "sampling": True},
-    "soft, T = 0.3 T_c": {"temperature": 0.3},
-    "sampling, T = 0.3 T_c": {"temperature": 0.3, "sampling": True},
+SAMPLING: dict[str, tuple[str, dict[str, Any]]] = {
+    "soft-0.03": ("mixtures, T = 0.03 T_c", {"temperature": 0.03, "sampling": False}),
+    "sampling-0.03": ("samples, T = 0.03 T_c", {"temperature": 0.03, "sampling": True}),
+    "soft-0.3": ("mixtures, T = 0.3 T_c", {"temperature": 0.3, "sampling": False}),
+    "sampling-0.3": ("samples, T = 0.3 T_c", {"temperature": 0.3, "sampling": True}),
 }
 # K, the start of the temperature as a fraction of T_c, whether the bank knows the context.
-CONTEXT = {
-    "K = 10": (10, 0.1, False),
-    "K = 20": (20, 0.1, False),
-    "K = 10, from T_c": (10, 1.0, False),
-    "K = 10, context, from 0.1 T_c": (10, 0.1, True),
-    "K = 10, context, from T_c": (10, 1.0, True),
+CONTEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "10": ("K = 10", {"size": 10, "start": 0.1, "context": False}),
+    "10-hot": ("K = 10, T from T_c", {"size": 10, "start": 1.0, "context": False}),
+    "10-context": ("K = 10, context, T from 0.1 T_c", {"size": 10, "start": 0.1, "context": True}),
+    "10-context-hot": ("K = 10, context, T from T_c", {"size": 10, "start": 1.0, "context": True}),
+    "20": ("K = 20", {"size": 20, "start": 0.1, "context": False}),
 }
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "brighter": lambda x: 0.5 + 0.5 * x,
@@ -203,10 +179,61 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+CASES = {
+    **{f"network/{name}": Case(label, {"task": "network", **config}) for name, (label, config) in NETWORKS.items()},
+    **{
+        f"pretrained/{name}": Case(label, {"task": "pretrained", **config})
+        for name, (label, config) in PRETRAINED.items()
+    },
+    **{f"sampling/{name}": Case(label, {"task": "sampling", **config}) for name, (label, config) in SAMPLING.items()},
+    **{
+        f"context/{domain}/{name}": Case(label, {"task": "context", "domain": domain, **config})
+        for domain in DOMAINS
+        for name, (label, config) in CONTEXT.items()
+    },
+}
+
+
+def create_network(config: Config) -> Transformer:
+    """A network from scratch, with what the configuration adds."""
+    norms: dict[str, Norm] = {
+        "layer": lambda: nn.LayerNorm(DIM),
+        "rms": lambda: nn.RMSNorm(DIM),
+        "prototype": lambda: PrototypeNorm(DIM, 8, temperature=config["temperature"]),
+    }
+    net = Transformer(norms[config.get("norm", "layer")], hidden=config.get("hidden", 2 * DIM))
+    if "place" in config:
+        blocks = range(DEPTH - 1 if config.get("blocks") == "last" else 0, DEPTH)
+        place(net, blocks, config)
+    return net
+
+
+def place(net: Transformer, blocks: range, config: Config) -> list[PlacedPrototypes]:
+    """Put prototypes after blocks, or gated ones beside them."""
+    shared = PrototypeBank(PROTOTYPES, DIM, **FRACTION) if config.get("shared") else None
+
+    def create() -> PlacedPrototypes:
+        if config["place"] == "gated":
+            return GatedPrototypes(layer())
+        if shared is not None:
+            return SerialPrototypes(DDCLAttention(DIM, bank=shared, residual=True))
+        fractions = config.get("fractions", [])
+        placed = SerialPrototypes(layer(residual=config["residual"], num_heads=len(fractions) or 1))
+        if fractions:
+            placed.layer.bank.set_fraction(torch.tensor(fractions))
+        return placed
+
+    return insert_prototypes(net, [f"blocks.{i}" for i in blocks], create)
+
+
+def layer(**kwargs: Any) -> DDCLAttention:
+    return DDCLAttention(DIM, PROTOTYPES, **{**FRACTION, **kwargs})
+
+
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images ``(N, 64)`` in [0, 1] and labels, test images and labels."""
-    found = load_digits()
-    x, y = torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
+    loaded = load_digits()
+    x, y = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test, train = order[:TEST], order[TEST:]
     return x[train], y[train], x[test], y[test]
@@ -227,21 +254,21 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((net(x).argmax(1) == y).double().mean())
 
 
-def look(net: nn.Module, x: Tensor) -> dict[str, float]:
+def bank_statistics(net: nn.Module, x: Tensor) -> dict[str, float]:
     """Entropy over ln K and share of the codes in use, means over the calls of the banks."""
-    seen: list[CodebookRecord] = []
-    with torch.no_grad(), record_codebooks(find_banks(net), lambda name, observed: seen.append(observed)):
+    calls: list[Observation] = []
+    with torch.no_grad(), BankProbe(find_banks(net), lambda name, observation: calls.append(observation)):
         net(x)
-    entropy, used = [], []
-    for observed in seen:
-        found = assignment_statistics(observed.tokens, observed.codebook, observed.temperature)
-        entropy.append(float(found.entropy.mean()) / math.log(found.counts.shape[-1]))
-        used.append(float((found.counts > 0).double().mean()))
-    return {"entropy": sum(entropy) / len(seen), "usage": sum(used) / len(seen)} if seen else {}
+    entropy, usage = [], []
+    for call in calls:
+        statistics = assignment_statistics(call.tokens, call.prototypes, call.temperature)
+        entropy.append(float(statistics.entropy.mean()) / math.log(statistics.counts.shape[-1]))
+        usage.append(float((statistics.counts > 0).double().mean()))
+    return {"entropy": sum(entropy) / len(calls), "usage": sum(usage) / len(calls)} if calls else {}
 
 
-def run_network(name: str, seed: int, epochs: int) -> dict[str, Any]:
-    net, (x, y, test_x, test_y) = NETWORKS[name](), digits(seed)
+def run_network(config: Config, seed: int, epochs: int) -> Run:
+    net, (x, y, test_x, test_y) = create_network(config), digits(seed)
     check = train(net, x, y, epochs)
     generator = torch.Generator().manual_seed(seed)
     noisy = [accuracy(net, test_x + NOISE * torch.randn(test_x.shape, generator=generator), test_y) for _ in range(5)]
@@ -249,13 +276,13 @@ def run_network(name: str, seed: int, epochs: int) -> dict[str, Any]:
         "acc": accuracy(net, test_x, test_y),
         "noisy": sum(noisy) / len(noisy),
         "parameters": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
-        **look(net, test_x),
+        **bank_statistics(net, test_x),
         "checks": check.checks,
         "violations": check.violations,
     }
 
 
-def run_pretrained(name: str, seed: int, epochs: int) -> dict[str, Any]:
+def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
     x, y, test_x, test_y = digits(seed)
     net = Transformer(classes=5)
     few = y < 5
@@ -263,14 +290,14 @@ def run_pretrained(name: str, seed: int, epochs: int) -> dict[str, Any]:
     net.train().requires_grad_(False)
     before = net(x).detach()
     placed: list[PlacedPrototypes] = []
-    if name == "gated adapter, every block":
+    if config.get("place") == "bottleneck":
         net.blocks = nn.ModuleList(GatedAdapter(block) for block in net.blocks)
-    elif name != "classifier alone":
-        placed = insert_prototypes(net, [f"blocks.{i}" for i in range(DEPTH)], ADDED[name])
+    elif "place" in config:
+        placed = place(net, range(DEPTH), config)
     changed = float((net(x) - before).abs().max().detach())
     net.classifier = nn.Linear(DIM, 10)
     train(net, x, y, epochs)
-    result: dict[str, Any] = {
+    result: Run = {
         "acc": accuracy(net, test_x, test_y),
         "parameters": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
         "changed": changed,
@@ -285,26 +312,28 @@ def run_pretrained(name: str, seed: int, epochs: int) -> dict[str, Any]:
     return result
 
 
-def run_sampling(name: str, seed: int, epochs: int) -> dict[str, Any]:
+def run_sampling(config: Config, seed: int, epochs: int) -> Run:
     x, y, test_x, test_y = digits(seed)
-    net = after(range(DEPTH - 1, DEPTH), lambda: SerialPrototypes(layer(**SAMPLING[name])))
+    net = Transformer()
+    options = {key: config[key] for key in ("temperature", "sampling")}
+    insert_prototypes(net, [f"blocks.{DEPTH - 1}"], lambda: SerialPrototypes(layer(**options)))
     check = train(net, x, y, epochs)
-    result = {"acc": accuracy(net, test_x, test_y), **look(net, test_x)}
+    result = {"acc": accuracy(net, test_x, test_y), **bank_statistics(net, test_x)}
     (bank,) = find_banks(net).values()
     bank.set_temperature(1e-6)
     return {**result, "hard": accuracy(net, test_x, test_y), "checks": check.checks, "violations": check.violations}
 
 
-def run_context(name: str, seed: int, steps: int, domain: str) -> dict[str, Any]:
-    size, start, knows = CONTEXT[name]
+def run_context(config: Config, seed: int, steps: int) -> Run:
+    size, start, knows = config["size"], config["start"], config["context"]
     images = torch.tensor(load_digits().images, dtype=torch.float32) / 16
-    both = torch.cat([images.flatten(1), DOMAINS[domain](images).flatten(1)])
+    both = torch.cat([images.flatten(1), DOMAINS[config["domain"]](images).flatten(1)])
     context = torch.eye(2).repeat_interleave(len(images), 0)
     centred = both - both.mean(0)
     z = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:COMPONENTS].T
     attention = DDCLAttention(COMPONENTS, size, context_dim=2 if knows else None)
-    found = KMeans(size, n_init=1, random_state=seed).fit(z.numpy()).cluster_centers_
-    attention.bank.set_prototypes(torch.tensor(found, dtype=torch.float32).unsqueeze(0))
+    centres = KMeans(size, n_init=1, random_state=seed).fit(z.numpy()).cluster_centers_
+    attention.bank.set_prototypes(torch.tensor(centres, dtype=torch.float32).unsqueeze(0))
     critical, end = float(critical_temperature(z.unsqueeze(0))), 0.005
     optimizer = torch.optim.Adam(attention.parameters(), lr=0.02)
     for step in range(steps):
@@ -321,69 +350,71 @@ def run_context(name: str, seed: int, steps: int, domain: str) -> dict[str, Any]
         return {"error": float(distances.mean() / z.square().sum(1).mean()), "parameters": parameters}
 
 
-Run = Callable[[str, int, int], dict[str, Any]]
-TASKS: dict[str, tuple[Run, tuple[str, ...], int]] = {
-    "network": (run_network, tuple(NETWORKS), EPOCHS),
-    "pretrained": (run_pretrained, ("classifier alone", *ADDED, "gated adapter, every block"), EPOCHS),
-    "sampling": (run_sampling, tuple(SAMPLING), EPOCHS),
-    **{
-        f"context, {domain}": (
-            lambda name, seed, steps, domain=domain: run_context(name, seed, steps, domain),
-            tuple(CONTEXT),
-            CONTEXT_STEPS,
-        )
-        for domain in DOMAINS
-    },
+TASKS: dict[str, tuple[Callable[[Config, int, int], Run], int]] = {
+    "network": (run_network, EPOCHS),
+    "pretrained": (run_pretrained, EPOCHS),
+    "sampling": (run_sampling, EPOCHS),
+    "context": (run_context, CONTEXT_STEPS),
 }
 
 
-def table(task: str, runs: list[dict[str, Any]]) -> str:
-    """The rows of a task as Markdown."""
-    known = ("acc", "noisy", "hard", "error", "entropy", "usage", "opening", "parameters", "seconds")
-    columns = [key for key in known if any(key in run for run in runs)]
-    lines = [f"| {task} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in dict.fromkeys(run["name"] for run in runs):
-        mine = [run for run in runs if run["name"] == name]
-        cells = []
-        for key in columns:
-            values = [run[key] for run in mine if key in run]
-            if key == "parameters":
-                cells.append(f"{values[0]:,}")
-            else:
-                cells.append(plus_minus(values, 1 if key == "seconds" else 3) if values else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Run what is missing."""
-    args = options(__doc__).parse_args()
-    warnings.filterwarnings("ignore", message=".*does not have many workers|.*smaller than the logging|.*LeafSpec")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+    """One case of one task."""
     torch.set_flush_denormal(True)
-    result = {} if args.quick else load(args.output, "placement")
-    result.pop("versions", None)
-    result["settings"] = {
+    pl.seed_everything(seed, verbose=False)
+    measure, length = TASKS[config["task"]]
+    return measure(config, seed, 1 if options.quick else length)
+
+
+def task_table(results: Results, task: str, first: str, columns: tuple[str, ...]) -> Table:
+    return results.table(first, results.where(task=task), {title: COLUMNS[title] for title in columns})
+
+
+COLUMNS = {
+    "accuracy": mean("acc"),
+    "noisy": mean("noisy"),
+    "hard": mean("hard"),
+    "H / ln K": mean("entropy", ".2f", deviation=False),
+    "usage": mean("usage", ".2f", deviation=False),
+    "parameters": same("parameters", ","),
+    "trained parameters": same("parameters", ","),
+    "seconds": mean("seconds", ".1f", deviation=False),
+    "change of the outputs": extreme(max, "changed", ".2g"),
+    "mean gate": mean("opening", ".2f", deviation=False),
+}
+NETWORK = ("accuracy", "noisy", "H / ln K", "usage", "parameters", "seconds")
+
+
+def context_table(results: Results) -> Table:
+    rows = [["bank", *DOMAINS, "parameters"]]
+    for name, (label, _) in CONTEXT.items():
+        by_domain = [results.of(f"context/{domain}/{name}") for domain in DOMAINS]
+        runs = next(filter(None, by_domain), [])
+        rows.append([label, *map(mean("error"), by_domain), same("parameters", ",")(runs)])
+    return rows
+
+
+STUDY = Study(
+    "placement",
+    CASES,
+    run,
+    {
+        "network": lambda results: task_table(results, "network", "network", NETWORK),
+        "pretrained": lambda results: task_table(
+            results, "pretrained", "added", ("accuracy", "trained parameters", "change of the outputs", "mean gate")
+        ),
+        "sampling": lambda results: task_table(
+            results, "sampling", "training reads", ("accuracy", "hard", "H / ln K", "usage")
+        ),
+        "context": context_table,
+    },
+    seeds=range(5),
+    settings={
         "network": {"dim": DIM, "heads": HEADS, "depth": DEPTH, "tokens": TOKENS, "prototypes": PROTOTYPES},
         "training": {"epochs": EPOCHS, "batch": BATCH, "rate": RATE, "rho": RHO, "weight": WEIGHT},
         "context": {"steps": CONTEXT_STEPS, "components": COMPONENTS},
-    }
-    for task, (run, names, length) in TASKS.items():
-        runs = result.setdefault(task, [])
-        for seed in SEEDS[: 1 if args.quick else None]:
-            for name in names:
-                if any(found["name"] == name and found["seed"] == seed for found in runs):
-                    continue
-                pl.seed_everything(seed, verbose=False)
-                start = time.process_time()
-                found = run(name, seed, 1 if args.quick else length)
-                seconds = round(time.process_time() - start, 1)
-                runs.append({"name": name, "seed": seed, **found, "seconds": seconds})
-                save(args.output, "placement", result)
-                print(task, runs[-1], flush=True)
-        print(table(task, runs))
-
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)
