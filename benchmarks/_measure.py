@@ -51,5 +51,5 @@ def in_fresh_process(script: str, function: str, *arguments: Any) -> float:
 def all_samples(data: pl.LightningDataModule) -> tuple[Tensor, Tensor]:
     """Features and labels of everything that a data module predicts on."""
     data.setup()
-    parts = list(data.predict_dataloader())
-    return torch.cat([part["x"] for part in parts]), torch.cat([part["y"] for part in parts])
+    batches = list(data.predict_dataloader())
+    return torch.cat([batch["x"] for batch in batches]), torch.cat([batch["y"] for batch in batches])

@@ -8,14 +8,14 @@ same for all. Metrics are those of the last epoch, on the training data.
     python benchmarks/adaptive_size.py    # about 10 minutes on one core
 """
 
-import argparse
 import warnings
 from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
 from _measure import all_samples, quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, mean
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, mean
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
@@ -59,7 +59,7 @@ def data_of(config: Config, seed: int) -> DigitsDataModule | DebrisDataModule:
     return DigitsDataModule() if config["data"] == "digits" else DebrisDataModule(batch_size=400, noise=0.5)
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """K and the metrics after the last epoch."""
     if config["method"] == "adaptive":
         return train(config, seed, 2 if options.quick else config["epochs"])

@@ -6,14 +6,14 @@ fastest turns count. The whole step has the encoder and the decoder of ``codeboo
     OMP_NUM_THREADS=1 python benchmarks/codebook_cost.py    # keep the other cores free
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable
 
 import torch
 from _measure import peak_mib, reset_peak
-from _study import Case, Config, Results, Run, Study, Table
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table
 from codebook_stress import DIM, METHODS, RATE, code_places, with_codes
 from codebooks import RELOCATE, STEP, create_head
 from torch import Tensor
@@ -88,7 +88,7 @@ def milliseconds(step: Step) -> float:
     return 1e3 * (time.process_time() - start)
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Time and memory of a step with one number of codes."""
     torch.set_flush_denormal(True)
     codes, samples = config["codes"], 2 if options.quick else SAMPLES

@@ -7,14 +7,14 @@ end, and the error of the reconstruction.
     python benchmarks/codebook_stress.py
 """
 
-import argparse
 import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from _measure import quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, mean
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, mean
 from codebooks import EMA, RELOCATE, SOFT, STEP, annealing, create_head
 from torch import Tensor
 
@@ -125,7 +125,7 @@ class Inversion(pl.Callback):
             batch["x"].neg_().add_(1)
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Train, and count the codes in use."""
     torch.set_flush_denormal(True)
     codes, rate, inverted = config["codes"], config.get("encoder_rate", RATE), config.get("inverted", False)

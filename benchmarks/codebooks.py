@@ -10,7 +10,6 @@ variance of the images, as in the VQ-VAE paper.
     python benchmarks/codebooks.py --fashion FOLDER --cases 'fashion/64/16/*'
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -19,7 +18,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _measure import quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, extreme, mean, read
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, extreme, mean, read
 
 from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, EmbeddingScale, Head, Reconstruction, Tokens
 from ddcl_lightning._utils.batch import Batch
@@ -204,7 +204,7 @@ def metrics(trainer: pl.Trainer, stage: str) -> dict[str, float]:
     return {name: round(float(value), 6) for name, value in logged.items() if value is not None}
 
 
-def data_module(config: Config, seed: int, options: argparse.Namespace) -> tuple[pl.LightningDataModule, int]:
+def data_module(config: Config, seed: int, options: Options) -> tuple[pl.LightningDataModule, int]:
     """Images and their channels."""
     common: dict[str, Any] = {"batch_size": 64, "eval_batch_size": EVAL_BATCH, "seed": seed}
     if config["data"] == "fashion":
@@ -214,7 +214,7 @@ def data_module(config: Config, seed: int, options: argparse.Namespace) -> tuple
     return DigitsDataModule(**common, val_fraction=0.2, as_images=True, limit=200), 1
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Train, and evaluate after every epoch."""
     torch.set_flush_denormal(True)
     pl.seed_everything(seed, verbose=False)

@@ -7,13 +7,13 @@ on the standardised features and on their principal components, over 10 generate
     python benchmarks/debris.py [--catalogue FILE.csv.gz]
 """
 
-import argparse
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from _measure import all_samples, quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, mean
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, mean
 from lightning.pytorch.callbacks import Callback
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -65,7 +65,7 @@ class History(Callback):
         self.rows.append({"epoch": trainer.current_epoch + 1, **metrics})
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """One method on one data set."""
     pl.seed_everything(seed, verbose=False)
     data = DebrisDataModule(batch_size=400, catalogue=options.catalogue if config["data"] == "catalogue" else None)

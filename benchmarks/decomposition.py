@@ -7,14 +7,14 @@ of them the layer is then broken on purpose, in five ways.
     python benchmarks/decomposition.py            # a few minutes on two cores
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _study import Case, Config, Results, Run, Study, Table
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table
 from torch import Tensor
 
 from ddcl_lightning.callbacks.decomposition_check import TOLERANCES, find_violations
@@ -38,7 +38,7 @@ QUICK = {
 }
 LARGE_CHUNK = 2
 BROKEN_EVERY = 10  # chunks
-NOTICEABLE = 1e-3  # a breakage that moves a term by this part of the energy
+NOTICEABLE = 1e-3  # a breakage that moves a term by this fraction of the energy
 FIELDS = DecompositionErrors._fields
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -104,7 +104,7 @@ def errors_of_each(p: Problems, trained: Decomposition, exact: Decomposition, en
         rows = rows.masked_fill(~p.mask, 0.0)
     columns = [
         (exact.loss - exact.ols - exact.variance).abs() / energy,
-        *((mine.double() - true).abs() / energy for mine, true in zip(trained, exact, strict=True)),
+        *((term.double() - true).abs() / energy for term, true in zip(trained, exact, strict=True)),
         rows.amax(-1),
         energy,
         energy / p.temperature.double(),
@@ -125,14 +125,14 @@ def energy_of_each(p: Problems) -> Tensor:
     return (spread * keep).sum(-1) / keep.sum(-1) + energy_floor(p.prototypes, computed)
 
 
-def compare_with_library(p: Problems, trained: Decomposition, mine: Tensor) -> None:
+def compare_with_library(p: Problems, trained: Decomposition, errors: Tensor) -> None:
     """The vectorised errors of a problem must be those of the library; a difference is a bug of this script."""
     mask = None if p.mask is None else p.mask[:1]
     first = Decomposition(*(term[:1] for term in trained))
-    theirs = decomposition_errors(p.tokens[:1], p.prototypes[:1], p.temperature[:1], first, mask)
-    for name, one, other in zip(FIELDS, mine[0].tolist(), theirs, strict=True):
-        if abs(one - other) > 1e-6 * abs(other) + 1e-13:
-            raise AssertionError(f"{name} is {one} here and {other} in decomposition_errors.")
+    expected = decomposition_errors(p.tokens[:1], p.prototypes[:1], p.temperature[:1], first, mask)
+    for name, here, there in zip(FIELDS, errors[0].tolist(), expected, strict=True):
+        if abs(here - there) > 1e-6 * abs(there) + 1e-13:
+            raise AssertionError(f"{name} is {here} here and {there} in decomposition_errors.")
 
 
 # Breakages -----------------------------------------------------------------------------------------
@@ -255,19 +255,19 @@ class Tally:
         }
 
 
-def percentile(values: Tensor, share: float) -> float:
+def percentile(values: Tensor, fraction: float) -> float:
     """Empirical percentile; ``torch.quantile`` refuses more than 16 million entries and interpolates."""
-    return float(values.sort().values[min(len(values) - 1, math.ceil(share * len(values)) - 1)])
+    return float(values.sort().values[min(len(values) - 1, math.ceil(fraction * len(values)) - 1)])
 
 
 def random_shape(generator: torch.Generator) -> tuple[int, int, int]:
     """N, K and d, each log-uniform up to 128, 64 and 64."""
-    shares = torch.rand(3, generator=generator).tolist()
-    n, k, d = (int(limit**share) for limit, share in zip((129, 65, 65), shares, strict=True))
+    exponents = torch.rand(3, generator=generator).tolist()
+    n, k, d = (int(limit**exponent) for limit, exponent in zip((129, 65, 65), exponents, strict=True))
     return n, k, d
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Errors, violations and what is caught, by precision."""
     problems, size = config["problems"], config["chunk"]
     generator = torch.Generator().manual_seed(seed)

@@ -7,14 +7,14 @@ Default settings, the same seed on both sides; the process's own CPU time, one t
     OMP_NUM_THREADS=1 python benchmarks/estimator.py               # 10 minutes
 """
 
-import argparse
 import time
 import warnings
 from functools import cache
 from typing import Any
 
 import numpy as np
-from _study import Case, Config, Results, Run, Study, Table, mean, read
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, mean, read
 from sklearn import datasets
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
@@ -98,7 +98,7 @@ def hard_data() -> dict[str, Any]:
     }
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Inertia over that of k-means, and the CPU time of both."""
     x, size = load(config["data"]), config["size"]
     with warnings.catch_warnings():

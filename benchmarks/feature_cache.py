@@ -7,7 +7,6 @@ and every sample's tokens are held against those of a run without interruption.
     python benchmarks/feature_cache.py --encoder FOLDER --texts FOLDER          # 5 minutes on one core
 """
 
-import argparse
 import multiprocessing
 import signal
 import tempfile
@@ -17,7 +16,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from _measure import quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table
 
 from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule
 from ddcl_lightning.backbones import TransformersBackbone
@@ -33,11 +33,11 @@ CASES = {
 }
 
 
-def backbone(options: argparse.Namespace, cache: Path | None) -> TransformersBackbone:
+def backbone(options: Options, cache: Path | None) -> TransformersBackbone:
     return TransformersBackbone(str(options.encoder), max_length=64, cache_dir=None if cache is None else str(cache))
 
 
-def data_module(options: argparse.Namespace) -> SST2DataModule:
+def data_module(options: Options) -> SST2DataModule:
     limit = 256 if options.quick else SENTENCES
     return SST2DataModule(path=str(options.texts / "sst2_glue.jsonl.gz"), limit=limit, batch_size=64, seed=0)
 
@@ -60,7 +60,7 @@ class Clock(pl.Callback):
         self.epochs.append(time.perf_counter() - self.last)
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Train, and say how long it took; or kill a fill."""
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "features"
@@ -73,7 +73,7 @@ def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
     return {**seconds, "mib": round(size / 2**20, 1)}
 
 
-def train(options: argparse.Namespace, seed: int, cache: Path | None) -> Run:
+def train(options: Options, seed: int, cache: Path | None) -> Run:
     pl.seed_everything(seed, verbose=False)
     torch.set_flush_denormal(True)
     module = DDCLReadoutModule(backbone(options, cache), DDCLReadout(16, prototype_dim=64), Classification(2))
@@ -84,7 +84,7 @@ def train(options: argparse.Namespace, seed: int, cache: Path | None) -> Run:
     return {"before_s": round(clock.before, 2), "epochs_s": [round(seconds, 2) for seconds in clock.epochs]}
 
 
-def fill(options: argparse.Namespace, folder: Path) -> tuple[TransformersBackbone, int]:
+def fill(options: Options, folder: Path) -> tuple[TransformersBackbone, int]:
     """Encode the training data into a cache; also the number of samples that were not there yet."""
     data = data_module(options)
     data.setup()
@@ -93,7 +93,7 @@ def fill(options: argparse.Namespace, folder: Path) -> tuple[TransformersBackbon
 
 
 @torch.no_grad()
-def killed(options: argparse.Namespace, folder: Path, whole: Path) -> Run:
+def killed(options: Options, folder: Path, whole: Path) -> Run:
     """Kill a fill once it has written something, start again, and compare with one that nobody killed."""
     process = multiprocessing.get_context("spawn").Process(target=fill, args=(options, folder))
     process.start()

@@ -8,14 +8,14 @@ least squares as well as it can (the narrow MLP from a random first layer).
     python benchmarks/feedforward.py --encoder FOLDER --texts FOLDER           # 20 minutes of one free core
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from _study import Case, Config, Results, Run, Study, Table, interval, mean
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, interval, mean
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -114,7 +114,7 @@ def creator(config: Config) -> Callable[[int], nn.Module]:
 class Bench:
     """One encoder and its texts."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Options) -> None:
         phrases, probe, evaluated = (40, 60, 20) if options.quick else (PHRASES, PROBE, None)
         self.backbone = TransformersBackbone(str(options.encoder), tokens="mean", max_length=64)
         self.model: nn.Module = self.backbone.encoder
@@ -157,7 +157,7 @@ def _sorted_batches(texts: list[str], size: int = 64) -> list[list[str]]:
 create_bench = cache(Bench)
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Replace, distill, probe; or time."""
     torch.set_flush_denormal(True)
     bench = create_bench(options)
@@ -227,9 +227,9 @@ def table(results: Results) -> Table:
     rows = [["in its place", "parameters", "time", "one block: error", "accuracy", "all blocks: error", "accuracy"]]
     for name, (label, size, *_) in METHODS.items():
         ratio = mean(lambda run, name=name: run["fastest_ms"][name] / run["fastest_ms"][MLP], ".2f")(timed)
-        one, every = (results.of(f"{blocks}/{name}") for blocks in ("one", "all"))
-        error = mean(lambda run: run["error"][0])(one) if name != MLP else "0"
-        rows.append([label, size, ratio, error, mean("acc")(one), all_errors(every), mean("acc")(every)])
+        single, every = (results.of(f"{blocks}/{name}") for blocks in ("one", "all"))
+        error = mean(lambda run: run["error"][0])(single) if name != MLP else "0"
+        rows.append([label, size, ratio, error, mean("acc")(single), all_errors(every), mean("acc")(every)])
     return rows
 
 

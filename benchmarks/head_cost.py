@@ -7,7 +7,6 @@ is one. All heads take turns in one process, and the fastest turns are compared,
     python benchmarks/head_cost.py               # 5 minutes on two cores: keep them free
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 
 import torch
 from _measure import in_fresh_process, peak_mib, reset_peak
-from _study import Case, Config, Results, Run, Study, Table
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -78,7 +78,7 @@ def prepare(name: str, budget: int | None, samples: int, tokens: int) -> tuple[S
     return step, head.num_parameters()
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Times of all heads in turn, and the memory of each."""
     torch.set_flush_denormal(True)
     shape, turns = (TINY, 1) if options.quick else (SHAPE, 30)

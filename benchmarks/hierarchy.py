@@ -10,14 +10,14 @@ chosen by the test posts. ``--quick`` takes digits: strokes and digits, no encod
     python benchmarks/hierarchy.py --encoder FOLDER --texts FOLDER [--cases 'test/128/*']
 """
 
-import argparse
 from functools import cache
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from _measure import quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, extreme, joined, mean
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, extreme, joined, mean
 from text_readouts import create_backbone, data_module, encoder_settings
 from torch import Tensor
 from torch.nn.functional import normalize, pad
@@ -134,7 +134,7 @@ class Features:
 
 @cache
 @torch.no_grad()
-def load(posts: str, dim: int | None, options: argparse.Namespace) -> Features:
+def load(posts: str, dim: int | None, options: Options) -> Features:
     """Posts, or patches of the digits as tokens."""
     if posts == "digits":
         data = DigitsDataModule(limit=400, seed=0, as_images=True)
@@ -174,7 +174,7 @@ def create_head(config: Config, critical: float) -> tuple[HierarchicalReadout, l
     return readout, [TemperatureAnnealing(start=start, end=end, unit="absolute", per="step")]
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Scores after the last epoch, and the state of both levels."""
     torch.set_flush_denormal(True)
     features, clusters = load(config["posts"], config["dim"], options), config["sizes"][-1]

@@ -7,7 +7,6 @@ kept: the classifier's accuracy, and linear probes on the pooled readout and on 
     python benchmarks/image_recipes.py --fashion FOLDER --cifar FILE.npz --checkpoint FILE.pth
 """
 
-import argparse
 import re
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from _study import Case, Config, Results, Run, Study, Table, interval, mean
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, interval, mean
 
 CNN = "tf_efficientnet_lite0"
 CASES = {
@@ -32,7 +32,7 @@ QUICK = ["--trainer.enable_checkpointing=false", "--trainer.callbacks=[]"]
 QUICK += ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Fit one recipe and return the numbers that it printed."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["fit", "--config", config["recipe"], f"--seed_everything={seed}", "--trainer.accelerator=cpu"]
@@ -56,7 +56,7 @@ def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
     }
 
 
-def files(config: Config, options: argparse.Namespace, folder: Path) -> list[str]:
+def files(config: Config, options: Options, folder: Path) -> list[str]:
     """Options that say where the recipe's files are."""
     if config["recipe"] == "cnn_fashion_mnist":
         return [f"--data.init_args.path={options.fashion}"]

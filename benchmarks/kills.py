@@ -7,7 +7,6 @@ of the optimizers, and that of the callbacks, the random generators among them.
     python benchmarks/kills.py
 """
 
-import argparse
 import os
 import random
 import signal
@@ -21,7 +20,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _study import Case, Config, Results, Run, Study, Table
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
@@ -136,18 +136,18 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return (max(readable)[-1] if readable else None), torn
 
 
-def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
     """Where two nested states differ."""
-    if torch.is_tensor(one) and torch.is_tensor(other):
-        if one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()):
+    if torch.is_tensor(left) and torch.is_tensor(right):
+        if left.shape != right.shape or not torch.equal(left.nan_to_num(), right.nan_to_num()):
             yield where
-    elif isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other):
-        for key in one:
-            yield from differences(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        for place, (first, second) in enumerate(zip(one, other, strict=True)):
+    elif isinstance(left, dict) and isinstance(right, dict) and set(left) == set(right):
+        for key in left:
+            yield from differences(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and len(left) == len(right):
+        for place, (first, second) in enumerate(zip(left, right, strict=True)):
             yield from differences(first, second, f"{where}[{place}]")
-    elif not (one == other or (one != one and other != other)):
+    elif not (left == right or (left != left and right != right)):
         yield where
 
 
@@ -195,7 +195,7 @@ def watch(process: int, seconds: float, reached: Callable[[], bool] = lambda: Fa
     return None
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """The run that nobody kills, and trials of being killed."""
     generator, trials = random.Random(f"{config} {seed}"), []
     with tempfile.TemporaryDirectory() as root:

@@ -12,7 +12,6 @@ what it does once the workers exist, "all" is what it does before the first para
     python benchmarks/layer_cost.py               # 20 minutes on two cores: keep them free
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +20,8 @@ from typing import Any
 
 import torch
 from _measure import in_fresh_process, peak_mib, reset_peak
-from _study import Case, Config, Results, Run, Study, Table
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table
 from torch import Tensor, nn
 
 from ddcl_lightning.functional import critical_temperature
@@ -126,7 +126,7 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Times of all paths in turn, or the memory of each."""
     size, prototypes = config["tokens"], config["prototypes"]
     # Quick is without what takes longest: compiling, and starting processes.

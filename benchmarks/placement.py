@@ -17,7 +17,6 @@ Four tasks on scikit-learn's 1,797 digits, of which 360 are for testing; the spl
     python benchmarks/placement.py                # about 10 minutes on one core
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _measure import quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, extreme, mean, same
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, extreme, mean, same
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -303,9 +303,9 @@ def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
         "changed": changed,
     }
     openings: list[Tensor] = []
-    for part in placed:
-        if isinstance(part, GatedPrototypes):
-            part.gate.register_forward_hook(lambda *call: openings.append(torch.tanh(call[2])))
+    for adapter in placed:
+        if isinstance(adapter, GatedPrototypes):
+            adapter.gate.register_forward_hook(lambda *call: openings.append(torch.tanh(call[2])))
     accuracy(net, test_x, test_y)
     if openings:
         result["opening"] = float(torch.cat(openings).abs().mean())
@@ -358,7 +358,7 @@ TASKS: dict[str, tuple[Callable[[Config, int, int], Run], int]] = {
 }
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """One case of one task."""
     torch.set_flush_denormal(True)
     pl.seed_everything(seed, verbose=False)

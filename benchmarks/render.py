@@ -48,14 +48,14 @@ def problems(pages: dict[Path, str], tables: dict[str, str]) -> list[str]:
     """What keeps the pages from being what the results say: bad markers, unknown tables, tables shown nowhere."""
     named = {page: MARKER.findall(text) for page, text in pages.items()}
     shown = [name for names in named.values() for name in names]
-    found = [
+    messages = [
         f"{page.name}: every '<!-- table: STUDY/TABLE -->' must be a line of its own and have its '<!-- end -->'"
         for page, text in pages.items()
         if not text.count("<!-- table:") == text.count("<!-- end -->") == len(named[page])
     ]
-    found += [f"no results have the table {name}" for name in shown if name not in tables]
-    found += [f"the table {name} is on no page" for name in tables if name not in shown]
-    return found
+    messages += [f"no results have the table {name}" for name in shown if name not in tables]
+    messages += [f"the table {name} is on no page" for name in tables if name not in shown]
+    return messages
 
 
 def main() -> int:

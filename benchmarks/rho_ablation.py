@@ -9,7 +9,6 @@ encoders under k-means, and under the same prototypes with rho = 0, are the base
 Draws ``docs/rho_ablation.png``.
 """
 
-import argparse
 import re
 import warnings
 from pathlib import Path
@@ -18,7 +17,8 @@ import lightning.pytorch as pl
 import matplotlib
 import torch
 from _measure import all_samples, quiet_trainer
-from _study import Case, Config, Results, Run, Study, Table, mean, read
+from _study import Case, Options, Study
+from _tables import Config, Results, Run, Table, mean, read
 from lightning.pytorch.callbacks import Callback
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -66,7 +66,7 @@ class History(Callback):
         self.rows.append({"epoch": trainer.current_epoch + 1, **metrics, "delta": delta})
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """Metrics after the last and the best epoch, and the state of the bank."""
     if config["method"] == "kmeans":
         return kmeans(config["features"], seed)

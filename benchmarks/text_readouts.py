@@ -11,7 +11,6 @@ ours.
 Features are computed once and kept in ``--cache``.
 """
 
-import argparse
 import json
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from _measure import quiet_trainer
-from _study import ROOT, Case, Config, Results, Run, Study, Table, mean, same
+from _study import ROOT, Case, Options, Study
+from _tables import Config, Results, Run, Table, mean, same
 
 from ddcl_lightning import Classification, Clustering, DDCLReadout, DDCLReadoutModule, heads
 from ddcl_lightning.backbones import TransformersBackbone
@@ -109,7 +109,7 @@ CASES = {
 }
 
 
-def data_module(name: str, options: argparse.Namespace, seed: int, **kwargs: Any) -> TextDataModule:
+def data_module(name: str, options: Options, seed: int, **kwargs: Any) -> TextDataModule:
     """Batches of 64 texts, grouped by length."""
     file, kind = DATA[name]
     if options.quick:
@@ -119,18 +119,18 @@ def data_module(name: str, options: argparse.Namespace, seed: int, **kwargs: Any
     return data
 
 
-def create_backbone(config: Config, options: argparse.Namespace) -> TransformersBackbone:
+def create_backbone(config: Config, options: Options) -> TransformersBackbone:
     folder = str(options.cache or ROOT / "feature_cache")
     return TransformersBackbone(str(options.encoder), max_length=config["max_length"], cache_dir=folder)
 
 
-def encoder_settings(options: argparse.Namespace) -> Config:
+def encoder_settings(options: Options) -> Config:
     """What the encoder says of itself."""
     config = json.loads((Path(options.encoder) / "config.json").read_text(encoding="utf-8"))
     return {key: config[key] for key in ("architectures", "num_hidden_layers", "hidden_size", "vocab_size")}
 
 
-def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
+def run(config: Config, seed: int, options: Options) -> Run:
     """One readout."""
     torch.set_flush_denormal(True)
     backbone = create_backbone(config, options)
@@ -156,7 +156,7 @@ def run(config: Config, seed: int, options: argparse.Namespace) -> Run:
 
 
 @cache
-def search(case: str, options: argparse.Namespace) -> tuple[float, dict[float, float]]:
+def search(case: str, options: Options) -> tuple[float, dict[float, float]]:
     """The best rate of a case on the held-out part, which stands in for the evaluation data, and accuracy by rate."""
     config, tried = json.loads(case), {}
     held_out = {"val_fraction": HELD_OUT, "evaluate_on": "held_out", "limit": config["search"]}
@@ -179,7 +179,7 @@ def train_head(
     config: Config,
     rate: float,
     seed: int,
-    options: argparse.Namespace,
+    options: Options,
 ) -> Run:
     """Accuracy after the last epoch on the evaluation data, and what the head is made of."""
     pl.seed_everything(seed, verbose=False)
@@ -207,7 +207,7 @@ def train_head(
 
 
 @cache
-def vectors(name: str, max_length: int, options: argparse.Namespace, split: str) -> Readouts:
+def vectors(name: str, max_length: int, options: Options, split: str) -> Readouts:
     """CLS and mean token of every text."""
     backbone = create_backbone({"max_length": max_length}, options)
     data = data_module(name, options, 0, **({"evaluate_on": "train"} if name == "newsgroups" else {}))
@@ -217,7 +217,7 @@ def vectors(name: str, max_length: int, options: argparse.Namespace, split: str)
     return collect_readouts(module, loader, max_samples=1 << 30)
 
 
-def cluster(backbone: TransformersBackbone, config: Config, seed: int, options: argparse.Namespace) -> Run:
+def cluster(backbone: TransformersBackbone, config: Config, seed: int, options: Options) -> Run:
     """Scores on the training posts, all of them for fitting and evaluation."""
     if config["method"] == "kmeans":
         readouts = vectors("newsgroups", config["max_length"], options, "evaluated")

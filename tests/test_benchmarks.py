@@ -1,65 +1,139 @@
-"""Every benchmark runs, in its tiny version, and writes plain results."""
+"""Every study runs, in its tiny version, and writes plain results; the documentation shows what the results say."""
 
 import gzip
 import json
-from collections.abc import Callable
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.scripts import run_script
+from tests.scripts import Finished, run_script
 from tests.tiny_data import text_file
 from tests.tiny_models import tiny_bert
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
-
-
-def test_there_are_benchmarks() -> None:
-    assert SCRIPTS
-
-
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
+STUDIES = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py") if path.stem != "render")
 TEXTS = {
-    "sst2": ("sst2_glue.jsonl.gz", 2, "validation"),
-    "imdb": ("imdb_10k_5k.jsonl.gz", 2, "test"),
-    "newsgroups": ("20newsgroups_bydate_stripped.jsonl.gz", 20, "test"),
+    "sst2_glue": (2, "validation"),
+    "imdb_10k_5k": (2, "test"),
+    "20newsgroups_bydate_stripped": (20, "test"),
 }
 
 
-def text_options(folder: Path, task: str) -> list[str]:
-    """A tiny encoder and a tiny file in the place of real ones."""
-    name, classes, test_name = TEXTS[task]
-    with gzip.open(folder / name, "wb") as file:
-        file.write(text_file(folder / "texts.jsonl", classes, train=160, test_name=test_name).read_bytes())
+def test_every_study_has_results() -> None:
+    assert STUDIES
+    assert sorted(path.stem for path in (BENCHMARKS / "results").glob("*.json")) == STUDIES
+
+
+def tiny_files(folder: Path) -> list[str]:
+    """A tiny encoder and tiny texts in the place of real ones."""
+    for name, (classes, test_name) in TEXTS.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wb") as file:
+            file.write(text_file(folder / "texts.jsonl", classes, train=160, test_name=test_name).read_bytes())
     encoder = tiny_bert(folder / "encoder")
-    return ["--task", task, "--encoder", str(encoder), "--data", str(folder), "--cache", str(folder / "cache")]
-
-
-ENCODED = ("feature_cache", "feedforward")
-
-
-def cache_options(folder: Path) -> list[str]:
-    """The same for the cache and the replaced MLPs."""
-    options = text_options(folder, "sst2")
-    return ["--encoder", options[options.index("--encoder") + 1], "--data", str(folder)]
-
-
-CASES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
-    **{name: (name, lambda folder: []) for name in SCRIPTS if name not in ("text_readouts", *ENCODED)},
-    **{name: (name, cache_options) for name in ENCODED},
-    **{f"text_{task}": ("text_readouts", lambda folder, task=task: text_options(folder, task)) for task in TEXTS},
-}
+    return ["--encoder", str(encoder), "--texts", str(folder), "--cache", str(folder / "cache")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_quick_version_writes_results(name: str, tmp_path: Path) -> None:
-    script, options = CASES[name]
-    arguments = ["--quick", *options(tmp_path), "--output", str(tmp_path), "--figures", str(tmp_path)]
-    run = run_script(BENCHMARKS / f"{script}.py", arguments, tmp_path)
+    arguments = ["--quick", *tiny_files(tmp_path), "--output", str(tmp_path)]
+    run = run_script(BENCHMARKS / f"{name}.py", arguments, tmp_path)
     assert run.code == 0, run.stderr
     text = (tmp_path / f"{name}.json").read_text(encoding="utf-8")
-    assert json.loads(text)["versions"]["torch"]
+    results = json.loads(text)
+    assert results["study"] == name
+    assert results["versions"]["torch"]
+    assert {run["case"] for run in results["runs"]} == set(results["cases"])
+    assert len(results["runs"]) == len(results["cases"])
+    configs = [json.dumps(config) for config in results["cases"].values()]
+    assert len(set(configs)) == len(configs)  # what tells the cases apart is in the configuration
     assert str(Path.home()) not in text
-    assert str(BENCHMARKS.parent) not in text
-    assert "|---|" in run.stdout  # the table for docs/measurements.md
+    assert str(ROOT) not in text
+    assert str(tmp_path) not in text
+    assert "|---|" in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_and_configurations_are_those_of_the_runs(name: str, tmp_path: Path) -> None:
+    path = BENCHMARKS / "results" / f"{name}.json"
+    shutil.copy(path, tmp_path)
+    run = run_script(BENCHMARKS / f"{name}.py", ["--tables", "--output", str(tmp_path)], tmp_path)
+    assert run.code == 0, run.stderr
+    made = json.loads((tmp_path / path.name).read_text(encoding="utf-8"))
+    assert made == json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    script, path = BENCHMARKS / "debris.py", tmp_path / "debris.json"
+
+    def run(case: str) -> Finished:
+        return run_script(script, ["--quick", "--output", str(tmp_path), "--cases", case], tmp_path)
+
+    assert run("*/kmeans-pca").code == 0
+    first = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["case"] for row in first["runs"]] == ["generated/kmeans-pca"]
+    first["runs"][0]["seconds"] = 77.0
+    path.write_text(json.dumps(first), encoding="utf-8")
+    assert run("*/kmeans-*").code == 0
+    second = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["case"] for row in second["runs"]] == ["generated/kmeans-pca", "generated/kmeans-features"]
+    assert second["runs"][0]["seconds"] == 77.0
+    # A run under another configuration is not this case's.
+    second["cases"]["generated/kmeans-pca"]["epochs"] = 3
+    path.write_text(json.dumps(second), encoding="utf-8")
+    assert run("*/kmeans-pca").code == 0
+    third = json.loads(path.read_text(encoding="utf-8"))
+    assert third["runs"][-1]["case"] == "generated/kmeans-pca"
+    assert third["runs"][-1]["seconds"] != 77.0
+    # Nor is a file under other settings this study's, and tables are made of neither.
+    assert "--cases must match" in run("unknown").stderr
+    path.write_text(json.dumps(second), encoding="utf-8")
+    stale = run_script(script, ["--tables", "--output", str(tmp_path)], tmp_path)
+    assert "generated/kmeans-pca" in stale.stderr
+    path.write_text(json.dumps({**third, "settings": {"epochs": 3}}), encoding="utf-8")
+    assert "settings" in run("*/kmeans-pca").stderr
+
+
+def render(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Without the packages of this environment: rendering needs none."""
+    command = [sys.executable, "-I", "-S", str(BENCHMARKS / "render.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_documentation_is_what_the_results_say() -> None:
+    run = render("--check")
+    assert run.returncode == 0, run.stderr
+
+
+def test_rendering_notices_and_corrects_a_changed_table(tmp_path: Path) -> None:
+    page = tmp_path / "measurements.md"
+    text = (DOCS / page.name).read_text(encoding="utf-8")
+    page.write_text(re.sub(r"\| 0\.746 ", "| 0.747 ", text, count=1), encoding="utf-8")
+    run = render("--check", "--docs", str(tmp_path))
+    assert run.returncode == 1
+    assert "-| k-means, features | 0.747 " in run.stderr
+    assert render("--docs", str(tmp_path)).returncode == 0
+    assert page.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<!-- table: kills/recipes -->", "<!-- table: kills/unknown -->", "no results have the table kills/unknown"),
+        ("<!-- table: kills/recipes -->", "", "the table kills/recipes is on no page"),
+        ("<!-- table: kills/recipes -->", " <!-- table: kills/recipes -->", "must be a line of its own"),
+    ],
+)
+def test_rendering_refuses_bad_markers(old: str, new: str, message: str, tmp_path: Path) -> None:
+    text = (DOCS / "measurements.md").read_text(encoding="utf-8")
+    (tmp_path / "measurements.md").write_text(text.replace(old, new), encoding="utf-8")
+    run = render("--check", "--docs", str(tmp_path))
+    assert run.returncode == 1
+    assert message in run.stderr
