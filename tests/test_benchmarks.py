@@ -17,6 +17,7 @@ from tests.tiny_models import tiny_bert
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
 STUDIES = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py") if path.stem != "render")
+MARKER = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)
 TEXTS = {
     "sst2_glue": (2, "validation"),
     "imdb_10k_5k": (2, "test"),
@@ -110,6 +111,32 @@ def render(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_documentation_is_what_the_results_say() -> None:
     run = render("--check")
     assert run.returncode == 0, run.stderr
+
+
+# Numbers of the text that no table has: differences, means and ratios of numbers that one has, and settings.
+DERIVED = {
+    "Readouts on real text": {"0.005", "0.012"},
+    "20 Newsgroups without labels": {"0.005"},
+    "A hierarchy on 20 Newsgroups": {"0.001", "0.035", "0.046"},
+    "Prototypes in the place of MLPs": {"0.014", "0.015", "0.030", "0.031"},
+    "The number of prototypes": {"0.005"},
+    "Prototypes inside a network": {"0.007"},
+    "Codebooks": {"0.032"},
+    "The estimator": {"0.005"},
+}
+
+
+def test_the_text_quotes_the_tables() -> None:
+    """Numbers with three decimals or more: a table that changes leaves none of its old ones in the text."""
+    _, *sections = re.split(r"^## ", (DOCS / "measurements.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for section in sections:
+        title = section.partition("\n")[0]
+        if title == "One-off trials (no script)":
+            continue
+        text, tables = MARKER.sub("", section), "".join(MARKER.findall(section))
+        quoted, shown = (set(re.findall(r"\b0\.\d{3,}\b", words)) for words in (text, tables))
+        assert quoted - shown - DERIVED.get(title, set()) == set(), title
+        assert DERIVED.get(title, set()) <= quoted, title
 
 
 def test_rendering_notices_and_corrects_a_changed_table(tmp_path: Path) -> None:
