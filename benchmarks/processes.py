@@ -4,15 +4,15 @@ Two epochs with SGD (where a recipe moves its codes by ``TokenNormalized``, with
 of the tests' tiny files where a recipe would fetch data and encoder. The difference is that of the final weights and
 buffers: of every tensor the largest difference over its largest value.
 
-    python benchmarks/processes.py --processes 2
+    python benchmarks/processes.py
 """
 
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from _common import ROOT, options, save
+from _study import ROOT, Case, Config, Options, Study
+from _tables import Results, Run, Table, extreme, same
 
 sys.path.insert(0, str(ROOT))
 
@@ -20,47 +20,39 @@ from ddcl_lightning.recipes import recipe_paths
 from tests.equal_runs import CODES, SGD, ends, relative_differences
 from tests.recipe_words import LOCAL, local_words
 
+CASES = {
+    # Fewer rows in a joint batch of tiny files.
+    name: Case(name, {"recipe": name, "processes": 2, "joint_batch": 24 if name in LOCAL else 240})
+    for name in sorted(recipe_paths())
+}
 
-def joint_batch(recipe: str) -> int:
-    """Rows in a joint batch: fewer of tiny files."""
-    return 24 if recipe in LOCAL else 240
 
-
-def compare(recipe: str, processes: int, folder: Path) -> dict[str, Any]:
+def run(config: Config, seed: int, options: Options) -> Run:
     """How far the ends of that recipe are apart."""
-    folder.mkdir()
+    recipe = config["recipe"]
     codes = [] if "TokenNormalized" in recipe_paths()[recipe].read_text(encoding="utf-8") else CODES
-    local = [word for word in local_words(recipe, folder) if "batch_size" not in word]
-    words = [f"--config={recipe}", *local, *codes, *SGD]
-    rows = joint_batch(recipe)
-    (alone,), (first, *others) = (ends(folder, words, rows, number) for number in (1, processes))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        local = [word for word in local_words(recipe, folder) if "batch_size" not in word]
+        words = [f"--config={recipe}", *local, *codes, *SGD]
+        sizes = (1, config["processes"])
+        (alone,), (first, *others) = (ends(folder, words, config["joint_batch"], size) for size in sizes)
     apart = relative_differences(alone.state, first.state)
-    worst = max(apart, key=lambda key: apart[key])
+    tensor = max(apart, key=apart.__getitem__)
     between = max(max(relative_differences(first.state, other.state).values()) for other in others)
-    return {"largest": apart[worst], "of": worst, "between processes": between, "tensors": len(apart)}
+    return {"largest": apart[tensor], "of": tensor, "between_processes": between, "tensors": len(apart)}
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A row per recipe, in Markdown."""
-    rows = ["| recipe | largest relative difference | of | between processes |", "|---|---|---|---|"]
-    for name, found in results.items():
-        rows.append(f"| {name} | {found['largest']:.1e} | `{found['of']}` | {found['between processes']:.1e} |")
-    return "\n".join(rows)
+def table(results: Results) -> Table:
+    columns = {
+        "largest relative difference": extreme(max, "largest", ".1e"),
+        "of": same(lambda run: f"`{run['of']}`"),
+        "between the processes": extreme(max, "between_processes", "g"),
+    }
+    return results.table("recipe", CASES, columns)
 
 
-def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--processes", type=int, default=2, help="to compare with one")
-    parser.add_argument("--recipes", nargs="+", default=sorted(recipe_paths()), choices=sorted(recipe_paths()))
-    given = parser.parse_args()
-    names, results = (["digits"] if given.quick else given.recipes), {}
-    with tempfile.TemporaryDirectory() as root:
-        for name in names:
-            results[name] = compare(name, given.processes, Path(root) / name)
-            print(name, results[name], flush=True)
-    print(table(results))
-    save(given.output, "processes", {"processes": given.processes, "recipes": results})
-
+STUDY = Study("processes", CASES, run, {"recipes": table}, quick={"digits": CASES["digits"]})
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)
