@@ -128,7 +128,7 @@ class Study:
         content["tables"] = {name: create(results) for name, create in self.tables.items()}
 
     def _all_cases(self) -> dict[str, Case]:
-        return {**(self.quick or {}), **self.cases}
+        return {**self.cases, **(self.quick or {}), **self.cases}  # in the order, and with the configurations, of the cases
 
     def _empty(self) -> dict[str, Any]:
         return {"study": self.name, "versions": self._versions(), "settings": None, "cases": {}, "runs": []}
