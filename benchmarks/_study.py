@@ -100,6 +100,10 @@ class Study:
         given = parser.parse_args(arguments)
         folder = given.output or (Path(tempfile.mkdtemp()) if given.quick else RESULTS)
         path = folder / f"{self.name}.json"
+        if given.quick and folder.resolve() == RESULTS:
+            parser.error(f"--output must be another folder than the results of full runs under --quick; got {folder}.")
+        if given.tables and not path.is_file():
+            parser.error(f"--tables needs results of an earlier run; got none at {path}.")
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else self._empty()
         if given.tables:
             self._refuse_stale(content)
@@ -128,7 +132,11 @@ class Study:
         content["tables"] = {name: create(results) for name, create in self.tables.items()}
 
     def _all_cases(self) -> dict[str, Case]:
-        return {**self.cases, **(self.quick or {}), **self.cases}  # in the order, and with the configurations, of the cases
+        return {
+            **self.cases,
+            **(self.quick or {}),
+            **self.cases,
+        }  # in the order, and with the configurations, of the cases
 
     def _empty(self) -> dict[str, Any]:
         return {"study": self.name, "versions": self._versions(), "settings": None, "cases": {}, "runs": []}

@@ -56,14 +56,21 @@ CASES = {
 }
 
 
-@cache
 def load(name: str) -> Any:
     """A data set as it is."""
-    if name in ("iris", "wine", "breast_cancer", "digits", "diabetes"):
-        return getattr(datasets, f"load_{name}")().data
-    if name.startswith("linnerud-"):
-        return getattr(datasets.load_linnerud(), name.removeprefix("linnerud-"))
-    return {**pixels(), **hard_data()}[name]
+    return {**tables(), **pixels(), **hard_data()}[name]
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """What scikit-learn brings along."""
+    linnerud = datasets.load_linnerud()
+    loaders = ("iris", "wine", "breast_cancer", "digits", "diabetes")
+    return {
+        **{name: getattr(datasets, f"load_{name}")().data for name in loaders},
+        "linnerud-data": linnerud.data,
+        "linnerud-target": linnerud.target,
+    }
 
 
 @cache

@@ -32,13 +32,14 @@ SIZES = tuple(itertools.product((4096, 32768), (64, 1024)))
 FRACTIONS = (0.1, 0.005)  # of the critical temperature
 FLUSHES = ("off", "caller", "all")
 PRODUCTS = "products"
-PATHS = {
+LABELS = {
     "fused": "fused",
     "fused-compiled": "fused, compiled",
     "plain": "plain",
     "plain-compiled": "plain, compiled",
     PRODUCTS: "matrix products",
 }
+PLAIN, COMPILED = ("plain", "plain-compiled"), ("fused-compiled", "plain-compiled")
 SECONDS, TURNS = 60.0, (5, 25)  # per size and temperature; fewest and most turns
 
 
@@ -94,14 +95,13 @@ def problem(size: int, prototypes: int) -> tuple[Tensor, Tensor]:
 def modules(prototypes: Tensor, names: Iterable[str]) -> dict[str, nn.Module]:
     """The module of each case."""
     return {
-        name: Products(prototypes) if name == PRODUCTS else Layer(prototypes, name.startswith("plain"))
-        for name in names
+        name: Products(prototypes) if name == PRODUCTS else Layer(prototypes, plain=name in PLAIN) for name in names
     }
 
 
 def step_of(name: str, module: nn.Module, tokens: Tensor) -> Step:
     """One forward and backward."""
-    call: Callable[[Tensor], Tensor] = torch.compile(module) if name.endswith("compiled") else module
+    call: Callable[[Tensor], Tensor] = torch.compile(module) if name in COMPILED else module
     leaf = tokens.clone().requires_grad_()
 
     def step() -> None:
@@ -130,7 +130,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
     """Times of all paths in turn, or the memory of each."""
     size, prototypes = config["tokens"], config["prototypes"]
     # Quick is without what takes longest: compiling, and starting processes.
-    paths = ["fused", "plain"] if options.quick else [path for path in PATHS if path != PRODUCTS]
+    paths = ["fused", "plain"] if options.quick else [path for path in LABELS if path != PRODUCTS]
     if config["measure"] == "time":
         turns = Turns(size, prototypes, paths)
         return turns.measure(config["temperature"], *((1.0, (1, 1)) if options.quick else (SECONDS, TURNS)))
@@ -219,7 +219,7 @@ def time_table(results: Results, columns: dict[str, tuple[tuple[str, str], ...]]
 
 
 def paths_table(results: Results) -> Table:
-    return time_table(results, {PATHS[path]: ((path, "caller"),) for path in PATHS if path != PRODUCTS}, last=True)
+    return time_table(results, {LABELS[path]: ((path, "caller"),) for path in LABELS if path != PRODUCTS}, last=True)
 
 
 def flush_table(results: Results) -> Table:
@@ -231,7 +231,7 @@ def flush_table(results: Results) -> Table:
 
 def memory_table(results: Results) -> Table:
     paths = (PRODUCTS, "fused", "plain")
-    rows = [["N", "K", *(PATHS[path] for path in paths)]]
+    rows = [["N", "K", *(LABELS[path] for path in paths)]]
     for case in results.where(measure="memory"):
         config, mib = results.configs[case], results.of(case)[0]["mib"]
         cells = [f"{mib[path]:.0f}" if path in mib else "" for path in paths]
