@@ -167,11 +167,10 @@ def create_head(config: Config, critical: float) -> tuple[HierarchicalReadout, l
             TemperatureAnnealing(*ends, per="step", banks=f"*levels.{level}.*")
             for level, ends in enumerate(config["schedule"])
         ]
-        # A frozen encoder's tokens do not move: their critical temperature is measured once. Those of level 2 do.
-        return HierarchicalReadout(config["sizes"], temperature_unit=["absolute", "critical"], **common), schedules
-    start, end = (fraction * critical for fraction in config["schedule"])
-    readout = HierarchicalReadout(config["sizes"], temperature_unit="absolute", temperature=start, **common)
-    return readout, [TemperatureAnnealing(start=start, end=end, unit="absolute", per="step")]
+        return HierarchicalReadout(config["sizes"], **common), schedules
+    start, end = (Temperature(fraction * critical, unit="absolute") for fraction in config["schedule"])
+    readout = HierarchicalReadout(config["sizes"], temperature=start, **common)
+    return readout, [TemperatureAnnealing(start=start, end=end, per="step")]
 
 
 def run(config: Config, seed: int, options: Options) -> Run:
@@ -199,7 +198,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
     for (name, bank), sample in zip(find_banks(module.head).items(), samples.values(), strict=True):
         terms = Decomposition(*(torch.zeros(1) for _ in range(3)))  # not read
         tokens = sample.gather().transpose(0, 1)
-        observation = Observation(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
+        observation = CodebookRecord(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
         signals = read_signals(observation, bank.detach_assignments)[0]
         levels.append(
             {

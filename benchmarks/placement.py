@@ -53,7 +53,6 @@ PROTOTYPES = 16  # after and beside blocks; 8 in a norm
 EPOCHS, BATCH, RATE, RHO = 30, 64, 3e-3, 0.3
 WEIGHT = 0.01  # of L_q
 TEST, NOISE = 360, 0.25
-FRACTION = {"temperature": 0.1, "temperature_unit": "critical"}
 CONTEXT_STEPS, COMPONENTS = 600, 16
 
 Norm = Callable[[], nn.Module]
@@ -210,7 +209,7 @@ def create_network(config: Config) -> Transformer:
 
 def place(net: Transformer, blocks: range, config: Config) -> list[PlacedPrototypes]:
     """Put prototypes after blocks, or gated ones beside them."""
-    shared = PrototypeBank(PROTOTYPES, DIM, **FRACTION) if config.get("shared") else None
+    shared = PrototypeBank(PROTOTYPES, DIM) if config.get("shared") else None
 
     def create() -> PlacedPrototypes:
         if config["place"] == "gated":
@@ -220,14 +219,14 @@ def place(net: Transformer, blocks: range, config: Config) -> list[PlacedPrototy
         fractions = config.get("fractions", [])
         placed = SerialPrototypes(layer(residual=config["residual"], num_heads=len(fractions) or 1))
         if fractions:
-            placed.layer.bank.set_fraction(torch.tensor(fractions))
+            placed.layer.bank.set_temperature(fractions)
         return placed
 
     return insert_prototypes(net, [f"blocks.{i}" for i in blocks], create)
 
 
 def layer(**kwargs: Any) -> DDCLAttention:
-    return DDCLAttention(DIM, PROTOTYPES, **{**FRACTION, **kwargs})
+    return DDCLAttention(DIM, PROTOTYPES, **kwargs)
 
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -256,8 +255,8 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def bank_statistics(net: nn.Module, x: Tensor) -> dict[str, float]:
     """Entropy over ln K and share of the codes in use, means over the calls of the banks."""
-    calls: list[Observation] = []
-    with torch.no_grad(), BankProbe(find_banks(net), lambda name, observation: calls.append(observation)):
+    calls: list[CodebookRecord] = []
+    with torch.no_grad(), record_codebooks(find_banks(net), lambda name, observation: calls.append(observation)):
         net(x)
     entropy, usage = [], []
     for call in calls:

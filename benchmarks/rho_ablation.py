@@ -33,6 +33,7 @@ from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.monitoring.signals import read_signals
 from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.temperature import Temperature
 from ddcl_lightning.tasks import Clustering
 
 SCALES = {  # labels of the picture
@@ -74,7 +75,11 @@ def run(config: Config, seed: int, options: Options) -> Run:
     data = DigitsDataModule(batch_size=256)
     module = DDCLReadoutModule(
         PCABackbone(in_features=64, num_components=COMPONENTS, trainable=True),
-        DDCLReadout(num_prototypes=PROTOTYPES, embedding_scale=config["scale"]),
+        DDCLReadout(
+            num_prototypes=PROTOTYPES,
+            temperature=Temperature(0.1, unit="initial"),  # a shrinking encoder comes closer to T_c
+            embedding_scale=config["scale"],
+        ),
         Clustering(num_classes=10),
         lr_prototypes=0.01,
         rho=config["rho"],
@@ -106,8 +111,8 @@ def run(config: Config, seed: int, options: Options) -> Run:
 def state_at_end(module: DDCLReadoutModule, data: DigitsDataModule) -> dict[str, float]:
     """Separation, spread, temperature and effective dimension of the embeddings over the whole data set."""
     module.eval()
-    observed: list[Observation] = []
-    with BankProbe(find_banks(module), lambda _, observation: observed.append(observation)):
+    observed: list[CodebookRecord] = []
+    with record_codebooks(find_banks(module), lambda _, observation: observed.append(observation)):
         module({"x": all_samples(data)[0]})
     (signals,) = read_signals(observed[0], False, observed[0].valid_tokens())
     energy = torch.linalg.eigvalsh(observed[0].tokens[0].double().T.cov()).clamp(min=1e-300)
