@@ -131,7 +131,7 @@ class TwoLevels(Project):
 
     def __init__(self, **layer: Any) -> None:
         super().__init__(**layer)
-        self.top = DDCLAttention(4, num_prototypes=2, temperature=1.0)
+        self.top = DDCLAttention(4, num_prototypes=2, temperature=layer.get("temperature", 0.1))
         layer = self.layer
         del self.layer
         self.layer = layer  # registration order is not execution order
