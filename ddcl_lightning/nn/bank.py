@@ -20,6 +20,7 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
+from ddcl_lightning.functional._common import check_mask
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
 from ddcl_lightning.nn.observer import BankObserver
@@ -227,11 +228,7 @@ class PrototypeBank(GuardedState):
                 f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "
                 "Project them, or build the bank for their dimension."
             )
-        if mask is not None and mask.shape != tokens.shape[:-1]:
-            raise ValueError(
-                f"mask must have the shape of tokens without the last dimension, {tuple(tokens.shape[:-1])}; "
-                f"got {tuple(mask.shape)}."
-            )
+        check_mask(tokens, mask)
         heads = tokens.reshape(-1, self.num_heads, self.dim).transpose(0, 1)
         flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
         return heads, flat_mask
