@@ -133,7 +133,7 @@ def around_the_bank(net: Net, codes: TokenNormalized) -> None:
 def tokens_alone(net: Net, codes: TokenNormalized) -> None:
     """Somebody else's straight-through gradient."""
     z = net.encoder(tokens(1))
-    net.vq.bank(z, need_codes=True, detach_centroids=True)
+    net.vq.bank.quantize(z)
     net(junk())
     z.sum().backward()
 
