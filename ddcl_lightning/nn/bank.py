@@ -300,7 +300,8 @@ class PrototypeBank(GuardedState):
 
         Args:
             tokens: ``(*, H * d)``, valid ones only, the same on every process; the first process clusters them.
-            method: ``"kmeans"`` or ``"farthest"``, see :func:`~ddcl_lightning.nn.initialization.initial_prototypes`.
+            method: ``"kmeans"`` or ``"farthest_point"``, see
+                :func:`~ddcl_lightning.nn.initialization.initial_prototypes`.
             num_restarts: Runs of k-means per head, at least 1.
             seed: Seed of the method.
             progress: Show a bar over the restarts.
