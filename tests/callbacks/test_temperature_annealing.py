@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from toys import QUIET, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, Temperature
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from tests.tiny import absolute
@@ -28,8 +28,10 @@ class Recorder(pl.Callback):
 
 def temperatures(module=None, data=None, max_epochs=5, trainer=None, **kwargs):
     recorder = Recorder()
+    start = kwargs.get("start")
+    own = {"temperature": start} if isinstance(start, Temperature) and isinstance(start.value, float) else {}
     fit(
-        module or Project(),
+        module or Project(**own),
         TemperatureAnnealing(**kwargs),
         recorder,
         data=data,
@@ -73,13 +75,13 @@ def test_by_step_it_falls_with_every_batch_and_ends_with_the_run():
 
 def test_steps_of_two_manual_optimizers_count_once():
     values = temperatures(
-        TwoOptimizers(), start=absolute(8.0), end=absolute(1.0), schedule="linear", per="step", max_epochs=2
+        TwoOptimizers(temperature=absolute()), start=absolute(8.0), end=absolute(1.0), schedule="linear", per="step", max_epochs=2
     )
     assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
 
 
 def test_accumulated_batches_share_a_step_and_do_not_shorten_the_epochs():
-    kwargs = {"start": 8.0, "end": 1.0, "unit": "absolute", "schedule": "linear", "max_epochs": 4}
+    kwargs = {"start": absolute(8.0), "end": absolute(1.0), "schedule": "linear", "max_epochs": 4}
     by_step = temperatures(per="step", trainer={"accumulate_grad_batches": 3}, **kwargs)
     assert by_step == pytest.approx(np.repeat(np.linspace(8, 1, 8), 3).tolist())
     by_epoch = temperatures(trainer={"accumulate_grad_batches": 3}, **kwargs)
@@ -87,7 +89,7 @@ def test_accumulated_batches_share_a_step_and_do_not_shorten_the_epochs():
 
 
 def test_max_steps_bounds_the_length():
-    kwargs = {"start": 8.0, "end": 1.0, "unit": "absolute", "schedule": "linear", "max_epochs": 100}
+    kwargs = {"start": absolute(8.0), "end": absolute(1.0), "schedule": "linear", "max_epochs": 100}
     assert temperatures(per="step", trainer={"max_steps": 8}, **kwargs)[-1] == pytest.approx(1.0)
     assert temperatures(trainer={"max_steps": 18}, **kwargs)[::6] == pytest.approx([8.0, 4.5, 1.0])
 
@@ -129,22 +131,23 @@ def test_every_head_has_its_own_critical_temperature():
 def test_the_order_of_the_callbacks_does_not_matter(first):
     module, callbacks = TwoLevels(), [TemperatureAnnealing(), KMeansInitialization()]
     fit(module, *(callbacks if first else callbacks[::-1]), max_epochs=1)
-    reference = callbacks[0].state_dict()["references"]
-    assert reference["layer.bank"][0] > reference["top.bank"][0] > 0
+    first_level, second = module.layer.bank.temperature, module.top.bank.temperature
+    assert float(first_level) > float(second) > 0
     other = TwoLevels()
-    both = [KMeansInitialization(), TemperatureAnnealing()]
-    fit(other, *both, max_epochs=1)
-    assert both[1].state_dict()["references"] == reference
+    fit(other, KMeansInitialization(), TemperatureAnnealing(), max_epochs=1)
+    assert torch.equal(other.layer.bank.temperature, first_level)
+    assert torch.equal(other.top.bank.temperature, second)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"start": 1.0, "end": 2.0}, "must not increase"),
-        ({"start": 0.0}, "start must be a "),
+        ({"start": 0.0}, r"start of the schedule: a temperature must be > 0, one number or one per head; got 0.0"),
         ({"start": math.inf}, "start must be a "),
         ({"end": math.nan}, "end must be a "),
-        ({"unit": "kelvin"}, "unit must be"),
+        ({"start": absolute(2.0)}, "start and end must be temperatures of one unit; got .*absolute.* and 0.005"),
+        ({"start": absolute(2.0), "end": Temperature(1.0, unit="initial")}, "temperatures of one unit"),
         ({"per": "year"}, "per must be"),
         ({"schedule": "step"}, "schedule must be"),
         ({"tau": 0.0}, "tau must be > 0"),
@@ -164,14 +167,14 @@ def test_refusals(kwargs, message):
 def test_a_callable_that_increases_or_vanishes_is_refused_before_the_first_step(schedule, message):
     module = Project()
     with pytest.raises(ValueError, match=message):
-        fit(module, TemperatureAnnealing(schedule=schedule, unit="absolute"))
+        fit(module, TemperatureAnnealing(schedule=schedule))
     assert module.losses == []
 
 
 def test_a_callable_that_increases_later_is_caught_on_the_way():
     changing = iter([4.0, 3.0, 4.0, 3.0, 3.5])  # tried twice, set at the start and in both epochs
     with pytest.raises(ValueError, match=r"schedule went from 3 to 3\.5"):
-        temperatures(schedule=lambda step: next(changing), per="epoch", unit="absolute", max_epochs=2)
+        temperatures(schedule=lambda step: next(changing), per="epoch", max_epochs=2)
 
 
 def test_tokens_without_variance_are_an_error():
@@ -191,7 +194,6 @@ def test_another_run_is_measured_anew():
     fit(Project(), annealing, data=loader(size=48), max_epochs=3)  # starts at the top again without an error
     second = annealing.state_dict()
     assert second["length"] == 3
-    assert second["references"] != first["references"]
 
 
 def digits_run(path, annealing, max_epochs=4, ckpt_path=None):
@@ -237,7 +239,7 @@ def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(
 
 
 def test_the_temperature_is_logged():
-    trainer = fit(Project(), TemperatureAnnealing(start=absolute(3.0), end=absolute(3.0)))
+    trainer = fit(Project(temperature=absolute()), TemperatureAnnealing(start=absolute(3.0), end=absolute(3.0)))
     assert float(trainer.callback_metrics["ddcl/temperature/layer.bank"]) == 3.0
 
 
@@ -264,31 +266,30 @@ def both_levels(*callbacks, module=None, max_epochs=4, **kwargs):
 def test_two_callbacks_give_two_schedules():
     first = TemperatureAnnealing(start=absolute(8.0), end=absolute(2.0), schedule="linear", banks="layer.*")
     second = TemperatureAnnealing(start=absolute(0.5), end=absolute(0.25), schedule="linear", duration=2, banks="t?p.*")
-    found = both_levels(first, second)
+    found = both_levels(first, second, module=TwoLevels(top=absolute(), temperature=absolute()))
     assert np.ravel(found["layer"]) == pytest.approx([8.0, 6.0, 4.0, 2.0])
     assert np.ravel(found["top"]) == pytest.approx([0.5, 0.25, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("kmeans", [False, True])
 def test_banks_that_no_pattern_matches_keep_their_temperature(kmeans):
-    annealing = TemperatureAnnealing(start=0.1, end=0.1, banks="layer.*")
-    found = both_levels(annealing, *[KMeansInitialization()] * kmeans)
+    annealing = TemperatureAnnealing(start=0.1, end=0.1, banks="layer.*")  # the other one's is absolute
+    found = both_levels(annealing, *[KMeansInitialization()] * kmeans, module=TwoLevels(top=absolute()))
     assert np.ravel(found["top"]).tolist() == [1.0] * 4
-    assert set(annealing.state_dict()["references"]) == {"layer.bank"}
 
 
 def test_a_list_gives_every_head_its_own_temperature():
     annealing = TemperatureAnnealing(
         start=absolute([8.0, 1.0]), end=absolute([2.0, 1.0]), schedule="linear", banks="layer.*"
     )
-    found = both_levels(annealing, module=TwoLevels(num_heads=2, output_projection=False))
+    found = both_levels(annealing, module=TwoLevels(num_heads=2, output_projection=False, temperature=absolute()))
     assert np.asarray(found["layer"]).T.tolist() == [pytest.approx([8.0, 6.0, 4.0, 2.0]), [1.0] * 4]
     assert annealing.value(0) == [8.0, 1.0]
     assert TemperatureAnnealing(tau=1.0).value(0) == 0.1
 
 
 def test_the_ends_of_heads_may_differ_one_by_one_in_fractions_too():
-    one_start = temperatures(Project(num_heads=2), start=absolute(8.0), end=absolute([4.0, 1.0]), max_epochs=5)
+    one_start = temperatures(Project(num_heads=2, temperature=absolute()), start=absolute(8.0), end=absolute([4.0, 1.0]), max_epochs=5)
     assert one_start[::6] == pytest.approx([8.0, 8 * 2**-0.25, 8 * 2**-0.5, 8 * 2**-0.75, 4.0])  # its own tau
     module = Project(num_heads=2)
     even = Project(num_heads=2)
@@ -320,9 +321,9 @@ def test_patterns_that_do_not_fit_are_refused_before_the_first_step(callbacks, m
     ("kwargs", "message"),
     [
         ({"start": [0.1, 0.2], "end": [0.1, 0.1, 0.1]}, "numbers or lists of the same length"),
-        ({"start": [], "end": 0.1}, "numbers or lists of the same length"),
+        ({"start": [], "end": 0.1}, "start of the schedule: a temperature must be > 0, one number or one per head; got ..\\."),
         ({"start": [0.2, 0.1], "end": 0.15}, r"must not increase .* start = 0.1 and end = 0.15"),
-        ({"start": [0.2, -0.1], "end": 0.1}, "start must be a finite temperature > 0; got -0.1"),
+        ({"start": [0.2, -0.1], "end": 0.1}, "start of the schedule: a temperature must be > 0, one number or one per head; got .0.2, -0.1."),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(kwargs, message):
@@ -339,11 +340,12 @@ def test_several_callbacks_keep_their_states_apart_in_a_checkpoint(tmp_path):
 
     whole = annealings()
     fit(TwoLevels(), *whole, max_epochs=4)
-    half = fit(TwoLevels(), *annealings(), max_epochs=2, enable_checkpointing=False)
+    at_half = TwoLevels()
+    half = fit(at_half, *annealings(), max_epochs=2, enable_checkpointing=False)
     half.save_checkpoint(tmp_path / "half.ckpt")
     resumed, levels = annealings(), Levels()
     fit(TwoLevels(), *resumed, levels, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert [callback.state_dict()["steps"] for callback in resumed] == [24, 24]
     for name, callback in zip(("layer", "top"), whole, strict=True):
-        critical = callback.state_dict()["references"][f"{name}.bank"][0]
+        critical = 4 * float(getattr(at_half, name).bank.temperature_state.covariance.lambda_max)
         assert levels.seen[name][0][0] == pytest.approx(critical * callback.value(12), rel=1e-6)

@@ -189,7 +189,7 @@ def test_closure_runs_with_gradients() -> None:
 
 
 def test_bfloat16() -> None:
-    bank = PrototypeBank(5, 3).bfloat16()
+    bank = PrototypeBank(5, 3, temperature=absolute()).bfloat16()
     optimizer = TokenNormalized([bank.prototypes], lr=1.0).watch(bank)
     tokens, before = torch.randn(20, 3).bfloat16(), bank.prototypes.detach().float()[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -218,9 +218,9 @@ def test_state_round_trip() -> None:
 def test_watch_finds_banks_and_replaces_an_earlier_watch() -> None:
     model = nn.ModuleList([DDCLAttention(4, 3), DDCLAttention(4, 2)])
     optimizer = TokenNormalized([model[1].bank.prototypes], lr=0.5).watch(model)
-    assert not model[0].bank._forward_hooks
+    assert not model[0].bank._observers
     optimizer.watch(model)
-    assert len(model[1].bank._forward_hooks) == 1
+    assert len(model[1].bank._observers) == 1
     with pytest.raises(ValueError, match="optimises 2 parameters but only 1 of them are prototypes"):
         TokenNormalized([model[0].bank.prototypes, nn.Parameter(torch.zeros(2))]).watch(model)
 
