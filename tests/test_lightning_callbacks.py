@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ddcl_lightning import Classification, Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
 from ddcl_lightning.callbacks import AdaptiveBankSize, KMeansInitialization, TemperatureAnnealing
-from tests.tiny import Blobs, clustering_module, quiet_trainer
+from tests.tiny import Blobs, absolute, clustering_module, quiet_trainer
 
 DOCS = Path(__file__).parents[1] / "docs" / "lightning-callbacks.md"
 ROWS: dict[str, list[Callable[..., None]]] = {}
@@ -155,7 +155,7 @@ class AtValidation(pl.Callback):
 
 
 DECAY = 0.7
-PROTOTYPES, TEMPERATURE = (f"head.attention.bank.{name}" for name in ("prototypes", "temperature"))
+PROTOTYPES, TEMPERATURE = (f"head.attention.bank.{name}" for name in ("prototypes", "temperature_state.current"))
 
 
 @row("WeightAveraging", "EMAWeightAveraging")
@@ -169,7 +169,7 @@ PROTOTYPES, TEMPERATURE = (f"head.attention.bank.{name}" for name in ("prototype
 def test_weight_averages_are_averages_and_validate(average: Callable[[], pl.Callback], tmp_path: Path) -> None:
     states, seen, module = States(), AtValidation(), clustering_module()
     callback = average()
-    annealing = TemperatureAnnealing(2.0, 0.1, unit="absolute")
+    annealing = TemperatureAnnealing(absolute(2.0), absolute(0.1))
     trainer = fit(annealing, KMeansInitialization(progress=False), callback, states, seen, module=module)
     expected = states.states[0][PROTOTYPES]
     for number, state in enumerate(states.states[1:], 1):
@@ -307,7 +307,7 @@ def test_spike_detection_sees_a_spike_and_can_be_resumed(tmp_path: Path) -> None
             builtin.SpikeDetection(exclude_batches_path=tmp_path),
             AtStep(6, lambda batch: batch["x"].mul_(1e4)),
             module=DDCLReadoutModule(
-                clustering_module().backbone, DDCLReadout(4, temperature=2.0, embedding_scale="none"), Clustering(4)
+                clustering_module().backbone, DDCLReadout(4, temperature=absolute(2.0), embedding_scale="none"), Clustering(4)
             ),
         )
     assert (tmp_path / "skip_batches.json").is_file()
@@ -412,7 +412,7 @@ def test_pruning_prunes_the_encoder_and_no_prototype() -> None:
 
 
 def unfitted() -> DDCLReadoutModule:
-    return DDCLReadoutModule(PCABackbone(4, 3), DDCLReadout(4, temperature=2.0), Clustering(4))
+    return DDCLReadoutModule(PCABackbone(4, 3), DDCLReadout(4, temperature=absolute(2.0)), Clustering(4))
 
 
 def cached() -> DDCLReadoutModule:

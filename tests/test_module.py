@@ -24,7 +24,7 @@ from ddcl_lightning import (
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.optim.token_normalized import TokenNormalized
-from tests.tiny import Blobs, LinearBackbone, clustering_module, loader, quiet_trainer
+from tests.tiny import Blobs, LinearBackbone, absolute, clustering_module, loader, quiet_trainer
 
 
 class Spy(pl.Callback):
@@ -67,7 +67,7 @@ class PlacedBackbone(LinearBackbone):
 @pytest.mark.parametrize("optimizer", ["Adam", "TokenNormalized"])
 def test_prototypes_inside_of_the_backbone_step_as_prototypes(optimizer: str) -> None:
     module = DDCLReadoutModule(
-        PlacedBackbone(), DDCLReadout(4, temperature=2.0), Classification(4), prototype_optimizer=optimizer
+        PlacedBackbone(), DDCLReadout(4, temperature=absolute(2.0)), Classification(4), prototype_optimizer=optimizer
     )
     groups = module.parameter_groups()
     placed = module.backbone.serial.layer.bank.prototypes
@@ -258,7 +258,7 @@ def test_token_normalized_prototypes_train_inside_the_module() -> None:
     data = Blobs(size=64)
     module = DDCLReadoutModule(
         IdentityBackbone(4),
-        DDCLReadout(4, temperature=0.5),
+        DDCLReadout(4, temperature=absolute(0.5)),
         Clustering(4),
         lr_prototypes=0.5,
         prototype_optimizer="TokenNormalized",
@@ -292,7 +292,7 @@ def test_bounded_scale_keeps_the_embeddings_from_shrinking() -> None:
 
     def spread(scale: Any) -> float:
         torch.manual_seed(0)
-        head = DDCLReadout(4, temperature=0.5, embedding_scale=scale)
+        head = DDCLReadout(4, temperature=absolute(0.5), embedding_scale=scale)
         module = DDCLReadoutModule(LinearBackbone(), head, Clustering(4), lr_prototypes=0.05, rho=0.5)
         quiet_trainer(max_epochs=60).fit(module, loader())
         module.eval()

@@ -20,7 +20,7 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
-from ddcl_lightning.functional._common import require_tokens
+from ddcl_lightning.functional._common import check_mask
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
 from ddcl_lightning.nn.observer import BankObserver
@@ -229,11 +229,7 @@ class PrototypeBank(GuardedState):
                 f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "
                 "Project them, or build the bank for their dimension."
             )
-        if mask is not None and mask.shape != tokens.shape[:-1]:
-            raise ValueError(
-                f"mask must have the shape of tokens without the last dimension, {tuple(tokens.shape[:-1])}; "
-                f"got {tuple(mask.shape)}."
-            )
+        check_mask(tokens, mask)
         heads = tokens.reshape(-1, self.num_heads, self.dim).transpose(0, 1)
         flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
         return heads, flat_mask
@@ -305,7 +301,8 @@ class PrototypeBank(GuardedState):
 
         Args:
             tokens: ``(*, H * d)``, valid ones only, the same on every process; the first process clusters them.
-            method: ``"kmeans"`` or ``"farthest"``, see :func:`~ddcl_lightning.nn.initialization.initial_prototypes`.
+            method: ``"kmeans"`` or ``"farthest_point"``, see
+                :func:`~ddcl_lightning.nn.initialization.initial_prototypes`.
             num_restarts: Runs of k-means per head, at least 1.
             seed: Seed of the method.
             progress: Show a bar over the restarts.

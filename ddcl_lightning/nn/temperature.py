@@ -40,6 +40,7 @@ class Temperature:
 
     @typed
     def __init__(self, value: float | list[float], unit: TemperatureUnit = "critical") -> None:
+        value = value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, Sequence) else value
         values = value if isinstance(value, list) else [value]
         if not values or not all(number > 0 for number in values):
             raise ValueError(

@@ -15,6 +15,7 @@ from ddcl_lightning.adapters.feedforward import DDCLFeedForward, ridge_regressio
 from ddcl_lightning.adapters.insertion import quantization_loss
 from ddcl_lightning.adapters.replacement import FeedForwardReplacement, replace_feedforward
 from ddcl_lightning.functional import critical_temperature, soft_assign
+from tests.tiny import absolute
 
 VOCABULARY, DIM, DEPTH = 40, 16, 3
 
@@ -64,7 +65,7 @@ def output_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_output_is_what_the_formula_says() -> None:
-    layer = DDCLFeedForward(6, 5, num_heads=2, prototype_dim=3, temperature=Temperature(0.7, unit="absolute"))
+    layer = DDCLFeedForward(6, 5, num_heads=2, prototype_dim=3, temperature=absolute(0.7))
     x = torch.randn(4, 7, 6)
     z = (x @ layer.input_projection.weight.T).unflatten(-1, (2, 3))
     centroids = torch.stack(

@@ -30,7 +30,7 @@ from ddcl_lightning import (
 from ddcl_lightning.adapters.base import PlacedPrototypes
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
-from tests.tiny import quiet_trainer
+from tests.tiny import absolute, quiet_trainer
 
 DIM = 8
 
@@ -113,7 +113,7 @@ def test_norm_with_one_prototype_at_zero_is_rms_norm() -> None:
 
 
 def test_norm_by_hand() -> None:
-    norm, x = PrototypeNorm(DIM, 4, temperature=Temperature(0.7, unit="absolute")), torch.randn(2, 6, DIM)
+    norm, x = PrototypeNorm(DIM, 4, temperature=absolute(0.7)), torch.randn(2, 6, DIM)
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.normal_()
@@ -126,16 +126,16 @@ def test_norm_by_hand() -> None:
 
 def test_norm_does_not_depend_on_place_or_scale() -> None:
     """Moved and scaled tokens, with prototypes and T moved and scaled along, give the same numbers."""
-    norm, x = PrototypeNorm(DIM, 4, temperature=Temperature(1.0, unit="absolute")), torch.randn(2, 6, DIM)
+    norm, x = PrototypeNorm(DIM, 4, temperature=absolute()), torch.randn(2, 6, DIM)
     moved = copy.deepcopy(norm)
     moved.bank.set_prototypes(100 * norm.bank.prototypes.detach() + 7)
-    moved.bank.set_temperature(norm.bank.temperature * 1e4)
+    moved.bank.set_temperature(absolute(float(norm.bank.temperature * 1e4)))
     torch.testing.assert_close(moved(100 * x + 7), norm(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "create",
-    [serial, gated, lambda: PrototypeNorm(DIM, 4, temperature=Temperature(1.0, unit="absolute"))],
+    [serial, gated, lambda: PrototypeNorm(DIM, 4, temperature=absolute())],
     ids=["serial", "gated", "norm"],
 )
 def test_padding_stays_out(create: Callable[[], PlacedPrototypes]) -> None:
@@ -280,7 +280,7 @@ def test_loss_terms_are_handed_out_once() -> None:
 
 def sharing(**options: Any) -> tuple[Net, PrototypeBank]:
     """Three blocks with a layer each that read one bank."""
-    bank = PrototypeBank(5, DIM, temperature=2.0)
+    bank = PrototypeBank(5, DIM, temperature=absolute(2.0))
     net = Net()
     insert_prototypes(net, NAMES, lambda: SerialPrototypes(DDCLAttention(DIM, bank=bank, residual=True, **options)))
     return net, bank
@@ -329,7 +329,7 @@ def test_each_layer_keeps_its_own_projection() -> None:
     wide, narrow = DDCLAttention(8, bank=bank), DDCLAttention(4, bank=bank)
     assert wide(torch.randn(2, 6, 8)).tokens.shape == (2, 6, 8)
     assert narrow(torch.randn(2, 6, 4)).tokens.shape == (2, 6, 4)
-    bank.set_temperature(0.25)
+    bank.set_temperature(absolute(0.25))
     assert wide.bank.temperature is narrow.bank.temperature
 
 

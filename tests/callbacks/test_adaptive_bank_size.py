@@ -33,7 +33,7 @@ from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.tasks import Classification, Reconstruction
 from tests.tiny import loader as tiny_loader
-from tests.tiny import quiet_trainer
+from tests.tiny import absolute, quiet_trainer
 
 SIX = {"size": 240, "clusters": 6}
 
@@ -68,7 +68,7 @@ def test_without_the_test_the_last_temperature_sets_the_size() -> None:
     """Clusters of deviation 0.3 have T_c = 4 * 0.09 = 0.36 of their own, give or take: above it they stay whole."""
     found = {}
     for temperature in (1.0, 0.1):
-        module = Project(num_prototypes=2, temperature=temperature)
+        module = Project(num_prototypes=2, temperature=absolute(temperature))
         adaptive = AdaptiveBankSize(significance=None, max_prototypes=20)
         fit(module, KMeansInitialization(progress=False), adaptive, data=six(), max_epochs=12)
         found[temperature] = module.layer.bank.num_prototypes
@@ -91,7 +91,7 @@ def test_superfluous_prototypes_merge_and_idle_ones_go() -> None:
     centers = torch.stack([blobs(**SIX)[0][blobs(**SIX)[1] == label].mean(0) for label in range(6)])
     extra = torch.stack([centers[0] + 1e-3, torch.full((4,), 99.0), torch.full((4,), -99.0)])
     module.layer.bank.set_prototypes(torch.cat([centers, extra]).unsqueeze(0))
-    module.layer.bank.set_temperature(0.1)
+    module.layer.bank.set_temperature(absolute(0.1))
     adaptive = AdaptiveBankSize()
     fit(module, adaptive, data=six(), max_epochs=5)
     assert [size for _, size in adaptive.history["layer.bank"]] == [9, 8, 6]
@@ -101,7 +101,7 @@ def test_idle_checks_are_counted_on_after_a_restart(tmp_path: Path) -> None:
     """Idle at the only check of the first run, so pruned at the first one of the second."""
     sizes = []
     for resumed in (False, True):
-        module = Project(num_prototypes=7, lr=0.0, temperature=0.1)
+        module = Project(num_prototypes=7, lr=0.0, temperature=absolute(0.1))
         centers = torch.stack([blobs(**SIX)[0][blobs(**SIX)[1] == label].mean(0) for label in range(6)])
         module.layer.bank.set_prototypes(torch.cat([centers, torch.full((1, 4), 99.0)]).unsqueeze(0))
         callbacks = [AdaptiveBankSize(duration=9), ModelCheckpoint(tmp_path / str(resumed), "last")]

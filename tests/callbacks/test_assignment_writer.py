@@ -12,6 +12,7 @@ from ddcl_lightning.callbacks import AssignmentWriter
 from ddcl_lightning.callbacks import assignment_writer as writer_module
 from ddcl_lightning.callbacks.assignment_writer import assignment_table
 from ddcl_lightning.datamodules.digits import DigitsDataModule
+from tests.tiny import absolute
 
 X, Y = blobs(size=50)
 
@@ -29,12 +30,12 @@ def predict(path, module=None, data=None, top=3):
     data = DataLoader(TensorDataset(X, Y), batch_size=16) if data is None else data
     kwargs = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else {"dataloaders": data}
     trainer = pl.Trainer(callbacks=[writer], **QUIET)
-    trainer.predict(module or Predicting(temperature=10.0), return_predictions=False, **kwargs)
+    trainer.predict(module or Predicting(temperature=absolute(10.0)), return_predictions=False, **kwargs)
     return (pd.read_parquet if path.suffix == ".parquet" else pd.read_csv)(path)
 
 
 def exact(x=X):
-    module = Predicting(temperature=10.0)
+    module = Predicting(temperature=absolute(10.0))
     with torch.no_grad():
         return module.layer(module.encoder(x), need_weights=True).weights[0]
 

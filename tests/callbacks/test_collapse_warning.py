@@ -14,6 +14,7 @@ from ddcl_lightning.callbacks import CollapseError, CollapseWarning, KMeansIniti
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from ddcl_lightning.monitoring.history import ENOUGH_TOKENS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.monitoring.signals import HeadSignals
+from tests.tiny import absolute
 
 
 def signs(watch):
@@ -121,7 +122,7 @@ def test_a_far_away_prototype_is_dead():
 def test_uniform_assignments():
     watch = CollapseWarning(every_n_batches=1)
     with reports(r"uniform in layer.bank at step 3: H = 1.386 is 1.000 of ln K"):
-        fit(Project(temperature=1e5), KMeansInitialization(), watch, max_epochs=1)
+        fit(Project(temperature=absolute(1e5)), KMeansInitialization(), watch, max_epochs=1)
 
 
 def test_tokens_that_are_not_finite(monkeypatch):
@@ -147,20 +148,20 @@ def test_a_rate_that_throws_the_prototypes_out_is_reported_early():
 
 def test_stop_ends_training():
     with reports("uniform"):
-        trainer = fit(Project(temperature=1e5), CollapseWarning(every_n_batches=1, on_collapse="stop"), max_epochs=5)
+        trainer = fit(Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="stop"), max_epochs=5)
     assert trainer.global_step == 3
 
 
 def test_raise():
     with pytest.raises(CollapseError, match=r"above_critical in layer.bank at step 3: .*; uniform in layer.bank"):
-        fit(Project(temperature=1e5), CollapseWarning(every_n_batches=1, on_collapse="raise"))
+        fit(Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="raise"))
 
 
 def test_a_sign_is_reported_once_and_again_after_it_went_away():
     class Swinging(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             hot = 4 <= trainer.global_step < 9 or trainer.global_step >= 14
-            pl_module.layer.bank.set_temperature(1e5 if hot else 1.0)
+            pl_module.layer.bank.set_temperature(absolute(1e5 if hot else 1.0))
 
     watch = CollapseWarning(every_n_batches=1, patience=2)
     with reports("uniform"):

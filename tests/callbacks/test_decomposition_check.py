@@ -12,6 +12,7 @@ from ddcl_lightning.functional import prototype_attention_reference as reference
 from ddcl_lightning.monitoring.recording import CodebookRecord
 from ddcl_lightning.nn import bank as bank_module
 from ddcl_lightning.nn.bank import PrototypeBank
+from tests.tiny import absolute
 
 
 def wrong_temperature(tokens, prototypes, temperature, mask=None, **kwargs):
@@ -62,7 +63,7 @@ BREAKAGES = {
 
 def project(name=None):
     # A temperature at which assignments are soft, so that every term counts.
-    return Masked(temperature=50.0) if name == "mask" else Project(temperature=50.0)
+    return Masked(temperature=absolute(50.0)) if name == "mask" else Project(temperature=absolute(50.0))
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
@@ -89,7 +90,7 @@ def _all_nan(output):
 @pytest.mark.parametrize("make", [Project, Masked])
 def test_a_right_layer_passes(make, temperature):
     check = DecompositionCheck(every_n_batches=1)
-    trainer = fit(make(temperature=temperature), KMeansInitialization(), check)
+    trainer = fit(make(temperature=absolute(temperature)), KMeansInitialization(), check)
     assert (check.checks, check.violations) == (12, 0)
     assert float(trainer.callback_metrics["ddcl/decomposition_error/layer.bank"]) < 1e-5
 
@@ -221,7 +222,7 @@ def test_prototypes_that_are_only_close_pass():
 def test_assignments_that_are_hard_to_the_last_bit_are_said_once_and_are_no_violation(caplog):
     check = DecompositionCheck(every_n_batches=1)
     with caplog.at_level("INFO"):
-        fit(Project(temperature=1e-6, lr=1e-6), KMeansInitialization(), check)
+        fit(Project(temperature=absolute(1e-6), lr=1e-6), KMeansInitialization(), check)
     words = "V = 0 at step 1 in bank 'layer.bank', whose prototypes differ"
     assert sum(words in record.message for record in caplog.records) == 1
     assert check.violations == 0

@@ -31,9 +31,10 @@ class Recorder(pl.Callback):
 
 def temperatures(module=None, data=None, max_epochs=5, trainer=None, **kwargs):
     recorder = Recorder()
-    absolute_unit = isinstance(kwargs.get("start"), Temperature)
+    start = kwargs.get("start")
+    own = {"temperature": start} if isinstance(start, Temperature) and isinstance(start.value, float) else {}
     fit(
-        module or (Project(temperature=absolute()) if absolute_unit else Project()),
+        module or Project(**own),
         TemperatureAnnealing(**kwargs),
         recorder,
         data=data,
@@ -133,20 +134,23 @@ def test_every_head_has_its_own_critical_temperature():
 def test_the_order_of_the_callbacks_does_not_matter(first):
     module, callbacks = TwoLevels(), [TemperatureAnnealing(), KMeansInitialization()]
     fit(module, *(callbacks if first else callbacks[::-1]), max_epochs=1)
+    first_level, second = module.layer.bank.temperature, module.top.bank.temperature
+    assert float(first_level) > float(second) > 0
     other = TwoLevels()
     fit(other, KMeansInitialization(), TemperatureAnnealing(), max_epochs=1)
-    assert torch.equal(other.layer.bank.temperature, module.layer.bank.temperature)
-    assert torch.equal(other.top.bank.temperature, module.top.bank.temperature)
+    assert torch.equal(other.layer.bank.temperature, first_level)
+    assert torch.equal(other.top.bank.temperature, second)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"start": 1.0, "end": 2.0}, "must not increase"),
-        ({"start": 0.0}, "start of the schedule: a temperature must be > 0"),
+        ({"start": 0.0}, r"start of the schedule: a temperature must be > 0, one number or one per head; got 0.0"),
         ({"start": math.inf}, "start must be a "),
         ({"end": math.nan}, "end must be a "),
-        ({"start": absolute(2.0)}, "start and end must be temperatures of one unit"),
+        ({"start": absolute(2.0)}, "start and end must be temperatures of one unit; got .*absolute.* and 0.005"),
+        ({"start": absolute(2.0), "end": Temperature(1.0, unit="initial")}, "temperatures of one unit"),
         ({"per": "year"}, "per must be"),
         ({"schedule": "step"}, "schedule must be"),
         ({"tau": 0.0}, "tau must be > 0"),
@@ -268,17 +272,16 @@ def both_levels(*callbacks, module=None, max_epochs=4, **kwargs):
 def test_two_callbacks_give_two_schedules():
     first = TemperatureAnnealing(start=absolute(8.0), end=absolute(2.0), schedule="linear", banks="layer.*")
     second = TemperatureAnnealing(start=absolute(0.5), end=absolute(0.25), schedule="linear", duration=2, banks="t?p.*")
-    found = both_levels(first, second, module=TwoLevels(temperature=absolute()))
+    found = both_levels(first, second, module=TwoLevels(top=absolute(), temperature=absolute()))
     assert np.ravel(found["layer"]) == pytest.approx([8.0, 6.0, 4.0, 2.0])
     assert np.ravel(found["top"]) == pytest.approx([0.5, 0.25, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("kmeans", [False, True])
 def test_banks_that_no_pattern_matches_keep_their_temperature(kmeans):
-    annealing = TemperatureAnnealing(start=0.3, end=0.3, banks="layer.*")
-    levels = Levels()
-    fit(TwoLevels(), annealing, *[KMeansInitialization()] * kmeans, levels, max_epochs=2)
-    assert levels.fractions["top"] == pytest.approx([0.1] * 12)
+    annealing = TemperatureAnnealing(start=0.1, end=0.1, banks="layer.*")  # the other one's is absolute
+    found = both_levels(annealing, *[KMeansInitialization()] * kmeans, module=TwoLevels(top=absolute()))
+    assert np.ravel(found["top"]).tolist() == [1.0] * 4
 
 
 def test_a_list_gives_every_head_its_own_temperature():
@@ -324,9 +327,9 @@ def test_patterns_that_do_not_fit_are_refused_before_the_first_step(callbacks, m
     ("kwargs", "message"),
     [
         ({"start": [0.1, 0.2], "end": [0.1, 0.1, 0.1]}, "numbers or lists of the same length"),
-        ({"start": [], "end": 0.1}, "one number or one per head"),
+        ({"start": [], "end": 0.1}, "start of the schedule: a temperature must be > 0, one number or one per head; got ..\\."),
         ({"start": [0.2, 0.1], "end": 0.15}, r"must not increase .* start = 0.1 and end = 0.15"),
-        ({"start": [0.2, -0.1], "end": 0.1}, "start of the schedule: a temperature must be > 0"),
+        ({"start": [0.2, -0.1], "end": 0.1}, "start of the schedule: a temperature must be > 0, one number or one per head; got .0.2, -0.1."),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(kwargs, message):
@@ -343,33 +346,12 @@ def test_several_callbacks_keep_their_states_apart_in_a_checkpoint(tmp_path):
 
     whole = annealings()
     fit(TwoLevels(), *whole, max_epochs=4)
-    half = fit(TwoLevels(), *annealings(), max_epochs=2, enable_checkpointing=False)
+    at_half = TwoLevels()
+    half = fit(at_half, *annealings(), max_epochs=2, enable_checkpointing=False)
     half.save_checkpoint(tmp_path / "half.ckpt")
     resumed, levels = annealings(), Levels()
     fit(TwoLevels(), *resumed, levels, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert [callback.state_dict()["steps"] for callback in resumed] == [24, 24]
     for name, callback in zip(("layer", "top"), whole, strict=True):
-        assert levels.fractions[name][0] == pytest.approx(callback.value(12), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("bank", "schedule"), [(absolute(), {}), (0.1, {"start": absolute(2.0), "end": absolute(1.0)})]
-)
-def test_schedule_and_bank_must_have_one_unit(bank, schedule):
-    module = Project(temperature=bank)
-    with pytest.raises(ValueError, match="has the unit .* the schedule .*A number is a fraction of the critical"):
-        fit(module, TemperatureAnnealing(**schedule))
-    assert module.losses == []
-
-
-def test_an_initial_fraction_is_not_followed():
-    fractions = {"start": 0.1, "end": 0.1}
-
-    class Shrinking(Project):
-        def tokens(self, batch):
-            return super().tokens(batch) * 0.9**self.trainer.global_step
-
-    fixed = temperatures(Shrinking(temperature=Temperature(0.1, unit="initial")), **fractions)
-    assert len(set(fixed)) == 1
-    followed = temperatures(Shrinking(), **fractions)
-    assert followed[-1] < 0.5 * followed[0]
+        critical = 4 * float(getattr(at_half, name).bank.temperature_state.covariance.lambda_max)
+        assert levels.seen[name][0][0] == pytest.approx(critical * callback.value(12), rel=1e-6)

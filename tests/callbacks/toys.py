@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from ddcl_lightning import DDCLAttention
+from ddcl_lightning import DDCLAttention, Temperature
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -129,9 +129,9 @@ class LateLayer(Project):
 class TwoLevels(Project):
     """The second bank, registered first, reads the soft centroids of the first."""
 
-    def __init__(self, **layer: Any) -> None:
+    def __init__(self, top: Temperature | None = None, **layer: Any) -> None:
         super().__init__(**layer)
-        self.top = DDCLAttention(4, num_prototypes=2, temperature=layer.get("temperature", 0.1))
+        self.top = DDCLAttention(4, num_prototypes=2, **({"temperature": top} if top is not None else {}))
         layer = self.layer
         del self.layer
         self.layer = layer  # registration order is not execution order

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddcl_lightning import Backbone, Clustering, DDCLReadout, DDCLReadoutModule, IdentityBackbone, Tokens
 from ddcl_lightning.tasks import Task
+from tests.tiny import absolute
 
 ANIMALS = ("cat", "dog", "cow")
 FRUITS = ("fig", "plum", "pear")
@@ -111,14 +112,14 @@ class PointsDataModule(ToyDataModule):
 def texts_module(tokens: bool = True) -> DDCLReadoutModule:
     """Prototypes 0: animals, 1: fruits, 2: the rest, 3: far from everything."""
     module = DDCLReadoutModule(
-        Words() if tokens else MeanWords(), DDCLReadout(4, temperature=0.1), Clustering(2), rho=0.0
+        Words() if tokens else MeanWords(), DDCLReadout(4, temperature=absolute(0.1)), Clustering(2), rho=0.0
     )
     return with_prototypes(module, [[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [50.0, 50.0]])
 
 
 def points_module(task: Task | None = None, heads: int = 1) -> DDCLReadoutModule:
     """Prototypes 0 at 1 and 1 at 104; with two heads, one looks at each coordinate."""
-    head = DDCLReadout(2, num_heads=heads, temperature=1.0)
+    head = DDCLReadout(2, num_heads=heads, temperature=absolute(1.0))
     module = DDCLReadoutModule(IdentityBackbone(2), head, task or Clustering(2), rho=0.0)
     if heads == 1:
         return with_prototypes(module, [[1.0, 0.0], [104.0, 0.0]])

@@ -27,6 +27,7 @@ from ddcl_lightning import (
 from ddcl_lightning.explain import collect
 from ddcl_lightning.explain.collection import choose_inputs
 from ddcl_lightning.heads import Head, ReadoutOutput
+from tests.tiny import absolute
 
 
 def test_nearest_samples_shares_and_classes() -> None:
@@ -76,7 +77,7 @@ def test_inputs_have_shares_labels_and_predictions() -> None:
     with torch.no_grad():
         module.task.classifier.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))  # type: ignore[union-attr,operator]
         module.task.classifier.bias.copy_(torch.tensor([3.5, 0.0]))  # type: ignore[union-attr,operator]
-    module.head.attention.bank.set_temperature(100.0)  # type: ignore[union-attr,operator]
+    module.head.attention.bank.set_temperature(absolute(100.0))  # type: ignore[union-attr,operator]
     found = collect(module, PointsDataModule(), indices=[9, 4])
     assert [view.sample.index for view in found.inputs] == [9, 4]
     assert [(view.sample.label, view.predicted, view.wrong) for view in found.inputs] == [
@@ -122,7 +123,7 @@ def test_tokens_of_texts_words_and_spans() -> None:
 
 def test_texts_read_as_a_whole_have_words_too() -> None:
     module = with_prototypes(texts_module(tokens=False), [[-0.4, -0.5], [0.5, -0.5], [50.0, 50.0], [60.0, 60.0]])
-    module.head.attention.bank.set_temperature(0.01)  # type: ignore[union-attr,operator]
+    module.head.attention.bank.set_temperature(absolute(0.01))  # type: ignore[union-attr,operator]
     found = collect(module, text_data(), indices=[0])
     assert not found.token_level
     animals, fruits = found.heads[0].prototypes[:2]
@@ -139,7 +140,7 @@ def test_spans_that_do_not_fit_the_tokens_of_the_bank_are_not_used() -> None:
             return super().forward(tokens[:, :1])
 
     module = texts_module()
-    head = Pooled(4, temperature=0.1, embed_dim=2)
+    head = Pooled(4, temperature=absolute(0.1), embed_dim=2)
     head.load_state_dict(module.head.state_dict())
     module.head = head
     found = collect(module, text_data(), inputs=1)

@@ -26,11 +26,11 @@ def data(starved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     return z, p, (torch.rand(23, generator=generator) > 0.2).expand(2, -1)
 
 
-@pytest.fixture(params=[True, False], ids=["kept", "redone"])
+@pytest.fixture(params=[True, False], ids=["stored", "redone"])
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "BLOCK_ELEMENTS", 60)
     if not request.param:
-        monkeypatch.setattr(quantization, "KEPT_ELEMENTS", 0)
+        monkeypatch.setattr(quantization, "STORED_ELEMENTS", 0)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -41,19 +41,19 @@ def test_equals_the_plain_formulas(starved: bool, detach: bool, masked: bool) ->
     z, p, valid = data(starved)
     mask = valid if masked else None
     means = token_means(z, p, TEMPERATURE, mask)
-    costs = means.log_mass.logsumexp(-1, keepdim=True) - means.log_mass
+    surprisal = means.log_mass.logsumexp(-1, keepdim=True) - means.log_mass
     weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
     found, gradients = [], []
     for which in ("one look", "plain"):
         inputs = [z.clone().requires_grad_(), p.clone().requires_grad_()]
         if which == "plain":
-            out = prototype_attention_reference(*inputs, TEMPERATURE, mask, costs=costs, detach_assignments=detach)
+            out = prototype_attention_reference(*inputs, TEMPERATURE, mask, surprisal=surprisal, detach_assignments=detach)
         else:
             out = quantize(*inputs, TEMPERATURE, mask, detach_assignments=detach)
-        assert out.cost is not None
-        loss = (out.terms.loss * weights).sum() - 0.3 * out.cost.sum()
+        assert out.entropy is not None
+        loss = (out.terms.loss * weights).sum() - 0.3 * out.entropy.sum()
         gradients.append(torch.autograd.grad(loss, inputs))
-        found.append([out.centroids, *out.terms, out.cost])
+        found.append([out.centroids, *out.terms, out.entropy])
         if which == "one look":
             assert out.means is not None
             torch.testing.assert_close(out.means, means)
@@ -70,7 +70,7 @@ def test_the_entropy_prices_prototypes_by_their_mass_everywhere() -> None:
     elsewhere = torch.randn(here.shape, dtype=here.dtype)
     out = quantize(z, p, TEMPERATURE, total=lambda log_mass: torch.logaddexp(log_mass, elsewhere))
     share = torch.logaddexp(here, elsewhere).softmax(-1)
-    torch.testing.assert_close(out.cost, -(here.softmax(-1) * share.log()).sum(-1))
+    torch.testing.assert_close(out.entropy, -(here.softmax(-1) * share.log()).sum(-1))
 
 
 def test_half_precision_computes_in_float32() -> None:

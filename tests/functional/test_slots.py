@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import absolute
 
 from ddcl_lightning import PrototypeBank
 from ddcl_lightning.functional import prototype_slots, soft_assign
@@ -56,8 +57,7 @@ def test_high_temperature_gives_the_mean_and_gradients_flow() -> None:
 
 
 def test_of_a_bank_with_several_heads() -> None:
-    bank = PrototypeBank(4, 3, num_heads=2)
-    bank.set_temperature(torch.tensor([0.5, 2.0]))
+    bank = PrototypeBank(4, 3, num_heads=2, temperature=absolute([0.5, 2.0]))
     tokens = torch.randn(2, 7, 6)
     slots = bank.slots(tokens, MASK)
     assert slots.shape == (2, 2, 4, 3)

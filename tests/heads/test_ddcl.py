@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor
 
 from ddcl_lightning import DDCLReadout, ReadoutOutput
@@ -90,7 +91,7 @@ def test_build() -> None:
     head.build(8)
     built = head.attention
     assert built.bank.detach_assignments
-    assert built.bank.temperature.tolist() == [pytest.approx(0.3)]
+    assert built.bank.temperature_state.value.tolist() == [pytest.approx(0.3)]
     head.build(8)
     assert head.attention is built
     with pytest.raises(ValueError, match="embed_dim of the head is 8 but the backbone gives 9"):
@@ -120,7 +121,7 @@ def test_quantization_loss_sums_levels_and_heads() -> None:
 
 
 def test_slots_are_one_summary_per_prototype() -> None:
-    head = DDCLReadout(3, num_heads=2, prototype_dim=5, pooling="slots", embed_dim=4, temperature=2.0)
+    head = DDCLReadout(3, num_heads=2, prototype_dim=5, pooling="slots", embed_dim=4, temperature=absolute(2.0))
     tokens, mask = torch.randn(2, 6, 4), torch.arange(6) < torch.tensor([[6], [4]])
     pooled = head(tokens, mask).pooled
     assert pooled.shape == (2, head.pooled_dim) == (2, 2 * 3 * 5)
@@ -137,7 +138,7 @@ def test_slots_are_one_summary_per_prototype() -> None:
 
 
 def test_token_slots_are_the_tokens_of_the_encoder() -> None:
-    head = DDCLReadout(3, num_heads=2, prototype_dim=5, pooling="token_slots", embed_dim=4, temperature=2.0)
+    head = DDCLReadout(3, num_heads=2, prototype_dim=5, pooling="token_slots", embed_dim=4, temperature=absolute(2.0))
     tokens, mask = torch.randn(2, 6, 4), torch.arange(6) < torch.tensor([[6], [4]])
     pooled = head(tokens.masked_fill(~mask.unsqueeze(-1), torch.nan), mask).pooled
     assert pooled.shape == (2, head.pooled_dim) == (2, 2 * 3 * 4)
@@ -153,7 +154,7 @@ def test_token_slots_are_the_tokens_of_the_encoder() -> None:
 
 def test_slots_find_a_token_that_a_mean_drowns() -> None:
     """One token in a hundred carries the class; the slot of the prototype next to it shows it undiluted."""
-    head = DDCLReadout(2, pooling="slots", embed_dim=2, temperature=0.5)
+    head = DDCLReadout(2, pooling="slots", embed_dim=2, temperature=absolute(0.5))
     head.attention.bank.set_prototypes(torch.tensor([[[0.0, 0.0], [4.0, 0.0]]]))
     tokens = 0.1 * torch.randn(1, 100, 2)
     tokens[0, 7] = torch.tensor([4.0, 1.0])

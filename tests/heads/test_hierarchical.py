@@ -85,7 +85,7 @@ def module(**kwargs: Any) -> DDCLReadoutModule:
 
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_levels_are_the_definitions_one_after_the_other(mask: Tensor | None) -> None:
-    layer = head(temperature=[Temperature(1.0, unit="absolute"), Temperature(0.3, unit="absolute")]).eval()
+    layer = head(temperature=[absolute(), absolute(0.3)]).eval()
     first, second = (bank.prototypes[0].detach() for bank in find_banks(layer).values())
     centroids = soft_assign(TOKENS.flatten(0, 1), first, 1.0).view(6, 5, 5) @ first
     keep = torch.ones(6, 5).bool() if mask is None else mask
@@ -172,7 +172,7 @@ def test_rare_prototypes_weigh_more() -> None:
 
 
 def test_the_rare_mean_is_the_weighted_one() -> None:
-    layer = head(tokens=["all", "rare_mean"], temperature=Temperature(1.0, unit="absolute")).eval()
+    layer = head(tokens=["all", "rare_mean"], temperature=absolute()).eval()
     layer.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     below = layer.levels[0](TOKENS, MASK, need_weights=True)
     weights = layer.rarities["0"](below.weights, MASK)
@@ -180,7 +180,7 @@ def test_the_rare_mean_is_the_weighted_one() -> None:
     torch.testing.assert_close(layer.levels[1](mean.unsqueeze(1)).tokens, layer(TOKENS, MASK).tokens)
 
     other = head(
-        tokens=["all", "rare_inputs"], temperature=Temperature(1.0, unit="absolute"), prototype_dim=[2, 3]
+        tokens=["all", "rare_inputs"], temperature=absolute(), prototype_dim=[2, 3]
     ).eval()
     other.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     weights = other.rarities["0"](other.levels[0](TOKENS, MASK, need_weights=True).weights, MASK)
@@ -193,7 +193,7 @@ def test_the_rare_mean_is_the_weighted_one() -> None:
 
 @pytest.mark.parametrize("end_to_end", [False, True])
 def test_a_levels_input_is_fixed_for_its_own_loss_unless_told_otherwise(end_to_end: bool) -> None:
-    layer = head(end_to_end=end_to_end, prototype_dim=[4, 3], temperature=Temperature(1.0, unit="absolute"))
+    layer = head(end_to_end=end_to_end, prototype_dim=[4, 3], temperature=absolute())
     tokens = TOKENS.clone().requires_grad_()
     readout = layer(tokens)
     first, second = (bank.prototypes for bank in find_banks(layer).values())
@@ -266,12 +266,12 @@ def test_kmeans_starts_the_levels_in_order_each_from_what_the_one_below_gives() 
     assert fits(valid, first[0])
     temperature = 0.2 * critical_temperature(valid)
     torch.testing.assert_close(
-        started["head.levels.0.bank.temperature"].double(), temperature.view(1), rtol=1e-5, atol=0.0
+        started["head.levels.0.bank.temperature_state.current"].double(), temperature.view(1), rtol=1e-5, atol=0.0
     )
     read = means_of_centroids(trained.head, first, temperature)
     assert fits(read, second[0])
     torch.testing.assert_close(
-        started["head.levels.1.bank.temperature"].double(),
+        started["head.levels.1.bank.temperature_state.current"].double(),
         0.2 * critical_temperature(read).view(1),
         rtol=1e-4,
         atol=0.0,
@@ -337,7 +337,7 @@ def test_every_level_keeps_its_fraction_while_the_levels_below_move() -> None:
 
 def test_one_temperature_for_both_levels_collapses_the_second_and_is_reported() -> None:
     """The cause of the paper's level-2 assignments at H = ln K."""
-    trained = module(temperature=Temperature(1.0, unit="absolute"))
+    trained = module(temperature=absolute())
     data = Bags()
     high = 0.9 * float(critical_temperature(data.x[data.mask]))
     watch = CollapseWarning(every_n_batches=1, min_separation=0.0, max_drop=1.0)
@@ -454,7 +454,7 @@ def test_compiled_it_gives_the_same() -> None:
         (([5, 3],), {"pooling": "max"}, "pooling must be one of .*; got 'max'"),
         (([5, 3],), {"prototype_dim": 3, "budget": 100}, "budget chooses prototype_dim"),
         (([5, 3],), {"budget": 3}, "budget must be at least"),
-        (([5, 3],), {"temperature": [1.0, 0.0]}, "temperature must be > 0 at every level"),
+        (([5, 3],), {"temperature": [1.0, 0.0]}, "a temperature must be > 0, one number or one per head; got 0.0"),
         (([5, 3],), {"num_heads": 3}, "embed_dim must be divisible by num_heads; got 4 and 3"),
     ],
 )

@@ -62,8 +62,10 @@ class Custom(Head):
 
 
 def randomised(head: Head) -> Head:
-    for value in head.state_dict().values():
-        if value.is_floating_point():
+    for name, value in head.state_dict().items():
+        if name.endswith("covariance.covariance"):
+            value.copy_((torch.rand(value.shape[:-1]) + 0.5).diag_embed())
+        elif value.is_floating_point():
             value.copy_(torch.rand(value.shape) + 0.5)
     return head.eval()
 

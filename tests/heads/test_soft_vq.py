@@ -133,7 +133,7 @@ def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
         ({"num_codes": 0}, "num_codes must be at least 1; got 0"),
         ({"gradient": "hard"}, "gradient must be one of"),
         ({"num_heads": 4}, "dim must be divisible by num_heads; got 6 and 4"),
-        ({"temperature": -1.0}, "fraction must be finite and > 0"),
+        ({"temperature": -1.0}, "a temperature must be > 0, one number or one per head; got -1.0"),
         ({"embedding_scale": "batch"}, "mode must be one of"),
     ],
 )

@@ -158,12 +158,12 @@ def test_a_mask_that_leaves_no_token_is_an_error():
         during_fit(Padded(), lambda trainer, net: collect_tokens(trainer, net, "b", net.layers["b"].bank, max_tokens=9))
 
 
-def test_no_hook_stays_behind():
+def test_no_observer_stays_behind():
     module = Net()
 
     def look(trainer, net):
         execution_order(trainer, net, find_banks(net))
         collect_tokens(trainer, net, "b", net.layers["b"].bank, max_tokens=9)
-        return [len(bank._forward_hooks) + len(bank._forward_pre_hooks) for bank in find_banks(net).values()]
+        return [len(bank._observers) for bank in find_banks(net).values()]
 
     assert during_fit(module, look) == [0, 0, 0]

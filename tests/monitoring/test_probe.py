@@ -1,11 +1,15 @@
 """Banks are found wherever they are, and looking at them changes nothing."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from tiny import absolute
 from torch import nn
 
 from ddcl_lightning import DDCLAttention, PrototypeBank, find_banks
-from ddcl_lightning.monitoring.recording import CodebookRecord, bank_inputs, record_codebooks
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.discovery import require_banks
 
 
@@ -33,7 +37,7 @@ def test_error_without_banks_names_the_caller() -> None:
 
 
 def observe() -> tuple[PrototypeBank, record_codebooks, list[CodebookRecord]]:
-    bank, seen = PrototypeBank(3, 4, num_heads=2), []
+    bank, seen = PrototypeBank(3, 4, num_heads=2, temperature=absolute()), []
     probe = record_codebooks({"it": bank}, lambda name, observed: seen.append(observed))
     return bank, probe, seen
 
@@ -51,7 +55,7 @@ def test_observes_only_while_armed() -> None:
         bank(tokens)
     bank(tokens)
     assert len(seen) == 2
-    assert not bank._forward_hooks
+    assert not bank._observers
 
 
 def test_observation_is_what_the_call_saw() -> None:
@@ -63,17 +67,64 @@ def test_observation_is_what_the_call_saw() -> None:
     before = bank.prototypes.detach().clone()
     with torch.no_grad():
         bank.prototypes += 1  # the step that follows
-    bank.set_temperature(9.0)
+    bank.set_temperature(absolute(9.0))
     assert torch.equal(observed.codebook, before)
     assert observed.temperature.tolist() == [1.0, 1.0]
     assert torch.equal(observed.tokens[1], tokens.detach()[..., 4:].reshape(15, 4))
     assert torch.equal(observed.terms.loss, output.terms.loss.detach())
     assert torch.equal(observed.valid_tokens()[0], tokens.detach()[mask][:, :4])
+    assert observed.codes is None
+    torch.testing.assert_close(observed.rows(), tokens.detach()[mask].view(-1, 2, 4))
     assert not any(t.requires_grad for t in (observed.tokens, observed.codebook, *observed.terms))
 
 
-def test_every_way_to_pass_the_arguments() -> None:
-    bank, tokens, mask = PrototypeBank(3, 4), torch.randn(5, 4), torch.ones(5, dtype=torch.bool)
-    assert bank_inputs(bank, (tokens,), {}) == (tokens, None)
-    assert bank_inputs(bank, (tokens, mask, True), {}) == (tokens, mask)
-    assert bank_inputs(bank, (), {"mask": mask, "tokens": tokens}) == (tokens, mask)
+def test_every_way_to_call_a_bank_is_recorded() -> None:
+    bank, probe, seen = observe()
+    tokens, mask = torch.randn(5, 8), torch.tensor([True, True, False, True, True])
+    with probe:
+        bank(tokens, mask)
+        bank.forward(tokens=tokens, mask=mask, need_weights=True)
+        output = bank.quantize(tokens, mask)
+        bank.quantize(tokens, mask=mask, straight_through=False)
+        bank.encode(tokens)  # no loss, nothing to record
+    assert len(seen) == 4
+    for record in seen:
+        assert torch.equal(record.tokens.transpose(0, 1).flatten(1), tokens)
+        assert record.mask is not None
+        assert torch.equal(record.mask, mask.expand(2, -1))
+        torch.testing.assert_close(record.terms.loss, output.terms.loss.detach())
+    assert [record.codes is None for record in seen] == [True, True, False, False]
+    for record in seen[2:]:
+        assert record.codes is not None
+        assert torch.equal(record.codes.T, output.codes)
+
+
+def test_nothing_is_recorded_of_copies_nor_after_the_end() -> None:
+    model, tokens, names = Nested(), torch.randn(5, 4), []
+    with record_codebooks(model, lambda name, record: names.append(name)) as probe:
+        for layer in (*model.levels, model.bank):
+            layer(tokens)
+        assert names == list(find_banks(model))
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other.bank(tokens)
+            other.bank.quantize(tokens)
+        assert len(names) == 3
+        probe.close()
+        model.bank(tokens)
+        model.bank.quantize(tokens)
+    model.bank(tokens)
+    assert len(names) == 3
+    assert not any(bank._observers for bank in find_banks(model).values())
+
+
+def test_an_error_ends_it_too_and_one_that_is_gone_records_nothing() -> None:
+    bank, probe, seen = observe()
+    with pytest.raises(RuntimeError, match="mine"), probe:
+        raise RuntimeError("mine")
+    bank(torch.randn(5, 8))
+    gone = record_codebooks({"it": bank}, lambda name, record: seen.append(record), armed=True)
+    bank(torch.randn(5, 8))
+    assert len(seen) == 1
+    del gone
+    bank(torch.randn(5, 8))
+    assert len(seen) == 1

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor
 
 from ddcl_lightning import PrototypeBank
@@ -21,8 +22,7 @@ def look(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Cod
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_signals_of_every_head(detach: bool) -> None:
-    bank = PrototypeBank(5, 3, num_heads=2)
-    bank.set_temperature(torch.tensor([0.5, 2.0]))
+    bank = PrototypeBank(5, 3, num_heads=2, temperature=absolute([0.5, 2.0]))
     tokens, mask = torch.randn(4, 6, 6), torch.rand(4, 6) < 0.7
     observed = look(bank, tokens.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
     for head, signals in enumerate(read_signals(observed, detach)):
@@ -50,7 +50,7 @@ def test_signals_of_every_head(detach: bool) -> None:
 
 
 def test_recent_tokens_serve_scale_and_critical_temperature_only() -> None:
-    bank, tokens = PrototypeBank(5, 3), torch.randn(20, 3)
+    bank, tokens = PrototypeBank(5, 3, temperature=absolute()), torch.randn(20, 3)
     observed = look(bank, tokens)
     (alone,), (steadier,) = read_signals(observed), read_signals(observed, recent_tokens=10 * tokens.unsqueeze(0))
     assert steadier.critical == pytest.approx(100 * alone.critical, rel=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor, nn
 
 from ddcl_lightning import DDCLAttention, PrototypeBank
@@ -24,7 +25,7 @@ def by_hand(layer: DDCLAttention, x: Tensor) -> Tensor:
 
 
 def test_one_head_returns_the_soft_centroid() -> None:
-    layer, x = DDCLAttention(8, 5, temperature=0.7), torch.randn(2, 3, 8)
+    layer, x = DDCLAttention(8, 5, temperature=absolute(0.7)), torch.randn(2, 3, 8)
     assert layer.input_projection is None
     assert layer.output_projection is None
     output = layer(x)
@@ -212,7 +213,7 @@ def test_refuses_tokens_and_masks_that_do_not_fit() -> None:
 
 def test_sampled_prototypes_have_the_soft_centroid_as_their_mean() -> None:
     layer, x = (
-        DDCLAttention(6, 5, num_heads=2, temperature=2.0, output_projection=False, sampling=True),
+        DDCLAttention(6, 5, num_heads=2, temperature=absolute(2.0), output_projection=False, sampling=True),
         torch.randn(3, 6),
     )
     draws = layer(x.expand(20_000, 3, 6))
@@ -226,7 +227,7 @@ def test_sampled_prototypes_have_the_soft_centroid_as_their_mean() -> None:
 
 
 def test_samples_follow_the_assignments() -> None:
-    bank, x = PrototypeBank(4, 2, num_heads=2, temperature=torch.tensor([0.7, 3.0])), torch.randn(1, 4)
+    bank, x = PrototypeBank(4, 2, num_heads=2, temperature=absolute([0.7, 3.0])), torch.randn(1, 4)
     weights = bank(x.unsqueeze(0), need_weights=True).weights[0, :, 0]  # (H, K)
     codes = bank.sample(x.expand(20_000, 4))
     assert codes.shape == (20_000, 2)
@@ -236,14 +237,14 @@ def test_samples_follow_the_assignments() -> None:
 
 
 def test_sampling_streams_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, x = PrototypeBank(4, 2, temperature=1e-6), torch.randn(50, 2)
+    bank, x = PrototypeBank(4, 2, temperature=absolute(1e-6)), torch.randn(50, 2)
     monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", 12)
     assert torch.equal(bank.sample(x), bank.encode(x))  # cold: the nearest one
 
 
 def test_sampling_changes_neither_loss_terms_nor_gradients_nor_evaluation() -> None:
-    soft = DDCLAttention(6, 5, temperature=2.0, residual=True)
-    sampling = DDCLAttention(6, 5, temperature=2.0, residual=True, sampling=True)
+    soft = DDCLAttention(6, 5, temperature=absolute(2.0), residual=True)
+    sampling = DDCLAttention(6, 5, temperature=absolute(2.0), residual=True, sampling=True)
     sampling.load_state_dict(soft.state_dict())
     x, probe = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     outputs = [layer(x) for layer in (soft, sampling)]
@@ -267,7 +268,7 @@ def test_sampling_leaves_padding_zero() -> None:
 
 
 def conditioned(**options: Any) -> DDCLAttention:
-    layer = DDCLAttention(6, 5, temperature=0.9, context_dim=2, **options)
+    layer = DDCLAttention(6, 5, temperature=absolute(0.9), context_dim=2, **options)
     assert layer.context_projection is not None
     assert not layer.context_projection.weight.any()  # starts as the layer without a context
     nn.init.normal_(layer.context_projection.weight)

@@ -2,13 +2,18 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor
 
-from ddcl_lightning import PrototypeBank
-from ddcl_lightning.functional import prototype_attention
+from ddcl_lightning import PrototypeBank, Temperature
+from ddcl_lightning.functional import BankOutput, critical_temperature, prototype_attention
+from ddcl_lightning.nn.initialization import InitMethod
+from ddcl_lightning.nn.observer import BankObserver
+from ddcl_lightning.nn.temperature import TemperatureUnit
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -30,8 +35,7 @@ def test_shapes(heads: int, lead: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_every_head_reads_its_own_slice_with_its_own_temperature(need_weights: bool) -> None:
-    bank = PrototypeBank(6, 4, num_heads=2)
-    bank.set_temperature(torch.tensor([0.5, 2.0]))
+    bank = PrototypeBank(6, 4, num_heads=2, temperature=absolute([0.5, 2.0]))
     tokens, mask = torch.randn(3, 5, 8), torch.rand(3, 5) < 0.8
     output = bank(tokens, mask, need_weights)
     for head, temperature in enumerate([0.5, 2.0]):
@@ -54,19 +58,18 @@ def test_detach_assignments_reaches_the_call() -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_temperature_may_change_between_forward_and_backward(need_weights: bool) -> None:
-    bank, tokens = PrototypeBank(6, 4), torch.randn(9, 4)
+    bank, tokens = PrototypeBank(6, 4, temperature=absolute()), torch.randn(9, 4)
     (expected,) = torch.autograd.grad(bank(tokens, None, need_weights).terms.loss.sum(), bank.prototypes)
     loss = bank(tokens, None, need_weights).terms.loss.sum()
-    bank.set_temperature(9.0)
+    bank.set_temperature(absolute(9.0))
     (actual,) = torch.autograd.grad(loss, bank.prototypes)
     assert torch.equal(actual, expected)
 
 
 def test_state_round_trip() -> None:
-    bank = PrototypeBank(6, 4, num_heads=2)
+    bank = PrototypeBank(6, 4, num_heads=2, temperature=absolute([0.5, 2.0]))
     bank.set_prototypes(torch.randn(2, 6, 4))
-    bank.set_temperature(torch.tensor([0.5, 2.0]))
-    twin = PrototypeBank(6, 4, num_heads=2)
+    twin = PrototypeBank(6, 4, num_heads=2, temperature=absolute())
     assert not twin.initialized
     twin.load_state_dict(bank.state_dict())
     assert bool(twin.initialized)
@@ -74,7 +77,7 @@ def test_state_round_trip() -> None:
     tokens = torch.randn(3, 8)
     for other in (twin, copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
         assert torch.equal(other(tokens).centroids, bank(tokens).centroids)
-        other.set_temperature(9.0)
+        other.set_temperature(absolute(9.0))
         assert bank.temperature.tolist() == [0.5, 2.0]
 
 
@@ -100,27 +103,15 @@ def test_set_prototypes_marks_the_bank() -> None:
     assert torch.equal(bank.prototypes, values)
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, 0.0])])
-def test_refuses_a_temperature(bad: float | Tensor) -> None:
-    bank = PrototypeBank(6, 4, num_heads=2)
-    with pytest.raises(ValueError, match="temperature must be finite and > 0"):
-        bank.set_temperature(bad)
-    assert bank.temperature.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match=r"one per head, \(2,\); got \(3,\)"):
-        bank.set_temperature(torch.ones(3))
-
-
 @pytest.mark.parametrize("argument", ["num_prototypes", "dim", "num_heads"])
 def test_refuses_a_size_below_one(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be at least 1; got 0"):
         PrototypeBank(**{"num_prototypes": 2, "dim": 2, "num_heads": 2, argument: 0})
-    with pytest.raises(ValueError, match="temperature must be finite and > 0"):
-        PrototypeBank(2, 2, temperature=0.0)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_blames_the_right_input(need_weights: bool) -> None:
-    bank = PrototypeBank(6, 4)
+    bank = PrototypeBank(6, 4, temperature=absolute())
     tokens, mask = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)
     mask[1, 4] = False
 
@@ -157,7 +148,7 @@ def test_repr_names_the_sizes() -> None:
 
 
 def test_a_bank_changes_its_size_in_place() -> None:
-    bank = PrototypeBank(3, 4, temperature=2.0)
+    bank = PrototypeBank(3, 4, temperature=absolute(2.0))
     parameter, tokens = bank.prototypes, torch.randn(9, 4)
     bank(tokens).terms.loss.sum().backward()
     for size in (5, 1, 3):
@@ -206,3 +197,167 @@ def test_a_bank_loads_at_the_size_that_was_saved(size: int, assign: bool) -> Non
 def test_another_dimension_or_number_of_heads_is_still_an_error(other: PrototypeBank) -> None:
     with pytest.raises(RuntimeError, match="size mismatch for prototypes"):
         PrototypeBank(3, 4).load_state_dict(other.state_dict())
+
+
+# Starting from tokens ------------------------------------------------------------------------
+
+
+def blobs(heads: int = 2) -> tuple[Tensor, Tensor]:
+    """Tokens ``(5, 24, H * 3)`` around four centres per head, far apart, and the centres ``(H, 4, 3)``."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 20 * torch.randn(heads, 4, 3, generator=generator)
+    tokens = centers.repeat(1, 30, 1) + 0.1 * torch.randn(heads, 120, 3, generator=generator)
+    return tokens.transpose(0, 1).reshape(5, 24, heads * 3), centers
+
+
+@pytest.mark.parametrize("method", ["kmeans", "farthest_point"])
+@pytest.mark.parametrize("unit", ["critical", "initial"])
+def test_it_starts_where_the_tokens_are_at_their_temperature(method: InitMethod, unit: TemperatureUnit) -> None:
+    bank = PrototypeBank(4, 3, num_heads=2, temperature=Temperature([0.2, 0.1], unit=unit))
+    tokens, centers = blobs()
+    bank(100 * tokens)  # what was measured before is forgotten
+    bank.initialize(tokens, method=method)
+    assert bool(bank.initialized)
+    distances = torch.cdist(centers, bank.prototypes.detach())
+    assert float(distances.amin(-1).max()) < 1.0
+    assert distances.argmin(-1).sort(-1).values.tolist() == [[0, 1, 2, 3]] * 2
+    expected = torch.tensor([0.2, 0.1]) * critical_temperature(bank.split_heads(tokens)[0])
+    torch.testing.assert_close(bank.temperature.double(), expected.double(), rtol=1e-4, atol=0.0)
+    again = PrototypeBank(4, 3, num_heads=2)
+    again.initialize(tokens, method=method)
+    assert torch.equal(again.prototypes, bank.prototypes)  # the seed is 0
+    again.initialize(tokens.flatten(0, 1), method=method)  # any leading shape
+    assert torch.equal(again.prototypes, bank.prototypes)
+
+
+def test_a_start_draws_nothing_from_the_global_state_and_leaves_the_parameter() -> None:
+    bank, (tokens, _) = PrototypeBank(4, 3, num_heads=2), blobs()
+    parameter, before = bank.prototypes, torch.get_rng_state()
+    bank.initialize(tokens.requires_grad_(), num_restarts=1, seed=3)
+    assert bank.prototypes is parameter
+    assert parameter.requires_grad
+    assert parameter.grad is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_start_that_cannot_be_is_refused_and_changes_nothing() -> None:
+    bank, (tokens, _) = PrototypeBank(4, 3, num_heads=2), blobs()
+    before = copy.deepcopy(bank.state_dict())
+    for wrong, method, message in (
+        (tokens[..., :5], "kmeans", r"num_heads \* dim = 6; got shape \(5, 24, 5\)"),
+        (tokens[:1, :3], "kmeans", "4 prototypes for 3 distinct among 3 collected tokens"),
+        (tokens / 0, "kmeans", "tokens must be finite to start prototypes from them"),
+        (tokens, "random", "method must be 'kmeans' or 'farthest_point'; got 'random'"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            bank.initialize(wrong, method=method)  # type: ignore[arg-type]
+    with pytest.raises((ValueError, RuntimeError), match="num_restarts must be at least 1; got 0"):
+        bank.initialize(tokens, num_restarts=0, name="head.bank")
+    for name, value in bank.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+# Codes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("straight", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_quantize_is_the_call_with_codes_and_entropy(training: bool, straight: bool) -> None:
+    bank = PrototypeBank(6, 4, num_heads=2, temperature=absolute([0.5, 2.0])).train(training)
+    tokens, mask = torch.randn(3, 5, 8, requires_grad=True), torch.rand(3, 5) < 0.7
+    plain, output = bank(tokens, mask, need_weights=True), bank.quantize(tokens, mask, straight_through=straight)
+    torch.testing.assert_close(output.centroids, plain.centroids)
+    torch.testing.assert_close(output.terms, plain.terms)
+    assert output.codes.shape == (3, 5, 2)
+    assert torch.equal(output.codes[mask], bank.encode(tokens)[mask])
+    mean = plain.weights.transpose(1, 2)[mask].mean(0)  # (H, K)
+    torch.testing.assert_close(output.entropy, -(mean * mean.log()).sum(-1))
+    output.terms.loss.sum().backward()
+    assert tokens.grad is not None
+    assert (bank.prototypes.grad is not None) is training  # in evaluation the codebook is held constant
+    codes = bank.encode(tokens)
+    decoded = torch.stack([bank.prototypes[head][codes[..., head]] for head in range(2)], -2).flatten(-2)
+    assert torch.equal(bank.decode(codes), decoded)
+
+
+def test_gradients_of_codes_do_not_depend_on_how_the_centroids_are_found() -> None:
+    gradients = []
+    tokens, mask = torch.randn(3, 5, 8), torch.rand(3, 5) < 0.7
+    bank = PrototypeBank(6, 4, num_heads=2, temperature=absolute([0.5, 2.0]))
+    for straight in (True, False):
+        z = tokens.clone().requires_grad_()
+        output = bank.quantize(z, mask, straight_through=straight)
+        loss = output.terms.loss.sum() - 0.3 * output.entropy.sum()
+        gradients.append(torch.autograd.grad(loss, (z, bank.prototypes)))
+    torch.testing.assert_close(*gradients)
+
+
+# Observers -----------------------------------------------------------------------------------
+
+
+class Noting(BankObserver):
+    """Notes what it is shown, and doubles the centroids."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, PrototypeBank, Tensor, Tensor | None]] = []
+
+    def before(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None) -> None:
+        self.seen.append(("before", bank, tokens, mask))
+
+    def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
+        self.seen.append(("after", bank, tokens, mask))
+        return output._replace(centroids=2 * output.centroids)
+
+
+@pytest.mark.parametrize("call", ["__call__", "forward", "quantize"])
+def test_observers_see_every_call_and_may_change_what_it_returns(call: str) -> None:
+    bank, tokens, mask = PrototypeBank(3, 4, temperature=absolute()), torch.randn(5, 4), torch.ones(5, dtype=torch.bool)
+    expected, observer = getattr(bank, call)(tokens, mask).centroids, Noting()
+    bank.add_observer(observer)
+    assert torch.equal(getattr(bank, call)(tokens, mask=mask).centroids, 2 * expected)
+    assert [when for when, *_ in observer.seen] == ["before", "after"]
+    assert all(of is bank and seen is tokens and valid is mask for _, of, seen, valid in observer.seen)
+    for twin in (copy.deepcopy(bank), copy.copy(bank), pickle.loads(pickle.dumps(bank))):
+        assert torch.equal(getattr(twin, call)(tokens, mask).centroids, expected)
+    bank.remove_observer(observer)
+    bank.remove_observer(Noting())  # was never added
+    assert torch.equal(getattr(bank, call)(tokens, mask).centroids, expected)
+    assert len(observer.seen) == 2
+
+
+def test_an_observer_that_is_gone_sees_nothing() -> None:
+    bank, tokens = PrototypeBank(3, 4), torch.randn(5, 4)
+    before, observer = bank(tokens).centroids, Noting()
+    bank.add_observer(observer)
+    del observer
+    assert torch.equal(bank(tokens).centroids, before)
+    bank.add_observer(BankObserver())
+    assert torch.equal(bank(tokens).centroids, before)
+
+
+# Damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["critical", "initial", "absolute"])
+def test_a_whole_state_goes_around_and_a_damaged_one_is_refused(unit: TemperatureUnit, tmp_path: Path) -> None:
+    bank = PrototypeBank(4, 3, num_heads=2, temperature=Temperature([0.2, 0.1], unit=unit))
+    tokens, _ = blobs()
+    bank.initialize(tokens)
+    bank(3 * tokens)
+    bank.settle()
+    torch.save(bank.state_dict(), tmp_path / "bank.pt")
+    state = torch.load(tmp_path / "bank.pt", weights_only=True)
+    twin = PrototypeBank(4, 3, num_heads=2, temperature=Temperature(0.7, unit=unit))
+    twin.load_state_dict(state)
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, bank.state_dict()[name]), name
+    assert torch.equal(twin.eval()(tokens).centroids, bank.eval()(tokens).centroids)
+    for name in ("temperature_state.value", "temperature_state.current"):
+        for bad in (0.0, -1.0, torch.nan, torch.inf):
+            damaged = {**state, name: torch.tensor([1.0, bad])}
+            with pytest.raises(RuntimeError, match=f"{name} must be finite and > 0; got .* damaged: load another"):
+                twin.load_state_dict(damaged)
+    for name in state:
+        with pytest.raises(RuntimeError, match=rf"Missing key\(s\).*{name}"):
+            twin.load_state_dict({key: value for key, value in state.items() if key != name})
+    assert torch.equal(twin.temperature, bank.temperature)

@@ -14,13 +14,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ddcl_lightning import EmbeddingScale, PrototypeBank, SoftVectorQuantizer
+from ddcl_lightning import EmbeddingScale, PrototypeBank, SoftVectorQuantizer, Temperature
 from ddcl_lightning.backbones import PCABackbone
 from ddcl_lightning.heads import HierarchicalReadout, VQPooling
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.nn.idf import PrototypeRarity
 from ddcl_lightning.nn.running_covariance import RunningCovariance
-from tests.tiny import clustering_module, loader, quiet_trainer
+from tests.tiny import absolute, clustering_module, loader, quiet_trainer
 
 
 def hierarchy() -> nn.Module:
@@ -99,14 +99,14 @@ class NoLook(TorchDispatchMode):
 
 def test_nobody_waits_for_the_device_to_find_out() -> None:
     bad = torch.full((2, 9, 6), torch.nan)
-    critical, rarity = RunningCovariance(2, 6), PrototypeRarity(2, 3)
+    covariance, rarity = RunningCovariance(2, 6), PrototypeRarity(2, 3)
     scales = [EmbeddingScale(6, "per_dimension"), EmbeddingScale(6, "total")]
     with NoLook():
-        critical(bad)
+        covariance(bad)
         rarity(torch.full((2, 2, 9, 3), torch.nan))
         for scale in scales:
             scale(bad)
-    for module in (critical, rarity, *scales):
+    for module in (covariance, rarity, *scales):
         assert int(module.num_batches) == 0
 
 
@@ -177,8 +177,8 @@ def tampered(value: Tensor, name: str) -> list[Tensor]:
         return changed
 
     of = {
-        ("temperature", "fraction"): [0.0, -1.0],
-        ("lambda_max", "share", "explained_variance_ratio", "num_batches", "initialized", "fitted", "variance"): [-1],
+        ("value", "current"): [0.0, -1.0],
+        ("lambda_max", "share", "explained_variance_ratio", "num_batches", "num_tokens", "initialized", "fitted", "variance"): [-1],
         ("covariance",): [-1.0],
     }
     lasts = [number for names, numbers in of.items() if name in names for number in numbers]
@@ -196,7 +196,9 @@ def tampered(value: Tensor, name: str) -> list[Tensor]:
 
 GUARDED: dict[str, Callable[[], nn.Module]] = {
     **FOLLOWING,
-    "absolute": lambda: PrototypeBank(4, 6),
+    "critical": lambda: PrototypeBank(4, 6),
+    "initial": lambda: PrototypeBank(4, 6, temperature=Temperature(0.1, unit="initial")),
+    "absolute": lambda: PrototypeBank(4, 6, temperature=absolute()),
     "vq": lambda: VQPooling(4, embed_dim=6),
     "pca": fitted_pca,
 }
@@ -223,7 +225,7 @@ def test_a_damaged_head_is_refused_by_name(tmp_path: Path) -> None:
     head.save_pretrained(tmp_path)
     state = {key: value.clone() for key, value in head.state_dict().items()}
     for key, last in (
-        ("levels.0.bank.temperature", 0.0),
+        ("levels.0.bank.temperature_state.current", 0.0),
         ("levels.1.bank.prototypes", torch.nan),
         ("levels.0.scale.num_batches", -3),
     ):

@@ -3,13 +3,14 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddcl_lightning import PrototypeBank, SoftVectorQuantizer
+from ddcl_lightning import DDCLAttention, PrototypeBank, SoftVectorQuantizer
 from ddcl_lightning.heads import HierarchicalReadout
 from ddcl_lightning.nn.settled_state import SettledState
 
@@ -44,7 +45,21 @@ class Levels(nn.Module):
         return output.pooled.square().mean() + sum(terms.loss.sum() for terms in output.levels)
 
 
-NETS: list[Callable[[], nn.Module]] = [Quantized, Levels]
+class Read(nn.Module):
+    """A bank, bare or in a layer, with one temperature for each of two heads."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bank = PrototypeBank(5, 3, num_heads=2, temperature=[0.3, 0.1])
+        self.layer = DDCLAttention(6, bank=self.bank) if layer else self.bank
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.layer(x)
+        return output.centroids.square().mean() + output.terms.loss.sum()
+
+
+NETS: list[Callable[[], nn.Module]] = [Quantized, Levels, partial(Read, layer=False), partial(Read, layer=True)]
 
 
 def step(net: nn.Module, number: int, scale: float = 1.0) -> None:
@@ -113,7 +128,7 @@ def test_copies_follow_too(copied: Callable[[nn.Module], nn.Module]) -> None:
     step(twin, 2, 3.0)
     states.append(twin.state_dict())
     changed = {key for key, value in states[1].items() if not torch.equal(value, states[0][key])}
-    assert {"head.levels.0.bank.temperature", "head.levels.1.bank.temperature"} < changed
+    assert {f"head.levels.{level}.bank.temperature_state.current" for level in (0, 1)} < changed
 
 
 @pytest.mark.parametrize("build", NETS)

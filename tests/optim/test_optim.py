@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor, nn
 
 from ddcl_lightning import DDCLAttention, PrototypeBank, TokenNormalized
@@ -13,7 +14,7 @@ from ddcl_lightning.optim.factory import OptimizerSpec
 
 def bank_and_optimizer(lr: float = 0.3, heads: int = 2) -> tuple[PrototypeBank, TokenNormalized]:
     torch.manual_seed(0)
-    bank = PrototypeBank(5, 3, num_heads=heads, temperature=0.8).double()
+    bank = PrototypeBank(5, 3, num_heads=heads, temperature=absolute(0.8)).double()
     return bank, TokenNormalized([bank.prototypes], lr=lr).watch(bank)
 
 
@@ -50,7 +51,7 @@ def test_prototype_whose_mass_underflows_moves_like_the_others() -> None:
     tokens = torch.randn(20, 3, dtype=torch.float64)
     with torch.no_grad():
         bank.prototypes[0, 4] = 100.0
-    bank.set_temperature(0.05)
+    bank.set_temperature(absolute(0.05))
     assert not soft_assign(tokens, bank.prototypes[0].detach(), 0.05)[:, 4].any()
     bank(tokens)
     optimizer.step()
@@ -91,7 +92,7 @@ def crowded(relocate: float, accumulate: int = 1) -> tuple[PrototypeBank, TokenN
     noise = torch.randn(40, 5, 2, dtype=torch.float64, generator=generator)
     tokens = (centers + width.unsqueeze(-1) * noise).flatten(0, 1)
     both = torch.cat([tokens, tokens + 50], -1)
-    bank = PrototypeBank(5, 2, num_heads=2, temperature=0.01).double()
+    bank = PrototypeBank(5, 2, num_heads=2, temperature=absolute(0.01)).double()
     bank.set_prototypes(torch.stack([centers, centers + 50]))
     optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocate=relocate).watch(bank)
     for part in both.chunk(accumulate):
@@ -125,7 +126,7 @@ def test_balance_weighs_numbers_of_tokens_against_their_distortion(balance: floa
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(333, 2, dtype=torch.float64, generator=generator).clamp(-1.2, 1.2)
     tokens = centers.repeat_interleave(numbers, 0) + widths.repeat_interleave(numbers).unsqueeze(-1) * noise
-    bank = PrototypeBank(3, 2, temperature=0.01).double()
+    bank = PrototypeBank(3, 2, temperature=absolute(0.01)).double()
     bank.set_prototypes(centers.unsqueeze(0))
     optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocate=0.5, balance=balance).watch(bank)
     bank(tokens)
@@ -188,7 +189,7 @@ def test_closure_runs_with_gradients() -> None:
 
 
 def test_bfloat16() -> None:
-    bank = PrototypeBank(5, 3).bfloat16()
+    bank = PrototypeBank(5, 3, temperature=absolute()).bfloat16()
     optimizer = TokenNormalized([bank.prototypes], lr=1.0).watch(bank)
     tokens, before = torch.randn(20, 3).bfloat16(), bank.prototypes.detach().float()[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -217,9 +218,9 @@ def test_state_round_trip() -> None:
 def test_watch_finds_banks_and_replaces_an_earlier_watch() -> None:
     model = nn.ModuleList([DDCLAttention(4, 3), DDCLAttention(4, 2)])
     optimizer = TokenNormalized([model[1].bank.prototypes], lr=0.5).watch(model)
-    assert not model[0].bank._forward_hooks
+    assert not model[0].bank._observers
     optimizer.watch(model)
-    assert len(model[1].bank._forward_hooks) == 1
+    assert len(model[1].bank._observers) == 1
     with pytest.raises(ValueError, match="optimises 2 parameters but only 1 of them are prototypes"):
         TokenNormalized([model[0].bank.prototypes, nn.Parameter(torch.zeros(2))]).watch(model)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import absolute
 from torch import Tensor
 
 from ddcl_lightning import PrototypeBank, TokenNormalized
@@ -102,7 +103,7 @@ def test_state_follows_row_by_row(kind: Any, arguments: dict[str, Any], rows: se
     """Rows that stay move on as in a bank that never changed; both halves of a split go on as their parent would."""
     torch.manual_seed(0)
     tokens = torch.randn(64, 2) * 3
-    bank = PrototypeBank(3, 2, temperature=2.0)
+    bank = PrototypeBank(3, 2, temperature=absolute(2.0))
     other = torch.nn.Parameter(torch.zeros(3))
     optimizer = kind([{"params": [other]}, {"params": [bank.prototypes]}], **arguments)
 
@@ -131,7 +132,7 @@ def test_state_follows_row_by_row(kind: Any, arguments: dict[str, Any], rows: se
 
 
 def test_token_normalized_goes_on() -> None:
-    bank = PrototypeBank(2, 2, temperature=0.5)
+    bank = PrototypeBank(2, 2, temperature=absolute(0.5))
     optimizer = TokenNormalized([bank.prototypes], lr=0.5).watch(bank)
     bank(clusters(20, 20))
     resize_bank(bank, Resize(CENTERS, torch.tensor([0, 1, 0]), [0] * 3, ["split"]), [optimizer])

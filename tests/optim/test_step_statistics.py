@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddcl_lightning import PrototypeBank, SoftVectorQuantizer, TokenNormalized
 from ddcl_lightning.functional import BankOutput
+from ddcl_lightning.nn.temperature import BankTemperature
 
 
 class Net(nn.Module):
@@ -133,7 +134,7 @@ def around_the_bank(net: Net, codes: TokenNormalized) -> None:
 def tokens_alone(net: Net, codes: TokenNormalized) -> None:
     """Somebody else's straight-through gradient."""
     z = net.encoder(tokens(1))
-    net.vq.bank(z, need_codes=True, detach_centroids=True)
+    net.vq.bank.quantize(z)
     net(junk())
     z.sum().backward()
 
@@ -166,13 +167,13 @@ def moved(loop: Loop, lr: float = 0.5, relocate: float = 0.5) -> Tensor:
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 def test_only_what_belongs_to_the_step_counts(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrototypeBank, "take_over", lambda self, where=True: None)
+    monkeypatch.setattr(BankTemperature, "take_over", lambda self, where=True: None)
     torch.testing.assert_close(moved(loop), moved(plain), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("views", [False, True])
 def test_backward_passes_add_up_to_that_of_the_joint_batch(views: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrototypeBank, "take_over", lambda self, where=True: None)
+    monkeypatch.setattr(BankTemperature, "take_over", lambda self, where=True: None)
 
     def apart(net: Net, codes: TokenNormalized) -> None:
         losses = [net(tokens(number)) for number in (1, 2, 3)]
@@ -186,7 +187,7 @@ def test_backward_passes_add_up_to_that_of_the_joint_batch(views: bool, monkeypa
 
 
 def test_a_call_counts_once_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrototypeBank, "take_over", lambda self, where=True: None)
+    monkeypatch.setattr(BankTemperature, "take_over", lambda self, where=True: None)
 
     def passes(times: int) -> Loop:
         def loop(net: Net, codes: TokenNormalized) -> None:

@@ -12,12 +12,12 @@ from ddcl_lightning import (
     ReadoutOutput,
 )
 from ddcl_lightning.callbacks import KMeansInitialization
-from tests.tiny import loader, quiet_trainer
+from tests.tiny import absolute, loader, quiet_trainer
 
 
 def test_both_kinds_of_metrics_are_logged() -> None:
     module = DDCLReadoutModule(
-        IdentityBackbone(4), DDCLReadout(4, temperature=2.0), ClassificationAndClustering(4), lr_task=0.1
+        IdentityBackbone(4), DDCLReadout(4, temperature=absolute(2.0)), ClassificationAndClustering(4), lr_task=0.1
     )
     trainer = quiet_trainer(max_epochs=5, callbacks=[KMeansInitialization()])
     trainer.fit(module, loader(), loader())
