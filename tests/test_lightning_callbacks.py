@@ -307,7 +307,9 @@ def test_spike_detection_sees_a_spike_and_can_be_resumed(tmp_path: Path) -> None
             builtin.SpikeDetection(exclude_batches_path=tmp_path),
             AtStep(6, lambda batch: batch["x"].mul_(1e4)),
             module=DDCLReadoutModule(
-                clustering_module().backbone, DDCLReadout(4, temperature=absolute(2.0), embedding_scale="none"), Clustering(4)
+                clustering_module().backbone,
+                DDCLReadout(4, temperature=absolute(2.0), embedding_scale="none"),
+                Clustering(4),
             ),
         )
     assert (tmp_path / "skip_batches.json").is_file()
