@@ -20,7 +20,7 @@ from ddcl_lightning.functional import (
     quantize,
     sample_codes,
 )
-from ddcl_lightning.functional._common import check_mask
+from ddcl_lightning.functional._common import check_mask, require_tokens
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
 from ddcl_lightning.nn.observer import BankObserver
