@@ -106,13 +106,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "temperature_zero": (
         lambda: DDCLAttention(4, 3, temperature=0.0),
         ValueError,
-        "temperature must be finite and > 0",
+        "a temperature must be > 0, one number or one per head; got 0.0",
     ),
     "temperature_negative": (lambda: F.soft_assign(TOKENS[0], torch.ones(3, 4), -1.0), ValueError, "> 0.*got -1.0"),
     "temperatures_per_head": (
         lambda: LAYER.bank.set_temperature(torch.ones(3)),
         ValueError,
-        r"one value or one per head, \(1,\); got \(3,\)",
+        "one number, or one per head, 1; got 3",
     ),
     "no_prototypes": (lambda: PrototypeBank(0, 4), ValueError, "num_prototypes must be at least 1; got 0"),
     "heads_do_not_divide": (
@@ -217,7 +217,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "temperature_start_zero": (
         lambda: TemperatureAnnealing(start=0.0),
         ValueError,
-        "start must be a finite temperature",
+        "start of the schedule: a temperature must be > 0",
     ),
     "annealing_without_end": (
         lambda: fit(frozen_module(), loader(), TemperatureAnnealing(), max_epochs=-1),

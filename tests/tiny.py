@@ -52,7 +52,7 @@ class LinearBackbone(IdentityBackbone):
 
 def clustering_module(task: Task | None = None, **kwargs: Any) -> DDCLReadoutModule:
     return DDCLReadoutModule(
-        LinearBackbone(), DDCLReadout(4, temperature=absolute(2.0)), task or Clustering(4), **kwargs
+        LinearBackbone(), DDCLReadout(4, temperature=0.02), task or Clustering(4), **kwargs
     )
 
 

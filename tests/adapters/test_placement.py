@@ -324,7 +324,7 @@ def test_gradients_of_all_layers_add_up() -> None:
 
 
 def test_each_layer_keeps_its_own_projection() -> None:
-    bank = PrototypeBank(5, 3, num_heads=2)
+    bank = PrototypeBank(5, 3, num_heads=2, temperature=absolute())
     wide, narrow = DDCLAttention(8, bank=bank), DDCLAttention(4, bank=bank)
     assert wide(torch.randn(2, 6, 8)).tokens.shape == (2, 6, 8)
     assert narrow(torch.randn(2, 6, 4)).tokens.shape == (2, 6, 4)

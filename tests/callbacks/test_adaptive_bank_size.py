@@ -87,11 +87,10 @@ def test_the_size_stays_in_its_bounds_and_after_its_time() -> None:
 
 
 def test_superfluous_prototypes_merge_and_idle_ones_go() -> None:
-    module = Project(num_prototypes=9, lr=0.0)
+    module = Project(num_prototypes=9, lr=0.0, temperature=absolute(0.1))
     centers = torch.stack([blobs(**SIX)[0][blobs(**SIX)[1] == label].mean(0) for label in range(6)])
     extra = torch.stack([centers[0] + 1e-3, torch.full((4,), 99.0), torch.full((4,), -99.0)])
     module.layer.bank.set_prototypes(torch.cat([centers, extra]).unsqueeze(0))
-    module.layer.bank.set_temperature(absolute(0.1))
     adaptive = AdaptiveBankSize()
     fit(module, adaptive, data=six(), max_epochs=5)
     assert [size for _, size in adaptive.history["layer.bank"]] == [9, 8, 6]

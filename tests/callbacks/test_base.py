@@ -15,6 +15,7 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from ddcl_lightning.callbacks._base import BankCallback
+from ddcl_lightning.monitoring.recording import CodebookRecord
 from ddcl_lightning.nn.discovery import find_banks
 from tests.tiny import LinearBackbone
 from tests.tiny import loader as blob_batches
@@ -50,7 +51,7 @@ def test_every_callback_attaches_to_any_project(name, tmp_path):
     logged = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("ddcl/")}
     assert {"temperature", "delta_min", "delta_relative", "delta_trend", "temperature_ratio", "entropy"} <= logged
     # Nothing stays behind.
-    assert not any(bank._forward_hooks or bank._forward_pre_hooks for bank in banks.values())
+    assert not any(bank._watching() for bank in banks.values())
 
 
 def test_only_due_batches_are_observed_and_validation_never_is():
@@ -66,9 +67,8 @@ def test_only_due_batches_are_observed_and_validation_never_is():
 
 def test_the_probe_costs_nothing_between_due_batches(monkeypatch):
     looks = []
-    monkeypatch.setattr(
-        "ddcl_lightning.monitoring.recording.bank_inputs", lambda *args: looks.append(1) or (args[1][0], None)
-    )
+    of_call = CodebookRecord.of_call
+    monkeypatch.setattr(CodebookRecord, "of_call", lambda *args: looks.append(1) or of_call(*args))
     fit(Project(), Spy(every_n_batches=6))
     assert len(looks) == 2
 
@@ -85,12 +85,22 @@ def test_a_module_without_a_bank_is_refused(callback):
 
 
 def test_a_callback_that_never_sees_a_call_says_so():
+    class Silent(Project):
+        def training_step(self, batch, batch_idx):
+            return self.tokens(batch).square().mean()
+
+    with pytest.warns(UserWarning, match="Spy saw no call of layer.bank in 12 training batches"):
+        fit(Silent(), Spy())
+
+
+def test_calls_of_forward_are_seen_too():
     class Direct(Project):
         def training_step(self, batch, batch_idx):
             return self.layer.bank.forward(self.tokens(batch)).terms.loss.sum()
 
-    with pytest.warns(UserWarning, match="Spy saw no call of layer.bank in 12 training batches"):
-        fit(Direct(), Spy())
+    spy = Spy()
+    fit(Direct(), spy)
+    assert len(spy.steps) == 12
 
 
 def test_the_interval_survives_a_restart(tmp_path):
@@ -116,7 +126,7 @@ def test_a_second_run_starts_anew_and_a_failed_one_leaves_no_hook():
     module = Failing()
     with pytest.raises(RuntimeError, match="boom"):
         fit(module, Spy())
-    assert not module.layer.bank._forward_hooks
+    assert not module.layer.bank._watching()
 
 
 @pytest.mark.parametrize("every", [0, -1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddcl_lightning import two_timescale_groups
+from ddcl_lightning import Temperature, two_timescale_groups
 from ddcl_lightning.callbacks import (
     CollapseWarning,
     DecompositionCheck,
@@ -28,7 +28,7 @@ class Tunable(Project):
     """Has what Lightning's tuners look for."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(temperature=Temperature(0.1, unit="initial"))  # none that follows the encoder
         self.batch_size, self.learning_rate = 16, 1e-3
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -93,7 +93,7 @@ def test_prototypes_start_and_temperatures_fall_beside_them(
     bank = fit(tmp_path, *callbacks, module=module).layer.bank
     assert bool(bank.initialized)
     torch.testing.assert_close(bank.temperature, alone.layer.bank.temperature, rtol=1e-4, atol=0)
-    assert not bank._forward_hooks
+    assert not bank._watching()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])

@@ -167,7 +167,7 @@ def test_a_sign_is_reported_once_and_again_after_it_went_away():
 
     watch = CollapseWarning(every_n_batches=1, patience=2)
     with reports("uniform"):
-        fit(Project(), KMeansInitialization(), watch, Swinging(), max_epochs=4)
+        fit(Project(temperature=absolute()), KMeansInitialization(), watch, Swinging(), max_epochs=4)
     assert [step for sign, step in signs(watch) if sign == "uniform"] == [6, 16]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import LinearBackbone, absolute, loader, quiet_trainer
+from tiny import LinearBackbone, loader, quiet_trainer
 
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
@@ -41,11 +41,7 @@ def test_one_vector_per_sample_reaches_the_bank(
 @pytest.mark.parametrize("choice", ["first", "mean"])
 def test_clusters_samples_under_the_callbacks(choice: TokenChoice) -> None:
     module = DDCLReadoutModule(
-        LinearBackbone(),
-        DDCLReadout(4, tokens=choice, temperature=absolute(2.0)),
-        Clustering(4),
-        lr_prototypes=0.01,
-        rho=0.1,
+        LinearBackbone(), DDCLReadout(4, tokens=choice), Clustering(4), lr_prototypes=0.01, rho=0.1
     )
     callbacks = [TemperatureAnnealing(), KMeansInitialization(), DecompositionCheck(every_n_batches=2)]
     trainer = quiet_trainer(max_epochs=2, callbacks=callbacks)

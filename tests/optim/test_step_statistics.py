@@ -324,7 +324,7 @@ def test_an_optimizer_that_is_gone_leaves_nothing_behind() -> None:
     bank(torch.randn(5, 4)).terms.loss.sum().backward()
     del codes
     gc.collect()
-    assert not bank._forward_hooks
+    assert not bank._watching()
     assert isinstance(bank(torch.randn(5, 4)), BankOutput)
 
 
