@@ -110,7 +110,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "temperature_negative": (lambda: F.soft_assign(TOKENS[0], torch.ones(3, 4), -1.0), ValueError, "> 0.*got -1.0"),
     "temperatures_per_head": (
-        lambda: LAYER.bank.set_temperature(torch.ones(3)),
+        lambda: LAYER.bank.set_temperature([1.0, 1.0, 1.0]),
         ValueError,
         "one number, or one per head, 1; got 3",
     ),

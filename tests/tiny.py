@@ -51,9 +51,7 @@ class LinearBackbone(IdentityBackbone):
 
 
 def clustering_module(task: Task | None = None, **kwargs: Any) -> DDCLReadoutModule:
-    return DDCLReadoutModule(
-        LinearBackbone(), DDCLReadout(4, temperature=0.02), task or Clustering(4), **kwargs
-    )
+    return DDCLReadoutModule(LinearBackbone(), DDCLReadout(4, temperature=0.02), task or Clustering(4), **kwargs)
 
 
 def quiet_trainer(**kwargs: Any) -> pl.Trainer:
