@@ -167,7 +167,7 @@ PROTOTYPES, TEMPERATURE = (f"head.attention.bank.{name}" for name in ("prototype
     ],
 )
 def test_weight_averages_are_averages_and_validate(average: Callable[[], pl.Callback], tmp_path: Path) -> None:
-    states, seen, module = States(), AtValidation(), clustering_module()
+    states, seen, module = States(), AtValidation(), clustering_module(temperature=absolute(2.0))
     callback = average()
     annealing = TemperatureAnnealing(absolute(2.0), absolute(0.1))
     trainer = fit(annealing, KMeansInitialization(progress=False), callback, states, seen, module=module)
@@ -307,7 +307,9 @@ def test_spike_detection_sees_a_spike_and_can_be_resumed(tmp_path: Path) -> None
             builtin.SpikeDetection(exclude_batches_path=tmp_path),
             AtStep(6, lambda batch: batch["x"].mul_(1e4)),
             module=DDCLReadoutModule(
-                clustering_module().backbone, DDCLReadout(4, temperature=absolute(2.0), embedding_scale="none"), Clustering(4)
+                clustering_module().backbone,
+                DDCLReadout(4, temperature=absolute(2.0), embedding_scale="none"),
+                Clustering(4),
             ),
         )
     assert (tmp_path / "skip_batches.json").is_file()

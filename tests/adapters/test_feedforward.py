@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import PrototypeBank, Temperature, find_banks
+from ddcl_lightning import PrototypeBank, find_banks
 from ddcl_lightning.adapters.distillation import distill_feedforward, initialize_feedforward
 from ddcl_lightning.adapters.feedforward import DDCLFeedForward, ridge_regression
 from ddcl_lightning.adapters.insertion import quantization_loss

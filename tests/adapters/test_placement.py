@@ -19,7 +19,6 @@ from ddcl_lightning import (
     PrototypeBank,
     PrototypeNorm,
     SerialPrototypes,
-    Temperature,
     TokenNormalized,
     find_banks,
     insert_prototypes,

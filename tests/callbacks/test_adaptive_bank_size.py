@@ -32,8 +32,8 @@ from ddcl_lightning.callbacks import (
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.tasks import Classification, Reconstruction
-from tests.tiny import loader as tiny_loader
 from tests.tiny import absolute, quiet_trainer
+from tests.tiny import loader as tiny_loader
 
 SIX = {"size": 240, "clusters": 6}
 

@@ -148,7 +148,9 @@ def test_a_rate_that_throws_the_prototypes_out_is_reported_early():
 
 def test_stop_ends_training():
     with reports("uniform"):
-        trainer = fit(Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="stop"), max_epochs=5)
+        trainer = fit(
+            Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="stop"), max_epochs=5
+        )
     assert trainer.global_step == 3
 
 

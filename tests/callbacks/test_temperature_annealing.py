@@ -12,7 +12,6 @@ from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from tests.tiny import absolute
 
-
 INITIAL = Temperature(0.1, unit="initial")  # of the tokens at the start, so that the numbers are exact ones
 
 
@@ -78,7 +77,12 @@ def test_by_step_it_falls_with_every_batch_and_ends_with_the_run():
 
 def test_steps_of_two_manual_optimizers_count_once():
     values = temperatures(
-        TwoOptimizers(temperature=absolute()), start=absolute(8.0), end=absolute(1.0), schedule="linear", per="step", max_epochs=2
+        TwoOptimizers(temperature=absolute()),
+        start=absolute(8.0),
+        end=absolute(1.0),
+        schedule="linear",
+        per="step",
+        max_epochs=2,
     )
     assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
 
@@ -293,7 +297,9 @@ def test_a_list_gives_every_head_its_own_temperature():
 
 
 def test_the_ends_of_heads_may_differ_one_by_one_in_fractions_too():
-    one_start = temperatures(Project(num_heads=2, temperature=absolute()), start=absolute(8.0), end=absolute([4.0, 1.0]), max_epochs=5)
+    one_start = temperatures(
+        Project(num_heads=2, temperature=absolute()), start=absolute(8.0), end=absolute([4.0, 1.0]), max_epochs=5
+    )
     assert one_start[::6] == pytest.approx([8.0, 8 * 2**-0.25, 8 * 2**-0.5, 8 * 2**-0.75, 4.0])  # its own tau
     module = Project(num_heads=2, temperature=INITIAL)
     even = Project(num_heads=2, temperature=INITIAL)
@@ -325,9 +331,15 @@ def test_patterns_that_do_not_fit_are_refused_before_the_first_step(callbacks, m
     ("kwargs", "message"),
     [
         ({"start": [0.1, 0.2], "end": [0.1, 0.1, 0.1]}, "numbers or lists of the same length"),
-        ({"start": [], "end": 0.1}, "start of the schedule: a temperature must be > 0, one number or one per head; got ..\\."),
+        (
+            {"start": [], "end": 0.1},
+            "start of the schedule: a temperature must be > 0, one number or one per head; got ..\\.",
+        ),
         ({"start": [0.2, 0.1], "end": 0.15}, r"must not increase .* start = 0.1 and end = 0.15"),
-        ({"start": [0.2, -0.1], "end": 0.1}, "start of the schedule: a temperature must be > 0, one number or one per head; got .0.2, -0.1."),
+        (
+            {"start": [0.2, -0.1], "end": 0.1},
+            "start of the schedule: a temperature must be > 0, one number or one per head; got .0.2, -0.1.",
+        ),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(kwargs, message):

@@ -47,7 +47,9 @@ def test_equals_the_plain_formulas(starved: bool, detach: bool, masked: bool) ->
     for which in ("one look", "plain"):
         inputs = [z.clone().requires_grad_(), p.clone().requires_grad_()]
         if which == "plain":
-            out = prototype_attention_reference(*inputs, TEMPERATURE, mask, surprisal=surprisal, detach_assignments=detach)
+            out = prototype_attention_reference(
+                *inputs, TEMPERATURE, mask, surprisal=surprisal, detach_assignments=detach
+            )
         else:
             out = quantize(*inputs, TEMPERATURE, mask, detach_assignments=detach)
         assert out.entropy is not None

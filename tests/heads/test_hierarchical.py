@@ -10,7 +10,7 @@ from tiny import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddcl_lightning import Classification, Clustering, DDCLReadoutModule, IdentityBackbone, Temperature, find_banks
+from ddcl_lightning import Classification, Clustering, DDCLReadoutModule, IdentityBackbone, find_banks
 from ddcl_lightning.backbones import Tokens
 from ddcl_lightning.callbacks import (
     CollapseWarning,
@@ -179,9 +179,7 @@ def test_the_rare_mean_is_the_weighted_one() -> None:
     mean = torch.einsum("bt,btd->bd", weights, below.tokens) / weights.sum(1, keepdim=True)
     torch.testing.assert_close(layer.levels[1](mean.unsqueeze(1)).tokens, layer(TOKENS, MASK).tokens)
 
-    other = head(
-        tokens=["all", "rare_inputs"], temperature=absolute(), prototype_dim=[2, 3]
-    ).eval()
+    other = head(tokens=["all", "rare_inputs"], temperature=absolute(), prototype_dim=[2, 3]).eval()
     other.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     weights = other.rarities["0"](other.levels[0](TOKENS, MASK, need_weights=True).weights, MASK)
     mean = torch.einsum("bt,btd->bd", weights, TOKENS) / weights.sum(1, keepdim=True)

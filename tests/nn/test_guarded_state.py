@@ -178,7 +178,16 @@ def tampered(value: Tensor, name: str) -> list[Tensor]:
 
     of = {
         ("value", "current"): [0.0, -1.0],
-        ("lambda_max", "share", "explained_variance_ratio", "num_batches", "num_tokens", "initialized", "fitted", "variance"): [-1],
+        (
+            "lambda_max",
+            "share",
+            "explained_variance_ratio",
+            "num_batches",
+            "num_tokens",
+            "initialized",
+            "fitted",
+            "variance",
+        ): [-1],
         ("covariance",): [-1.0],
     }
     lasts = [number for names, numbers in of.items() if name in names for number in numbers]

@@ -246,7 +246,10 @@ def test_it_sits_in_a_sequential_model() -> None:
         ({"dim": 0}, "dim must be at least 1; got 0"),
         ({"num_codes": 0}, "num_codes must be at least 1; got 0"),
         ({"num_heads": 4}, "dim must be divisible by num_heads; got 6 and 4. Set code_dim"),
-        ({"temperature": 0.0}, "a temperature must be > 0, one number or one per head; got 0.0. As a fraction of the critical"),
+        (
+            {"temperature": 0.0},
+            "a temperature must be > 0, one number or one per head; got 0.0. As a fraction of the critical",
+        ),
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0; got -1.0"),
         ({"entropy_weight": math.nan}, "entropy_weight must be a finite number; got nan"),
         ({"gradient": "rotate"}, r"gradient must be one of \('straight_through', 'soft'\); got 'rotate'"),

@@ -146,7 +146,9 @@ def test_the_temperature_follows_the_scale_of_tokens_that_learn(detach: bool) ->
 def test_tokens_that_do_not_learn_have_one_temperature_after_all_batches() -> None:
     """A running average would be that of the last twenty."""
     bank, batches = followed(), [stretched(size=50, seed=number) * (1 + number % 7) for number in range(100)]
-    covariance = torch.stack([torch.stack([torch.cov(h.T, correction=0) for h in bank.split_heads(b)[0]]) for b in batches])
+    covariance = torch.stack(
+        [torch.stack([torch.cov(h.T, correction=0) for h in bank.split_heads(b)[0]]) for b in batches]
+    )
     for batch in batches:
         bank(batch)
         bank.settle()
@@ -262,7 +264,9 @@ def test_annealing_sets_the_value() -> None:
 @pytest.mark.parametrize("schedule", [(0.5, 0.02), (absolute(0.5), absolute(0.02))])
 def test_annealing_in_another_unit_is_refused(schedule: tuple[Any, Any]) -> None:
     own = 0.1 if isinstance(schedule[0], Temperature) else absolute()
-    with pytest.raises(ValueError, match=r"the temperature of bank 'head.attention.bank' has the unit '.*', the schedule"):
+    with pytest.raises(
+        ValueError, match=r"the temperature of bank 'head.attention.bank' has the unit '.*', the schedule"
+    ):
         annealed(own, *schedule)
 
 
@@ -317,7 +321,9 @@ def test_lists_give_one_value_per_head() -> None:
     layer = DDCLAttention(8, 3, num_heads=2, temperature=absolute([0.5, 0.1]))
     torch.testing.assert_close(layer.bank.temperature, torch.tensor([0.5, 0.1]))
     for wrong in ([0.1, 0.2, 0.3], absolute([0.1, 0.2, 0.3])):
-        with pytest.raises(ValueError, match=r"a temperature must be one number, or one per head, 2; got 3: \[0.1, 0.2"):
+        with pytest.raises(
+            ValueError, match=r"a temperature must be one number, or one per head, 2; got 3: \[0.1, 0.2"
+        ):
             followed(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one per head, 2; got 3"):
         bank.set_temperature([0.1, 0.2, 0.3])
