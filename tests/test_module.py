@@ -342,7 +342,7 @@ class _Fake:
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 def test_precisions(precision: Any) -> None:
-    module = clustering_module(Classification(4))
+    module = clustering_module(Classification(4), absolute(2.0))
     trainer = quiet_trainer(max_epochs=30, precision=precision)
     trainer.fit(module, loader(), loader())
     assert float(trainer.callback_metrics["val/acc"]) > 0.9
