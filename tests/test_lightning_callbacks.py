@@ -167,7 +167,7 @@ PROTOTYPES, TEMPERATURE = (f"head.attention.bank.{name}" for name in ("prototype
     ],
 )
 def test_weight_averages_are_averages_and_validate(average: Callable[[], pl.Callback], tmp_path: Path) -> None:
-    states, seen, module = States(), AtValidation(), clustering_module()
+    states, seen, module = States(), AtValidation(), clustering_module(temperature=absolute(2.0))
     callback = average()
     annealing = TemperatureAnnealing(absolute(2.0), absolute(0.1))
     trainer = fit(annealing, KMeansInitialization(progress=False), callback, states, seen, module=module)

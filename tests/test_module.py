@@ -134,7 +134,8 @@ def test_steps_are_counted_once(tmp_path: Path, accumulate: int) -> None:
 def train_by_gradients(data: Any, max_epochs: int, **kwargs: Any) -> DDCLReadoutModule:
     """A module after plain gradient descent, whose steps tell how gradients were averaged."""
     torch.manual_seed(1)
-    module = clustering_module(Classification(4), prototype_optimizer="SGD", encoder_optimizer="SGD", **kwargs)
+    settings = {"prototype_optimizer": "SGD", "encoder_optimizer": "SGD", **kwargs}
+    module = clustering_module(Classification(4), absolute(2.0), **settings)  # T must not depend on the batches
     quiet_trainer(max_epochs=max_epochs).fit(module, data)
     return module
 
@@ -341,7 +342,7 @@ class _Fake:
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 def test_precisions(precision: Any) -> None:
-    module = clustering_module(Classification(4))
+    module = clustering_module(Classification(4), absolute(2.0))
     trainer = quiet_trainer(max_epochs=30, precision=precision)
     trainer.fit(module, loader(), loader())
     assert float(trainer.callback_metrics["val/acc"]) > 0.9

@@ -50,8 +50,10 @@ class LinearBackbone(IdentityBackbone):
         return tokens._replace(values=self.linear(tokens.values))
 
 
-def clustering_module(task: Task | None = None, **kwargs: Any) -> DDCLReadoutModule:
-    return DDCLReadoutModule(LinearBackbone(), DDCLReadout(4, temperature=0.02), task or Clustering(4), **kwargs)
+def clustering_module(
+    task: Task | None = None, temperature: float | Temperature = 0.02, **kwargs: Any
+) -> DDCLReadoutModule:
+    return DDCLReadoutModule(LinearBackbone(), DDCLReadout(4, temperature=temperature), task or Clustering(4), **kwargs)
 
 
 def quiet_trainer(**kwargs: Any) -> pl.Trainer:

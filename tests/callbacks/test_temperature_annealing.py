@@ -12,9 +12,6 @@ from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from tests.tiny import absolute
 
-INITIAL = Temperature(0.1, unit="initial")
-
-
 INITIAL = Temperature(0.1, unit="initial")  # of the tokens at the start, so that the numbers are exact ones
 
 
