@@ -81,6 +81,7 @@ class PrototypeBank(GuardedState):
             measure=measure_variance,
         )
         self._observers: list[weakref.ref[BankObserver]] = []
+        self._breaks_graphs = False
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> BankOutput:
         """Assign tokens and return their soft centroids.
@@ -188,19 +189,26 @@ class PrototypeBank(GuardedState):
         """Show every call to an observer for as long as somebody else holds it; copies of the bank have none."""
         self._observers = [reference for reference in self._observers if reference() is not None]
         self._observers.append(weakref.ref(observer))
+        self._breaks_graphs |= observer.breaks_graphs
 
     def remove_observer(self, observer: BankObserver) -> None:
         """Show it no further calls; nothing happens if it was not shown any."""
         self._observers = [reference for reference in self._observers if reference() not in (None, observer)]
 
     def _watching(self) -> list[BankObserver]:
-        observers = [observer for reference in self._observers if (observer := reference()) is not None]
         if torch.compiler.is_compiling():
-            return [observer for observer in observers if observer.breaks_graphs]
-        return observers
+            return self._living(breaks_graphs=True) if self._breaks_graphs else []
+        return self._living() if self._observers else []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _living(self, breaks_graphs: bool = False) -> list[BankObserver]:
+        observers = [reference() for reference in self._observers]
+        return [
+            observer for observer in observers if observer is not None and (observer.breaks_graphs or not breaks_graphs)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_observers": []}
+        return {**self.__dict__, "_observers": [], "_breaks_graphs": False}
 
     # Tokens, codes, slots -----------------------------------------------------------------------
 
