@@ -388,8 +388,7 @@ def test_batch_size_finder_leaves_no_trace(build: Callable[[], DDCLReadoutModule
     for finder in ([], [builtin.BatchSizeFinder(init_val=16, max_trials=1)]):
         torch.manual_seed(0)
         module = build()
-        cooling = TemperatureAnnealing(start=absolute(2.0), end=absolute(0.5))
-        fit(*finder, KMeansInitialization(progress=False), cooling, module=module)
+        fit(*finder, KMeansInitialization(progress=False), TemperatureAnnealing(), module=module)
         ends.append(module.state_dict())
     assert [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])] == []
 

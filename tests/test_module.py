@@ -424,7 +424,7 @@ def test_load_from_checkpoint_with_modules(tmp_path: Path) -> None:
         tmp_path / "last.ckpt",
         weights_only=True,
         backbone=LinearBackbone(),
-        head=DDCLReadout(4, temperature=absolute()),
+        head=DDCLReadout(4),
         task=Clustering(4),
     )
     assert loaded.lr_prototypes == 0.03

@@ -183,7 +183,6 @@ class HierarchicalReadout(Head):
                 embedding_scale="none" if scale == "auto" else scale,
                 detach_assignments=self.detach_assignments,
             )
-            layer.bank.temperature_state.moving = level > 0  # the levels below learn, though their gradients stop
             self.levels.append(layer)
             if level + 1 < self.num_levels and self._reads[level + 1] in RARE:
                 self.rarities[str(level)] = PrototypeRarity(self._heads[level], self.num_prototypes[level])

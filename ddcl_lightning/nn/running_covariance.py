@@ -1,5 +1,6 @@
 """The covariance of tokens, followed from batch to batch, and its largest eigenvalue."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -35,14 +36,12 @@ class RunningCovariance(GuardedState):
     Args:
         num_heads: H.
         dim: d.
-        momentum: Weight of the newest batch of tokens that learn, in (0, 1]. The first batches are averaged evenly
-            until it is reached.
+        momentum: Weight of the newest batch, in (0, 1]. The first batches are averaged evenly until it is reached.
 
     Attributes:
         lambda_max: Buffer ``(H,)``, variance along the direction of largest variance; 0 before the first batch.
         covariance: Buffer ``(H, d, d)``.
-        num_batches: Buffer, batches of tokens that learn.
-        num_tokens: Buffer, tokens of all batches, those of a start sample included.
+        num_batches: Buffer, batches so far.
 
     Raises:
         ValueError: If the momentum is out of range.
@@ -52,13 +51,11 @@ class RunningCovariance(GuardedState):
     covariance: Tensor
     direction: Tensor
     num_batches: Tensor
-    num_tokens: Tensor
     state_rules: ClassVar[Rules] = {
         "lambda_max": NOT_NEGATIVE,
         "covariance": COVARIANCE,
         "direction": DIRECTION,
         "num_batches": COUNT,
-        "num_tokens": COUNT,
     }
 
     @typed
@@ -72,26 +69,15 @@ class RunningCovariance(GuardedState):
         self.register_buffer("covariance", torch.zeros(num_heads, dim, dim, dtype=dtype))
         self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator, dtype=dtype))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_tokens", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, *, moving: bool = True) -> None:
-        """Take in ``(H, N, d)`` tokens with mask ``(H, N)``.
-
-        Args:
-            tokens: Detached.
-            mask: True for valid tokens.
-            moving: Whether the tokens learn; those that do not are averaged evenly over all batches.
-        """
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> None:
+        """Take in ``(H, N, d)`` tokens with mask ``(H, N)``."""
         if recomputing():
             return
         with torch.autocast(tokens.device.type, enabled=False):
             latest, count = _covariance(tokens, mask)
-            if moving:
-                weight = averaging_weight(self.num_batches, self.momentum)
-            else:
-                weight = count / (self.num_tokens + count).clamp(min=1)
-            weight = weight.to(self.covariance.dtype)
+            weight = averaging_weight(self.num_batches, self.momentum).to(self.covariance.dtype)
             covariance, direction = self.covariance.lerp(latest.to(self.covariance.dtype), weight), self.direction
             for _ in range(ITERATIONS):
                 image = (covariance @ direction.unsqueeze(-1)).squeeze(-1)
@@ -101,26 +87,24 @@ class RunningCovariance(GuardedState):
             # Not finite in one place is not finite here, and everywhere alike: sums are those of all processes.
             usable = (count > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
             self.num_batches += usable
-            self.num_tokens += torch.where(usable, count, 0).to(self.num_tokens.dtype)
             keep_unless(usable, self.covariance, covariance)
             keep_unless(usable, self.direction, direction)
             keep_unless(usable, self.lambda_max, length.squeeze(-1))
 
     def total_variance(self) -> Tensor:
         """Trace of the covariance, ``(H,)``; 0 before the first batch."""
-        return self.covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return self.covariance.flatten(-2)[..., :: self.covariance.shape[-1] + 1].sum(-1)
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> None:
-        """Begin anew from a sample ``(H, N, d)``, the same on every process; it counts as one batch."""
+        """Begin anew from a sample ``(H, N, d)``, the same on every process; later batches get their least weight."""
         z = tokens.to(self.covariance.device, torch.float64)
         centred = z - z.mean(-2, keepdim=True)
         values, vectors = torch.linalg.eigh(centred.mT @ centred / z.shape[-2])
         self.covariance.copy_((vectors * values.unsqueeze(-2)) @ vectors.mT)
         self.direction.copy_(vectors[..., -1])
         self.lambda_max.copy_(values[..., -1].clamp(min=0.0))
-        self.num_batches.fill_(1)
-        self.num_tokens.fill_(z.shape[-2])
+        self.num_batches.fill_(math.ceil(1 / self.momentum))
 
 
 def _covariance(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,7 @@ class BankTemperature(SettledState):
     """T of every head, in units of squared distance, kept in step with the tokens that it is relative to.
 
     In training it measures the covariance of the tokens of every call, and T moves when an optimizer steps: all calls
-    between two steps see the same T. Tokens that nobody trains (no gradient goes through them) are averaged evenly over
-    all batches; those of an encoder that learns are followed by a running average.
+    between two steps see the same T.
 
     Args:
         temperature: Initial value, see :class:`Temperature`.
@@ -90,7 +89,6 @@ class BankTemperature(SettledState):
         current: Buffer ``(H,)``, T in units of squared distance; 1 before the first tokens of a relative temperature.
         variance: Buffer ``(H,)``, total variance of the tokens as of T, not saved; 0 before the first tokens.
         unit: See :class:`Temperature`.
-        moving: Whether tokens move although no gradient goes through them, as those of a level that reads another one.
 
     Raises:
         ValueError: If the list of values has not one per head.
@@ -111,7 +109,7 @@ class BankTemperature(SettledState):
         measure: bool = False,
     ) -> None:
         super().__init__()
-        self.unit, self.num_heads, self.moving = temperature.unit, num_heads, False
+        self.unit, self.num_heads = temperature.unit, num_heads
         self.factor = critical_factor(detach_assignments)
         dtype = running_dtype()
         self.register_buffer("value", torch.ones(num_heads, dtype=dtype))
@@ -148,7 +146,7 @@ class BankTemperature(SettledState):
         if self.covariance is None or (self.unit == "initial" and self._fixed):
             return
         first = self.covariance.lambda_max == 0
-        self.covariance(tokens.detach(), mask, moving=tokens.requires_grad or self.moving)
+        self.covariance(tokens.detach(), mask)
         if self.unit == "initial":
             self._fixed = bool((self.covariance.lambda_max > 0).all())
         self.measured(first)

@@ -240,7 +240,7 @@ def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(
     assert all(torch.equal(rest[step], whole[step]) for step in rest)
     assert torch.equal(resumed.head.attention.bank.prototypes, module.head.attention.bank.prototypes)
     # A longer run must not stretch the schedule of the one that it continues.
-    longer, continued = digits_run(checkpoint, TemperatureAnnealing(per=per), max_epochs=6, ckpt_path=checkpoint)
+    longer, _continued = digits_run(checkpoint, TemperatureAnnealing(per=per), max_epochs=6, ckpt_path=checkpoint)
     assert sorted(longer) == list(range(13, 48))
     assert all(torch.equal(longer[step], whole[step]) for step in rest)
     assert all(torch.all(longer[step][1] <= whole[31][1]) for step in range(32, 48))

@@ -183,7 +183,6 @@ def tampered(value: Tensor, name: str) -> list[Tensor]:
             "share",
             "explained_variance_ratio",
             "num_batches",
-            "num_tokens",
             "initialized",
             "fitted",
             "variance",

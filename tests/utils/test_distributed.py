@@ -149,7 +149,7 @@ def test_token_normalized_equals_the_joint_batch(two: list[dict[str, Any]]) -> N
 def test_a_batch_that_is_not_finite_on_one_process_is_left_out_on_all(two: list[dict[str, Any]]) -> None:
     prototypes, state = poisoned_steps(0, 1)
     assert all(bool(value.isfinite().all()) for value in state.values())
-    assert int(state["critical.num_batches"]) == 2
+    assert int(state["temperature_state.covariance.num_batches"]) == 2
     for found in two:
         torch.testing.assert_close(found["poisoned"], (prototypes, state))
 
