@@ -4,7 +4,7 @@ import re
 
 _KEY = re.compile(r'^(\s*(?:- )?)Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
-_EXPECTED = re.compile(r"^\s*(?:- )?Expected an? ((?!path but).+?)(?:\. Got value: (.*))?$")
+_EXPECTED = re.compile(r"^\s*(?:- )?Expected an? ((?!path but|dot import).+?)(?:\. Got value: (.*))?$")
 _SUBCLASS = re.compile(r"^\s*(?:- )?Not a valid subclass of (\w+)(?:\. Got value: (.*))?$")
 _GIVEN = re.compile(r"^\s*Given value: (.*)$")
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]$")

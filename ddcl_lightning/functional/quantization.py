@@ -296,7 +296,7 @@ def _fill_in_log_space(problem: _Problem, sums: _Sums, chosen: Tensor, log_mass:
         query, key = by_head(problem.query, 2)[head], by_head(problem.key, 2)[head]
         log_sums, padding = by_head(sums.log_sums, 2)[head], by_head(problem.valid, 2)[head] == 0
         indices = by_head(chosen, 1)[head].nonzero().squeeze(-1)
-        for some in indices.split(max(1, BLOCK_ELEMENTS // max(1, len(points)))):
+        for some in torch.split(indices, max(1, BLOCK_ELEMENTS // max(1, len(points)))):
             log_q = (query @ key[:, some] - log_sums).masked_fill(padding, -torch.inf)
             log_mass.view(-1, problem.num_prototypes)[head, some] = log_q.logsumexp(0)
             means.view(-1, *means.shape[-2:])[head, some] = log_q.softmax(0).T @ points

@@ -323,8 +323,8 @@ class PrototypeBank(GuardedState):
 
         def cluster() -> Tensor:
             settings: dict[str, Any] = {"method": method, "num_restarts": num_restarts, "seed": seed}
-            bar = {"progress": progress, "description": f"{method} of {name}"}
-            return torch.stack([initial_prototypes(head, self.num_prototypes, **settings, **bar) for head in heads])
+            settings |= {"progress": progress, "description": f"{method} of {name}"}
+            return torch.stack([initial_prototypes(head, self.num_prototypes, **settings) for head in heads])
 
         clustered = from_first_process(cluster, f"bank {name!r} cannot be initialised")
         self.set_prototypes(clustered.to(self.prototypes))

@@ -165,6 +165,7 @@ class SoftVectorQuantizer(nn.Module):
         embedded = self._embed(tokens, mask)
         straight = self.gradient == "straight_through" or not self.training
         output = self.bank.quantize(embedded, mask, straight_through=straight)
+        assert output.codes is not None
         hard = self.bank.decode(output.codes)
         value = output.centroids if self.training and self.training_output == "soft" else hard
         quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from ddcl_lightning.nn.settled_state import SettledState
 
 TemperatureUnit = Literal["critical", "initial", "absolute"]
 DEFAULT_TEMPERATURE = 0.1
+
+
+def _plain(value: Any) -> float | list[float]:
+    """The numbers of a tensor or a tuple, for what is kept and saved."""
+    plain: float | list[float] = value
+    if isinstance(value, Tensor):
+        plain = value.tolist()
+    elif isinstance(value, Sequence):
+        plain = list(value)
+    return plain
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Temperature:
 
     @typed
     def __init__(self, value: float | list[float], unit: TemperatureUnit = "critical") -> None:
-        value = value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, Sequence) else value
+        value = _plain(value)
         values = value if isinstance(value, list) else [value]
         if not values or not all(number > 0 for number in values):
             raise ValueError(
