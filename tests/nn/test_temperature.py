@@ -143,19 +143,6 @@ def test_the_temperature_follows_the_scale_of_tokens_that_learn(detach: bool) ->
     torch.testing.assert_close(bank.temperature.double(), expected * torch.tensor([2.0, 0.5]), rtol=1e-2, atol=0.0)
 
 
-def test_tokens_that_do_not_learn_have_one_temperature_after_all_batches() -> None:
-    """A running average would be that of the last twenty."""
-    bank, batches = followed(), [stretched(size=50, seed=number) * (1 + number % 7) for number in range(100)]
-    covariance = torch.stack(
-        [torch.stack([torch.cov(h.T, correction=0) for h in bank.split_heads(b)[0]]) for b in batches]
-    )
-    for batch in batches:
-        bank(batch)
-        bank.settle()
-    expected = 0.1 * 4 * torch.linalg.eigvalsh(covariance.mean(0))[..., -1]
-    torch.testing.assert_close(bank.temperature, expected, rtol=1e-2, atol=0.0)
-
-
 def test_an_initial_one_stays_while_the_encoder_rescales_its_tokens() -> None:
     bank, tokens = followed(Temperature(0.1, unit="initial")), stretched().requires_grad_()
     assert not bank.temperature_state.is_measured
