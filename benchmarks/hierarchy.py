@@ -94,7 +94,7 @@ class SmallestSpread(BankCallback):
         """Keep what is smaller."""
         for name, bank in seen.items():
             few = bank.tokens.shape[1] <= 1024
-            exact = decompose(bank.tokens, bank.prototypes, bank.temperature, bank.mask) if few else bank.terms
+            exact = decompose(bank.tokens, bank.codebook, bank.temperature, bank.mask) if few else bank.terms
             self.smallest[name] = min(self.smallest.get(name, float("inf")), float(exact.variance.min()))
 
 

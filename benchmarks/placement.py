@@ -260,7 +260,7 @@ def bank_statistics(net: nn.Module, x: Tensor) -> dict[str, float]:
         net(x)
     entropy, usage = [], []
     for call in calls:
-        statistics = assignment_statistics(call.tokens, call.prototypes, call.temperature)
+        statistics = assignment_statistics(call.tokens, call.codebook, call.temperature)
         entropy.append(float(statistics.entropy.mean()) / math.log(statistics.counts.shape[-1]))
         usage.append(float((statistics.counts > 0).double().mean()))
     return {"entropy": sum(entropy) / len(calls), "usage": sum(usage) / len(calls)} if calls else {}
