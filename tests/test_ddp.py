@@ -93,6 +93,8 @@ def test_two_processes_equal_one(
     first, second = train(tmp_path, 2, parts, **kwargs)
     assert alone["global_step"] == first["global_step"] == 6
     for name, value in alone.items():
+        if name.endswith(".covariance.direction"):
+            continue  # any of many where eigenvalues coincide, as those of whitened tokens
         if isinstance(value, torch.Tensor):
             assert torch.equal(first[name], second[name]), f"{name} differs between the processes"
             torch.testing.assert_close(
