@@ -59,12 +59,17 @@ def complaints(path: Path) -> Iterator[str]:
             yield from _in_text(path, number, line)
         return
     with path.open("rb") as file:
+        before, owner = "", ""
         for token in tokenize.tokenize(file.readline):
-            if token.type == tokenize.NAME and token.string in NAMES:
+            others = before == "." and owner != "self"  # an attribute of another object, pathlib's parts say
+            if token.type == tokenize.NAME and token.string in NAMES and not others:
                 yield f"{path}:{token.start[0]}: name {token.string!r}; use {NAMES[token.string]}"
             elif token.type in (tokenize.COMMENT, tokenize.STRING):
                 for offset, line in enumerate(token.string.splitlines()):
                     yield from _in_text(path, token.start[0] + offset, line)
+            if token.string != ".":
+                owner = token.string
+            before = token.string
 
 
 def _in_text(path: Path, number: int, line: str) -> Iterator[str]:

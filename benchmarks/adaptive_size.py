@@ -29,6 +29,7 @@ from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
 from ddcl_lightning.heads import DDCLReadout
 from ddcl_lightning.metrics.probing import clustering_scores
 from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.optim import SizeRules
 from ddcl_lightning.tasks import Clustering
 
 LARGEST = 30
@@ -82,7 +83,7 @@ def train(config: Config, seed: int, epochs: int) -> Run:
         rho=config["rho"],
         gradient_clip_val=1.0 if config["data"] == "debris" else None,
     )
-    adaptive = AdaptiveBankSize(max_prototypes=LARGEST, significance=config["significance"])
+    adaptive = AdaptiveBankSize(SizeRules(max_prototypes=LARGEST, significance=config["significance"]))
     watch = CollapseWarning()
     callbacks = [TemperatureAnnealing(), KMeansInitialization(progress=False), adaptive, watch]
     trainer = quiet_trainer(epochs, callbacks, check_val_every_n_epoch=epochs)

@@ -37,7 +37,7 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Step:
     if name == "ours":
         vq = SoftVectorQuantizer(DIM, codes, temperature=0.005)
         vq.bank.set_prototypes(start.unsqueeze(0))
-        optimizer = TokenNormalized([vq.bank.prototypes], lr=STEP, relocate=RELOCATE).watch(vq)
+        optimizer = TokenNormalized([vq.bank.prototypes], lr=STEP, relocation_threshold=RELOCATE).watch(vq)
 
         def ours() -> None:
             tokens.grad = None

@@ -139,7 +139,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
         create_head(config, VARIANCE),
         Reconstruction(ConvDecoder(1, (32,)), quantization_weight=0.0),
         prototype_optimizer="Adam" if adam else "TokenNormalized",
-        prototype_optimizer_args={} if adam else {"relocate": RELOCATE},
+        prototype_optimizer_args={} if adam else {"relocation_threshold": RELOCATE},
         lr_prototypes=lr_prototypes,
         rho=rate / lr_prototypes,
         lr_task=rate,

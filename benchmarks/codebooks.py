@@ -43,7 +43,7 @@ SOFT: dict[str, Any] = {
     "bonus": 0.01,
     "optimizer": "TokenNormalized",
     "rate": STEP,
-    "optimizer_args": {"relocate": RELOCATE},
+    "optimizer_args": {"relocation_threshold": RELOCATE},
 }
 STANDARD = {**SOFT, "commitment": 0.25, "bonus": 0.04, "embedding_scale": "per_dimension"}
 SLOW = {**SOFT, "commitment": 0.25, "rate": 0.02}
@@ -58,7 +58,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "slow": ("(a) ours, more commitment (.25), slower (2 %)", SLOW),
     "slow-error": (
         "(a), relocation by error alone",
-        {**SLOW, "optimizer_args": {"relocate": RELOCATE, "balance": 0.0}},
+        {**SLOW, "optimizer_args": {"relocation_threshold": RELOCATE, "load_exponent": 0.0}},
     ),
     "slow-still": ("(a), no relocation", STILL),
     "slow-still-soft": ("(a), no relocation, soft output", {**STILL, "training_output": "soft"}),
@@ -155,7 +155,7 @@ def create_head(config: Config, variance: float) -> Head:
 def annealing(codes: int, start: float | None = None) -> TemperatureAnnealing:
     """From a fraction of the critical temperature to a hundredth of it; cells shrink with K, so T does."""
     start = min(0.2, 0.05 * 64 / codes) if start is None else start
-    return TemperatureAnnealing(start=start, end=start / 100, per="step")
+    return TemperatureAnnealing(start=start, end=start / 100, interval="step")
 
 
 class StandardisedBackbone(ConvBackbone):

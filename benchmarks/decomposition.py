@@ -130,9 +130,9 @@ def compare_with_library(p: Problems, trained: Decomposition, errors: Tensor) ->
     mask = None if p.mask is None else p.mask[:1]
     first = Decomposition(*(term[:1] for term in trained))
     expected = decomposition_errors(p.tokens[:1], p.prototypes[:1], p.temperature[:1], first, mask)
-    for name, here, there in zip(FIELDS, errors[0].tolist(), expected, strict=True):
-        if abs(here - there) > 1e-6 * abs(there) + 1e-13:
-            raise AssertionError(f"{name} is {here} here and {there} in decomposition_errors.")
+    for name, error, reference in zip(FIELDS, errors[0].tolist(), expected, strict=True):
+        if abs(error - reference) > 1e-6 * abs(reference) + 1e-13:
+            raise AssertionError(f"{name} is {error} here and {reference} in decomposition_errors.")
 
 
 # Breakages -----------------------------------------------------------------------------------------

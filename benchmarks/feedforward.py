@@ -115,12 +115,12 @@ class Bench:
     """One encoder and its texts."""
 
     def __init__(self, options: Options) -> None:
-        phrases, probe, evaluated = (40, 60, 20) if options.quick else (PHRASES, PROBE, None)
+        phrases, num_probe, evaluated = (40, 60, 20) if options.quick else (PHRASES, PROBE, None)
         self.backbone = TransformersBackbone(str(options.encoder), tokens="mean", max_length=64)
         self.model: nn.Module = self.backbone.encoder
         data = SST2DataModule(path=str(options.texts / "sst2_glue.jsonl.gz"), batch_size=64)
         data.setup()
-        train = _texts(data.train_dataloader(), phrases + probe)
+        train = _texts(data.train_dataloader(), phrases + num_probe)
         self.test = _texts(data.val_dataloader(), evaluated)
         self.distilled, self.probed = train[:phrases], train[phrases:]
         self.batches = [

@@ -43,18 +43,20 @@ HEADS: dict[str, tuple[str, str, dict[str, Any]]] = {  # label, class, arguments
 }
 BASE = "mean"
 CASES = {  # all heads of a width are one case, for they take turns
-    "own": Case("at its own width", {"budget": None}),
-    "budget": Case("at equal parameters", {"budget": 25_600}),
+    "own": Case("at its own width", {"max_parameters": None}),
+    "equal": Case("at equal parameters", {"max_parameters": 25_600}),
 }
 
 Step = Callable[[], None]
 
 
-def prepare(name: str, budget: int | None, samples: int, tokens: int) -> tuple[Step, int]:
+def prepare(name: str, max_parameters: int | None, samples: int, tokens: int) -> tuple[Step, int]:
     """One forward and backward, and the parameters of the head."""
     torch.manual_seed(0)
     _, kind, arguments = HEADS[name]
-    head = getattr(heads, kind)(**arguments, **({} if budget is None or name == BASE else {"budget": budget}))
+    head = getattr(heads, kind)(
+        **arguments, **({} if max_parameters is None or name == BASE else {"max_parameters": max_parameters})
+    )
     head.build(DIM)
     classifier = nn.Linear(head.pooled_dim, 2)
     x, y = torch.randn(samples, tokens, DIM, requires_grad=True), torch.arange(samples) % 2
@@ -69,7 +71,7 @@ def prepare(name: str, budget: int | None, samples: int, tokens: int) -> tuple[S
         head.zero_grad()
         readout = head(x)
         loss = cross_entropy(classifier(readout.pooled), y)
-        if readout.levels:
+        if readout.loss_terms:
             loss = loss + 0.1 * readout.quantization_loss()
         if readout.regularization is not None:
             loss = loss + readout.regularization
@@ -82,7 +84,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
     """Times of all heads in turn, and the memory of each."""
     torch.set_flush_denormal(True)
     shape, turns = (TINY, 1) if options.quick else (SHAPE, 30)
-    steps = {name: prepare(name, config["budget"], *shape) for name in HEADS}
+    steps = {name: prepare(name, config["max_parameters"], *shape) for name in HEADS}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 1):
         for name, (step, _) in steps.items():
@@ -97,7 +99,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
                 "parameters": steps[name][1],
                 "fastest_ms": min(values),
                 "median_ms": statistics.median(values),
-                "mib": in_fresh_process(__file__, "memory", name, config["budget"], *shape)
+                "mib": in_fresh_process(__file__, "memory", name, config["max_parameters"], *shape)
                 if name in measured
                 else None,
             }
@@ -106,11 +108,11 @@ def run(config: Config, seed: int, options: Options) -> Run:
     }
 
 
-def memory(name: str, budget: int | None, samples: int, tokens: int) -> float:
+def memory(name: str, max_parameters: int | None, samples: int, tokens: int) -> float:
     """Memory in MiB that one forward and backward adds to that of the inputs, in this process."""
     torch.set_flush_denormal(True)
-    prepare(name, budget, 1, 8)[0]()  # loads libraries and starts threads
-    step, _ = prepare(name, budget, samples, tokens)
+    prepare(name, max_parameters, 1, 8)[0]()  # loads libraries and starts threads
+    step, _ = prepare(name, max_parameters, samples, tokens)
     if not reset_peak():
         raise OSError("the peak of a process can be measured on Linux only.")
     before = peak_mib()
@@ -120,7 +122,7 @@ def memory(name: str, budget: int | None, samples: int, tokens: int) -> float:
 
 def table(results: Results) -> Table:
     widths = {
-        label: results.of(name)[0]["heads"] for name, label in (("own", "own width"), ("budget", "equal parameters"))
+        label: results.of(name)[0]["heads"] for name, label in (("own", "own width"), ("equal", "equal parameters"))
     }
     rows = [["head", *(f"{label}: {column}" for label in widths for column in ("parameters", "time", "MiB"))]]
     for name, (label, *_) in HEADS.items():

@@ -51,8 +51,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours-mean": ("ours, mean of centroids", {**OURS, "level_2": "mean"}),
     # At the paper's rate: what unit length alone brings.
     "ours-mean-fast": ("ours, mean of centroids, fast", {**OURS, "level_2": "mean", "rate": 1e-2}),
-    "ours-idf-centroids": ("ours, idf mean of centroids", {**OURS, "level_2": "rare_mean"}),
-    "ours-idf-tokens": ("ours, idf mean of tokens", {**OURS, "level_2": "rare_inputs"}),
+    "ours-idf-centroids": ("ours, idf mean of centroids", {**OURS, "level_2": "idf_mean"}),
+    "ours-idf-tokens": ("ours, idf mean of tokens", {**OURS, "level_2": "idf_inputs"}),
     # The paper's but for the temperature, which alone is ours.
     "paper-own": ("paper, T of each level", {**PAPER, "temperature": "own", "schedule": OWN}),
     "paper-annealed": ("paper, one T annealed", {**PAPER, "schedule": ANNEALED}),
@@ -90,9 +90,9 @@ class SmallestSpread(BankCallback):
         super().__init__(every_n_batches=1)
         self.smallest: dict[str, float] = {}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
         """Keep what is smaller."""
-        for name, bank in seen.items():
+        for name, bank in records.items():
             few = bank.tokens.shape[1] <= 1024
             exact = decompose(bank.tokens, bank.codebook, bank.temperature, bank.mask) if few else bank.terms
             self.smallest[name] = min(self.smallest.get(name, float("inf")), float(exact.variance.min()))
@@ -164,13 +164,13 @@ def create_head(config: Config, critical: float) -> tuple[HierarchicalReadout, l
     common: dict[str, Any] = {"tokens": reads, "embedding_scale": config["scale"]}
     if config["temperature"] == "own":
         schedules = [
-            TemperatureAnnealing(*ends, per="step", banks=f"*levels.{level}.*")
+            TemperatureAnnealing(*ends, interval="step", banks=f"*levels.{level}.*")
             for level, ends in enumerate(config["schedule"])
         ]
         return HierarchicalReadout(config["sizes"], **common), schedules
     start, end = (Temperature(fraction * critical, unit="absolute") for fraction in config["schedule"])
     readout = HierarchicalReadout(config["sizes"], temperature=start, **common)
-    return readout, [TemperatureAnnealing(start=start, end=end, per="step")]
+    return readout, [TemperatureAnnealing(start=start, end=end, interval="step")]
 
 
 def run(config: Config, seed: int, options: Options) -> Run:

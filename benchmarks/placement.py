@@ -43,7 +43,7 @@ from ddcl_lightning import (
     quantization_loss,
     two_timescale_groups,
 )
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
@@ -207,11 +207,11 @@ def create_network(config: Config) -> Transformer:
     return net
 
 
-def place(net: Transformer, blocks: range, config: Config) -> list[PlacedPrototypes]:
+def place(net: Transformer, blocks: range, config: Config) -> list[PrototypeAdapter]:
     """Put prototypes after blocks, or gated ones beside them."""
     shared = PrototypeBank(PROTOTYPES, DIM) if config.get("shared") else None
 
-    def create() -> PlacedPrototypes:
+    def create() -> PrototypeAdapter:
         if config["place"] == "gated":
             return GatedPrototypes(layer())
         if shared is not None:
@@ -288,7 +288,7 @@ def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
     train(net, x[few], y[few], epochs)
     net.train().requires_grad_(False)
     before = net(x).detach()
-    placed: list[PlacedPrototypes] = []
+    placed: list[PrototypeAdapter] = []
     if config.get("place") == "bottleneck":
         net.blocks = nn.ModuleList(GatedAdapter(block) for block in net.blocks)
     elif "place" in config:

@@ -31,7 +31,7 @@ from ddcl_lightning.heads import MeanPooling
 from ddcl_lightning.metrics.probing import Readouts, clustering_scores, collect_readouts, kmeans_scores, linear_probe
 
 PARAMETERS = 25_600  # of a head: what eight banks of sixteen prototypes take with their projections of 384 to 8
-SIZE = {"budget": PARAMETERS}
+SIZE = {"max_parameters": PARAMETERS}
 # Rates of heads, prototypes and classifier, as the module's defaults couple them; a projection before prototypes steps
 # at a tenth (rho), codes of VQ at ten times as much. The search starts with three neighbours and goes on while the best
 # one is at the edge of what was tried.

@@ -93,14 +93,14 @@ class BankCallback(Callback):
         if not due:
             return
         self._due += 1
-        seen = dict(self._seen)
+        records = dict(self._seen)
         self._seen.clear()
         # Readings are joint: where one process has something to read, all take part.
-        if any(gather_objects(bool(seen))):
+        if any(gather_objects(bool(records))):
             self._reads += 1
-            self.observe(trainer, pl_module, seen)
+            self.observe(trainer, pl_module, records)
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
         """Read this process's observations of one batch, by the name of the bank.
 
         Called on all processes where one has any. What is logged or decided has to be the same on all of them.

@@ -105,7 +105,7 @@ def _refuse_pruned_prototypes(callback: ModelPruning) -> None:
 
 
 def _refuse_tokens_from_cache(callback: BaseFinetuning, module: "DDCLReadoutModule") -> None:
-    if any(getattr(part, "cache_dir", None) is not None for part in module.backbone.modules()):
+    if any(getattr(layer, "cache_dir", None) is not None for layer in module.backbone.modules()):
         raise ValueError(
             f"{type(callback).__name__} trains the encoder, whose cached tokens would stay what they were; leave out "
             "the backbone's cache_dir."

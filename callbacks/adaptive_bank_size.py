@@ -26,8 +26,8 @@ class AdaptiveBankSize(Callback):
 
     Every so often it looks at a sample of the tokens that reach the bank and
 
-    - *prunes* a prototype that held less than ``prune / K`` of them at ``patience`` checks in a row;
-    - *merges* prototypes that coincide, closer than ``merge * sqrt(T)``;
+    - *prunes* a prototype that held less than ``prune_fraction / K`` of them at ``patience`` checks in a row;
+    - *merges* prototypes that coincide, closer than ``merge_distance * sqrt(T)``;
     - *splits* a prototype where T is below its own critical temperature (4 lambda_max of the covariance of its
       tokens, 2 with detached assignments), so that its halves will not fall together again, and where two clusters
       fit its tokens significantly better than one Gaussian (:func:`~ddcl_lightning.functional.split_test`). The first
@@ -45,17 +45,12 @@ class AdaptiveBankSize(Callback):
     module's ``freeze_prototypes_steps``) keep their number.
 
     Args:
-        min_prototypes: Smallest K, at least 1.
-        max_prototypes: Largest K.
-        every: Epochs or steps between checks, at least 1.
-        per: ``"epoch"`` or ``"step"`` (a batch after which several optimizers step counts as one).
+        rules: Smallest and largest K, the significance of the test and the thresholds above
+            (:class:`~ddcl_lightning.SizeRules`); by default from 2 to 64 prototypes.
+        frequency: Epochs or steps between checks, at least 1.
+        interval: ``"epoch"`` or ``"step"`` (a batch after which several optimizers step counts as one).
         duration: Epochs or steps after which the size stays, > 0; by default 80 % of the run, so that what has split
             last can settle.
-        significance: Chance in (0, 0.5) with which a Gaussian is split in two; None does not test.
-        margin: T must be below a prototype's own critical temperature by this share, >= 0.
-        merge: See above, >= 0; 0 merges none.
-        prune: See above, in [0, 1); 0 prunes none. No half of a split may be smaller either.
-        patience: See above, at least 1.
         banks: Which banks, by the pattern of their names, as in ``TemperatureAnnealing``.
         max_tokens: Size of the sample.
         seed: Seed of sample and test; by default that of ``seed_everything``, or 0.
@@ -72,30 +67,24 @@ class AdaptiveBankSize(Callback):
     @typed
     def __init__(
         self,
-        min_prototypes: int = 2,
-        max_prototypes: int = 64,
-        every: int = 1,
-        per: Literal["epoch", "step"] = "epoch",
+        rules: SizeRules | None = None,
+        frequency: int = 1,
+        interval: Literal["epoch", "step"] = "epoch",
         duration: float | None = None,
-        significance: float | None = 0.01,
-        margin: float = 0.1,
-        merge: float = 0.1,
-        prune: float = 0.1,
-        patience: int = 2,
         banks: str = "*",
         max_tokens: int = 16_384,
         seed: int | None = None,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1 {per}; got {every}.")
-        if per not in ("epoch", "step"):
-            raise ValueError(f"per must be 'epoch' or 'step'; got {per!r}.")
+        if frequency < 1:
+            raise ValueError(f"frequency must be at least 1 {interval}; got {frequency}.")
+        if interval not in ("epoch", "step"):
+            raise ValueError(f"interval must be 'epoch' or 'step'; got {interval!r}.")
         if duration is not None and not duration > 0:
-            raise ValueError(f"duration must be > 0 {per}s; got {duration}.")
+            raise ValueError(f"duration must be > 0 {interval}s; got {duration}.")
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1; got {max_tokens}.")
-        self.rules = SizeRules(min_prototypes, max_prototypes, margin, significance, merge, prune, patience)
-        self.every, self.per, self.duration, self.banks = every, per, duration, banks
+        self.rules = rules or SizeRules()
+        self.frequency, self.interval, self.duration, self.banks = frequency, interval, duration, banks
         self.max_tokens, self.seed = max_tokens, resolve_seed(seed)
         self._banks: dict[str, PrototypeBank] = {}
         self._step_before = 0
@@ -159,7 +148,7 @@ class AdaptiveBankSize(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the end of the changes where the run starts; a resumed run keeps that of the first."""
         if self._end is None:
-            self._end = 0.8 * run_length(trainer, self.per) if self.duration is None else self.duration
+            self._end = 0.8 * run_length(trainer, self.interval) if self.duration is None else self.duration
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -173,19 +162,19 @@ class AdaptiveBankSize(Callback):
         """Check after every so many steps."""
         if trainer.global_step > self._step_before:
             self._steps += 1
-            if self.per == "step":
+            if self.interval == "step":
                 self._check(trainer, pl_module, self._steps)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check after every so many epochs, and log K."""
-        if self.per == "epoch":
+        if self.interval == "epoch":
             self._check(trainer, pl_module, trainer.current_epoch + 1)
         for name, bank in self._banks.items():
             pl_module.log(log_name(name, "num_prototypes"), float(bank.num_prototypes), sync_dist=True)
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, position: int) -> None:
         assert self._end is not None
-        if position % self.every or position > self._end:
+        if position % self.frequency or position > self._end:
             return
         changed = [name for name, bank in self._banks.items() if self._resize(trainer, module, name, bank)]
         if changed:

@@ -130,7 +130,7 @@ class AssignmentWriter(BasePredictionWriter):
             return
         gathered = gather_objects(self._tables)
         self._tables = []
-        tables = [table for part in gathered for table in part]
+        tables = [table for tables_of_process in gathered for table in tables_of_process]
         if tables:
             from_first_process(lambda: self._write(trainer, tables, len(gathered)), "the predictions cannot be written")
 
@@ -182,8 +182,10 @@ def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:
             columns[f"prototype_{rank + 1}"] = _to_numpy(codes[..., rank].flatten())
             columns[f"weight_{rank + 1}"] = _to_numpy(weights[..., rank].flatten())
     for name, value in rest.items():
-        parts = {name: value} if value.ndim == 1 else {f"{name}_{i}": part for i, part in enumerate(value.T)}
-        columns |= {part_name: part.repeat(heads) for part_name, part in parts.items()}
+        columns_of_value = (
+            {name: value} if value.ndim == 1 else {f"{name}_{i}": column for i, column in enumerate(value.T)}
+        )
+        columns |= {part_name: column.repeat(heads) for part_name, column in columns_of_value.items()}
     return pd.DataFrame(columns)
 
 

@@ -94,11 +94,11 @@ class CollapseWarning(BankCallback):
         """Judge its separation and the use of its prototypes anew; a reading of half a split would mislead."""
         self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
         """Read, log and judge the signals of one batch, that of all processes together."""
         messages = [
             message
-            for name, observed in over_processes(seen).items()
+            for name, observed in over_processes(records).items()
             for message in self._look(trainer, pl_module, name, observed)
         ]
         # All have read the same; should rounding differ, they must still agree on whether to go on.
@@ -106,16 +106,16 @@ class CollapseWarning(BankCallback):
         if messages:
             self._act(trainer, messages)
 
-    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, seen: CodebookRecord) -> list[str]:
-        bank, tokens = self._banks[name], seen.valid_tokens()
-        if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(seen.codebook).all()):
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, record: CodebookRecord) -> list[str]:
+        bank, tokens = self._banks[name], record.valid_tokens()
+        if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(record.codebook).all()):
             return [f"not_finite in {name} at step {trainer.global_step}: {NOT_FINITE}"] if tokens.shape[1] else []
         fresh = (HeadHistory(PrototypeUse.none_of(bank.num_prototypes)) for _ in range(bank.num_heads))
         watches = [self._watches.setdefault((name, head), watch) for head, watch in enumerate(fresh)]
         for watch, values in zip(watches, tokens, strict=True):
             watch.add_tokens(values)
         recent = torch.stack([torch.cat(list(watch.tokens)) for watch in watches])
-        self.signals[name] = read_signals(seen, bank.detach_assignments, recent)
+        self.signals[name] = read_signals(record, bank.detach_assignments, recent)
         messages = []
         for head, (watch, now) in enumerate(zip(watches, self.signals[name], strict=True)):
             where = head_name(name, head, bank.num_heads)

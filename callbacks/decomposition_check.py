@@ -83,13 +83,13 @@ class DecompositionCheck(BankCallback):
         self.checks = self.violations = 0
         self.smallest_variance = {}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
         """Check the terms of one batch."""
-        local = {name: self._check(observed) for name, observed in seen.items()}
+        local = {name: self._check(observed) for name, observed in records.items()}
         # Each process checks the terms that it trained with; a violation of one is one of all, so that none waits.
         checks = gather_objects(local)
-        for name in dict.fromkeys(name for part in checks for name in part):
-            results = [part[name] for part in checks if name in part]
+        for name in dict.fromkeys(name for results_of_process in checks for name in results_of_process):
+            results = [results_of_process[name] for results_of_process in checks if name in results_of_process]
             self.checks += 1
             variance = min(result.variance for result in results)
             pl_module.log(log_name(name, "decomposition_error"), max(result.error for result in results))
@@ -190,19 +190,19 @@ def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: 
     ]
 
 
-def exact_variance(seen: CodebookRecord, errors: DecompositionErrors, tolerance: float | None = None) -> Tensor:
+def exact_variance(record: CodebookRecord, errors: DecompositionErrors, tolerance: float | None = None) -> Tensor:
     """V ``(H,)`` float64: the trained one where it is far above its rounding, else that of the definitions.
 
     Args:
-        seen: What the bank saw.
+        record: What the bank read.
         errors: Its errors.
         tolerance: That of :func:`find_violations`.
     """
-    trained = seen.terms.variance.double()
-    rounding = _allowed(seen.terms.loss.dtype, tolerance)
+    trained = record.terms.variance.double()
+    rounding = _allowed(record.terms.loss.dtype, tolerance)
     if bool((trained > 100 * rounding * max(1.0, errors.sharpness) * errors.energy).all()):
         return trained
-    return decompose(seen.tokens, seen.codebook, seen.temperature, seen.mask).variance
+    return decompose(record.tokens, record.codebook, record.temperature, record.mask).variance
 
 
 def coincide(prototypes: Tensor) -> Tensor:

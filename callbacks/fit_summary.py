@@ -92,30 +92,32 @@ class FitSummary(Callback):
             return
         assert isinstance(pl_module, ReadoutModule)
         if pl_module.parameter_groups()["encoder"]:
-            found = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
-            if found is not None:
-                self._before = report(lambda: self._kmeans(pl_module, found.readouts, found.readouts.mean), NAME)
+            evaluation = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
+            if evaluation is not None:
+                self._before = report(
+                    lambda: self._kmeans(pl_module, evaluation.readouts, evaluation.readouts.mean), NAME
+                )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and print."""
         if not self._applies(pl_module):
             return
         assert isinstance(pl_module, ReadoutModule)
-        found = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
+        evaluation = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
         train = self._evaluate(trainer, pl_module, [train_batches(trainer)]) if self.compare else None
-        if found is None:
+        if evaluation is None:
             return
         if train is not None:
-            report(lambda: self._fill_probes(train.readouts.labelled(), found.readouts.labelled()), NAME)
-        self.table = report(lambda: self._fill(trainer, pl_module, found), NAME) or ""
+            report(lambda: self._fill_probes(train.readouts.labelled(), evaluation.readouts.labelled()), NAME)
+        self.table = report(lambda: self._fill(trainer, pl_module, evaluation), NAME) or ""
         if self.table:
             print(self.table)
 
     def _applies(self, module: pl.LightningModule) -> bool:
         return self.enabled and isinstance(module, ReadoutModule)
 
-    def _fill(self, trainer: pl.Trainer, module: ReadoutModule, found: _Evaluation) -> str:
-        banks, now = list(find_banks(module.head).values()), found.readouts
+    def _fill(self, trainer: pl.Trainer, module: ReadoutModule, evaluation: _Evaluation) -> str:
+        banks, now = list(find_banks(module.head).values()), evaluation.readouts
         size = _num_clusters(module, now)  # codes of a head without a bank may be more
         for head in range(now.clusters.shape[1]):
             label = "prototypes (last step)" + (f", head {head}" if now.clusters.shape[1] > 1 else "")
@@ -131,7 +133,7 @@ class FitSummary(Callback):
         else:
             self.rows["k-means, features"] = self._kmeans(module, now, now.mean)
         signals: list[list[HeadSignals]] = []
-        for bank, tokens in zip(banks, found.tokens.values(), strict=True):
+        for bank, tokens in zip(banks, evaluation.tokens.values(), strict=True):
             terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
             look = CodebookRecord(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
             signals.append(read_signals(look, bank.detach_assignments))
@@ -168,13 +170,13 @@ class FitSummary(Callback):
                 ]
 
         try:
-            part = on_every_process(run)
+            local = on_every_process(run)
         except Exception as error:  # a finished run must not end in an error of its summary
             rank_zero_warn(f"{NAME} left out a part, the run is not affected: {type(error).__name__}: {error}")
             return None
         tokens = {name: sample.gather().transpose(0, 1) for name, sample in samples.items()}
         # An index means nothing beyond its loader.
-        readouts = [Readouts.cat(parts).in_order() for parts in zip(*gather_objects(part), strict=True)]
+        readouts = [Readouts.cat(by_process).in_order() for by_process in zip(*gather_objects(local), strict=True)]
         return _Evaluation(Readouts.cat(readouts), tokens)
 
     def _format(self, trainer: pl.Trainer, module: ReadoutModule, signals: list[list[HeadSignals]]) -> str:
@@ -195,7 +197,10 @@ class FitSummary(Callback):
             logged = {name: trainer.callback_metrics.get(f"val/{name}") for name in RECONSTRUCTION_METRICS}
             cells = (f"{name} {float(value):.4g}" for name, value in logged.items() if value is not None)
             lines.append("reconstruction (val): " + ", ".join(cells))
-        sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in (module.head, module.task)}
+        sizes = {
+            type(module_part).__name__: sum(p.numel() for p in module_part.parameters())
+            for module_part in (module.head, module.task)
+        }
         lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         if not signals:
             return "\n".join(lines)

@@ -41,9 +41,9 @@ class PrototypeFigures(BankCallback):
         """Start new curves."""
         self._history, self._latest, self._drawn_at = {}, {}, -1
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, seen: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
         """Remember one point of the curves."""
-        for name, observed in over_processes(seen).items():
+        for name, observed in over_processes(records).items():
             signals = read_signals(observed, self._banks[name].detach_assignments)
             self._latest[name] = (observed, signals)
             for head, values in enumerate(signals):

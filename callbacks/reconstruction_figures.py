@@ -77,8 +77,8 @@ class ReconstructionFigures(ValidationFigures):
         """Read the counts of the codes, over all processes, before the module logs and forgets them."""
         assert isinstance(pl_module, ReadoutModule)
         metrics = pl_module.stage_metrics["val_metrics"].modules()
-        found = next((metric for metric in metrics if isinstance(metric, CodebookMetrics)), None)
-        self._counts = None if found is None else sum_over_processes(found.counts)
+        codebook_metrics = next((metric for metric in metrics if isinstance(metric, CodebookMetrics)), None)
+        self._counts = None if codebook_metrics is None else sum_over_processes(codebook_metrics.counts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember one point of the curves."""

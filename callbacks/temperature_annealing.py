@@ -41,8 +41,8 @@ class TemperatureAnnealing(Callback):
         end: Last temperature, likewise, at most ``start``; the floor ``T_min`` of the exponential schedule.
         schedule: ``"exponential"`` (``max(end, start exp(-e / tau))``, the paper's), ``"linear"``, ``"cosine"``, or a
             callable from the position e to a temperature in the same unit, which must not increase.
-        per: Count e in epochs (``"epoch"``) or in optimizer steps (``"step"``; a batch after which several optimizers
-            step counts as one).
+        interval: Count e in epochs (``"epoch"``) or in optimizer steps (``"step"``; a batch after which several
+            optimizers step counts as one).
         tau: Time constant of the exponential schedule, in the unit of e; by default such that it reaches ``end`` after
             ``duration``.
         duration: Epochs or steps until ``end``; by default the length of the run, for the exponential schedule
@@ -62,7 +62,7 @@ class TemperatureAnnealing(Callback):
         start: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         end: float | list[float] | Temperature = 0.005,
         schedule: Schedule | Callable[[float], float] = "exponential",
-        per: Literal["epoch", "step"] = "epoch",
+        interval: Literal["epoch", "step"] = "epoch",
         tau: float | None = None,
         duration: float | None = None,
         banks: str = "*",
@@ -78,16 +78,16 @@ class TemperatureAnnealing(Callback):
                     f"the temperature must not increase (Theorem 3 and deterministic annealing both need it to fall); "
                     f"got start = {first} and end = {last}. Swap them."
                 )
-        if per not in ("epoch", "step"):
-            raise ValueError(f"per must be 'epoch' or 'step'; got {per!r}.")
+        if interval not in ("epoch", "step"):
+            raise ValueError(f"interval must be 'epoch' or 'step'; got {interval!r}.")
         if not callable(schedule) and schedule not in ("exponential", "linear", "cosine"):
             raise ValueError(f"schedule must be 'exponential', 'linear', 'cosine' or a callable; got {schedule!r}.")
         if tau is not None and (schedule != "exponential" or not tau > 0):
             raise ValueError(f"tau must be > 0 and belongs to schedule='exponential'; got {tau} with {schedule!r}.")
         if duration is not None and not duration > 0:
-            raise ValueError(f"duration must be > 0 {per}s; got {duration}.")
+            raise ValueError(f"duration must be > 0 {interval}s; got {duration}.")
         self.start, self.end, self.schedule = start, end, schedule
-        self.per, self.tau, self.duration, self.banks = per, tau, duration, banks
+        self.interval, self.tau, self.duration, self.banks = interval, tau, duration, banks
         self._banks: dict[str, PrototypeBank] = {}
         self._step_before = 0
         self._forget()
@@ -154,7 +154,7 @@ class TemperatureAnnealing(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the temperature of the epoch."""
-        if self.per == "epoch":
+        if self.interval == "epoch":
             self._apply(trainer)
 
     def on_train_batch_start(
@@ -162,7 +162,7 @@ class TemperatureAnnealing(Callback):
     ) -> None:
         """Set the temperature of the step."""
         self._step_before = trainer.global_step
-        if self.per == "step":
+        if self.interval == "step":
             self._apply(trainer)
         for name, bank in self._banks.items():
             pl_module.log(log_name(name, "temperature"), bank.temperature.mean())
@@ -208,7 +208,7 @@ class TemperatureAnnealing(Callback):
             if value > last * (1 + 1e-9):
                 raise ValueError(
                     f"the temperature must not increase; the schedule went from {last:.6g} to {value:.6g} at "
-                    f"{self.per} {self._position(trainer):g}."
+                    f"{self.interval} {self._position(trainer):g}."
                 )
         self._last = values
         for bank in self._banks.values():
@@ -224,13 +224,13 @@ class TemperatureAnnealing(Callback):
         )
 
     def _position(self, trainer: pl.Trainer) -> float:
-        return float(trainer.current_epoch if self.per == "epoch" else self._steps)
+        return float(trainer.current_epoch if self.interval == "epoch" else self._steps)
 
     def _fix_length(self, trainer: pl.Trainer) -> None:
         """Take the length of the run where it starts; a resumed run keeps that of the first."""
         if self._length is not None:
             return
-        length = run_length(trainer, self.per)
+        length = run_length(trainer, self.interval)
         free = callable(self.schedule) or self.tau is not None or self.duration is not None
         if math.isinf(length) and not free:
             raise ValueError(
@@ -249,10 +249,13 @@ class TemperatureAnnealing(Callback):
         for position in range(int(min(self._length, MAX_TRIED))):
             value = float(self.schedule(position))
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"schedule must give finite temperatures > 0; got {value} at {self.per} {position}.")
+                raise ValueError(
+                    f"schedule must give finite temperatures > 0; got {value} at {self.interval} {position}."
+                )
             if value > previous * (1 + 1e-9):
                 raise ValueError(
-                    f"schedule must not increase; it goes from {previous:.6g} to {value:.6g} at {self.per} {position}."
+                    f"schedule must not increase; it goes from {previous:.6g} to {value:.6g} at {self.interval} "
+                    f"{position}."
                 )
             previous = value
 

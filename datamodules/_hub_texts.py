@@ -40,12 +40,12 @@ class HubTextDataModule(NamedTextDataModule):
         before = datasets.config.HF_HUB_OFFLINE
         datasets.config.HF_HUB_OFFLINE = True  # the cache alone; otherwise it asks the hub for news first
         try:
-            found: dict[str, Any] = datasets.load_dataset(self.repository)
+            dataset: dict[str, Any] = datasets.load_dataset(self.repository)
         except (OSError, ValueError):  # a ConnectionError, or no such configuration in the cache
             return None
         finally:
             datasets.config.HF_HUB_OFFLINE = before
         return {
-            SPLIT_NAMES[name]: TextRows(list(found[name][self.text_column]), list(found[name]["label"]))
+            SPLIT_NAMES[name]: TextRows(list(dataset[name][self.text_column]), list(dataset[name]["label"]))
             for name in self.hub_splits
         }

@@ -138,11 +138,11 @@ def deal(order: Tensor, batch_size: int, processes: int, rank: int) -> Tensor:
     All processes get the same number of batches. Their last one may be smaller by a row; it repeats a row where there
     are fewer than processes.
     """
-    mine = order[rank::processes]
+    own = order[rank::processes]
     last = len(order) % (batch_size * processes)
     if rank >= last > 0:
-        mine = torch.cat([mine, order[len(order) - last + rank % last][None]])
-    return mine
+        own = torch.cat([own, order[len(order) - last + rank % last][None]])
+    return own
 
 
 class InOrderSampler(DistributedSampler[int]):

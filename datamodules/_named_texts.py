@@ -82,7 +82,7 @@ class NamedTextDataModule(TextSplitDataModule):
         """Texts and labels of each split, from the file or from what was downloaded."""
         if self.path is not None:
             return read_one_file(self.path, "text", "label", "split")
-        found = self.downloaded()
-        if found is None:
+        splits = self.downloaded()
+        if splits is None:
             raise ConnectionError(unavailable(self.title, "it was not downloaded yet", self.remedy))
-        return found
+        return splits

@@ -230,8 +230,8 @@ class SplitDataModule(pl.LightningDataModule):
         kept = torch.zeros(len(loaded.y), dtype=torch.bool)
         kept[splits.predict] = True
         limited = loaded.numbers[~kept].tolist()
-        found = {**dropped, f"limit={self.limit}": limited}
-        return {reason: sorted(numbers) for reason, numbers in found.items() if len(numbers)}
+        numbers_by_reason = {**dropped, f"limit={self.limit}": limited}
+        return {reason: sorted(numbers) for reason, numbers in numbers_by_reason.items() if len(numbers)}
 
     @property
     def num_classes(self) -> int:

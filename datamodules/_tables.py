@@ -102,15 +102,15 @@ def class_numbers(
             f"labels must be one of {', '.join(classes)} or their numbers; got {', '.join(strange[:5])}. Use "
             "TextDataModule for classes of your own."
         )
-    found = [UNKNOWN if cell is None else numbers[cell] for cell in cells]
-    learned = set(found[:num_train]) - {UNKNOWN}
-    new = sorted(set(found[num_train:]) - {UNKNOWN} - learned)
+    numbered = [UNKNOWN if cell is None else numbers[cell] for cell in cells]
+    learned = set(numbered[:num_train]) - {UNKNOWN}
+    new = sorted(set(numbered[num_train:]) - {UNKNOWN} - learned)
     if learned and new:
         raise ValueError(
             "every label must occur in the training rows; only validation or test rows have "
             f"{', '.join(classes[label] for label in new[:5])}. Move such rows, or drop them."
         )
-    return classes, found
+    return classes, numbered
 
 
 def _label(value: Any) -> str | None:

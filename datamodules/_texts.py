@@ -108,11 +108,11 @@ class TextSplitDataModule(SplitDataModule):
 
     def load(self) -> Loaded:
         """The texts of all splits."""
-        found = _numbered(self.read())
+        splits = _numbered(self.read())
         dropped: dict[int, dict[str, Any]] = {}
         if self.drop_empty:
-            found, dropped = self._without_empty(found)
-        train, val, test = (found.get(name, TextRows([], [], [])) for name in SPLITS)
+            splits, dropped = self._without_empty(splits)
+        train, val, test = (splits.get(name, TextRows([], [], [])) for name in SPLITS)
         labels = [*train.labels, *val.labels, *test.labels]
         self._class_names, y = class_numbers(labels, len(train.labels), self.known_classes)
         fetch = Texts([*train.texts, *val.texts, *test.texts])
@@ -138,11 +138,11 @@ class TextSplitDataModule(SplitDataModule):
         assert isinstance(fetch, Texts)
         return fetch.texts[self._check_index(index)]
 
-    def _without_empty(self, found: dict[Split, TextRows]) -> tuple[dict[Split, TextRows], dict[int, dict[str, Any]]]:
+    def _without_empty(self, splits: dict[Split, TextRows]) -> tuple[dict[Split, TextRows], dict[int, dict[str, Any]]]:
         """The rows that hold text, and the cells of the others by number."""
         kept: dict[Split, TextRows] = {}
         empty: dict[int, dict[str, Any]] = {}
-        for split, rows in found.items():
+        for split, rows in splits.items():
             assert rows.numbers is not None
             kept[split] = rows.take([row for row, text in enumerate(rows.texts) if text.strip()])
             for row, text in enumerate(rows.texts):
@@ -150,7 +150,7 @@ class TextSplitDataModule(SplitDataModule):
                     cells = {name: column[row] for name, column in rows.columns.items()}
                     empty[rows.numbers[row]] = {"text": text, "label": rows.labels[row], "split": split, **cells}
         if empty:
-            total = sum(len(rows.texts) for rows in found.values())
+            total = sum(len(rows.texts) for rows in splits.values())
             rank_zero_warn(
                 f"{type(self).__name__} left out {len(empty)} of {total} texts, which hold nothing but white "
                 f"space ({listing(list(empty))}, from 0); drop_empty=False keeps them."
@@ -158,11 +158,11 @@ class TextSplitDataModule(SplitDataModule):
         return kept, empty
 
 
-def _numbered(found: dict[Split, TextRows]) -> dict[Split, TextRows]:
+def _numbered(splits: dict[Split, TextRows]) -> dict[Split, TextRows]:
     """Splits whose rows all have a number: that of their file, or else counted on from split to split."""
     numbered, counted = {}, 0
-    for name in (name for name in SPLITS if name in found):
-        rows = found[name]
+    for name in (name for name in SPLITS if name in splits):
+        rows = splits[name]
         numbers = list(range(counted, counted + len(rows.texts))) if rows.numbers is None else rows.numbers
         counted += len(rows.texts)
         numbered[name] = rows._replace(numbers=numbers)

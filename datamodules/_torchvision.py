@@ -37,7 +37,7 @@ class TorchvisionDataModule(ImageDataModule):
     """
 
     torchvision_name: ClassVar[str]  # its class in torchvision.datasets
-    wanted: ClassVar[str]  # what a folder must hold
+    contents: ClassVar[str]  # what a folder must hold
 
     @typed
     def __init__(
@@ -85,7 +85,7 @@ class TorchvisionDataModule(ImageDataModule):
         """``path``, or else ``root``, if the data are there."""
         if self.path is not None and not self.is_in(self.path):
             raise FileNotFoundError(
-                f"path must lead to {self.wanted}; got {self.path}. Correct it, or leave it out to download the data."
+                f"path must lead to {self.contents}; got {self.path}. Correct it, or leave it out to download the data."
             )
         if self.path is None and not self.is_in(self.root):
             raise ConnectionError(unavailable(self.torchvision_name, "nothing was downloaded", self._remedy()))
@@ -93,6 +93,6 @@ class TorchvisionDataModule(ImageDataModule):
 
     def _remedy(self) -> str:
         return (
-            f"Put {self.wanted} into {self.root}, or pass where they are as path; prepare_data() with download=True "
+            f"Put {self.contents} into {self.root}, or pass where they are as path; prepare_data() with download=True "
             "fetches them once there is a network."
         )

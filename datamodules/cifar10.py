@@ -30,7 +30,7 @@ class CIFAR10DataModule(TorchvisionDataModule):
 
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     torchvision_name = "CIFAR10"
-    wanted = f"the folder {FOLDER} or an .npz file of JPEG images"
+    contents = f"the folder {FOLDER} or an .npz file of JPEG images"
 
     def is_in(self, folder: Path) -> bool:
         """Whether this is the folder of batches, the one above it, or a file."""

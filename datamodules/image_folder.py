@@ -85,26 +85,26 @@ class ImageFolderDataModule(ImageDataModule):
         self._class_names = tuple(class_folders(folders["train"]))
         if not self._class_names:
             raise ValueError(f"path must hold a folder for each class; {folders['train']} has none.")
-        found = {split: self._files(folder) for split, folder in folders.items()}
-        samples = [sample for split in SPLITS for sample in found.get(split, [])]
+        files = {split: self._files(folder) for split, folder in folders.items()}
+        samples = [sample for split in SPLITS for sample in files.get(split, [])]
         store = FileStore([Path(path) for path, _ in samples], self.size)
         y = torch.tensor([label for _, label in samples])
         names = [Path(path).relative_to(self.path).as_posix() for path, _ in samples]
         origin = Origin(torch.arange(len(samples)), {"file": names})
-        num_val, num_test = (len(found.get(split, [])) for split in SPLITS[1:])
+        num_val, num_test = (len(files.get(split, [])) for split in SPLITS[1:])
         return Loaded(ImageFetch(store, self.image_size), y, num_val, num_test, origin)
 
     def _split_folders(self) -> dict[Split, Path]:
         if not self.path.is_dir():
             raise FileNotFoundError(f"path must be a folder of image folders; got {self.path}. Correct the path.")
         names = [name for name in SPLIT_NAMES if (self.path / name).is_dir()]
-        found = {SPLIT_NAMES[name]: self.path / name for name in names}
-        if names and ("train" not in found or len(found) < len(names)):
+        folders = {SPLIT_NAMES[name]: self.path / name for name in names}
+        if names and ("train" not in folders or len(folders) < len(names)):
             raise ValueError(
                 "path must hold classes, or one folder train with at most one for validation and one for test; "
                 f"{self.path} has {', '.join(names)}. Rename them."
             )
-        return found or {"train": self.path}
+        return folders or {"train": self.path}
 
     def _files(self, folder: Path) -> list[tuple[str, int]]:
         """Files of a split in torchvision's order, with the number of their class."""
@@ -119,12 +119,12 @@ class ImageFolderDataModule(ImageDataModule):
             raise ValueError(f"every split must hold a folder for each class; {folder} has none. Fill or remove it.")
         numbers = {name: number for number, name in enumerate(self.class_names) if (folder / name).is_dir()}
         try:
-            found: list[tuple[str, int]] = datasets.make_dataset(
+            samples: list[tuple[str, int]] = datasets.make_dataset(
                 str(folder),
                 numbers,
                 is_valid_file=lambda path: (
                     datasets.is_image_file(path)
-                    and not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+                    and not any(component.startswith(".") for component in Path(path).relative_to(folder).parts)
                 ),
             )
         except FileNotFoundError as error:
@@ -133,7 +133,7 @@ class ImageFolderDataModule(ImageDataModule):
                 f"every class folder must hold an image; in {folder}: {reason} ({', '.join(datasets.IMG_EXTENSIONS)}). "
                 "Fill or remove it."
             ) from None
-        return found
+        return samples
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -32,7 +32,7 @@ class MNISTDataModule(TorchvisionDataModule):
 
     class_names: tuple[str, ...] = tuple(str(digit) for digit in range(10))
     torchvision_name = "MNIST"
-    wanted = ", ".join(FILES) + " (gzipped or not)"
+    contents = ", ".join(FILES) + " (gzipped or not)"
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder has the four files."""
@@ -52,11 +52,11 @@ class MNISTDataModule(TorchvisionDataModule):
     def _find(self, folder: Path) -> list[Path] | None:
         """The four files, wherever they are in ``folder``; None unless all are there."""
         for place in (folder, folder / "raw", folder / self.torchvision_name / "raw"):
-            found = [
+            paths = [
                 next((file for file in (place / name, place / f"{name}.gz") if file.is_file()), None) for name in FILES
             ]
-            if all(found):
-                return [file for file in found if file]
+            if all(paths):
+                return [file for file in paths if file]
         return None
 
 

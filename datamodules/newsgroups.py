@@ -48,10 +48,10 @@ class NewsgroupsDataModule(NamedTextDataModule):
 
     def downloaded(self) -> dict[Split, TextRows] | None:
         """The posts in scikit-learn's data folder."""
-        found: dict[Split, TextRows] = {}
+        splits: dict[Split, TextRows] = {}
         for split in ("train", "test"):
             try:
-                part = fetch_20newsgroups(
+                bunch = fetch_20newsgroups(
                     subset=split,
                     remove=("headers", "footers", "quotes"),
                     shuffle=False,
@@ -59,5 +59,5 @@ class NewsgroupsDataModule(NamedTextDataModule):
                 )
             except OSError:
                 return None
-            found[split] = TextRows(part.data, [part.target_names[label] for label in part.target])
-        return found
+            splits[split] = TextRows(bunch.data, [bunch.target_names[label] for label in bunch.target])
+        return splits

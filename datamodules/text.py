@@ -95,7 +95,7 @@ def read_one_file(path: str | Path, text: str, label: str | None, split: str | N
     rows = _read_rows("path", path, text, label)
     if split is None or split not in rows.columns:
         return {"train": rows}
-    found: dict[Split, list[int]] = {name: [] for name in SPLITS}
+    rows_of_split: dict[Split, list[int]] = {name: [] for name in SPLITS}
     for row, value in enumerate(rows.columns[split]):
         name = SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
         if name is None:
@@ -103,8 +103,8 @@ def read_one_file(path: str | Path, text: str, label: str | None, split: str | N
                 f"column {split!r} of {path} must hold train, validation (val, valid, dev) or test; got {value!r}. "
                 "Name another column as split, or pass split=None to ignore it."
             )
-        found[name].append(row)
-    return {name: rows.take(members) for name, members in found.items()}
+        rows_of_split[name].append(row)
+    return {name: rows.take(members) for name, members in rows_of_split.items()}
 
 
 def _with_file(rows: TextRows, file: str | Path) -> TextRows:

@@ -1,55 +1,128 @@
 """PyTorch Lightning training for prototype readout heads (DDCL-Attention).
 
-The layer is :class:`DDCLAttention`, a plain module; :class:`DDCLReadoutModule` trains it on any backbone, and the
-callbacks in ``ddcl_lightning.callbacks`` attach to any LightningModule that holds one.
+Everything that most users need comes from here, by what it is for:
+
+- the LightningModule :class:`DDCLReadoutModule`, and what plugs into it: backbones, heads, decoders, tasks;
+- plain layers for a network of your own: :class:`DDCLAttention`, :class:`SoftVectorQuantizer`,
+  :class:`PrototypeBank`, :class:`Temperature`, and adapters that put prototypes into somebody else's network;
+- callbacks for any LightningModule that holds a prototype bank, and data modules;
+- stepping (:class:`TokenNormalized`, :func:`two_timescale_groups`), metrics, and :class:`DDCLClustering` for
+  scikit-learn.
+
+The formulas as pure functions are in ``ddcl_lightning.functional``; classes that need a library of their own are in
+``ddcl_lightning.integrations``.
 """
 
 import ddcl_lightning._utils.checkout  # noqa: F401 - first: refuses a mixture of two copies
-from ddcl_lightning.adapters.distillation import distill_feedforward, initialize_feedforward
-from ddcl_lightning.adapters.feedforward import DDCLFeedForward
-from ddcl_lightning.adapters.gated import GatedPrototypes
-from ddcl_lightning.adapters.insertion import insert_prototypes, quantization_loss, remove_prototypes
-from ddcl_lightning.adapters.norm import PrototypeNorm
-from ddcl_lightning.adapters.replacement import replace_feedforward
-from ddcl_lightning.adapters.serial import SerialPrototypes
+from ddcl_lightning.adapters import (
+    DDCLFeedForward,
+    GatedPrototypes,
+    PrototypeAdapter,
+    PrototypeNorm,
+    SerialPrototypes,
+    distill_feedforward,
+    initialize_feedforward,
+    insert_prototypes,
+    quantization_loss,
+    remove_prototypes,
+    replace_feedforward,
+)
 from ddcl_lightning.backbones import (
     Backbone,
     ConvBackbone,
     IdentityBackbone,
     PatchBackbone,
     PCABackbone,
+    PretrainedBackbone,
     TimmBackbone,
     Tokens,
     TransformersBackbone,
 )
+from ddcl_lightning.callbacks import (
+    AdaptiveBankSize,
+    AssignmentWriter,
+    CollapseError,
+    CollapseWarning,
+    DecompositionCheck,
+    DecompositionViolationError,
+    ExactResume,
+    FitSummary,
+    KMeansInitialization,
+    LevelFigures,
+    PrototypeFigures,
+    RatioGuard,
+    ReconstructionFigures,
+    SaveOnSignal,
+    TemperatureAnnealing,
+)
+from ddcl_lightning.datamodules import (
+    CIFAR10DataModule,
+    DebrisDataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    ImageDataModule,
+    ImageFolderDataModule,
+    IMDBDataModule,
+    MNISTDataModule,
+    NamedTextDataModule,
+    NewsgroupsDataModule,
+    SplitDataModule,
+    SST2DataModule,
+    TensorDataModule,
+    TextDataModule,
+    TorchvisionDataModule,
+)
 from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
 from ddcl_lightning.functional import BankOutput, Decomposition
-from ddcl_lightning.heads import DDCLReadout, Head, HierarchicalReadout, ReadoutOutput
+from ddcl_lightning.heads import (
+    AttentionPooling,
+    CLSPooling,
+    DDCLReadout,
+    Head,
+    HierarchicalReadout,
+    MaxPooling,
+    MeanPooling,
+    PerceiverPooling,
+    PMAPooling,
+    ReadoutOutput,
+    SlotAttentionPooling,
+    SoftVQ,
+    VQPooling,
+)
 from ddcl_lightning.integrations.scikit_learn import DDCLClustering
-from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
-from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
-from ddcl_lightning.metrics.reconstruction_metrics import ReconstructionMetrics
+from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
-from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.discovery import find_banks
-from ddcl_lightning.nn.quantizer import SoftVectorQuantizer
-from ddcl_lightning.nn.scaling import EmbeddingScale
-from ddcl_lightning.nn.temperature import Temperature
-from ddcl_lightning.optim.token_normalized import TokenNormalized
-from ddcl_lightning.optim.two_timescale import two_timescale_groups
+from ddcl_lightning.nn import (
+    DDCLAttention,
+    DDCLAttentionOutput,
+    EmbeddingScale,
+    PrototypeBank,
+    QuantizerOutput,
+    QuantizerTerms,
+    SoftVectorQuantizer,
+    Temperature,
+    find_banks,
+)
+from ddcl_lightning.optim import SizeRules, TokenNormalized, two_timescale_groups
 from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "AdaptiveBankSize",
+    "AssignmentWriter",
+    "AttentionPooling",
     "Backbone",
     "BankOutput",
+    "CIFAR10DataModule",
+    "CLSPooling",
     "Classification",
     "ClassificationAndClustering",
     "Clustering",
     "ClusteringMetrics",
     "CodebookMetrics",
+    "CollapseError",
+    "CollapseWarning",
     "ConvBackbone",
     "ConvDecoder",
     "DDCLAttention",
@@ -58,29 +131,66 @@ __all__ = [
     "DDCLFeedForward",
     "DDCLReadout",
     "DDCLReadoutModule",
+    "DebrisDataModule",
     "Decoder",
     "Decomposition",
+    "DecompositionCheck",
+    "DecompositionViolationError",
+    "DigitsDataModule",
     "EmbeddingScale",
+    "ExactResume",
+    "FashionMNISTDataModule",
+    "FitSummary",
     "GatedPrototypes",
     "Head",
     "HierarchicalReadout",
+    "IMDBDataModule",
     "IdentityBackbone",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "KMeansInitialization",
+    "LevelFigures",
+    "MNISTDataModule",
+    "MaxPooling",
+    "MeanPooling",
+    "NamedTextDataModule",
+    "NewsgroupsDataModule",
     "PCABackbone",
+    "PMAPooling",
     "PatchBackbone",
+    "PerceiverPooling",
+    "PretrainedBackbone",
+    "PrototypeAdapter",
     "PrototypeBank",
+    "PrototypeFigures",
     "PrototypeNorm",
+    "QuantizerOutput",
+    "QuantizerTerms",
+    "RatioGuard",
     "ReadoutOutput",
     "Reconstruction",
+    "ReconstructionFigures",
     "ReconstructionMetrics",
+    "SST2DataModule",
+    "SaveOnSignal",
     "SequenceDecoder",
     "SerialPrototypes",
+    "SizeRules",
+    "SlotAttentionPooling",
+    "SoftVQ",
     "SoftVectorQuantizer",
+    "SplitDataModule",
     "Task",
     "Temperature",
+    "TemperatureAnnealing",
+    "TensorDataModule",
+    "TextDataModule",
     "TimmBackbone",
     "TokenNormalized",
     "Tokens",
+    "TorchvisionDataModule",
     "TransformersBackbone",
+    "VQPooling",
     "distill_feedforward",
     "find_banks",
     "initialize_feedforward",

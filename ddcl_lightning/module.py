@@ -67,7 +67,7 @@ class DDCLReadoutModule(ReadoutModule):
         encoder_optimizer: The same for encoder and task.
         encoder_optimizer_args: Its arguments other than ``lr``.
         lr_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``: one factor for all rates, but that of
-            ``"TokenNormalized"``: a share of the way is no step size, and has no reason to shrink.
+            ``"TokenNormalized"``: an EMA rate has no reason to shrink.
         warmup_steps: Steps of linear warm-up, likewise.
         gradient_clip_val: Largest norm of all gradients together, > 0; None does not clip. Joint, because clipping each
             optimizer on its own would change the ratio of their steps.
@@ -207,9 +207,9 @@ class DDCLReadoutModule(ReadoutModule):
         losses = self.task.losses(readout, batch)
         loss = losses["loss"]
         if self.check_finite and not bool(torch.isfinite(loss)):
-            parts = {name: float(value.detach()) for name, value in losses.items()}
+            values = {name: float(value.detach()) for name, value in losses.items()}
             raise FloatingPointError(
-                f"the training loss is not finite at step {self.trainer.global_step}: {parts}. Check the data for "
+                f"the training loss is not finite at step {self.trainer.global_step}: {values}. Check the data for "
                 "NaN, lower lr_prototypes or rho, set gradient_clip_val, or raise the temperature."
             )
         size = readout.pooled.shape[0]
@@ -352,7 +352,7 @@ class DDCLReadoutModule(ReadoutModule):
 
     def on_train_start(self) -> None:
         """Fix the length that the schedule runs over."""
-        self._total_steps = run_length(self.trainer, per="step")
+        self._total_steps = run_length(self.trainer, interval="step")
         lr_factor(self.lr_schedule, self.warmup_steps, self._total_steps, self.warmup_steps)  # refuse early
         refuse_idle_averages(self.trainer)
         if release_restored(self.trainer.optimizers, self._configured):
@@ -405,8 +405,8 @@ class DDCLReadoutModule(ReadoutModule):
         return int(min(size, batches - start))
 
     def _step_optimizers(self) -> None:
-        found = self.optimizers()
-        optimizers: list[LightningOptimizer] = found if isinstance(found, list) else [found]
+        wrapped = self.optimizers()
+        optimizers: list[LightningOptimizer] = wrapped if isinstance(wrapped, list) else [wrapped]
         self._require_ratio(optimizers)
         self._apply_schedule(optimizers)
         self._hold_prototypes(optimizers)
@@ -439,12 +439,12 @@ class DDCLReadoutModule(ReadoutModule):
 
     def _require_disjoint(self, groups: dict[str, list[nn.Parameter]]) -> None:
         names = {id(parameter): name for name, parameter in self.named_parameters()}
-        seen: dict[int, str] = {}
+        roles: dict[int, str] = {}
         for role, parameters in groups.items():
             for key in parameter_ids(parameters):
-                if seen.setdefault(key, role) != role:
+                if roles.setdefault(key, role) != role:
                     raise ValueError(
-                        f"parameter {names.get(key, 'without a name')!r} is in two optimizers, among {seen[key]} and "
+                        f"parameter {names.get(key, 'without a name')!r} is in two optimizers, among {roles[key]} and "
                         f"{role}. Leave it out of one of prototype_parameters and embedding_parameters of the head."
                     )
 
@@ -498,7 +498,7 @@ class DDCLReadoutModule(ReadoutModule):
         return held
 
     def _log_values(self, stage: str, counted: EvaluationPass | StageMetrics) -> None:
-        values = counted.compute(lambda here: self.trainer.strategy.reduce_boolean_decision(here, all=False))
+        values = counted.compute(lambda has_data: self.trainer.strategy.reduce_boolean_decision(has_data, all=False))
         # Equal on all processes already, which Lightning cannot know.
         named = {f"{stage}/{name}": value for name, value in values.items()}
         self.log_dict(named, add_dataloader_idx=False, sync_dist=True)

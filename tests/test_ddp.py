@@ -50,14 +50,14 @@ def soft_codes() -> tuple[Head, Task]:
 
 
 def hierarchy() -> tuple[Head, Task]:
-    """Every level's temperature, and the rarity of the first one's prototypes, are those of all processes."""
-    head = HierarchicalReadout([4, 3], tokens=["all", "rare_mean"], embedding_scale="total", prototype_dim=3)
+    """Every level's temperature, and the idf of the first one's prototypes, are those of all processes."""
+    head = HierarchicalReadout([4, 3], tokens=["all", "idf_mean"], embedding_scale="total", prototype_dim=3)
     return head, Clustering(4)
 
 
-def train(folder: Path, processes: int, parts: Callable[[], tuple[Head, Task]], **kwargs: Any) -> list[dict[str, Any]]:
+def train(folder: Path, processes: int, create: Callable[[], tuple[Head, Task]], **kwargs: Any) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    module = DDCLReadoutModule(PCABackbone(6, 4, trainable=True), *parts(), **ENCODER, **kwargs)
+    module = DDCLReadoutModule(PCABackbone(6, 4, trainable=True), *create(), **ENCODER, **kwargs)
     callbacks = [
         TemperatureAnnealing(),
         KMeansInitialization(num_restarts=2, progress=False),
@@ -77,7 +77,7 @@ def train(folder: Path, processes: int, parts: Callable[[], tuple[Head, Task]], 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
 @pytest.mark.parametrize(
-    ("parts", "kwargs"),
+    ("create", "kwargs"),
     [
         (clustering, {"gradient_clip_val": 1.0}),
         (clustering, {"prototype_optimizer": "TokenNormalized", "lr_prototypes": 0.2}),
@@ -87,10 +87,10 @@ def train(folder: Path, processes: int, parts: Callable[[], tuple[Head, Task]], 
     ids=["adam", "token_normalized", "soft_codes", "hierarchy"],
 )
 def test_two_processes_equal_one(
-    tmp_path: Path, parts: Callable[[], tuple[Head, Task]], kwargs: dict[str, Any]
+    tmp_path: Path, create: Callable[[], tuple[Head, Task]], kwargs: dict[str, Any]
 ) -> None:
-    (alone,) = train(tmp_path, 1, parts, **kwargs)
-    first, second = train(tmp_path, 2, parts, **kwargs)
+    (alone,) = train(tmp_path, 1, create, **kwargs)
+    first, second = train(tmp_path, 2, create, **kwargs)
     assert alone["global_step"] == first["global_step"] == 6
     for name, value in alone.items():
         if name.endswith(".covariance.direction"):

@@ -181,9 +181,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "lbfgs": (lambda: clustering_module(encoder_optimizer="LBFGS"), ValueError, "must not be LBFGS"),
     "share_above_one": (lambda: TokenNormalized([LAYER.bank.prototypes], lr=1.5), ValueError, r"in \(0, 1\].*got 1.5"),
     "balance_above_one": (
-        lambda: TokenNormalized([LAYER.bank.prototypes], relocate=0.5, balance=2.0),
+        lambda: TokenNormalized([LAYER.bank.prototypes], relocation_threshold=0.5, load_exponent=2.0),
         ValueError,
-        r"balance must be in \[0, 1\].*got 2.0",
+        r"load_exponent must be in \[0, 1\].*got 2.0",
     ),
     "groups_without_bank": (
         lambda: two_timescale_groups(torch.nn.Linear(2, 2), 0.1),

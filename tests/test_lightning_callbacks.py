@@ -167,21 +167,21 @@ PROTOTYPES, TEMPERATURE = (f"head.attention.bank.{name}" for name in ("prototype
     ],
 )
 def test_weight_averages_are_averages_and_validate(average: Callable[[], pl.Callback], tmp_path: Path) -> None:
-    states, seen, module = States(), AtValidation(), clustering_module(temperature=absolute(2.0))
+    states, validated, module = States(), AtValidation(), clustering_module(temperature=absolute(2.0))
     callback = average()
     annealing = TemperatureAnnealing(absolute(2.0), absolute(0.1))
-    trainer = fit(annealing, KMeansInitialization(progress=False), callback, states, seen, module=module)
+    trainer = fit(annealing, KMeansInitialization(progress=False), callback, states, validated, module=module)
     expected = states.states[0][PROTOTYPES]
     for number, state in enumerate(states.states[1:], 1):
         weight = 1 / (number + 1) if type(callback) is builtin.WeightAveraging else 1 - DECAY
         expected = expected + weight * (state[PROTOTYPES] - expected)
     end = module.state_dict()
     torch.testing.assert_close(end[PROTOTYPES], expected)
-    torch.testing.assert_close(seen.states[-1][PROTOTYPES], expected)
+    torch.testing.assert_close(validated.states[-1][PROTOTYPES], expected)
     assert not torch.allclose(expected, states.states[-1][PROTOTYPES])
     assert bool(end["head.attention.bank.initialized"])
     # Not an average over the schedule.
-    for state in (end, seen.states[-1]):
+    for state in (end, validated.states[-1]):
         torch.testing.assert_close(state[TEMPERATURE], states.states[-1][TEMPERATURE])
     assert trainer.global_step == 12
 
@@ -191,10 +191,10 @@ def test_weight_averages_go_on_after_a_resume(tmp_path: Path) -> None:
     def average() -> pl.Callback:
         return builtin.EMAWeightAveraging(decay=DECAY)
 
-    whole, parts = clustering_module(), clustering_module()
-    parts.load_state_dict(whole.state_dict())
+    whole, copy = clustering_module(), clustering_module()
+    copy.load_state_dict(whole.state_dict())
     fit(average(), module=whole)
-    fit(average(), builtin.ModelCheckpoint(tmp_path / "c", filename="c"), module=parts, max_epochs=2)
+    fit(average(), builtin.ModelCheckpoint(tmp_path / "c", filename="c"), module=copy, max_epochs=2)
     resumed = clustering_module()
     fit(average(), builtin.ModelCheckpoint(tmp_path / "d"), module=resumed, ckpt_path=tmp_path / "c" / "c.ckpt")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
@@ -378,7 +378,9 @@ def test_prediction_writers_get_dicts() -> None:
         clustering_module,
         lambda: classifier(lr_schedule="cosine", warmup_steps=2),
         lambda: clustering_module(
-            prototype_optimizer="TokenNormalized", prototype_optimizer_args={"relocate": 0.5}, lr_prototypes=0.05
+            prototype_optimizer="TokenNormalized",
+            prototype_optimizer_args={"relocation_threshold": 0.5},
+            lr_prototypes=0.05,
         ),
     ],
     ids=["clustering", "schedule", "token_normalized"],

@@ -155,8 +155,8 @@ def test_a_short_last_window_counts_as_one_batch_of_its_size() -> None:
     rows = list(range(64))
     windows = [rows[:24], rows[24:48], rows[48:]]
     whole = train_by_gradients(torch.utils.data.DataLoader(Blobs(), batch_sampler=windows), 2)
-    parts = train_by_gradients(loader(batch_size=8), 2, accumulate_grad_batches=3)
-    for first, second in zip(whole.parameters(), parts.parameters(), strict=True):
+    accumulated = train_by_gradients(loader(batch_size=8), 2, accumulate_grad_batches=3)
+    for first, second in zip(whole.parameters(), accumulated.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
@@ -383,7 +383,11 @@ def resumable_run(folder: Path, resume: Path | None, **module_kwargs: Any) -> tu
     backbone = PCABackbone(64, 8, trainable=True)
     module = DDCLReadoutModule(backbone, DDCLReadout(10), Clustering(10), **module_kwargs)
     checkpoint = ModelCheckpoint(dirpath=folder, every_n_train_steps=7, save_top_k=-1, filename="{step}")
-    callbacks = [TemperatureAnnealing(per="step"), KMeansInitialization(num_restarts=1, progress=False), checkpoint]
+    callbacks = [
+        TemperatureAnnealing(interval="step"),
+        KMeansInitialization(num_restarts=1, progress=False),
+        checkpoint,
+    ]
     trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=True)
     trainer.fit(module, datamodule=Digits(), ckpt_path=resume)
     return module, trainer
@@ -405,9 +409,9 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, kwargs: dict[
     assert resumed_trainer.global_step == whole_trainer.global_step
     for (name, first), second in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(first, second), name
-    for one, other in zip(whole_trainer.optimizers, resumed_trainer.optimizers, strict=True):
-        torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], rtol=0, atol=0)
-        assert one.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+    for whole_optimizer, other in zip(whole_trainer.optimizers, resumed_trainer.optimizers, strict=True):
+        torch.testing.assert_close(whole_optimizer.state_dict()["state"], other.state_dict()["state"], rtol=0, atol=0)
+        assert whole_optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"]
     metrics = whole_trainer.callback_metrics
     assert {name for name in metrics if name.startswith("val/")} >= {"val/acc", "val/loss"}
     for name, value in metrics.items():
@@ -432,19 +436,19 @@ def test_load_from_checkpoint_with_modules(tmp_path: Path) -> None:
 
 
 def test_backward_runs_outside_of_autocast() -> None:
-    seen = []
+    calls = []
 
     class Watch(Clustering):
         def losses(self, readout: Any, batch: Any) -> Any:
             losses = super().losses(readout, batch)
-            seen.append(("forward", torch.is_autocast_enabled("cpu")))
-            readout.tokens.register_hook(lambda _: seen.append(("backward", torch.is_autocast_enabled("cpu"))))
+            calls.append(("forward", torch.is_autocast_enabled("cpu")))
+            readout.tokens.register_hook(lambda _: calls.append(("backward", torch.is_autocast_enabled("cpu"))))
             return {**losses, "loss": losses["loss"] + readout.tokens.sum()}
 
     quiet_trainer(max_epochs=1, precision="bf16-mixed", limit_train_batches=1).fit(
         clustering_module(Watch(4)), loader()
     )
-    assert seen == [("forward", True), ("backward", False)]
+    assert calls == [("forward", True), ("backward", False)]
 
 
 def test_metrics_without_labels_are_not_logged() -> None:

@@ -41,9 +41,9 @@ def test_classes_of_another_package_are_trained_watched_and_saved(
 
     checkpoint = next(tmp_path.rglob("*.ckpt"))
     module = DDCLReadoutModule.load_from_checkpoint(checkpoint, weights_only=True)
-    theirs = sys.modules["acme_readouts"]
-    assert isinstance(module.backbone, theirs.Strips)
-    assert isinstance(module.task, theirs.DigitRegression)
+    plugin = sys.modules["acme_readouts"]
+    assert isinstance(module.backbone, plugin.Strips)
+    assert isinstance(module.task, plugin.DigitRegression)
     assert bool(module.head.bank.initialized)
     assert module.head.bank.prototypes.shape == (1, 5, 10)
     groups = {name: sum(p.numel() for p in group) for name, group in module.parameter_groups().items()}

@@ -24,13 +24,13 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
 def test_package_list_matches_the_folders() -> None:
     setup = PROJECT["tool"]["setuptools"]
-    found = {
+    folders = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for folder in ("ddcl_lightning", "callbacks", "datamodules", "recipes")
         for path in (ROOT / folder).rglob("__init__.py")
     }
     mapped = {folder: package for package, folder in setup["package-dir"].items()}
-    shipped = {mapped.get(name, name) for name in found}
+    shipped = {mapped.get(name, name) for name in folders}
     assert shipped == set(setup["packages"])
 
 
@@ -38,12 +38,12 @@ def test_package_list_matches_the_folders() -> None:
 def test_every_file_of_a_package_that_is_no_code_is_shipped() -> None:
     setup = PROJECT["tool"]["setuptools"]
     folders = {package: ROOT / folder for package, folder in setup["package-dir"].items()}
-    listed, found = set(), set()
+    listed, unlisted = set(), set()
     for package in setup["packages"]:
         folder = folders.get(package, ROOT / package.replace(".", "/"))
         listed |= {path for pattern in setup["package-data"].get(package, []) for path in folder.glob(pattern)}
-        found |= {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
-    assert sorted(found - listed) == []
+        unlisted |= {path for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
+    assert sorted(unlisted - listed) == []
 
 
 def test_recipes_name_shipped_classes() -> None:
@@ -81,5 +81,5 @@ def test_readme_predicts_on_files_with_words_that_parse(capsys: pytest.CaptureFi
             main([*words, "--print_config"])
         assert stop.value.code == 0
         printed = yaml.safe_load(capsys.readouterr().out)
-        assert printed["data"]["class_path"] == "ddcl_lightning.datamodules.TextDataModule"
+        assert printed["data"]["class_path"] == "ddcl_lightning.TextDataModule"
         assert printed["data"]["init_args"]["path"] == "new.csv"

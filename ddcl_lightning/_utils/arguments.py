@@ -110,8 +110,8 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _alternatives(hint: Any) -> list[Any]:
     if get_origin(hint) in (Union, types.UnionType):
         # bool before int before float: the narrowest that fits is kept.
-        parts = [kind for part in get_args(hint) for kind in _alternatives(part)]
-        return sorted(parts, key=lambda kind: kind is float)
+        kinds = [kind for argument in get_args(hint) for kind in _alternatives(argument)]
+        return sorted(kinds, key=lambda kind: kind is float)
     if get_origin(hint) is Annotated:
         return _alternatives(get_args(hint)[0])
     return [hint]
@@ -153,21 +153,21 @@ def _fit_list(value: Any, arguments: tuple[Any, ...]) -> Any:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     _require(value, isinstance(value, (list, tuple)))
-    fixed = [part for part in arguments if part is not ...]
+    fixed = [argument for argument in arguments if argument is not ...]
     if len(fixed) > 1:
         _require(value, len(value) == len(fixed))
     hints = fixed if len(fixed) > 1 else (fixed or [Any]) * len(value)
-    parts = []
-    for part, hint in zip(value, hints, strict=True):
+    items = []
+    for argument, hint in zip(value, hints, strict=True):
         for kind in _alternatives(hint):
             try:
-                parts.append(_fit(part, kind))
+                items.append(_fit(argument, kind))
                 break
             except _Misfit:
                 continue
         else:
             raise _Misfit
-    return type(value)(parts) if type(value) in (list, tuple) else value
+    return type(value)(items) if type(value) in (list, tuple) else value
 
 
 def _require(value: Any, fits: bool) -> Any:
@@ -191,8 +191,8 @@ def _in_words(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in _LISTS:
-        fixed = [part for part in arguments if part is not ...]
-        inner = " or ".join(_in_words(part).removeprefix("an ").removeprefix("a ") for part in fixed[:1])
+        fixed = [argument for argument in arguments if argument is not ...]
+        inner = " or ".join(_in_words(argument).removeprefix("an ").removeprefix("a ") for argument in fixed[:1])
         size = f"{len(fixed)} " if len(fixed) > 1 else ""
         return f"a list of {size}{inner}s".replace("anys", "values") if inner else "a list"
     if isinstance(origin, type):

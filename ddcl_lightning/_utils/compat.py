@@ -149,8 +149,8 @@ def _generators(loaders: Any) -> list[torch.Generator]:
         loaders, DataLoader, lambda loader: holders.extend([loader, loader.sampler, loader.batch_sampler])
     )
     holders += [getattr(holder, "sampler", None) for holder in holders]
-    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None}
-    return list(found.values())
+    generators = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None}
+    return list(generators.values())
 
 
 def _independent_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":
@@ -265,10 +265,10 @@ def finds_last_checkpoint(trainer: pl.Trainer) -> bool:
     """Whether Lightning resolves ``ckpt_path="last"`` to a file; where not, it goes on without one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that warning
-        found = trainer._checkpoint_connector._parse_ckpt_path(
+        path = trainer._checkpoint_connector._parse_ckpt_path(
             TrainerFn.FITTING, "last", model_provided=True, model_connected=False
         )
-    return found is not None
+    return path is not None
 
 
 def take_signals(trainer: pl.Trainer, agree: Callable[[], None]) -> None:

@@ -70,8 +70,8 @@ def take_the_last(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         ``(*, d)``, zero where no process has the row, and ``(*)`` boolean, whether one has.
     """
     last = max_over_processes(place)
-    mine = (place == last) & (place >= 0)
-    return sum_over_processes(value.detach().masked_fill(~mine.unsqueeze(-1), 0.0)), last >= 0
+    own = (place == last) & (place >= 0)
+    return sum_over_processes(value.detach().masked_fill(~own.unsqueeze(-1), 0.0)), last >= 0
 
 
 def joint_order(samples: int, tokens: int, call: int, device: torch.device) -> Tensor:
@@ -119,10 +119,10 @@ def token_weight(mask: Tensor | None) -> Tensor | float:
     """
     if mask is None or world_size() == 1:
         return 1.0
-    mine = torch.stack([mask.sum(), torch.full_like(mask.sum(), len(mask))]).to(torch.float64)
-    total = mine.clone()
+    local = torch.stack([mask.sum(), torch.full_like(mask.sum(), len(mask))]).to(torch.float64)
+    total = local.clone()
     dist.all_reduce(total)
-    return mine[0] / total[0] * total[1] / mine[1]
+    return local[0] / total[0] * total[1] / local[1]
 
 
 def mean_over_processes(values: Mapping[str, Tensor | float], weight: float = 1.0) -> dict[str, float]:
@@ -130,10 +130,10 @@ def mean_over_processes(values: Mapping[str, Tensor | float], weight: float = 1.
 
     Waits for the device and for all processes: for readings, not for every step.
     """
-    parts = gather_objects((weight, {name: float(value) for name, value in values.items()}))
+    by_process = gather_objects((weight, {name: float(value) for name, value in values.items()}))
     means = {}
-    for name in dict.fromkeys(name for _, numbers in parts for name in numbers):
-        holders = [(share, numbers[name]) for share, numbers in parts if name in numbers]
+    for name in dict.fromkeys(name for _, numbers in by_process for name in numbers):
+        holders = [(share, numbers[name]) for share, numbers in by_process if name in numbers]
         means[name] = sum(share * number for share, number in holders) / sum(share for share, _ in holders)
     return means
 
@@ -147,9 +147,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     numbers = [int(size) for size in sizes]
     padded = rows.new_zeros(max(numbers), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in numbers]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows_of_process[:number] for rows_of_process, number in zip(gathered, numbers, strict=True)])
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -82,11 +82,11 @@ INTERRUPTION = Interruption()
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Take the signals for the length of a block; no effect inside of another one."""
-    mine = INTERRUPTION.begin()
+    outermost = INTERRUPTION.begin()
     try:
         yield
     finally:
-        if mine:
+        if outermost:
             INTERRUPTION.end()
 
 

@@ -22,7 +22,7 @@ class Reservoir:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 row; got {capacity}.")
         self.capacity = max(1, capacity // world_size())
-        self.seen = 0
+        self.num_rows = 0
         self._rows: Tensor | None = None
         self._generator = np.random.default_rng(seed)
 
@@ -34,16 +34,16 @@ class Reservoir:
         room = self.capacity - len(self._rows)
         head, tail = rows[:room], rows[room:]
         self._rows = torch.cat([self._rows, head]) if len(head) else self._rows
-        self.seen += len(head)
+        self.num_rows += len(head)
         if len(tail):
             # Row number i (from 0) of the stream replaces a kept one with probability capacity / (i + 1).
-            slots = self._generator.integers(0, self.seen + 1 + np.arange(len(tail)))
+            slots = self._generator.integers(0, self.num_rows + 1 + np.arange(len(tail)))
             kept = slots < self.capacity
             # Later rows win where two draw the same slot; a dictionary keeps the last, indexing need not.
             winners = dict(zip(slots[kept].tolist(), np.flatnonzero(kept).tolist(), strict=True))
             if winners:
                 self._rows[list(winners)] = tail[list(winners.values())]
-            self.seen += len(tail)
+            self.num_rows += len(tail)
 
     def gather(self) -> Tensor:
         """The sample of all processes, ``(M, *)``, in an order that does not depend on who saw which row.
@@ -51,13 +51,13 @@ class Reservoir:
         Raises:
             ValueError: If nothing was fed on any process.
         """
-        parts = [part for part in gather_objects(self._rows) if part is not None and len(part)]
-        if not parts:
+        samples = [sample for sample in gather_objects(self._rows) if sample is not None and len(sample)]
+        if not samples:
             raise ValueError(
                 "the data loader gave no valid token. Check that the data set is not empty, that drop_last does not "
                 "discard its only batch, and that the mask is True for valid tokens."
             )
-        rows = torch.cat(parts)
+        rows = torch.cat(samples)
         # Ordered along one fixed direction: unlike an order of bytes or of the first column it hardly depends on
         # rounding (a scale summed over processes rounds differently) nor on ties (pixels that are always zero).
         flat = rows.reshape(len(rows), -1).to(torch.float64)

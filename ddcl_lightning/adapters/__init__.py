@@ -1,6 +1,6 @@
 """Prototypes inside somebody else's network: inserted after, beside or in the place of its blocks, and distilled."""
 
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.adapters.distillation import Distilled, distill_feedforward, initialize_feedforward
 from ddcl_lightning.adapters.feedforward import DDCLFeedForward
 from ddcl_lightning.adapters.gated import GatedPrototypes
@@ -14,7 +14,7 @@ __all__ = [
     "Distilled",
     "FeedForwardReplacement",
     "GatedPrototypes",
-    "PlacedPrototypes",
+    "PrototypeAdapter",
     "PrototypeNorm",
     "SerialPrototypes",
     "distill_feedforward",

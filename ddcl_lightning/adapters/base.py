@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ddcl_lightning.functional import Decomposition
 
 
-class PlacedPrototypes(nn.Module):
+class PrototypeAdapter(nn.Module):
     """A bank inside a network: tokens in, tokens out, the loss terms kept for :func:`quantization_loss`.
 
     Attributes:

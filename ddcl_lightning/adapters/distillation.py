@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.adapters.mlp_blocks import CHUNK
 from ddcl_lightning.adapters.replacement import FeedForwardReplacement
 from ddcl_lightning.optim.two_timescale import lr_factor
@@ -62,9 +62,9 @@ def initialize_feedforward(
     """
     _require_parts(replacement)
     with replacement._original_model():
-        tokens = _collect(replacement, list(replacement.parts), batches, max_tokens, seed)
-    for name, part in replacement.parts.items():
-        _start(part, tokens[name], replacement._sites[name](tokens[name]), num_restarts, seed)
+        tokens = _collect(replacement, list(replacement.layers), batches, max_tokens, seed)
+    for name, layer in replacement.layers.items():
+        _start(layer, tokens[name], replacement._sites[name](tokens[name]), num_restarts, seed)
 
 
 def distill_feedforward(
@@ -112,12 +112,12 @@ def distill_feedforward(
     if not lr > 0:
         raise ValueError(f"lr must be > 0; got {lr}.")
     _require_parts(replacement)
-    if sequential and len(replacement.parts) > 1 and iter(batches) is batches:
+    if sequential and len(replacement.layers) > 1 and iter(batches) is batches:
         raise ValueError(
             f"batches must be readable once per block with sequential=True; got a {type(batches).__name__}, which "
             "ends. Pass a list or a data loader, or set sequential=False."
         )
-    names = list(replacement.parts)
+    names = list(replacement.layers)
     at_once: dict[str, Tensor] = {}
     if not sequential:
         with replacement._original_model():
@@ -140,7 +140,7 @@ def _distill(
     seed: int,
     progress: bool,
 ) -> Distilled:
-    part = replacement.parts[name]
+    layer = replacement.layers[name]
     generator = torch.Generator().manual_seed(seed)
     tokens = tokens[torch.randperm(len(tokens), generator=generator)]
     held_out = max(1, int(HELD_OUT * len(tokens)))
@@ -149,15 +149,15 @@ def _distill(
     with torch.no_grad():
         targets = replacement._sites[name](tokens)
     x, y = tokens[held_out:], targets[held_out:]
-    like, training = next(part.parameters()), part.training
+    like, training = next(layer.parameters()), layer.training
     dtype = like.dtype
-    part.float()
+    layer.float()
     try:
         if initialize:
-            _start(part, x[:START_TOKENS], y[:START_TOKENS], 1, seed)
-        first = _relative_error(part, tokens[:held_out], targets[:held_out])
-        part.train()
-        optimizer = torch.optim.AdamW(part.parameters(), lr=lr, weight_decay=0.0)
+            _start(layer, x[:START_TOKENS], y[:START_TOKENS], 1, seed)
+        first = _relative_error(layer, tokens[:held_out], targets[:held_out])
+        layer.train()
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.0)
         variance = y.var(0, correction=0).mean().clamp(min=torch.finfo(y.dtype).tiny)
         warmup = min(WARMUP, steps // 10)
         with torch.enable_grad():
@@ -165,44 +165,44 @@ def _distill(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * lr_factor("cosine", step, steps, warmup)
                 rows = torch.randint(len(x), (batch_tokens,), generator=generator)
-                loss = (part(x[rows].to(like.device)) - y[rows].to(like.device)).square().mean() / variance.to(
+                loss = (layer(x[rows].to(like.device)) - y[rows].to(like.device)).square().mean() / variance.to(
                     like.device
                 )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        last = _relative_error(part, tokens[:held_out], targets[:held_out])
+        last = _relative_error(layer, tokens[:held_out], targets[:held_out])
     finally:
-        part.to(dtype).train(training)
-        part.zero_grad()
-        if isinstance(part, PlacedPrototypes):
-            part.terms = None
+        layer.to(dtype).train(training)
+        layer.zero_grad()
+        if isinstance(layer, PrototypeAdapter):
+            layer.terms = None
     return Distilled(name, len(x), first, last)
 
 
 @torch.no_grad()
-def _relative_error(part: nn.Module, tokens: Tensor, targets: Tensor) -> float:
+def _relative_error(layer: nn.Module, tokens: Tensor, targets: Tensor) -> float:
     """Squared error over the variance of the targets."""
-    like = next(part.parameters())
-    with evaluating(part):
-        found = torch.cat([part(rows.to(like)).cpu() for rows in torch.split(tokens, CHUNK)])
+    like = next(layer.parameters())
+    with evaluating(layer):
+        outputs = torch.cat([layer(rows.to(like)).cpu() for rows in torch.split(tokens, CHUNK)])
     spread = (targets - targets.mean(0)).square().sum().clamp(min=torch.finfo(targets.dtype).tiny)
-    return float((found - targets).square().sum() / spread)
+    return float((outputs - targets).square().sum() / spread)
 
 
-def _start(part: nn.Module, tokens: Tensor, targets: Tensor, num_restarts: int, seed: int) -> None:
-    start: Any = getattr(part, "start_from", None)
+def _start(layer: nn.Module, tokens: Tensor, targets: Tensor, num_restarts: int, seed: int) -> None:
+    start: Any = getattr(layer, "start_from", None)
     if start is None:
         raise ValueError(
             f"a layer that is started from data must have start_from(tokens, targets), as DDCLFeedForward; got a "
-            f"{type(part).__name__}. Set initialize=False to distill it from where it is."
+            f"{type(layer).__name__}. Set initialize=False to distill it from where it is."
         )
-    like = next(part.parameters())
+    like = next(layer.parameters())
     start(tokens.to(like), targets.to(like), num_restarts=num_restarts, seed=seed)
 
 
 def _require_parts(replacement: FeedForwardReplacement) -> None:
-    if not replacement.parts:
+    if not replacement.layers:
         raise ValueError("replacement must be in place; got one that was restored. Call replace_feedforward again.")
 
 
@@ -248,9 +248,9 @@ def _collect(
     finally:
         for handle in handles:
             handle.remove()
-        for part in replacement.parts.values():
-            if isinstance(part, PlacedPrototypes):
-                part.terms = part.mask = None
+        for layer in replacement.layers.values():
+            if isinstance(layer, PrototypeAdapter):
+                layer.terms = layer.mask = None
     return {name: reservoir.gather() for name, reservoir in reservoirs.items()}
 
 

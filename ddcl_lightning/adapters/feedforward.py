@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.functional._common import check_mask, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
@@ -13,7 +13,7 @@ DEFAULT_PROTOTYPE_DIM = 8
 CHUNK = 4096  # tokens that go through the layer at a time when it starts
 
 
-class DDCLFeedForward(PlacedPrototypes):
+class DDCLFeedForward(PrototypeAdapter):
     """A transformer block's MLP made of prototypes: tokens in, what the block adds to its residual stream out.
 
     Every head reads a slice of the token and gives out the soft centroid of its K prototypes (eq. 4 and 6); ``W_o``
@@ -141,11 +141,11 @@ class DDCLFeedForward(PlacedPrototypes):
                 f"targets must have the shape of tokens, {tuple(tokens.shape)}; got {tuple(targets.shape)}. Give the "
                 "output of the MLP for each token."
             )
-        parts = []
-        for part in torch.split(tokens, CHUNK):
-            mixed = self.bank(self.input_projection(part)).centroids
-            parts.append(mixed if self.linear is None else torch.cat([mixed, part], -1))
-        weight, bias = ridge_regression(torch.cat(parts), targets)
+        features = []
+        for chunk in torch.split(tokens, CHUNK):
+            mixed = self.bank(self.input_projection(chunk)).centroids
+            features.append(mixed if self.linear is None else torch.cat([mixed, chunk], -1))
+        weight, bias = ridge_regression(torch.cat(features), targets)
         width = self.output_projection.in_features
         self.output_projection.weight.copy_(weight[:, :width])
         self.output_projection.bias.copy_(bias)

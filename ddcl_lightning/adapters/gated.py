@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.adapters.serial import require_same_dim
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.attention import DDCLAttention
 
 
-class GatedPrototypes(PlacedPrototypes):
+class GatedPrototypes(PrototypeAdapter):
     """Parallel placement: a branch beside a block, ``y = block(x) + g(x) DDCL(x)``, behind a gate that starts closed.
 
     For a pretrained network: with ``g(x) = tanh(w x + b)`` per token and w = b = 0 it gives out to the last bit what it
@@ -46,10 +46,10 @@ class GatedPrototypes(PlacedPrototypes):
         mask = self.mask if mask is None else mask
         output = self.layer(tokens, mask)
         self.terms = output.terms
-        result: Tensor = self.opening(tokens, mask) * output.tokens
+        result: Tensor = self.gate_value(tokens, mask) * output.tokens
         return result
 
-    def opening(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def gate_value(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """How far the gate is open for each token, ``(B, T, 1)`` in (-1, 1), for tokens ``(B, T, D)``."""
         return torch.tanh(self.gate(zero_padding(tokens, mask)))
 

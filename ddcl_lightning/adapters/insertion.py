@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.adapters.mask import MaskReader
 
 CHILD = "prototypes"  # the name under which a block holds what was inserted after it
 
 
 def quantization_loss(module: nn.Module) -> Tensor:
-    """``L_q`` of the last call of all placed prototypes inside of ``module``, summed over them and their heads.
+    """``L_q`` of the last call of all prototype adapters inside of ``module``, summed over them and their heads.
 
     Terms are handed out once: add the result to the loss of the same step. Without it the prototypes learn from
     the task alone; with too much of it an encoder shrinks its tokens.
@@ -25,23 +25,25 @@ def quantization_loss(module: nn.Module) -> Tensor:
         ValueError: If nothing is placed inside of the module.
         RuntimeError: If nothing of it was called since.
     """
-    placed = [part for part in module.modules() if isinstance(part, PlacedPrototypes)]
+    placed = [adapter for adapter in module.modules() if isinstance(adapter, PrototypeAdapter)]
     if not placed:
         raise ValueError(
-            f"module must hold placed prototypes; found none in {type(module).__name__}. Use insert_prototypes, or "
+            f"module must hold prototype adapters; found none in {type(module).__name__}. Use insert_prototypes, or "
             "SerialPrototypes, GatedPrototypes or PrototypeNorm in your own network."
         )
-    losses = [part.terms.loss.sum() for part in placed if part.terms is not None]
+    losses = [adapter.terms.loss.sum() for adapter in placed if adapter.terms is not None]
     if not losses:
-        raise RuntimeError("the placed prototypes have no loss terms to hand out. Call the network once for each loss.")
-    for part in placed:
-        part.terms = None
+        raise RuntimeError(
+            "the prototype adapters have no loss terms to hand out. Call the network once for each loss."
+        )
+    for adapter in placed:
+        adapter.terms = None
     return torch.stack(losses).sum()
 
 
 def insert_prototypes(
-    model: nn.Module, blocks: Iterable[str], create: Callable[[], PlacedPrototypes], *, mask: str | None = None
-) -> list[PlacedPrototypes]:
+    model: nn.Module, blocks: Iterable[str], create: Callable[[], PrototypeAdapter], *, mask: str | None = None
+) -> list[PrototypeAdapter]:
     """Place prototypes after (or beside) blocks of a model that exists, a Hugging Face or timm one say.
 
     What is created becomes a child of its block, under the name ``prototypes``: it is trained, moved, saved and found
@@ -80,40 +82,40 @@ def insert_prototypes(
     if mask is not None and mask not in inspect.signature(model.forward).parameters:
         raise ValueError(f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}.")
     placed = [create() for _ in names]
-    if len({id(part) for part in placed}) < len(placed):
+    if len({id(adapter) for adapter in placed}) < len(placed):
         raise ValueError(
             "create must return a new module at each call; got one twice. Share prototypes by giving layers one bank."
         )
-    for name, part in zip(names, placed, strict=True):
-        known[name].add_module(CHILD, part)
-        _keep(part, known[name].register_forward_hook(_merge, with_kwargs=True))
+    for name, adapter in zip(names, placed, strict=True):
+        known[name].add_module(CHILD, adapter)
+        _keep(adapter, known[name].register_forward_hook(_merge, with_kwargs=True))
     if mask is not None:
         # The first one keeps the handle, so that it goes with the model's copies.
         _keep(placed[0], model.register_forward_pre_hook(MaskReader(mask), with_kwargs=True))
     return placed
 
 
-def remove_prototypes(model: nn.Module) -> list[PlacedPrototypes]:
+def remove_prototypes(model: nn.Module) -> list[PrototypeAdapter]:
     """Undo every :func:`insert_prototypes` on a model: hooks, parameters and names go; returns what was inserted."""
     removed = []
     for block in list(model.modules()):
-        part = getattr(block, CHILD, None)
-        if isinstance(part, PlacedPrototypes) and part.__dict__.get("_handles"):
-            for handle in part.__dict__.pop("_handles"):
+        adapter = getattr(block, CHILD, None)
+        if isinstance(adapter, PrototypeAdapter) and adapter.__dict__.get("_handles"):
+            for handle in adapter.__dict__.pop("_handles"):
                 handle.remove()
             delattr(block, CHILD)
-            removed.append(part)
+            removed.append(adapter)
     return removed
 
 
-def _keep(part: PlacedPrototypes, handle: RemovableHandle) -> None:
-    part.__dict__.setdefault("_handles", []).append(handle)
+def _keep(adapter: PrototypeAdapter, handle: RemovableHandle) -> None:
+    adapter.__dict__.setdefault("_handles", []).append(handle)
 
 
 # A function of the module, not a closure: a deep copy of the model must call its own prototypes, not the original's.
 def _merge(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of a block."""
-    part = getattr(block, CHILD)
+    adapter = getattr(block, CHILD)
     tokens = output[0] if isinstance(output, (tuple, list)) and output else output
     inputs = args[0] if args else kwargs.get(next(iter(inspect.signature(block.forward).parameters)))
     for name, value in (("input", inputs), ("output", tokens)):
@@ -122,5 +124,5 @@ def _merge(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
                 f"the {name} of {type(block).__name__} must be tokens, or a tuple that starts with them, for "
                 f"prototypes to stand after it; got {type(value).__name__}. Name another block."
             )
-    merged = part.merge(inputs, tokens)
+    merged = adapter.merge(inputs, tokens)
     return type(output)([merged, *output[1:]]) if isinstance(output, (tuple, list)) else merged

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 
 
 class MaskReader:
@@ -17,6 +17,6 @@ class MaskReader:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the mask from the arguments of a call."""
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get(self.argument)
-        for part in model.modules():
-            if isinstance(part, PlacedPrototypes):
-                part.mask = None if given is None else given.bool()
+        for layer in model.modules():
+            if isinstance(layer, PrototypeAdapter):
+                layer.mask = None if given is None else given.bool()

@@ -25,35 +25,35 @@ class MLPSite:
     def __call__(self, tokens: Tensor) -> Tensor:
         """The MLP on tokens ``(N, D)``, in evaluation mode and its own dtype; float32 comes out."""
         like = next(self.modules[0].parameters())
-        parts = []
+        outputs = []
         with evaluating(*self.modules):
-            for part in torch.split(tokens, CHUNK):
-                hidden = part.to(like).unsqueeze(0)  # Hugging Face chunks along a dimension of its own
+            for chunk in torch.split(tokens, CHUNK):
+                hidden = chunk.to(like).unsqueeze(0)  # Hugging Face chunks along a dimension of its own
                 for module in self.modules:
                     hidden = module(hidden)
-                parts.append(hidden[0].float())
-        return torch.cat(parts)
+                outputs.append(hidden[0].float())
+        return torch.cat(outputs)
 
 
 def choose_mlps(model: nn.Module, blocks: Blocks) -> list[MLPSite]:
     """The MLPs that were asked for."""
     if isinstance(blocks, str) and blocks != "all":
         raise ValueError(f"blocks must be 'all', or a list of numbers or names; got {blocks!r}. Put it in a list.")
-    wanted: list[int | str] | None = None if isinstance(blocks, str) else list(blocks)
-    found = [] if wanted and all(isinstance(block, str) for block in wanted) else _find(model)
-    if wanted is None:
-        wanted = list(range(len(found)))
+    chosen: list[int | str] | None = None if isinstance(blocks, str) else list(blocks)
+    mlps = [] if chosen and all(isinstance(block, str) for block in chosen) else _find(model)
+    if chosen is None:
+        chosen = list(range(len(mlps)))
     sites = []
-    for block in wanted:
+    for block in chosen:
         if isinstance(block, str):
             sites.append(_named(model, block))
-        elif -len(found) <= block < len(found):
-            sites.append(found[block])
+        elif -len(mlps) <= block < len(mlps):
+            sites.append(mlps[block])
         else:
-            raise ValueError(f"blocks must be in [{-len(found)}, {len(found) - 1}] for this model; got {block}.")
+            raise ValueError(f"blocks must be in [{-len(mlps)}, {len(mlps) - 1}] for this model; got {block}.")
     places = [place for site in sites for place in site.places]
     if not sites or len(set(places)) < len(places):
-        raise ValueError(f"blocks must name at least one block, and each once; got {wanted}.")
+        raise ValueError(f"blocks must name at least one block, and each once; got {chosen}.")
     modules = {id(module) for site in sites for module in site.modules}
     names = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
     if len(names) > len(modules):
@@ -74,10 +74,10 @@ def _find(model: nn.Module) -> list[MLPSite]:
                 sites.append(MLPSite(places, (first, down), up.in_features))
             continue
         for child in CHILDREN:
-            part = getattr(module, child, None)
-            sizes = _sizes(part) if isinstance(part, nn.Module) else None
-            if isinstance(part, nn.Module) and sizes is not None and sizes[0] == sizes[1]:
-                sites.append(MLPSite((prefix + child,), (part,), sizes[0]))
+            block = getattr(module, child, None)
+            sizes = _sizes(block) if isinstance(block, nn.Module) else None
+            if isinstance(block, nn.Module) and sizes is not None and sizes[0] == sizes[1]:
+                sites.append(MLPSite((prefix + child,), (block,), sizes[0]))
     if not sites:
         raise ValueError(
             f"no MLP was found in {type(model).__name__}: looked for blocks with a child "
@@ -104,10 +104,10 @@ def _named(model: nn.Module, name: str) -> MLPSite:
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """Dimension before the first and after the last linear layer."""
     layers: list[tuple[int, int]] = []
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            layers.append((part.in_features, part.out_features))
-        elif type(part).__name__ == "Conv1D":  # GPT-2's linear layer, whose weight is (in, out)
-            weight: Any = part.weight
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layers.append((layer.in_features, layer.out_features))
+        elif type(layer).__name__ == "Conv1D":  # GPT-2's linear layer, whose weight is (in, out)
+            weight: Any = layer.weight
             layers.append((weight.shape[0], weight.shape[1]))
     return (layers[0][0], layers[-1][1]) if layers else None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.attention import refuse_bank_arguments
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -13,7 +13,7 @@ from ddcl_lightning.nn.temperature import Temperature
 SOFT = 0.5  # of the critical temperature
 
 
-class PrototypeNorm(PlacedPrototypes):
+class PrototypeNorm(PrototypeAdapter):
     """Prototype normalisation: a token relative to its soft centroid, in the place of a LayerNorm.
 
     LayerNorm subtracts from a token the mean of its own entries and divides by their deviation. Here the centre is

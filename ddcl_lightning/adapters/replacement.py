@@ -21,12 +21,12 @@ class FeedForwardReplacement:
         parts: The new layers by the name of what they stand for, in the order of the blocks.
     """
 
-    def __init__(self, model: nn.Module, sites: list[MLPSite], parts: list[nn.Module], mask: str | None) -> None:
+    def __init__(self, model: nn.Module, sites: list[MLPSite], layers: list[nn.Module], mask: str | None) -> None:
         self.model, self.mask = model, mask
-        self.parts = {site.places[0]: part for site, part in zip(sites, parts, strict=True)}
+        self.layers = {site.places[0]: layer for site, layer in zip(sites, layers, strict=True)}
         self._sites = {site.places[0]: site for site in sites}
         self._handle: RemovableHandle | None = None
-        self._put(self.parts)
+        self._put(self.layers)
         if mask is not None:
             self._handle = model.register_forward_pre_hook(MaskReader(mask), with_kwargs=True)
 
@@ -40,22 +40,22 @@ class FeedForwardReplacement:
         Raises:
             RuntimeError: If a later replacement of the same MLPs has not been restored.
         """
-        if not self.parts:
+        if not self.layers:
             return
-        for name, part in self.parts.items():
-            if self.model.get_submodule(name) is not part:
+        for name, layer in self.layers.items():
+            if self.model.get_submodule(name) is not layer:
                 raise RuntimeError(
                     f"{name!r} is no longer what this replacement put there, but a "
                     f"{type(self.model.get_submodule(name)).__name__}. Restore later replacements first."
                 )
-        for name, part in self.parts.items():
-            like = next(part.parameters(), next(self._sites[name].modules[0].parameters()))
+        for name, layer in self.layers.items():
+            like = next(layer.parameters(), next(self._sites[name].modules[0].parameters()))
             for module in self._sites[name].modules:
-                module.to(like.device, like.dtype).train(part.training)
+                module.to(like.device, like.dtype).train(layer.training)
         self._take_out()
         if self._handle is not None:
             self._handle.remove()
-        self.parts = {}
+        self.layers = {}
 
     def __enter__(self) -> "FeedForwardReplacement":
         return self
@@ -65,10 +65,10 @@ class FeedForwardReplacement:
     ) -> None:
         self.restore()
 
-    def _put(self, parts: Mapping[str, nn.Module]) -> None:
-        for name, part in parts.items():
+    def _put(self, layers: Mapping[str, nn.Module]) -> None:
+        for name, layer in layers.items():
             first, *rest = self._sites[name].places
-            self.model.set_submodule(first, part)
+            self.model.set_submodule(first, layer)
             for place in rest:
                 self.model.set_submodule(place, nn.Identity())
 
@@ -83,7 +83,7 @@ class FeedForwardReplacement:
         try:
             yield
         finally:
-            self._put(self.parts)
+            self._put(self.layers)
 
 
 def replace_feedforward(
@@ -120,10 +120,10 @@ def replace_feedforward(
         mask = "attention_mask" if "attention_mask" in arguments else None
     elif mask not in arguments:
         raise ValueError(f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}.")
-    parts = []
+    layers = []
     for site in sites:
         like = next(site.modules[0].parameters())
-        parts.append(create(site.dim).to(like.device, like.dtype).train(site.modules[0].training))
-    if len({id(part) for part in parts}) < len(parts):
+        layers.append(create(site.dim).to(like.device, like.dtype).train(site.modules[0].training))
+    if len({id(layer) for layer in layers}) < len(layers):
         raise ValueError("create must return a new module at each call; got one twice.")
-    return FeedForwardReplacement(model, sites, parts, mask)
+    return FeedForwardReplacement(model, sites, layers, mask)

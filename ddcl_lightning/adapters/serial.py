@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.nn.attention import DDCLAttention
 
 
-class SerialPrototypes(PlacedPrototypes):
+class SerialPrototypes(PrototypeAdapter):
     """Serial placement: the tokens that a block has contextualised go on as mixtures of prototypes.
 
     For a network whose tokens are to be made of a small vocabulary from some depth on: read it, compress it, or look at

@@ -25,14 +25,14 @@ def load_encoder(model: str, revision: str | None) -> Any:
 
     def load(local_files_only: bool) -> tuple[Any, dict[str, Any]]:
         with _quiet(local_files_only):
-            found: tuple[Any, dict[str, Any]] = transformers.AutoModel.from_pretrained(
+            loaded: tuple[Any, dict[str, Any]] = transformers.AutoModel.from_pretrained(
                 folder or model,
                 revision=revision,
                 local_files_only=local_files_only,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # otherwise it refuses in a report of several lines; checked below
             )
-        return found
+        return loaded
 
     if folder is not None:
         try:
@@ -46,10 +46,10 @@ def load_encoder(model: str, revision: str | None) -> Any:
     else:
         encoder, info = from_cache_or_hub(load, model, _REMEDY.format(model))
     if info["mismatched_keys"]:
-        name, found, wanted = min(info["mismatched_keys"])
+        name, loaded, shape = min(info["mismatched_keys"])
         raise ValueError(
-            f"the weights of model {model!r} do not have the sizes of its config.json: {name} is {tuple(found)}, not "
-            f"{tuple(wanted)}; check that weights and config.json belong together."
+            f"the weights of model {model!r} do not have the sizes of its config.json: {name} is {tuple(loaded)}, not "
+            f"{tuple(shape)}; check that weights and config.json belong together."
         )
     # Poolers are not used here, and many checkpoints come without one.
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))

@@ -74,6 +74,6 @@ class Backbone(nn.Module, ABC):
             x = inputs(batch)
             valid = mask(batch, x) if x.dim() > 2 else None
             reservoir.add(x if valid is None else x[valid])
-            if math.isinf(total) and reservoir.seen >= reservoir.capacity:
+            if math.isinf(total) and reservoir.num_rows >= reservoir.capacity:
                 break
         self.fit(reservoir.gather())

@@ -30,12 +30,12 @@ SEGMENT_BYTES = 64 * 2**20
 ABANDONED_SECONDS = 3600  # an unfinished segment of that age belongs to a process that was killed
 
 
-def content_key(*parts: bytes) -> bytes:
+def content_key(*pieces: bytes) -> bytes:
     """Key of a sample: 16 bytes that depend on its content alone."""
     digest = blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
     return digest.digest()
 
 

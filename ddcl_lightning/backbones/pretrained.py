@@ -98,18 +98,18 @@ class PretrainedBackbone(Backbone):
 
     # Freezing ------------------------------------------------------------------------------------
 
-    def _set_trainable(self, blocks: Sequence[Sequence[nn.Parameter]] | None, probe: Callable[[], Tensor]) -> None:
+    def _set_trainable(self, blocks: Sequence[Sequence[nn.Parameter]] | None, forward: Callable[[], Tensor]) -> None:
         """Let gradients reach what ``unfreeze`` names.
 
         Args:
             blocks: Parameters of each block, from the input to the output, or None where the model has none.
-            probe: Runs the encoder on the smallest input and returns its tokens.
+            forward: Runs the encoder on the smallest input and returns its tokens.
         """
         self.encoder.requires_grad_(False)
         if self.unfreeze == 0:
             return
         # What the tokens do not depend on (an unused head) would get no gradient, for which DDP waits for ever.
-        used = gradient_reaches(probe, self.encoder.requires_grad_(True))
+        used = gradient_reaches(forward, self.encoder.requires_grad_(True))
         self.encoder.requires_grad_(False)
         if self.unfreeze != "all":
             if blocks is None:
@@ -216,15 +216,15 @@ class PretrainedBackbone(Backbone):
 
     def _recall(self, samples: Samples, cache: FeatureCache) -> Tokens:
         keys = self.keys(samples)
-        found = {key: cache.get(key) for key in keys}
-        missing = [key for key, rows in found.items() if rows is None]
+        cached = {key: cache.get(key) for key in keys}
+        missing = [key for key, rows in cached.items() if rows is None]
         if missing:
             places = {key: place for place, key in enumerate(keys)}
-            found.update(
+            cached.update(
                 zip(missing, self._encode_and_keep(missing, [samples[places[k]] for k in missing], cache), strict=True)
             )
         self._warn_of_new_samples(len(keys), len(missing))
-        rows = [rows for rows in (found[key] for key in keys) if rows is not None]
+        rows = [rows for rows in (cached[key] for key in keys) if rows is not None]
         lengths = np.array([len(row) for row in rows])
         values = np.zeros((len(rows), int(lengths.max()), self.embed_dim), cache.dtype)
         for place, row in enumerate(rows):
@@ -233,11 +233,11 @@ class PretrainedBackbone(Backbone):
         mask = torch.from_numpy(np.arange(values.shape[1]) < lengths[:, None]).to(like.device) if self.ragged else None
         return Tokens(torch.from_numpy(values).to(like.device, like.dtype), mask)
 
-    def _warn_of_new_samples(self, seen: int, missed: int) -> None:
+    def _warn_of_new_samples(self, samples: int, missed: int) -> None:
         """Warn once if training brings samples which a pass over the training data did not."""
         if not (self.training and self._filled) or self._warned:
             return
-        self._seen, self._missed = self._seen + seen, self._missed + missed
+        self._seen, self._missed = self._seen + samples, self._missed + missed
         if self._missed > SEGMENT_SAMPLES and 2 * self._missed > self._seen:
             self._warned = True
             warnings.warn(
@@ -270,8 +270,8 @@ def gradient_reaches(run: Callable[[], Tensor], module: nn.Module) -> list[nn.Pa
     candidates = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not output.requires_grad:
         return []
-    found = torch.autograd.grad(output.float().sum(), candidates, allow_unused=True)
-    return [parameter for parameter, gradient in zip(candidates, found, strict=True) if gradient is not None]
+    gradients = torch.autograd.grad(output.float().sum(), candidates, allow_unused=True)
+    return [parameter for parameter, gradient in zip(candidates, gradients, strict=True) if gradient is not None]
 
 
 def _close_cache(backbone: nn.Module, _: object = None) -> None:

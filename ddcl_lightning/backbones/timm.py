@@ -164,17 +164,17 @@ class TimmBackbone(PretrainedBackbone):
 
     def _features(self, images: Tensor) -> Tensor:
         """``forward_features`` as ``(B, T, embed_dim)``, whatever layout the model has."""
-        found = self.encoder.forward_features(images)  # type: ignore[operator]
-        if isinstance(found, Tensor) and found.dim() == 4:
+        features = self.encoder.forward_features(images)  # type: ignore[operator]
+        if isinstance(features, Tensor) and features.dim() == 4:
             channels_last = str(getattr(self.encoder, "output_fmt", "")).endswith("NHWC")
-            found = found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
-        if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[-1] != self.embed_dim:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+        if not isinstance(features, Tensor) or features.dim() != 3 or features.shape[-1] != self.embed_dim:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
                 f"model {self.model!r} must turn an image into tokens of dimension {self.embed_dim}; its features are "
                 f"{shape}. Use another model."
             )
-        return found
+        return features
 
 
 def _load(timm: Any, model: str, checkpoint: str | None, pretrained: bool, image_size: int | None) -> Any:
@@ -225,9 +225,9 @@ def _cached_weights(timm: Any, model: str) -> str | None:
 
     config = timm.get_pretrained_cfg(model)
     for name in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(config.hf_hub_id, name) if config.hf_hub_id else None
-        if isinstance(found, str) and not config.custom_load:
-            return found
+        path = try_to_load_from_cache(config.hf_hub_id, name) if config.hf_hub_id else None
+        if isinstance(path, str) and not config.custom_load:
+            return path
     return None
 
 
@@ -259,21 +259,21 @@ def _load_checkpoint(timm: Any, encoder: nn.Module, model: str, checkpoint: str)
     heads = (heads,) if isinstance(heads, str) else heads
     extra = [name for name in result.unexpected_keys if not name.startswith(tuple(f"{head}." for head in heads))]
     if result.missing_keys or extra:
-        parts = [
+        faults = [
             f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for what, names in (("are missing", result.missing_keys), ("are unknown", extra))
             if names
         ]
         raise ValueError(
-            f"checkpoint {str(path)!r} does not fit model {model!r}: of its weights {' and '.join(parts)}. "
+            f"checkpoint {str(path)!r} does not fit model {model!r}: of its weights {' and '.join(faults)}. "
             f"{_remedy(encoder, model, state)}"
         )
 
 
 def _remedy(encoder: nn.Module, model: str, state: dict[str, Any]) -> str:
     """What to do about a checkpoint with other names."""
-    wanted = [tuple(value.shape) for value in encoder.state_dict().values()]
-    if [tuple(getattr(value, "shape", ())) for value in state.values()][: len(wanted)] != wanted:
+    shapes = [tuple(value.shape) for value in encoder.state_dict().values()]
+    if [tuple(getattr(value, "shape", ())) for value in state.values()][: len(shapes)] != shapes:
         return "Name the model that it was saved from."
     # Not done here: shapes alone cannot tell whether two layers of one shape have changed places.
     return (

@@ -90,7 +90,7 @@ class TransformersBackbone(PretrainedBackbone):
         self.layer = layer % (depth + 1)  # from the embeddings
         self._inner = self.layer < depth
         blocks = max(
-            (found for found in self.encoder.modules() if isinstance(found, nn.ModuleList)), key=len, default=None
+            (layers for layers in self.encoder.modules() if isinstance(layers, nn.ModuleList)), key=len, default=None
         )
         if blocks is not None and len(blocks) != depth:  # blocks that share their weights
             blocks = None
@@ -149,12 +149,12 @@ class TransformersBackbone(PretrainedBackbone):
 
     def forward(self, batch: Batch) -> Tokens:
         """Tokens ``(B, T, embed_dim)`` of a batch; T is that of the ids, or of the longest text."""
-        found = super().forward(batch)
+        features = super().forward(batch)
         if not self.ragged or (isinstance(batch, dict) and "text" in batch):
-            return found
-        missing = inputs(batch).shape[1] - found.values.shape[1]  # columns of padding alone
-        values = nn.functional.pad(found.values, (0, 0, 0, missing))
-        return Tokens(values, None if found.mask is None else nn.functional.pad(found.mask, (0, missing)))
+            return features
+        missing = inputs(batch).shape[1] - features.values.shape[1]  # columns of padding alone
+        values = nn.functional.pad(features.values, (0, 0, 0, missing))
+        return Tokens(values, None if features.mask is None else nn.functional.pad(features.mask, (0, missing)))
 
     def encode(self, samples: Samples) -> Tokens:
         """Hidden states of texts or ids."""
@@ -191,10 +191,10 @@ class TransformersBackbone(PretrainedBackbone):
         content = _encodable(texts(batch))
         if not self._require_tokenizer().is_fast:
             raise ValueError(f"spans needs a fast tokenizer; that of {self.model!r} does not tell where tokens stand.")
-        found = self._require_tokenizer()(
+        encoding = self._require_tokenizer()(
             content, truncation=True, max_length=self.max_length, return_offsets_mapping=True
         )
-        return [[(start, end) for start, end in text] or [(0, 0)] for text in found["offset_mapping"]]
+        return [[(start, end) for start, end in text] or [(0, 0)] for text in encoding["offset_mapping"]]
 
     def recipe(self) -> dict[str, Any]:
         """Configuration, layer, kind of tokens and tokenizer."""
@@ -265,11 +265,11 @@ class TransformersBackbone(PretrainedBackbone):
     def _tokenize(self, content: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask ``(B, T)`` of texts."""
         tokenizer = self._require_tokenizer()
-        found = tokenizer(
+        encoding = tokenizer(
             _encodable(content), padding=True, truncation=True, max_length=self.max_length, return_attention_mask=True
         )
-        ids = torch.tensor(found["input_ids"], dtype=torch.int64).view(len(content), -1)
-        valid = torch.tensor(found["attention_mask"], dtype=torch.bool).view(len(content), -1)
+        ids = torch.tensor(encoding["input_ids"], dtype=torch.int64).view(len(content), -1)
+        valid = torch.tensor(encoding["attention_mask"], dtype=torch.bool).view(len(content), -1)
         if not valid.shape[1]:  # empty texts alone
             ids = torch.full((len(content), 1), tokenizer.pad_token_id)
             valid = torch.zeros(len(content), 1, dtype=torch.bool)
@@ -287,4 +287,4 @@ def _encodable(content: list[str]) -> list[str]:
 def _detached(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.detach()
-    return tuple(_detached(part) for part in output) if isinstance(output, tuple) else output
+    return tuple(_detached(item) for item in output) if isinstance(output, tuple) else output

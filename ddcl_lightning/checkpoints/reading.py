@@ -58,8 +58,8 @@ def read_checkpoint(path: str | Path, to_resume: bool = False) -> dict[str, Any]
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
-    seen = file.stat()
-    state: dict[str, Any] = _read(file, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    status = file.stat()
+    state: dict[str, Any] = _read(file, status.st_ino, status.st_size, status.st_mtime_ns)
     missing = [name for name in ("state_dict", "pytorch-lightning_version") if not _holds(state, name)]
     if to_resume:
         missing += [name for name in ("loops", "optimizer_states") if not _holds(state, name)]

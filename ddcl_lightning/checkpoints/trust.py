@@ -95,8 +95,8 @@ def stored_hyper_parameters(checkpoint: Any, to_resume: bool = False) -> dict[st
         finally:
             if place is not None:
                 checkpoint.seek(place)
-    found = [held.get(key) for key in HYPER_PARAMETERS] if isinstance(held, dict) else []
-    return {name: value for part in found if isinstance(part, dict) for name, value in part.items()}
+    stored = [held.get(key) for key in HYPER_PARAMETERS] if isinstance(held, dict) else []
+    return {name: value for values in stored if isinstance(values, dict) for name, value in values.items()}
 
 
 class _Check:
@@ -131,16 +131,16 @@ class _Check:
             if not set(value) <= {"class_path", "init_args", "dict_kwargs"}:
                 _refuse(self.source, key, sorted(map(str, value)), "must hold class_path and init_args alone")
             kind = self.plugin(value["class_path"], key)
-            for part in ("init_args", "dict_kwargs"):
-                self.arguments(kind, value.get(part) or {}, f"{key}.{part}")
+            for field in ("init_args", "dict_kwargs"):
+                self.arguments(kind, value.get(field) or {}, f"{key}.{field}")
         elif isinstance(value, (Mapping, list, tuple)):
             inner = [kind for kind in kinds if kind is Any or get_origin(kind) in _CONTAINERS or kind in _CONTAINERS]
             if not inner:
                 _refuse(self.source, key, value, "must be given by class_path and init_args")
             element: Any = Union.__getitem__(tuple(_element(kind) for kind in inner))
             values = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for name, part in values:
-                self.value(part, element, f"{key}.{name}")
+            for name, field in values:
+                self.value(field, element, f"{key}.{name}")
         elif isinstance(value, str) and value not in self.trusted:
             self.text(value, kinds, key)
 
@@ -204,14 +204,14 @@ def _hints(kind: Any) -> dict[str, Any]:
 def _alternatives(hint: Any) -> list[Any]:
     """Members of unions, as deep as they go."""
     if get_origin(hint) in (Union, types.UnionType):
-        return [kind for part in get_args(hint) for kind in _alternatives(part)]
+        return [kind for argument in get_args(hint) for kind in _alternatives(argument)]
     if get_origin(hint) is Annotated:
         return _alternatives(get_args(hint)[0])
     return [hint]
 
 
 def _element(kind: Any) -> Any:
-    arguments = [part for part in get_args(kind) if part is not ...]
+    arguments = [argument for argument in get_args(kind) if argument is not ...]
     return Union.__getitem__(tuple(arguments)) if arguments else Any
 
 
@@ -220,7 +220,7 @@ def _is_plain(kind: Any) -> bool:
     if kind is Any or kind in _PLAIN or get_origin(kind) is Literal:
         return True
     return get_origin(kind) in _CONTAINERS and all(
-        _is_plain(part) for inner in get_args(kind) if inner is not ... for part in _alternatives(inner)
+        _is_plain(alternative) for inner in get_args(kind) if inner is not ... for alternative in _alternatives(inner)
     )
 
 
@@ -239,20 +239,20 @@ def _imported_subclasses(base: type) -> list[type]:
 
 def _resolve(name: str, may_import: Any) -> Any:
     """What a dotted name stands for, without an import that is not allowed; None where that cannot be said."""
-    parts = name.split(".")
-    if not all(part.isidentifier() for part in parts):
+    names = name.split(".")
+    if not all(segment.isidentifier() for segment in names):
         return None
-    for cut in range(len(parts) - 1, 0, -1):
-        path = ".".join(parts[:cut])
+    for cut in range(len(names) - 1, 0, -1):
+        path = ".".join(names[:cut])
         module = sys.modules.get(path)
-        if module is None and cut == len(parts) - 1 and may_import(path):
+        if module is None and cut == len(names) - 1 and may_import(path):
             try:
                 module = importlib.import_module(path)
             except ImportError:
                 return None
         if module is not None:
-            for part in parts[cut:]:
-                module = getattr(module, part, None)
+            for segment in names[cut:]:
+                module = getattr(module, segment, None)
             return module
     return None
 
@@ -275,12 +275,12 @@ def _depends(module: str, on: set[str]) -> bool:
 
 def _origin(module: str) -> Path | None:
     """File of a module, found without running any of its packages."""
-    parts = module.split(".")
-    spec = find_spec(parts[0]) if parts[0] not in sys.modules else sys.modules[parts[0]].__spec__
-    for depth in range(1, len(parts)):
+    names = module.split(".")
+    spec = find_spec(names[0]) if names[0] not in sys.modules else sys.modules[names[0]].__spec__
+    for depth in range(1, len(names)):
         if spec is None or spec.submodule_search_locations is None:
             return None
-        spec = PathFinder.find_spec(".".join(parts[: depth + 1]), list(spec.submodule_search_locations))
+        spec = PathFinder.find_spec(".".join(names[: depth + 1]), list(spec.submodule_search_locations))
     return Path(spec.origin).resolve() if spec is not None and spec.origin and spec.has_location else None
 
 

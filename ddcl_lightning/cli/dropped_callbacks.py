@@ -16,14 +16,14 @@ def dropped_callbacks(configs: Sequence[str], final: Iterable[Any]) -> list[str]
     """
     asked: Counter[str] = Counter()
     for text in configs:
-        here: Counter[str] = Counter()
+        configured: Counter[str] = Counter()
         settings = yaml.safe_load(text)
         trainer = settings.get("trainer") if isinstance(settings, dict) else None
         if not isinstance(trainer, dict):
             continue
         for key in ("callbacks", "callbacks+"):
-            here.update(_names(trainer.get(key)))
-        asked |= here
+            configured.update(_names(trainer.get(key)))
+        asked |= configured
     return sorted((asked - Counter(_names(list(final)))).elements())
 
 

@@ -54,31 +54,31 @@ _BASES = {"model.backbone": Backbone, "model.head": Head, "model.task": Task, "d
 
 def explain(message: str, parser: ArgumentParser) -> str:
     """A parser's message, headed by a line that names the unknown key or class and the nearest valid one."""
-    found = _UNKNOWN_ARGUMENT.search(message)
-    if found:
-        path, key = found.groups()
+    match = _UNKNOWN_ARGUMENT.search(message)
+    if match:
+        path, key = match.groups()
         return f"unknown argument {key!r} of {path}{nearest(key, _arguments(path))}"
-    found = _UNKNOWN_OPTION.search(message)
-    if found:
-        key = found.group(1)
+    match = _UNKNOWN_OPTION.search(message)
+    if match:
+        key = match.group(1)
         known = [action.dest for action in parser._actions if action.dest]
         return f"unknown key {key!r}{nearest(key, known)}"
-    found = _UNKNOWN_CLASS.search(message)
+    match = _UNKNOWN_CLASS.search(message)
     # Where a number would do as well, as for a temperature, the class is not what is wrong.
-    if found and "Expected a <class 'float'>" not in message:
-        key, name = found.groups()
+    if match and "Expected a <class 'float'>" not in message:
+        key, name = match.groups()
         base = _BASES.get(key, Callback)
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
-    found = _MISSING_ARGUMENT.search(message)
-    if found:
-        key, path, name = found.groups()
+    match = _MISSING_ARGUMENT.search(message)
+    if match:
+        key, path, name = match.groups()
         return f"{key}.init_args.{name} must be given: {path} has no default for it; got null. Pass a value."
     wrong = wrong_value(message)
     if wrong:
         return wrong
-    found = _REFUSED_VALUE.search(message)
-    if found:
-        return found.group(1)
+    match = _REFUSED_VALUE.search(message)
+    if match:
+        return match.group(1)
     return message
 
 

@@ -86,39 +86,39 @@ class Observer:
         """Run a batch, on the module's device."""
         self._seen.clear()
         readout = self._module(batch)
-        seen, samples = self._seen.get(self._name), size(batch)
-        if seen is None:
+        previous, samples = self._seen.get(self._name), size(batch)
+        if previous is None:
             raise ValueError(
                 f"the head {type(self._module.head).__name__} did not call its last prototype bank {self._name!r}. "
                 "Call it as a module, bank(tokens, mask)."
             )
-        if seen.tokens.shape[1] % samples:
+        if previous.tokens.shape[1] % samples:
             raise ValueError(
-                f"the last prototype bank saw {seen.tokens.shape[1]} tokens for {samples} samples; they must be as "
+                f"the last prototype bank saw {previous.tokens.shape[1]} tokens for {samples} samples; they must be as "
                 "many for each sample, padded and masked where need be."
             )
-        heads = seen.tokens.reshape(seen.tokens.shape[0], samples, -1, seen.tokens.shape[2])
+        heads = previous.tokens.reshape(previous.tokens.shape[0], samples, -1, previous.tokens.shape[2])
         length = heads.shape[2]
         mask = torch.ones(samples, length, dtype=torch.bool, device=heads.device)
-        if seen.mask is not None:
-            mask = seen.mask[0].reshape(samples, length)
+        if previous.mask is not None:
+            mask = previous.mask[0].reshape(samples, length)
         return Look(
-            shares=self._shares(seen, readout.assignments, mask).double().cpu(),
+            shares=self._shares(previous, readout.assignments, mask).double().cpu(),
             means=_mean_over_tokens(heads.movedim(0, 1), mask).double().cpu(),
-            codes=nearest_prototype(seen.tokens, seen.codebook).reshape(heads.shape[:-1]).cpu(),
+            codes=nearest_prototype(previous.tokens, previous.codebook).reshape(heads.shape[:-1]).cpu(),
             mask=mask.cpu(),
             tokens=heads,
-            prototypes=seen.codebook,
-            temperature=seen.temperature,
+            prototypes=previous.codebook,
+            temperature=previous.temperature,
             predicted=_cpu(self._module.task.predict(readout, batch).get("predicted_class")),
             spans=self._spans(batch, mask.cpu()),
         )
 
-    def _shares(self, seen: CodebookRecord, assignments: Tensor | None, mask: Tensor) -> Tensor:
-        heads, prototypes = seen.codebook.shape[:2]
+    def _shares(self, record: CodebookRecord, assignments: Tensor | None, mask: Tensor) -> Tensor:
+        heads, prototypes = record.codebook.shape[:2]
         if assignments is not None and assignments.shape == (len(mask), heads, prototypes):
             return assignments
-        weights = soft_assign(seen.tokens, seen.codebook, seen.temperature)
+        weights = soft_assign(record.tokens, record.codebook, record.temperature)
         return _mean_over_tokens(weights.reshape(heads, *mask.shape, prototypes).movedim(0, 1), mask)
 
     def _spans(self, batch: Batch, mask: Tensor) -> list[list[Span]] | None:
@@ -126,14 +126,14 @@ class Observer:
         if spans is None or not isinstance(batch, dict) or "text" not in batch:
             return None
         try:
-            found = spans(batch)
+            rows = spans(batch)
         except ValueError:  # a tokenizer that does not tell, or tokens that were pooled
             return None
         # A bank after a pooling sees other tokens than those of the text.
-        if [len(row) for row in found] != mask.sum(1).tolist():
+        if [len(row) for row in rows] != mask.sum(1).tolist():
             return None
-        aligned: list[list[Span]] = [[(0, 0)] * mask.shape[1] for _ in found]
-        for row, valid, target in zip(found, mask, aligned, strict=True):
+        aligned: list[list[Span]] = [[(0, 0)] * mask.shape[1] for _ in rows]
+        for row, valid, target in zip(rows, mask, aligned, strict=True):
             for place, (start, end) in zip(torch.nonzero(valid).flatten().tolist(), row, strict=True):
                 target[place] = (int(start), int(end))
         return aligned

@@ -82,7 +82,7 @@ def collect(
     name = type(datamodule).__name__
     return Explanation(
         data=name.removesuffix("DataModule") or name,
-        model=[type(part).__name__ for part in (module.backbone, module.head, module.task)],
+        model=[type(stage).__name__ for stage in (module.backbone, module.head, module.task)],
         checkpoint=checkpoint,
         samples=tally.samples,
         complete=complete,
@@ -113,8 +113,8 @@ def choose_inputs(
     Raises:
         ValueError: If a place is not in the data.
     """
-    wanted = None if indices is None else set(indices)
-    if not (number if wanted is None else wanted):
+    chosen = None if indices is None else set(indices)
+    if not (number if chosen is None else chosen):
         return []
     endless = not isinstance(loader, Sequence) and not _has_length(loader)
     kept: dict[int, tuple[int, bool, Batch]] = {}
@@ -123,19 +123,19 @@ def choose_inputs(
     for batch in loader:
         places, known = positions(batch, counted)
         counted += len(places)
-        if wanted is None:
+        if chosen is None:
             rank |= dict(zip(places, _mixed(places), strict=True))
             best = sorted({*kept, *places}, key=rank.__getitem__)[:number]
         else:
-            best = [place for place in {*kept, *places} if place in wanted]
+            best = [place for place in {*kept, *places} if place in chosen]
         rows = {place: row for row, place in enumerate(places)}
         kept = {p: kept[p] if p in kept else (p, known, take(batch, rows[p])) for p in best}
         rank = {place: rank.get(place, 0) for place in kept}
-        if (wanted is not None and len(kept) == len(wanted)) or (endless and counted >= limit):
+        if (chosen is not None and len(kept) == len(chosen)) or (endless and counted >= limit):
             break
     if indices is None:
         return [kept[place] for place in sorted(kept)]
-    missing = sorted(wanted - set(kept)) if wanted else []
+    missing = sorted(chosen - set(kept)) if chosen else []
     if missing:
         raise ValueError(
             f"indices must be places of samples in the data; {missing} are not among the {counted} samples of the "
@@ -196,7 +196,7 @@ def _single_loader(loader: Any, name: str) -> "DataLoader[Any] | Iterable[Batch]
 
 
 def _holds_loaders(loader: Any) -> bool:
-    return isinstance(loader, (list, tuple)) and any(isinstance(part, DataLoader) for part in loader)
+    return isinstance(loader, (list, tuple)) and any(isinstance(item, DataLoader) for item in loader)
 
 
 def _has_length(loader: Any) -> bool:

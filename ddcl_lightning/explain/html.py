@@ -67,13 +67,13 @@ def sentence(shares: Sequence[float]) -> str:
 
 def bar(shares: Sequence[float], prefix: str, css: str = "bar") -> str:
     """A stacked bar, one segment per prototype that can be seen; each is a link to the prototype's card."""
-    parts = [
+    segments = [
         f'<a href="#{anchor(prefix, number)}" class="hue" style="--h:{hue(number)};flex:{share:.4f} 1 0" '
         f'title="prototype {number}: {percent(share)}"><span>{number}</span></a>'
         for number, share in enumerate(shares)
         if share >= 0.002
     ]
-    return f'<div class="{css}" role="group" aria-label="{escape(sentence(shares))}">{"".join(parts)}</div>'
+    return f'<div class="{css}" role="group" aria-label="{escape(sentence(shares))}">{"".join(segments)}</div>'
 
 
 def picture(sample: Sample) -> str:

@@ -13,21 +13,20 @@ TEXT = 2500  # characters of an input
 def input_card(view: InputView, heads: Sequence[HeadView]) -> str:
     """One input: what it is made of, what is predicted, and the sample itself."""
     sample = view.sample
-    parts = [f"<h3>Input #{sample.index}</h3>", _verdict(view)]
+    elements = [f"<h3>Input #{sample.index}</h3>", _verdict(view)]
     text = sample.content if isinstance(sample.content, str) else None
     for number, head in enumerate(heads):
         prefix = f"{number}." if len(heads) > 1 else ""
         shares = [float(share) for share in view.shares[number]]
         title = f"<b>Head {number}:</b> " if prefix else ""
-        parts.append(f'<p class="words-of">{title}{_made_of(shares, head, prefix)}</p>{bar(shares, prefix)}')
+        elements.append(f'<p class="words-of">{title}{_made_of(shares, head, prefix)}</p>{bar(shares, prefix)}')
         if text is not None and view.tokens:
-            parts.append(_tinted(text, view.tokens[number], prefix))
+            elements.append(_tinted(text, view.tokens[number], prefix))
     if text is not None and not view.tokens:
         cut = _spaced(text[:TEXT].strip()) + (" …" if len(text) > TEXT else "")
-        parts.append(f'<div class="text">{escape(cut)}</div>')
-    return (
-        f'<article class="card input"{" data-only" * view.wrong}>{picture(sample)}<div>{"".join(parts)}</div></article>'
-    )
+        elements.append(f'<div class="text">{escape(cut)}</div>')
+    css = f'class="card input"{" data-only" * view.wrong}'
+    return f"<article {css}>{picture(sample)}<div>{''.join(elements)}</div></article>"
 
 
 def all_or_nothing(views: Sequence[InputView]) -> bool:
@@ -60,16 +59,16 @@ def _verdict(view: InputView) -> str:
 def _tinted(text: str, tokens: Sequence[TokenView], prefix: str) -> str:
     """The text with its tokens on the colour of their prototype; neighbours that look the same become one run."""
     runs = _runs(text, tokens)
-    parts, at = [], 0
+    pieces, at = [], 0
     end = max((span[1] for span, _, _ in runs), default=0)
     for (start, stop), number, level in runs:
-        parts.append(escape(_spaced(text[at:start]) if at else text[:start].lstrip()))
+        pieces.append(escape(_spaced(text[at:start]) if at else text[:start].lstrip()))
         style = f"--h:{hue(number)};--a:{level / 4:.2f}"
-        parts.append(f'<span class="t" style="{style}" title="prototype {number}">{escape(text[start:stop])}</span>')
+        pieces.append(f'<span class="t" style="{style}" title="prototype {number}">{escape(text[start:stop])}</span>')
         at = stop
     rest = _spaced(text[end : end + 200]) + (" …" if len(text) > end + 200 else "")
     if rest.strip():
-        parts.append(f'<span class="soft">{escape(rest)}</span>')
+        pieces.append(f'<span class="soft">{escape(rest)}</span>')
     counts: dict[int, int] = {}
     for token in tokens:
         counts[token.prototype] = counts.get(token.prototype, 0) + 1
@@ -77,7 +76,7 @@ def _tinted(text: str, tokens: Sequence[TokenView], prefix: str) -> str:
     legend = "".join(f"<span>{chip(k, prefix)} {counts[k]} token{'s' * (counts[k] != 1)}</span>" for k in order)
     if rest.strip():
         legend += "<span>grey: beyond what is shown of the tokens</span>"
-    return f'<div class="text">{"".join(parts)}</div><div class="legend">{legend}</div>'
+    return f'<div class="text">{"".join(pieces)}</div><div class="legend">{legend}</div>'
 
 
 def _runs(text: str, tokens: Sequence[TokenView]) -> list[tuple[Span, int, int]]:

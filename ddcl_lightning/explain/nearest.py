@@ -57,8 +57,8 @@ class Nearest(Generic[T]):
 
     def of(self, prototype: int) -> list[tuple[float, T]]:
         """Distance and what was kept, nearest first."""
-        found = []
+        neighbors = []
         for distance, place in zip(self._distance[prototype].tolist(), self._place[prototype].tolist(), strict=True):
             if place in self._kept[prototype]:
-                found.append((float(distance), self._kept[prototype][place]))
-        return found
+                neighbors.append((float(distance), self._kept[prototype][place]))
+        return neighbors

@@ -16,8 +16,8 @@ def png_bytes(image: Image) -> bytes:
     lines = np.hstack([np.zeros((height, 1), np.uint8), rows])  # filter type 0 before every line
     colour = 0 if image.ndim == 2 else 2
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    parts = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)), _chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    chunks = (_chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)), _chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def data_uri(image: Image) -> str:

@@ -23,28 +23,28 @@ def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
     head = f" <small>of head {prefix.removesuffix('.')}</small>" if prefix else ""
     purity = view.classes[0].share if view.classes else 0.0
     attributes = f'data-number="{view.number}" data-share="{view.share:.6f}" data-purity="{purity:.6f}"'
-    opening = (
+    header = (
         f'<article class="card{" dead" * view.dead}" id="{anchor(prefix, view.number)}" {attributes}'
         f"{' data-only' * (not view.dead)}><header>"
         f"{chip(view.number)}<h3>Prototype {view.number}{head}</h3>"
         + (f'<span class="says">{escape(about)}</span>' if about else "")
         + "</header>"
     )
-    parts = [opening, _share_line(view, token_level)]
+    elements = [header, _share_line(view, token_level)]
     pictures = any(not isinstance(neighbour.sample.content, str) for neighbour in view.nearest)
     nearest = _examples(view)
     if pictures:
-        parts.append(nearest)
+        elements.append(nearest)
     if view.words:
         words = "".join(f"<li>{escape(w.word)} <small>&times;{_times(w.lift)}</small></li>" for w in view.words)
-        parts.append(f'<h4>Characteristic words</h4><ul class="words">{words}</ul>')
+        elements.append(f'<h4>Characteristic words</h4><ul class="words">{words}</ul>')
     if view.classes:
-        parts.append(_classes(view))
+        elements.append(_classes(view))
     if view.tokens:
-        parts.append(f"<h4>Nearest tokens</h4>{_neighbours(view.tokens)}")
+        elements.append(f"<h4>Nearest tokens</h4>{_neighbours(view.tokens)}")
     if not pictures:
-        parts.append(nearest)
-    return "".join(parts) + "</article>"
+        elements.append(nearest)
+    return "".join(elements) + "</article>"
 
 
 def _examples(view: PrototypeView) -> str:

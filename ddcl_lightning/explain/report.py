@@ -81,13 +81,13 @@ def _count(explanation: Explanation) -> str:
 
 
 def _header(explanation: Explanation, title: str) -> str:
-    path = " → ".join(f"<b>{escape(part)}</b>" for part in explanation.model)
+    path = " → ".join(f"<b>{escape(name)}</b>" for name in explanation.model)
     weights = f" · weights {escape(explanation.checkpoint)}" if explanation.checkpoint else ""
     kind = "training samples" if explanation.complete else "training samples (a part of them)"
-    seen = f"{explanation.samples:,} {kind}"
+    extent = f"{explanation.samples:,} {kind}"
     if explanation.token_level:
-        seen += f" with {explanation.tokens:,} tokens"
-    lede = f"What the {_count(explanation)} of this model stand for, seen through {seen}."
+        extent += f" with {explanation.tokens:,} tokens"
+    lede = f"What the {_count(explanation)} of this model stand for, seen through {extent}."
     facts = _facts(explanation) if len(explanation.heads) == 1 else _shared_facts(explanation)
     count, heads = len(explanation.inputs), range(len(explanation.heads))
     links = [f'<a href="#head{number}">Head {number}</a>' for number in heads if len(heads) > 1]

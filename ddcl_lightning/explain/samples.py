@@ -21,10 +21,10 @@ def positions(batch: Batch, counted: int) -> tuple[list[int], bool]:
         batch: As the data loader yields it.
         counted: Samples before it, to count on from where the batch has no ``index``.
     """
-    found = index(batch)
-    if found is None:
+    numbers = index(batch)
+    if numbers is None:
         return list(range(counted, counted + size(batch))), False
-    return [int(place) for place in found.flatten().tolist()], True
+    return [int(place) for place in numbers.flatten().tolist()], True
 
 
 def class_labels(batch: Batch) -> Tensor:
@@ -86,8 +86,8 @@ class Album:
         if text is not None:
             return str(text[row])[:MAX_TEXT]
         if self._example is not None and known:
-            found = self._example(place)
-            return found[:MAX_TEXT] if isinstance(found, str) else thumbnail(np.asarray(found))
+            content = self._example(place)
+            return content[:MAX_TEXT] if isinstance(content, str) else thumbnail(np.asarray(content))
         x = batch.get("x") if isinstance(batch, dict) else batch[0] if isinstance(batch, (list, tuple)) else batch
         if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] in (1, 3):
             return thumbnail(to_image(x[row]))

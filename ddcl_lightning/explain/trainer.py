@@ -69,7 +69,7 @@ class ExplainingTrainer(pl.Trainer):
             raise ValueError(sentence) from error
         model.to(self.strategy.root_device)
         with self.precision_plugin.predict_step_context():
-            found = collect(
+            explanation = collect(
                 model,
                 datamodule,
                 examples=examples,
@@ -80,13 +80,13 @@ class ExplainingTrainer(pl.Trainer):
                 to_device=lambda batch: compat.to_device(self, batch),
                 progress=self.progress_bar_callback is not None,
             )
-        page = render(found)
+        page = render(explanation)
         write_text(output, page)
-        dead = sum(prototype.dead for head in found.heads for prototype in head.prototypes)
+        dead = sum(prototype.dead for head in explanation.heads for prototype in head.prototypes)
         size = Path(output).stat().st_size / 1024
         rank_zero_info(
-            f"Wrote {output} ({size:,.0f} KiB): {sum(len(h.prototypes) for h in found.heads)} "
-            f"prototypes ({dead} dead), {found.samples:,} samples, {len(found.inputs)} inputs."
+            f"Wrote {output} ({size:,.0f} KiB): {sum(len(h.prototypes) for h in explanation.heads)} "
+            f"prototypes ({dead} dead), {explanation.samples:,} samples, {len(explanation.inputs)} inputs."
         )
 
 

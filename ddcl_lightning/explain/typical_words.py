@@ -16,8 +16,8 @@ MIN_COUNT = 3.0  # tokens a word needs in all before it can be typical of anythi
 
 def words_of(text: str) -> list[str]:
     """Words of a text in lower case, each once, in order."""
-    found = (match.group().lower() for match in WORD.finditer(text))
-    return list(dict.fromkeys(word for word in found if 1 < len(word) <= LONGEST))
+    words = (match.group().lower() for match in WORD.finditer(text))
+    return list(dict.fromkeys(word for word in words if 1 < len(word) <= LONGEST))
 
 
 def words_at(text: str, spans: Sequence[Span]) -> list[str | None]:
@@ -25,7 +25,7 @@ def words_at(text: str, spans: Sequence[Span]) -> list[str | None]:
 
     A tokenizer cuts rare words into pieces, and pieces say little: each stands for its whole word.
     """
-    found: list[str | None] = [None] * len(spans)
+    words: list[str | None] = [None] * len(spans)
     order = sorted((span, place) for place, span in enumerate(spans) if span[1] > span[0])
     matches = list(WORD.finditer(text))
     at = 0
@@ -37,8 +37,8 @@ def words_at(text: str, spans: Sequence[Span]) -> list[str | None]:
         word = matches[at].group()
         if matches[at].start() >= end or len(word) < 2:
             continue
-        found[place] = word.lower() if len(word) <= LONGEST else text[start:end].lower()
-    return found
+        words[place] = word.lower() if len(word) <= LONGEST else text[start:end].lower()
+    return words
 
 
 class WordMass:

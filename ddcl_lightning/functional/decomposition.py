@@ -143,11 +143,11 @@ def _decompose(
     loss, ols, variance, energy, rows = (p.new_zeros(lead) for _ in range(5))
     count = p.new_zeros(lead) + tokens.shape[-2] if mask is None else mask.sum(-1).to(torch.float64)
 
-    for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
-        valid = None if mask is None else mask[..., part]
-        z = zero_padding(tokens[..., part, :].to(torch.float64) - center, valid)
+    for chunk in token_chunks(tokens.shape[-2], p[..., 0].numel()):
+        valid = None if mask is None else mask[..., chunk]
+        z = zero_padding(tokens[..., chunk, :].to(torch.float64) - center, valid)
         distances = _squared_distances(z, p)
-        q = (-distances / value).softmax(-1) if weights is None else weights[..., part, :].to(torch.float64)
+        q = (-distances / value).softmax(-1) if weights is None else weights[..., chunk, :].to(torch.float64)
         q = zero_padding(q, valid)
         centroids = q @ p
         keep = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device) if valid is None else valid.to(z.dtype)

@@ -98,9 +98,9 @@ def assignment_statistics(
     mass = p.new_zeros(p.shape[:-1])
     counts = torch.zeros(p.shape[:-1], dtype=torch.int64, device=p.device)
     with torch.autocast(tokens.device.type, enabled=False):
-        for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
-            valid = None if mask is None else mask[..., part]
-            log_q = log_assign(zero_padding(tokens[..., part, :].to(dtype), valid), p, temperature)
+        for chunk in token_chunks(tokens.shape[-2], p[..., 0].numel()):
+            valid = None if mask is None else mask[..., chunk]
+            log_q = log_assign(zero_padding(tokens[..., chunk, :].to(dtype), valid), p, temperature)
             q = zero_padding(log_q.exp(), valid)
             entropy += torch.special.entr(q).sum((-1, -2))  # -q ln q, and 0 where q underflows
             mass += q.sum(-2)

@@ -91,9 +91,9 @@ def _squared(points: Tensor, place: Tensor) -> Tensor:
 
 def _two_nearest(points: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distances ``(N,)`` to the nearest and the second nearest prototype, and which the nearest is."""
-    parts = [
+    nearest = [
         torch.cdist(points[rows], prototypes, compute_mode="donot_use_mm_for_euclid_dist").topk(2, largest=False)
         for rows in token_chunks(len(points), len(prototypes))
     ]
-    squares = torch.cat([part.values for part in parts]).square()
-    return squares[:, 0], squares[:, 1], torch.cat([part.indices[:, 0] for part in parts])
+    squares = torch.cat([chunk.values for chunk in nearest]).square()
+    return squares[:, 0], squares[:, 1], torch.cat([chunk.indices[:, 0] for chunk in nearest])

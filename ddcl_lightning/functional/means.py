@@ -45,12 +45,12 @@ def _stream(
     p = prototypes.to(dtype)
     total = TokenMeans(p.new_full(p.shape[:-1], -torch.inf), torch.zeros_like(p))
     with torch.autocast(tokens.device.type, enabled=False):
-        for part in token_chunks(tokens.shape[-2], p[..., 0].numel()):
-            valid = None if mask is None else mask[..., part]
-            z = zero_padding(tokens[..., part, :].to(dtype), valid)
+        for chunk in token_chunks(tokens.shape[-2], p[..., 0].numel()):
+            valid = None if mask is None else mask[..., chunk]
+            z = zero_padding(tokens[..., chunk, :].to(dtype), valid)
             log_q = log_assign(z, p, temperature)
             if codes is not None:
-                codes[..., part] = log_q.argmax(-1)
+                codes[..., chunk] = log_q.argmax(-1)
             if valid is not None:
                 log_q = log_q.masked_fill(~valid.unsqueeze(-1), -torch.inf)
             log_mass = log_q.logsumexp(-2)

@@ -95,9 +95,9 @@ def _weighted_lambda_max(tokens: Tensor, weights: Tensor) -> Tensor:
     if dim > EXACT_DIMENSION or mean.numel() * dim > EXACT_ELEMENTS:
         return _power_iteration(tokens, weights, mean)
     covariance = mean.new_zeros(*mean.shape, dim)
-    for part in token_chunks(tokens.shape[-2], mean.numel()):
-        centred = tokens[..., None, part, :] - mean.unsqueeze(-2)
-        covariance += (centred * weights[..., part].unsqueeze(-1)).mT @ centred
+    for chunk in token_chunks(tokens.shape[-2], mean.numel()):
+        centred = tokens[..., None, chunk, :] - mean.unsqueeze(-2)
+        covariance += (centred * weights[..., chunk].unsqueeze(-1)).mT @ centred
     eigenvalues: Tensor = torch.linalg.eigvalsh(covariance)
     return eigenvalues[..., -1].clamp(min=0.0)
 

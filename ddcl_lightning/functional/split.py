@@ -70,16 +70,16 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
         return nothing
     generator = torch.Generator().manual_seed(seed)
     nulls = []
-    for part in token_chunks(num_nulls, 4 * z.shape[0] * len(spread)):
-        shape = (part.stop - part.start, len(z), len(spread))
+    for chunk in token_chunks(num_nulls, 4 * z.shape[0] * len(spread)):
+        shape = (chunk.stop - chunk.start, len(z), len(spread))
         sample = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
         nulls.append(_two_means(sample - sample.mean(1, keepdim=True), 1)[0])
     null = torch.cat(nulls)
     score = float((share - null.mean()) / null.std().clamp(min=1e-12))
-    found = mean + centers[0] @ directions
+    centers_in_space = mean + centers[0] @ directions
     # Their order must not hang on the sign of a direction, which rounding decides.
     fixed = torch.randn(dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return SplitTest(score, found[(found @ fixed).argsort()].to(tokens))
+    return SplitTest(score, centers_in_space[(centers_in_space @ fixed).argsort()].to(tokens))
 
 
 def _two_means(z: Tensor, min_tokens: int) -> tuple[Tensor, Tensor]:

@@ -45,18 +45,22 @@ class AttentionPooling(PoolingHead):
     Args:
         num_heads: H, queries, at least 1; ``pooled_dim`` is ``H * embed_dim``.
         dim: Width of the hidden layer; by default ``embed_dim``.
-        budget: Parameters that the head may have, instead of ``dim``.
+        max_parameters: Parameters that the head may have, instead of ``dim``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
-        ValueError: If a size is below 1 or both widths are given; in ``build``, if the budget is too small.
+        ValueError: If a size is below 1 or both widths are given; in ``build``, if ``max_parameters`` is too small.
     """
 
     @typed
     def __init__(
-        self, num_heads: int = 1, dim: int | None = None, budget: int | None = None, embed_dim: int | None = None
+        self,
+        num_heads: int = 1,
+        dim: int | None = None,
+        max_parameters: int | None = None,
+        embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, budget)
+        super().__init__(dim, max_parameters)
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1; got {num_heads}.")
         self.num_heads, self.dim = num_heads, dim

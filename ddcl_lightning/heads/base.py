@@ -24,7 +24,7 @@ class ReadoutOutput:
     Attributes:
         tokens: One vector per token, ``(B, T, *)``.
         pooled: One vector per sample, ``(B, pooled_dim)``.
-        levels: Loss terms per level, each ``(H,)``; empty for a head without prototypes.
+        loss_terms: Loss terms per level, each ``(H,)``; empty for a head without prototypes.
         assignments: Mean soft assignment of each sample to the prototypes of the last level,
             ``(B, H, K)``; None while training and for a head without prototypes.
         regularization: A scalar that the task adds to its loss as it is (a repulsion, say), or None.
@@ -37,7 +37,7 @@ class ReadoutOutput:
 
     tokens: Tensor
     pooled: Tensor
-    levels: list[Decomposition] = field(default_factory=list)
+    loss_terms: list[Decomposition] = field(default_factory=list)
     assignments: Tensor | None = None
     regularization: Tensor | None = None
     codes: Tensor | None = None
@@ -51,12 +51,12 @@ class ReadoutOutput:
         Raises:
             ValueError: If the head has no prototypes.
         """
-        if not self.levels:
+        if not self.loss_terms:
             raise ValueError(
                 "the head returned no loss terms, so there is no quantisation loss to train on. Use a head with "
                 "prototypes (DDCLReadout), or set the task's quantization_weight to 0."
             )
-        return torch.stack([terms.loss.sum() for terms in self.levels]).sum()
+        return torch.stack([terms.loss.sum() for terms in self.loss_terms]).sum()
 
 
 class Head(nn.Module, ABC):

@@ -9,8 +9,8 @@ from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional import log_barrier
 from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
+from ddcl_lightning.heads.width import check_width, widest
 from ddcl_lightning.nn.attention import DDCLAttention
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
@@ -49,12 +49,12 @@ class DDCLReadout(Head):
         tokens: ``"all"`` reads every valid token; ``"first"`` only the first valid one (the encoder's CLS vector, as
             the paper does); ``"mean"`` the mean valid token, one vector per document to cluster. With the last two
             the bank sees one token per sample: its losses, its k-means start and the assignments are those of samples.
-        budget: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the largest
-            dimension within it is found by ``build``. Such a head always projects.
+        max_parameters: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the
+            largest dimension within it is found by ``build``. Such a head always projects.
 
     Raises:
-        ValueError: If an argument is out of its range, or ``prototype_dim`` and ``budget`` are both given; in
-            ``build``, if sizes do not fit each other or the budget is too small.
+        ValueError: If an argument is out of its range, or ``prototype_dim`` and ``max_parameters`` are both given; in
+            ``build``, if sizes do not fit each other or ``max_parameters`` is too small.
     """
 
     attention: DDCLAttention
@@ -73,12 +73,12 @@ class DDCLReadout(Head):
         repulsion: float = 0.0,
         embed_dim: int | None = None,
         tokens: TokenChoice = "all",
-        budget: int | None = None,
+        max_parameters: int | None = None,
     ) -> None:
         super().__init__()
         require_at_least(1, num_prototypes=num_prototypes, num_heads=num_heads)
         Temperature.of(temperature).per_head(num_heads)  # refuse early
-        check_width("prototype_dim", prototype_dim, budget)
+        check_width("prototype_dim", prototype_dim, max_parameters)
         if tokens not in get_args(TokenChoice):
             raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")
         if pooling not in get_args(Pooling):
@@ -98,7 +98,7 @@ class DDCLReadout(Head):
             detach_assignments,
             repulsion,
         )
-        self.tokens, self.budget = tokens, budget
+        self.tokens, self.max_parameters = tokens, max_parameters
         if embed_dim is not None:
             self.build(embed_dim)
 
@@ -110,7 +110,9 @@ class DDCLReadout(Head):
             embed_dim,
             self.num_prototypes,
             num_heads=self.num_heads,
-            prototype_dim=self.prototype_dim if self.budget is None else self._widest(embed_dim, self.budget),
+            prototype_dim=self.prototype_dim
+            if self.max_parameters is None
+            else self._widest(embed_dim, self.max_parameters),
             temperature=self.temperature,
             residual=self.residual,
             # The task reads the concatenated centroids; a projection before it would be redundant or unused.
@@ -128,11 +130,11 @@ class DDCLReadout(Head):
         }[self.pooling]
         super().build(embed_dim)
 
-    def _widest(self, embed_dim: int, budget: int) -> int:
+    def _widest(self, embed_dim: int, max_parameters: int) -> int:
         """The prototypes' largest dimension d: the parameters are the projection, the prototypes and ``W_o``."""
         per_dim = self.num_heads * (embed_dim + self.num_prototypes + (embed_dim if self.residual else 0))
-        dim = widest(lambda width: per_dim * width, budget)
-        # One head in the tokens' own space has no projection, and would leave most of the budget unused.
+        dim = widest(lambda width: per_dim * width, max_parameters)
+        # One head in the tokens' own space has no projection, and would leave most of max_parameters unused.
         return dim - 1 if self.num_heads == 1 and dim == embed_dim > 1 else dim
 
     @property
@@ -156,9 +158,9 @@ class DDCLReadout(Head):
         args = super().init_args()
         if self.input_dim is not None and self.attention.scale.mode != "none":
             args["embedding_scale"] = self.attention.scale.mode
-        if self.budget is not None and self.num_prototypes != self._num_prototypes:
-            # The budget was spent on another number of prototypes, and would give another dimension now.
-            args["budget"], args["prototype_dim"] = None, self.attention.bank.dim
+        if self.max_parameters is not None and self.num_prototypes != self._num_prototypes:
+            # max_parameters was spent on another number of prototypes, and would give another dimension now.
+            args["max_parameters"], args["prototype_dim"] = None, self.attention.bank.dim
         return args
 
     def bound_scale(self) -> None:
@@ -197,10 +199,10 @@ class DDCLReadout(Head):
         return ReadoutOutput(output.tokens, pooled, [output.terms], assignments, regularization)
 
     def _pool(self, tokens: Tensor, assignments: Tensor | None, mask: Tensor | None) -> Tensor:
-        parts = []
+        pooled = []
         if self.pooling != "histogram":
-            parts.append(mean_token(tokens, mask))
+            pooled.append(mean_token(tokens, mask))
         if self.pooling != "centroid":
             assert assignments is not None
-            parts.append(assignments.flatten(1).to(tokens.dtype))
-        return torch.cat(parts, -1)
+            pooled.append(assignments.flatten(1).to(tokens.dtype))
+        return torch.cat(pooled, -1)

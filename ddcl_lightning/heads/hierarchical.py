@@ -10,16 +10,16 @@ from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens
-from ddcl_lightning.heads.budget import check_width, widest
 from ddcl_lightning.heads.pooling import first_token, mean_token
+from ddcl_lightning.heads.width import check_width, widest
 from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
-from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
-LevelTokens = Literal["all", "first", "mean", "rare_mean", "rare_inputs", "joined"]
+LevelTokens = Literal["all", "first", "mean", "idf_mean", "idf_inputs", "joined"]
 LevelPooling = Literal["last", "all"]
-RARE = ("rare_mean", "rare_inputs")
+IDF_READS = ("idf_mean", "idf_inputs")
 
 
 class HierarchicalReadout(Head):
@@ -42,10 +42,10 @@ class HierarchicalReadout(Head):
         temperature: Initial softness of the assignments of each level, see :class:`~ddcl_lightning.Temperature`. A
             ``TemperatureAnnealing`` callback replaces it (``banks="*levels.1.*"`` gives one level its own schedule).
         tokens: What each level reads of the level below (the first one of the backbone): ``"all"``: every valid token;
-            ``"first"``: the first valid one; ``"mean"``: the mean valid one, one vector per sample; ``"rare_mean"``:
-            the same with tokens weighted by the rarity of their prototypes
-            (:class:`~ddcl_lightning.nn.idf.PrototypeRarity`), which keeps what distinguishes samples;
-            ``"rare_inputs"``: that mean of what the level below has read, not of its centroids (the best of those we
+            ``"first"``: the first valid one; ``"mean"``: the mean valid one, one vector per sample; ``"idf_mean"``:
+            the same with tokens weighted by the idf of their prototypes
+            (:class:`~ddcl_lightning.nn.idf.PrototypeIDF`), which keeps what distinguishes samples;
+            ``"idf_inputs"``: that mean of what the level below has read, not of its centroids (the best of those we
             tried for clustering text, and not eq. 17 to the letter; see docs/measurements.md); ``"joined"``: all of
             them side by side, in their order, for samples of ``num_tokens`` tokens. By default ``"all"`` for every
             level but the last, which reads the ``"mean"`` as the paper does. The two rare means store the assignments
@@ -61,19 +61,20 @@ class HierarchicalReadout(Head):
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
         num_tokens: T of the samples, for ``"joined"``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
-        budget: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the largest
-            dimension for all levels within it is found by ``build``. The first level of such a head always projects.
+        max_parameters: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the
+            largest dimension for all levels within it is found by ``build``. The first level of such a
+            head always projects.
 
     Attributes:
         levels: The layers, one :class:`~ddcl_lightning.DDCLAttention` each.
 
     Raises:
         ValueError: If an argument is out of its range, has not one value per level, or does not go with another; in
-            ``build``, if sizes do not fit each other or the budget is too small.
+            ``build``, if sizes do not fit each other or ``max_parameters`` is too small.
     """
 
     levels: nn.ModuleList
-    rarities: nn.ModuleDict
+    idf: nn.ModuleDict
 
     @typed
     def __init__(
@@ -89,7 +90,7 @@ class HierarchicalReadout(Head):
         detach_assignments: bool = False,
         num_tokens: int | None = None,
         embed_dim: int | None = None,
-        budget: int | None = None,
+        max_parameters: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_prototypes, Sequence) or not num_prototypes:
@@ -101,7 +102,7 @@ class HierarchicalReadout(Head):
         self.temperature = temperature
         self.tokens, self.embedding_scale = tokens, embedding_scale
         self.end_to_end, self.pooling, self.detach_assignments = end_to_end, pooling, detach_assignments
-        self.num_tokens, self.budget = num_tokens, budget
+        self.num_tokens, self.max_parameters = num_tokens, max_parameters
         self._heads: list[int] = self._each("num_heads", num_heads)
         self._dims: list[int | None] = self._each("prototype_dim", prototype_dim)
         self._scales: list[ScaleMode | Literal["auto"]] = self._each("embedding_scale", embedding_scale)
@@ -112,7 +113,7 @@ class HierarchicalReadout(Head):
         default: list[LevelTokens] = ["all" for _ in self.num_prototypes[1:]]
         default.append(last)
         self._reads: list[LevelTokens] = default if tokens is None else self._each("tokens", tokens)
-        check_width("prototype_dim", next(filter(None, self._dims), None), budget)
+        check_width("prototype_dim", next(filter(None, self._dims), None), max_parameters)
         self._check_choices()
         if embed_dim is not None:
             self.build(embed_dim)
@@ -142,7 +143,7 @@ class HierarchicalReadout(Head):
             for value in values:
                 if value not in allowed:
                     raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
-        if self._reads[0] in RARE:
+        if self._reads[0] in IDF_READS:
             raise ValueError(
                 f"tokens of the first level must not be {self._reads[0]!r}, which weighs tokens by the prototypes of "
                 "the level below. Use 'all' there."
@@ -156,7 +157,7 @@ class HierarchicalReadout(Head):
             raise ValueError(f"num_tokens must be at least 1, the tokens of a sample; got {self.num_tokens}.")
         single = next((level for level, reads in enumerate(self._reads) if reads != "all"), self.num_levels)
         for reads in self._reads[single + 1 :]:
-            if reads in ("joined", *RARE):
+            if reads in ("joined", *IDF_READS):
                 raise ValueError(
                     f"tokens must not be {reads!r} above a level that reads one vector per sample; got {self._reads}. "
                     "Use 'all' there."
@@ -166,8 +167,12 @@ class HierarchicalReadout(Head):
         """Create the levels for tokens of dimension ``embed_dim``."""
         if check_rebuild(self, embed_dim):
             return
-        dims = self._dims if self.budget is None else [self._widest(embed_dim, self.budget)] * self.num_levels
-        self.levels, self.rarities = nn.ModuleList(), nn.ModuleDict()
+        dims = (
+            self._dims
+            if self.max_parameters is None
+            else [self._widest(embed_dim, self.max_parameters)] * self.num_levels
+        )
+        self.levels, self.idf = nn.ModuleList(), nn.ModuleDict()
         width = below = embed_dim
         for level, reads in enumerate(self._reads):
             width = below = self._width(reads, width, below)
@@ -184,8 +189,8 @@ class HierarchicalReadout(Head):
                 detach_assignments=self.detach_assignments,
             )
             self.levels.append(layer)
-            if level + 1 < self.num_levels and self._reads[level + 1] in RARE:
-                self.rarities[str(level)] = PrototypeRarity(self._heads[level], self.num_prototypes[level])
+            if level + 1 < self.num_levels and self._reads[level + 1] in IDF_READS:
+                self.idf[str(level)] = PrototypeIDF(self._heads[level], self.num_prototypes[level])
             width = layer.output_dim
         self.pooled_dim = width if self.pooling == "last" else sum(self._layer(i).output_dim for i in self._range())
         super().build(embed_dim)
@@ -195,9 +200,9 @@ class HierarchicalReadout(Head):
         if reads == "joined":
             assert self.num_tokens is not None
             return width * self.num_tokens
-        return below if reads == "rare_inputs" else width
+        return below if reads == "idf_inputs" else width
 
-    def _widest(self, embed_dim: int, budget: int) -> int:
+    def _widest(self, embed_dim: int, max_parameters: int) -> int:
         """The prototypes' largest dimension d for all levels: the parameters are projections and prototypes."""
 
         def count(dim: int) -> int:
@@ -210,8 +215,8 @@ class HierarchicalReadout(Head):
                 width = heads * dim
             return total
 
-        dim = widest(count, budget)
-        # One head in the tokens' own space has no projection, and would leave most of the budget unused.
+        dim = widest(count, max_parameters)
+        # One head in the tokens' own space has no projection, and would leave most of max_parameters unused.
         return dim - 1 if self._heads[0] == 1 and dim == embed_dim > 1 else dim
 
     def _range(self) -> range:
@@ -248,7 +253,9 @@ class HierarchicalReadout(Head):
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The projections into the levels' spaces, where there are any."""
         projections = (self._layer(level).input_projection for level in self._range())
-        return [parameter for one in projections if one is not None for parameter in one.parameters()]
+        return [
+            parameter for projection in projections if projection is not None for parameter in projection.parameters()
+        ]
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
         """Read out ``(B, T, embed_dim)`` tokens; assignments to the last level are returned in evaluation mode.
@@ -261,14 +268,14 @@ class HierarchicalReadout(Head):
         below: DDCLAttentionOutput | None = None
         inputs = tokens
         for level in self._range():
-            if self._reads[level] == "rare_inputs":
+            if self._reads[level] == "idf_inputs":
                 tokens = inputs
             if level > 0 and not self.end_to_end:
                 tokens = tokens.detach()
             tokens, mask = self._read(level, tokens, mask, below)
             inputs = tokens
             last = level == self.num_levels - 1
-            need_weights = (last and not self.training) or str(level) in self.rarities
+            need_weights = (last and not self.training) or str(level) in self.idf
             below = self._layer(level)(tokens, mask, need_weights)
             tokens = below.tokens
             terms.append(below.terms)
@@ -292,10 +299,10 @@ class HierarchicalReadout(Head):
             return self._join(tokens, mask), None
         if mask is not None:
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
-        if reads in RARE:
+        if reads in IDF_READS:
             assert below is not None
             assert below.weights is not None
-            weights = self.rarities[str(level - 1)](below.weights.detach(), mask).to(tokens.dtype).unsqueeze(-1)
+            weights = self.idf[str(level - 1)](below.weights.detach(), mask).to(tokens.dtype).unsqueeze(-1)
             return (weights * tokens).sum(1, keepdim=True) / weights.sum(1, keepdim=True), None
         return (first_token if reads == "first" else mean_token)(tokens, mask).unsqueeze(1), None
 

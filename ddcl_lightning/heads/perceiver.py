@@ -76,12 +76,12 @@ class PerceiverPooling(PoolingHead):
         num_heads: Heads of every attention.
         num_blocks: Self-attention blocks, at least 0.
         dim: Width of the latents, a multiple of ``num_heads``; by default ``embed_dim``.
-        budget: Parameters that the head may have, instead of ``dim``.
+        max_parameters: Parameters that the head may have, instead of ``dim``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
         ValueError: If a size is out of its range or both widths are given; in ``build``, if the width is not a multiple
-            of ``num_heads`` or the budget too small.
+            of ``num_heads`` or ``max_parameters`` too small.
     """
 
     @typed
@@ -91,10 +91,10 @@ class PerceiverPooling(PoolingHead):
         num_heads: int = 4,
         num_blocks: int = 1,
         dim: int | None = None,
-        budget: int | None = None,
+        max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, budget, num_heads)
+        super().__init__(dim, max_parameters, num_heads)
         for name, value, least in (
             ("num_latents", num_latents, 1),
             ("num_heads", num_heads, 1),

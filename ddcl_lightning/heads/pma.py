@@ -74,12 +74,12 @@ class PMAPooling(PoolingHead):
         num_heads: Heads of the attention (4 in the paper).
         pooling: ``"flatten"`` lays the k outputs side by side, ``"mean"`` averages them.
         dim: Width of the block, a multiple of ``num_heads``; by default ``embed_dim``.
-        budget: Parameters that the head may have, instead of ``dim``.
+        max_parameters: Parameters that the head may have, instead of ``dim``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
         ValueError: If a size is below 1, both widths are given or the pooling is unknown; in ``build``, if the width is
-            not a multiple of ``num_heads`` or the budget too small.
+            not a multiple of ``num_heads`` or ``max_parameters`` too small.
     """
 
     @typed
@@ -89,10 +89,10 @@ class PMAPooling(PoolingHead):
         num_heads: int = 4,
         pooling: SeedPooling = "flatten",
         dim: int | None = None,
-        budget: int | None = None,
+        max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, budget, num_heads)
+        super().__init__(dim, max_parameters, num_heads)
         for name, value in (("num_seeds", num_seeds), ("num_heads", num_heads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.budget import check_width, count_parameters, widest
+from ddcl_lightning.heads.width import check_width, count_parameters, widest
 
 
 class PoolingLayer(nn.Module):
@@ -29,7 +29,7 @@ class PoolingHead(Head):
 
     Args:
         width: Width of the layer, or None for its default.
-        budget: Parameters that the head may have: the largest width within it is found by ``build``.
+        max_parameters: Parameters that the head may have: the largest width within it is found by ``build``.
         step: What the width must be a multiple of.
 
     Raises:
@@ -40,10 +40,10 @@ class PoolingHead(Head):
     width_name = "dim"
 
     @typed
-    def __init__(self, width: int | None, budget: int | None, step: int = 1) -> None:
+    def __init__(self, width: int | None, max_parameters: int | None, step: int = 1) -> None:
         super().__init__()
-        check_width(self.width_name, width, budget)
-        self.budget = budget
+        check_width(self.width_name, width, max_parameters)
+        self.max_parameters = max_parameters
         self._width, self._step = width, step
 
     @abstractmethod
@@ -55,9 +55,9 @@ class PoolingHead(Head):
         if check_rebuild(self, embed_dim):
             return
         width = self._width
-        if self.budget is not None:
+        if self.max_parameters is not None:
             width = widest(
-                lambda dim: count_parameters(lambda: self.create_layer(embed_dim, dim)), self.budget, self._step
+                lambda dim: count_parameters(lambda: self.create_layer(embed_dim, dim)), self.max_parameters, self._step
             )
         self.layer = self.create_layer(embed_dim, width)
         self.pooled_dim = self.layer.output_dim
@@ -125,23 +125,25 @@ class _Max(_Summary):
 class CLSPooling(PoolingHead):
     """The first token of each sample (Devlin et al. 2019, BERT, section 3: the ``[CLS]`` vector).
 
-    With ``hidden_dim`` (or ``budget``) it is the parameter-matched control of a comparison: a hidden layer on the same
-    vector. What it gains over the bare token is what the parameters alone buy.
+    With ``hidden_dim`` (or ``max_parameters``) it is the parameter-matched control of a comparison: a hidden layer on
+    the same vector. What it gains over the bare token is what the parameters alone buy.
 
     Args:
         hidden_dim: Width of a layer ``GELU(W x + b)`` on the token, which becomes ``pooled_dim``; None leaves it out.
-        budget: Parameters that the head may have, instead of ``hidden_dim``.
+        max_parameters: Parameters that the head may have, instead of ``hidden_dim``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
-        ValueError: If both widths are given, or one is below 1; in ``build``, if the budget is too small.
+        ValueError: If both widths are given, or one is below 1; in ``build``, if ``max_parameters`` is too small.
     """
 
     width_name = "hidden_dim"
 
     @typed
-    def __init__(self, hidden_dim: int | None = None, budget: int | None = None, embed_dim: int | None = None) -> None:
-        super().__init__(hidden_dim, budget)
+    def __init__(
+        self, hidden_dim: int | None = None, max_parameters: int | None = None, embed_dim: int | None = None
+    ) -> None:
+        super().__init__(hidden_dim, max_parameters)
         self.hidden_dim = hidden_dim
         if embed_dim is not None:
             self.build(embed_dim)
@@ -154,22 +156,24 @@ class CLSPooling(PoolingHead):
 class MeanPooling(PoolingHead):
     """The mean of the valid tokens (Reimers & Gurevych 2019, Sentence-BERT, section 3).
 
-    With ``hidden_dim`` (or ``budget``) it is the parameter-matched control, see :class:`CLSPooling`.
+    With ``hidden_dim`` (or ``max_parameters``) it is the parameter-matched control, see :class:`CLSPooling`.
 
     Args:
         hidden_dim: Width of a layer ``GELU(W x + b)`` on the mean, which becomes ``pooled_dim``; None leaves it out.
-        budget: Parameters that the head may have, instead of ``hidden_dim``.
+        max_parameters: Parameters that the head may have, instead of ``hidden_dim``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
-        ValueError: If both widths are given, or one is below 1; in ``build``, if the budget is too small.
+        ValueError: If both widths are given, or one is below 1; in ``build``, if ``max_parameters`` is too small.
     """
 
     width_name = "hidden_dim"
 
     @typed
-    def __init__(self, hidden_dim: int | None = None, budget: int | None = None, embed_dim: int | None = None) -> None:
-        super().__init__(hidden_dim, budget)
+    def __init__(
+        self, hidden_dim: int | None = None, max_parameters: int | None = None, embed_dim: int | None = None
+    ) -> None:
+        super().__init__(hidden_dim, max_parameters)
         self.hidden_dim = hidden_dim
         if embed_dim is not None:
             self.build(embed_dim)

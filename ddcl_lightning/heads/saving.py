@@ -30,7 +30,7 @@ def stored_arguments(head: Head) -> dict[str, Any]:
         TypeError: If an argument is kept nowhere.
     """
     name = type(head).__name__
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for argument in list(inspect.signature(type(head).__init__).parameters.values())[1:]:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) or not hasattr(head, argument.name):
             if argument.name == "embed_dim":
@@ -39,8 +39,8 @@ def stored_arguments(head: Head) -> dict[str, Any]:
                 f"{name} keeps its argument {argument.name!r} nowhere, so it could not be made again. Store it as "
                 f"self.{argument.name}, or override init_args()."
             )
-        found[argument.name] = getattr(head, argument.name)
-    return found
+        arguments[argument.name] = getattr(head, argument.name)
+    return arguments
 
 
 def describe(head: Head) -> dict[str, Any]:

@@ -79,11 +79,11 @@ class SlotAttentionPooling(PoolingHead):
         num_slots: S, at least 1.
         num_iterations: Rounds, at least 1 (3 in the paper).
         dim: Width of the slots; by default ``embed_dim``.
-        budget: Parameters that the head may have, instead of ``dim``.
+        max_parameters: Parameters that the head may have, instead of ``dim``.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
-        ValueError: If a size is below 1 or both widths are given; in ``build``, if the budget is too small.
+        ValueError: If a size is below 1 or both widths are given; in ``build``, if ``max_parameters`` is too small.
     """
 
     @typed
@@ -92,10 +92,10 @@ class SlotAttentionPooling(PoolingHead):
         num_slots: int = 4,
         num_iterations: int = 3,
         dim: int | None = None,
-        budget: int | None = None,
+        max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, budget)
+        super().__init__(dim, max_parameters)
         for name, value in (("num_slots", num_slots), ("num_iterations", num_iterations)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")

@@ -94,14 +94,14 @@ class SoftVQ(Head):
         """Quantise ``(B, T, embed_dim)`` tokens; the share of each code is returned in evaluation mode."""
         check_tokens(self, tokens, mask)
         tokens, mask = fill_padding(tokens, mask)
-        found = self.quantizer(tokens, mask)
-        codes = found.indices.unsqueeze(-1) if self.num_heads == 1 else found.indices
+        output = self.quantizer(tokens, mask)
+        codes = output.indices.unsqueeze(-1) if self.num_heads == 1 else output.indices
         shares = None if self.training else code_shares(codes, self.num_codes, mask)
         return ReadoutOutput(
-            found.quantized,
-            mean_token(found.quantized, mask),
+            output.quantized,
+            mean_token(output.quantized, mask),
             assignments=shares,
-            regularization=found.terms.loss,
-            signals={"code_entropy": found.terms.entropy.mean(), "code_gap": found.terms.gap.mean()},
+            regularization=output.terms.loss,
+            signals={"code_entropy": output.terms.entropy.mean(), "code_gap": output.terms.gap.mean()},
             codes=codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1),
         )

@@ -72,7 +72,7 @@ class VectorQuantizer(GuardedState, PoolingLayer):
         if self.training and self.init == "kmeans" and self.codebook.requires_grad and not bool(self.initialized):
             self._start(embedded if mask is None else embedded[mask])
         codes = nearest_prototype(embedded.detach().flatten(0, 1), self.codebook.detach()).view(embedded.shape[:-1])
-        found = self.codebook[codes]
+        nearest = self.codebook[codes]
         used = codes if mask is None else codes[mask]
         self.counts.copy_(torch.bincount(used.flatten(), minlength=len(self.codebook)))
 
@@ -81,8 +81,8 @@ class VectorQuantizer(GuardedState, PoolingLayer):
             mean = masked_mean(squared.flatten(), None if mask is None else mask.flatten())
             return mean * token_weight(mask if self.training else None)
 
-        straight = embedded + (found.to(embedded.dtype) - embedded).detach()
-        return Quantized(straight, codes, distance(embedded.detach(), found), distance(embedded, found.detach()))
+        straight = embedded + (nearest.to(embedded.dtype) - embedded).detach()
+        return Quantized(straight, codes, distance(embedded.detach(), nearest), distance(embedded, nearest.detach()))
 
     @torch.no_grad()
     def _start(self, tokens: Tensor) -> None:
@@ -114,12 +114,12 @@ class VQPooling(PoolingHead):
         init: ``"uniform"``, the authors' start in ``[-1/K, 1/K]``, under which most codes may never be used; or
             ``"kmeans"`` on the tokens of the first training batch, which needs K different ones.
         dim: d, dimension of the codes; by default ``embed_dim``, without a projection.
-        budget: Parameters that the head may have, instead of ``dim``; it always projects then.
+        max_parameters: Parameters that the head may have, instead of ``dim``; it always projects then.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
 
     Raises:
-        ValueError: If an argument is out of its range or both widths are given; in ``build``, if the budget is too
-            small; in the first training step, if there are too few tokens for a k-means start.
+        ValueError: If an argument is out of its range or both widths are given; in ``build``, if ``max_parameters`` is
+            too small; in the first training step, if there are too few tokens for a k-means start.
     """
 
     layer: VectorQuantizer
@@ -133,10 +133,10 @@ class VQPooling(PoolingHead):
         weight: float = 0.1,
         init: CodebookInit = "uniform",
         dim: int | None = None,
-        budget: int | None = None,
+        max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, budget)
+        super().__init__(dim, max_parameters)
         if num_codes < 1:
             raise ValueError(f"num_codes must be at least 1; got {num_codes}.")
         if not beta >= 0:
@@ -156,7 +156,7 @@ class VQPooling(PoolingHead):
 
     def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
         """A quantiser with codes of ``width``."""
-        project = self.budget is not None or width not in (None, embed_dim)
+        project = self.max_parameters is not None or width not in (None, embed_dim)
         return VectorQuantizer(embed_dim, width or embed_dim, self.num_codes, project, self.init)
 
     def prototype_parameters(self) -> list[nn.Parameter]:
@@ -167,15 +167,15 @@ class VQPooling(PoolingHead):
         """Quantise and average ``(B, T, embed_dim)`` tokens; the share of each code is returned in evaluation mode."""
         check_tokens(self, tokens, mask)
         tokens, mask = fill_padding(tokens, mask)
-        found = self.layer(tokens, mask)
+        output = self.layer(tokens, mask)
         shares = None
         if not self.training:
-            shares = code_shares(found.codes.unsqueeze(-1), self.num_codes, mask)
-        codes = found.codes if mask is None else found.codes.masked_fill(~mask, -1)
-        loss = self.weight * (found.codebook_loss + self.beta * found.commitment_loss)
+            shares = code_shares(output.codes.unsqueeze(-1), self.num_codes, mask)
+        codes = output.codes if mask is None else output.codes.masked_fill(~mask, -1)
+        loss = self.weight * (output.codebook_loss + self.beta * output.commitment_loss)
         return ReadoutOutput(
-            zero_padding(found.tokens, mask),
-            mean_token(found.tokens, mask),
+            zero_padding(output.tokens, mask),
+            mean_token(output.tokens, mask),
             assignments=shares,
             regularization=loss,
             codes=codes.unsqueeze(-1),

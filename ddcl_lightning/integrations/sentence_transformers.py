@@ -73,7 +73,7 @@ class PrototypePooling(Module):
         features["sentence_embedding"] = readout.pooled
         if readout.assignments is not None and not self.training:
             features["prototype_assignments"] = readout.assignments
-        if self.training and readout.levels:
+        if self.training and readout.loss_terms:
             features["quantization_loss"] = readout.quantization_loss()
         if self.training and readout.regularization is not None:
             features["regularization"] = readout.regularization

@@ -1,4 +1,4 @@
-"""Quantisers of the vector-quantize-pytorch library as heads: rivals in the same module, with the same metrics."""
+"""Quantisers of the vector-quantize-pytorch library as heads: baselines in the same module, with the same metrics."""
 
 import difflib
 from typing import Any
@@ -84,12 +84,12 @@ class LibraryVQ(Head):
         padded = mask is not None and not bool(mask.all())
         if padded and self.quantizer not in MASKED:
             raise ValueError(f"{self.quantizer} takes no mask; got padding. Use one of {MASKED}, or tokens without it.")
-        found = self.quantizer_layer(tokens, **({"mask": mask} if padded else {}))
-        quantized, indices = found[0], found[1].long()
+        output = self.quantizer_layer(tokens, **({"mask": mask} if padded else {}))
+        quantized, indices = output[0], output[1].long()
         codes = indices.reshape(*tokens.shape[:2], self.num_codebooks)
         if mask is not None:
             codes = codes.masked_fill(~mask.unsqueeze(-1), -1)
-        loss = self.weight * found[2].sum() if len(found) > 2 else None
+        loss = self.weight * output[2].sum() if len(output) > 2 else None
         shares = None
         if not self.training and self.num_codes is not None:
             shares = code_shares(codes, self.num_codes, mask)

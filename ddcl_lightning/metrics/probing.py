@@ -66,13 +66,13 @@ class Readouts:
 
     def rows(self, chosen: Tensor) -> "Readouts":
         """Some rows, by a mask ``(M,)`` or indices."""
-        return Readouts(*(getattr(self, part.name)[chosen] for part in fields(self)))
+        return Readouts(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     @staticmethod
-    def cat(parts: Iterable["Readouts"]) -> "Readouts":
+    def cat(readouts: Iterable["Readouts"]) -> "Readouts":
         """The rows of all parts, in order."""
-        found = list(parts)
-        return Readouts(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(Readouts)))
+        chunks = list(readouts)
+        return Readouts(*(torch.cat([getattr(chunk, field.name) for chunk in chunks]) for field in fields(Readouts)))
 
 
 @torch.no_grad()
@@ -98,10 +98,10 @@ def collect_readouts(
     """
     banks = find_banks(module.head)
     name, bank = list(banks.items())[-1] if banks else ("", None)
-    seen: dict[str, CodebookRecord] = {}
-    parts: list[Readouts] = []
+    records: dict[str, CodebookRecord] = {}
+    chunks: list[Readouts] = []
     done = 0
-    with evaluating(module), record_codebooks(banks, seen.__setitem__):
+    with evaluating(module), record_codebooks(banks, records.__setitem__):
         for batch in batches:
             if to_device is not None:
                 batch = to_device(batch)
@@ -109,25 +109,25 @@ def collect_readouts(
             readout = module.head(values, mask)
             size = len(values)
             clusters, position = readout.assignments, index(batch)
-            parts.append(
+            chunks.append(
                 Readouts(
                     readout.pooled.float().cpu(),
                     _mean_token(values, mask),
                     values[:, 0].float().cpu(),
-                    _mean_input(seen[name], size) if bank else torch.empty(size, 0),
+                    _mean_input(records[name], size) if bank else torch.empty(size, 0),
                     _class_labels(batch, size),
                     torch.empty(size, 0, dtype=torch.int64) if clusters is None else clusters.argmax(-1).cpu(),
                     torch.full((size,), -1) if position is None else position.cpu().long(),
                 )
             )
             for place, sample in (tokens or {}).items():
-                sample.add(seen[place].rows())
+                sample.add(records[place].rows())
             done += size
             if done >= max_samples:
                 break
-    if not parts:
+    if not chunks:
         raise ValueError("batches must hold at least one batch; got none. Check the data loader.")
-    return Readouts.cat(parts)
+    return Readouts.cat(chunks)
 
 
 class ProbeScore(NamedTuple):
@@ -161,11 +161,12 @@ def linear_probe(
             raise ValueError(f"{name}_x must be finite; got NaN or infinity. Check the encoder.")
     if len(torch.unique(train_y)) < 2:
         raise ValueError(f"train_y must hold at least two classes; got {torch.unique(train_y).tolist()}.")
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=regularization, max_iter=2000))
-    probe.fit(train_x.double().numpy(), train_y.numpy())
-    found: Any = probe.predict(test_x.double().numpy())
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=regularization, max_iter=2000))
+    classifier.fit(train_x.double().numpy(), train_y.numpy())
+    predictions: Any = classifier.predict(test_x.double().numpy())
     return ProbeScore(
-        float(accuracy_score(test_y.numpy(), found)), float(f1_score(test_y.numpy(), found, average="macro"))
+        float(accuracy_score(test_y.numpy(), predictions)),
+        float(f1_score(test_y.numpy(), predictions, average="macro")),
     )
 
 
@@ -205,11 +206,11 @@ def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
     return masked_mean(values.float().mT, lengths).cpu()
 
 
-def _mean_input(seen: CodebookRecord, samples: int) -> Tensor:
+def _mean_input(record: CodebookRecord, samples: int) -> Tensor:
     """Mean of each sample's tokens as a bank saw them, the heads side by side, ``(B, H * d)``."""
-    rows = seen.tokens.transpose(0, 1).flatten(1)
+    rows = record.tokens.transpose(0, 1).flatten(1)
     tokens = rows.reshape(samples, -1, rows.shape[1])
-    return _mean_token(tokens, None if seen.mask is None else seen.mask[0].reshape(samples, -1))
+    return _mean_token(tokens, None if record.mask is None else record.mask[0].reshape(samples, -1))
 
 
 def _class_labels(batch: Batch, size: int) -> Tensor:

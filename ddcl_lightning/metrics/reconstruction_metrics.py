@@ -75,11 +75,11 @@ class ReconstructionMetrics(Metric):
             return
         self.images += len(prediction)
         if min(prediction.shape[-2:]) >= SSIM_WINDOW:
-            found = structural_similarity_index_measure(
+            similarity = structural_similarity_index_measure(
                 prediction, target, reduction="none", data_range=float(self.data_range)
             )
-            assert isinstance(found, Tensor)
-            self.similarity += found.sum()
+            assert isinstance(similarity, Tensor)
+            self.similarity += similarity.sum()
             self.compared += len(prediction)
 
     def compute(self) -> dict[str, Tensor]:

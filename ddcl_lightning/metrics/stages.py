@@ -69,7 +69,7 @@ class StageMetrics(nn.ModuleDict):
         """
         values: dict[str, Tensor] = {}
         for name, metric in self.by_name().items():
-            if not anywhere(any(_has_data(part) for part in metric.modules())):
+            if not anywhere(any(_has_data(child) for child in metric.modules())):
                 continue
             for key, value in self._scalars(name, metric.compute()):
                 if key in values or key in self._taken:
@@ -114,11 +114,11 @@ class StageMetrics(nn.ModuleDict):
             yield from ((f"{name}_{i}", entry) for i, entry in enumerate(entries))
 
 
-def _has_data(part: nn.Module) -> bool:
-    if isinstance(part, Running):
+def _has_data(child: nn.Module) -> bool:
+    if isinstance(child, Running):
         return True  # it does not know: it resets the metric that it is of at every update
     # Other wrappers keep saying yes after a reset; the metrics in them do not.
-    return isinstance(part, Metric) and not isinstance(part, WrapperMetric) and bool(part.update_called)
+    return isinstance(child, Metric) and not isinstance(child, WrapperMetric) and bool(child.update_called)
 
 
 def check_new(stages: Iterable[StageMetrics]) -> None:
@@ -130,10 +130,10 @@ def check_new(stages: Iterable[StageMetrics]) -> None:
     owners: dict[int, str] = {}
     for metrics in stages:
         for name, metric in metrics.by_name().items():
-            for part in metric.modules():
-                if isinstance(part, Metric) and owners.setdefault(id(part), metrics.stage) != metrics.stage:
+            for child in metric.modules():
+                if isinstance(child, Metric) and owners.setdefault(id(child), metrics.stage) != metrics.stage:
                     raise ValueError(
                         f"a task's metrics must be new at every call, since each stage counts its own; got metric "
-                        f"{name!r} in stages {owners[id(part)]!r} and {metrics.stage!r}. Create it in metrics(), or "
+                        f"{name!r} in stages {owners[id(child)]!r} and {metrics.stage!r}. Create it in metrics(), or "
                         "return its clone()."
                     )

@@ -18,7 +18,7 @@ class PrototypeUse:
     hits: Tensor  # tokens nearest to each so far
     idle: Tensor  # tokens seen since the last of them
     share: Tensor  # share of the tokens that was its, when it was last hit
-    seen: int = 0
+    num_tokens: int = 0
 
     @classmethod
     def none_of(cls, size: int) -> "PrototypeUse":
@@ -27,11 +27,11 @@ class PrototypeUse:
 
     def add(self, counts: Tensor) -> None:
         """Take the counts ``(K,)`` of one batch."""
-        self.seen += int(counts.sum())
+        self.num_tokens += int(counts.sum())
         self.hits = self.hits + counts
         hit = counts > 0
         self.idle = torch.where(hit, 0.0, self.idle + counts.sum())
-        self.share = torch.where(hit, self.hits / max(self.seen, 1), self.share)
+        self.share = torch.where(hit, self.hits / max(self.num_tokens, 1), self.share)
 
     def dead(self) -> list[int]:
         """Prototypes without a token among 50 K, and for 20 times as long as they used to wait for one."""

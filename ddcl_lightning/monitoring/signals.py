@@ -83,12 +83,12 @@ class HeadSignals:
 
 @torch.no_grad()
 def read_signals(
-    seen: CodebookRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
+    record: CodebookRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
 ) -> list[HeadSignals]:
     """Signals of each head from one observation.
 
     Args:
-        seen: What a forward call of the bank saw.
+        record: What a forward call of the bank read.
         detach_assignments: The bank's own setting, on which T_c depends.
         recent_tokens: Valid tokens ``(H, M, d)`` of this and earlier batches, for a steadier T_c and scale; by default
             this batch's.
@@ -96,9 +96,9 @@ def read_signals(
     Returns:
         One entry per head. T_c is 0 and T / T_c infinite where the tokens have no variance.
     """
-    tokens = seen.valid_tokens() if recent_tokens is None else recent_tokens
-    apart = separation(seen.codebook)
-    use = assignment_statistics(seen.tokens, seen.codebook, seen.temperature, seen.mask)
+    tokens = record.valid_tokens() if recent_tokens is None else recent_tokens
+    apart = separation(record.codebook)
+    use = assignment_statistics(record.tokens, record.codebook, record.temperature, record.mask)
     critical = critical_temperature(tokens, detach_assignments=detach_assignments)
     scale, dimension = total_variance(tokens).sqrt(), effective_dimension(tokens)
     return [
@@ -108,12 +108,12 @@ def read_signals(
             closest=(int(apart.closest[head, 0]), int(apart.closest[head, 1])),
             scale=float(scale[head]),
             dimension=float(dimension[head]),
-            temperature=float(seen.temperature[head]),
+            temperature=float(record.temperature[head]),
             critical=float(critical[head]),
             entropy=float(use.entropy[head]),
-            num_prototypes=seen.codebook.shape[1],
+            num_prototypes=record.codebook.shape[1],
             mass=use.mass[head].cpu(),
             counts=use.counts[head].cpu(),
         )
-        for head in range(seen.codebook.shape[0])
+        for head in range(record.codebook.shape[0])
     ]

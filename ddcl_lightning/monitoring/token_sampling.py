@@ -19,13 +19,13 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.scaling import EmbeddingScale
 from ddcl_lightning.nn.settled_state import settle
 
 # Their output in evaluation mode, before any training, is not what a bank will see.
-BATCH_STATISTICS = (EmbeddingScale, PrototypeRarity, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_STATISTICS = (EmbeddingScale, PrototypeIDF, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class _Reached(BaseException):
@@ -115,7 +115,7 @@ def collect_tokens(
         ValueError: If no valid token reached the bank.
     """
     reservoir = Reservoir(max_tokens, seed)
-    wanted = calls_per_step(module, bank) if calls is None else calls
+    num_calls = calls_per_step(module, bank) if calls is None else calls
     sampler = _StopAtBank(reservoir)
 
     total = trainer.num_training_batches
@@ -131,10 +131,10 @@ def collect_tokens(
                 leave=False,
             )
             for number, batch in enumerate(batches):
-                sampler.calls_left = wanted
+                sampler.calls_left = num_calls
                 _run_step(trainer, module, batch, number)
                 settle(module)
-                full = reservoir.seen >= reservoir.capacity
+                full = reservoir.num_rows >= reservoir.capacity
                 if endless and trainer.strategy.reduce_boolean_decision(full, all=True):
                     break
     finally:
@@ -145,7 +145,11 @@ def collect_tokens(
 def calls_per_step(module: nn.Module, bank: PrototypeBank) -> int:
     """How many layers inside of ``module`` share a bank, at least 1; what only holds such layers is none of them."""
     parents = [parent for parent in module.modules() if any(child is bank for child in parent.children())]
-    layers = [one for one in parents if not any(other in set(one.modules()) - {one} for other in parents)]
+    layers = [
+        candidate
+        for candidate in parents
+        if not any(other in set(candidate.modules()) - {candidate} for other in parents)
+    ]
     return max(1, len(layers))
 
 

@@ -19,11 +19,11 @@ from ddcl_lightning.nn.guarded_state import (
 )
 from ddcl_lightning.nn.settled_state import SettledState
 
-RAREST = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
+SMALLEST_SHARE = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
 LEAST = 1e-6  # weight of a token whose prototype is in every sample; where all are, the weights are even
 
 
-class PrototypeRarity(SettledState):
+class PrototypeIDF(SettledState):
     """Weighs tokens by ``ln(1 / share) ** 2``, the share of samples in which their prototype occurs.
 
     The logarithm is the inverse document frequency (Sparck Jones 1972); it counts twice, as in the cosine of two
@@ -75,7 +75,7 @@ class PrototypeRarity(SettledState):
             latest = (totals[:-1] / totals[-1].clamp(min=1.0)).view_as(self.share)
             keep_unless(usable, self.share, self.share.lerp(latest, weight))
             self.measured(first)
-        idf = -self.current.clamp(RAREST, 1.0).log()
+        idf = -self.current.clamp(SMALLEST_SHARE, 1.0).log()
         weights = (q * idf[None, :, None, :]).sum(-1).mean(1).square() + LEAST
         return weights if mask is None else weights.masked_fill(~mask, 0.0)
 

@@ -57,24 +57,24 @@ class OptimizerSpec:
 def _find(argument: str, name: str) -> type[Optimizer]:
     if name == "TokenNormalized":
         return TokenNormalized
-    found: object = getattr(torch.optim, name, None)
-    if found is None and "." in name:
+    optimizer: object = getattr(torch.optim, name, None)
+    if optimizer is None and "." in name:
         module, _, attribute = name.rpartition(".")
         try:
-            found = getattr(importlib.import_module(module), attribute, None)
+            optimizer = getattr(importlib.import_module(module), attribute, None)
         except ImportError:
-            found = None
-    if not (isinstance(found, type) and issubclass(found, Optimizer)) or found is Optimizer:
+            optimizer = None
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)) or optimizer is Optimizer:
         names = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
         raise ValueError(
             f"{argument} must name a class of torch.optim, 'TokenNormalized' or a dotted path to an Optimizer; "
             f"got {name!r}{_nearest(name, [*names, 'TokenNormalized'])}"
         )
-    if issubclass(found, torch.optim.LBFGS):
+    if issubclass(optimizer, torch.optim.LBFGS):
         raise ValueError(
             f"{argument} must not be LBFGS: it evaluates the loss several times per step. Use Adam or SGD."
         )
-    return found
+    return optimizer
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

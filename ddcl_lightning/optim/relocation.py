@@ -10,7 +10,9 @@ CROWDED = 1.5  # a cell with this many times the mean load may get a second prot
 RECENT = 0.05  # weight of the newest step in the running loads
 
 
-def relocate(prototypes: Tensor, cells: Cells, running: Tensor | None, threshold: float, exponent: float) -> Tensor:
+def relocate_prototypes(
+    prototypes: Tensor, cells: Cells, running: Tensor | None, threshold: float, exponent: float
+) -> Tensor:
     """Move prototypes of nearly empty cells into crowded ones, the emptiest into the most crowded.
 
     Args:

@@ -25,10 +25,10 @@ class SizeRules:
     Attributes:
         min_prototypes: Smallest K, at least 1.
         max_prototypes: Largest K.
-        margin: A prototype may split where its own critical temperature is above ``(1 + margin) T``.
+        split_margin: A prototype may split where its own critical temperature is above ``(1 + split_margin) T``.
         significance: Chance in (0, 0.5) of splitting a Gaussian; None splits at every critical temperature.
-        merge: Prototypes closer than ``merge * sqrt(T)`` become one; 0 merges none.
-        prune: Share of the tokens, as a multiple of the even share 1 / K, below which a prototype is idle.
+        merge_distance: Prototypes closer than ``merge_distance * sqrt(T)`` become one; 0 merges none.
+        prune_fraction: Share of the tokens, as a multiple of the even share 1 / K, below which a prototype is idle.
         patience: Checks in a row for which it must be idle to be removed, at least 1.
 
     Raises:
@@ -37,10 +37,10 @@ class SizeRules:
 
     min_prototypes: int = 2
     max_prototypes: int = 64
-    margin: float = 0.1
+    split_margin: float = 0.1
     significance: float | None = 0.01
-    merge: float = 0.1
-    prune: float = 0.1
+    merge_distance: float = 0.1
+    prune_fraction: float = 0.1
     patience: int = 2
 
     def __post_init__(self) -> None:
@@ -54,11 +54,13 @@ class SizeRules:
                 "significance must be in (0, 0.5), the chance of splitting a Gaussian, or None; got "
                 f"{self.significance}."
             )
-        for name in ("margin", "merge"):
+        for name in ("split_margin", "merge_distance"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be finite and >= 0; got {getattr(self, name)}.")
-        if not 0 <= self.prune < 1:
-            raise ValueError(f"prune must be in [0, 1), a multiple of the even share 1 / K; got {self.prune}.")
+        if not 0 <= self.prune_fraction < 1:
+            raise ValueError(
+                f"prune_fraction must be in [0, 1), a multiple of the even share 1 / K; got {self.prune_fraction}."
+            )
         if self.patience < 1:
             raise ValueError(f"patience must be at least 1 check; got {self.patience}.")
 
@@ -113,7 +115,7 @@ def plan_resize(
 
 
 def _prune(now: Resize, share: Tensor, rules: SizeRules) -> Resize:
-    limit = rules.prune / len(share)
+    limit = rules.prune_fraction / len(share)
     idle = [count + 1 if used < limit else 0 for count, used in zip(now.idle, share.tolist(), strict=True)]
     due = [row for row in share.argsort().tolist() if idle[row] >= rules.patience]
     due = due[: max(0, len(share) - rules.min_prototypes)]
@@ -126,7 +128,7 @@ def _merge(now: Resize, share: Tensor, temperature: float, rules: SizeRules) -> 
     prototypes, mass = now.prototypes.clone(), share[now.parents].clone()
     distance = torch.cdist(prototypes, prototypes)
     distance.fill_diagonal_(math.inf)
-    keep, changes, limit = list(range(len(prototypes))), list(now.changes), rules.merge * temperature**0.5
+    keep, changes, limit = list(range(len(prototypes))), list(now.changes), rules.merge_distance * temperature**0.5
     while len(keep) > rules.min_prototypes:
         among = distance[keep][:, keep]
         if not float(among.min()) < limit:
@@ -157,18 +159,18 @@ def _split(
     )
     codes = nearest_prototype(tokens, now.prototypes)
     # A half that pruning would take away again is none.
-    least = max(MIN_TOKENS, math.ceil(rules.prune * len(tokens) / (size + 1)))
+    least = max(MIN_TOKENS, math.ceil(rules.prune_fraction * len(tokens) / (size + 1)))
     needed = -math.inf if rules.significance is None else NormalDist().inv_cdf(1 - rules.significance)
-    found = []
-    for row in torch.nonzero(critical > (1 + rules.margin) * temperature).flatten().tolist():
+    candidates = []
+    for row in torch.nonzero(critical > (1 + rules.split_margin) * temperature).flatten().tolist():
         nulls = 2 if rules.significance is None else NUM_NULLS  # the two means are wanted all the same
         test = split_test(tokens[codes == row], min_tokens=least, seed=seed, num_nulls=nulls)
         if math.isfinite(test.score) and test.score >= needed:
-            found.append((test.score, row, test.centers))
-    found.sort(key=lambda one: (-one[0], one[1]))
+            candidates.append((test.score, row, test.centers))
+    candidates.sort(key=lambda candidate: (-candidate[0], candidate[1]))
     prototypes, parents, idle, changes = now.prototypes.clone(), now.parents.tolist(), list(now.idle), list(now.changes)
     added = []
-    for score, row, centers in found[: rules.max_prototypes - size]:
+    for score, row, centers in candidates[: rules.max_prototypes - size]:
         prototypes[row] = centers[0]
         added.append(centers[1])
         parents.append(parents[row])

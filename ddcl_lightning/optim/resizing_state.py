@@ -23,8 +23,8 @@ def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: T
         ValueError: If a state has neither the parameter's rows nor a single number; nothing has changed then.
     """
     changes: list[tuple[dict[str, Any], str, Tensor]] = []
-    mine = [o for o in optimizers if any(p is prototypes for group in o.param_groups for p in group["params"])]
-    for optimizer in mine:
+    owners = [o for o in optimizers if any(p is prototypes for group in o.param_groups for p in group["params"])]
+    for optimizer in owners:
         state: dict[str, Any] = optimizer.state.get(prototypes, {})
         for name, value in state.items():
             if not isinstance(value, Tensor) or (value.numel() <= 1 and value.shape != prototypes.shape):
@@ -38,6 +38,6 @@ def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: T
             changes.append((state, name, value.index_select(1, parents.to(value.device))))
     for state, name, value in changes:
         state[name] = value
-    for optimizer in mine:
+    for optimizer in owners:
         if isinstance(optimizer, TokenNormalized):
             optimizer.forget(prototypes)

@@ -26,7 +26,7 @@ from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.straight_through import anchor_of
 
 
-class Seen(NamedTuple):
+class CallStatistics(NamedTuple):
     """What a step has to know of the tokens of a bank; see :class:`StepStatistics`.
 
     Attributes:
@@ -60,8 +60,8 @@ class StepStatistics(BankObserver):
 
     def __init__(self, banks: Mapping[str, PrototypeBank], need_cells: Callable[[], bool]) -> None:
         self._need_cells = need_cells
-        self._called: dict[Tensor, Seen] = {}  # in case that no backward pass comes
-        self._passed: dict[Tensor, Seen] = {}
+        self._called: dict[Tensor, CallStatistics] = {}  # in case that no backward pass comes
+        self._passed: dict[Tensor, CallStatistics] = {}
         self._numbers: dict[Tensor, set[int]] = {}  # of the calls that passed
         self._graded: set[Tensor] = set()  # prototypes that got a gradient since
         self._dropped: set[Tensor] = set()
@@ -73,24 +73,24 @@ class StepStatistics(BankObserver):
         self._close = weakref.finalize(self, _remove, self._gradient_hooks)
         self._close.atexit = False
 
-    def take(self, prototypes: Tensor) -> Seen | None:
+    def take(self, prototypes: Tensor) -> CallStatistics | None:
         """What belongs to the step of these prototypes, which starts anew; None where it was dropped on purpose.
 
         Raises:
             RuntimeError: If the bank was not called at all.
         """
         dropped = prototypes in self._dropped or self._reset(prototypes) or not prototypes.requires_grad
-        seen = self._passed.get(prototypes) or self._called.get(prototypes)
+        statistics = self._passed.get(prototypes) or self._called.get(prototypes)
         self.drop(prototypes)
         if dropped:
             return None
-        if seen is None:
+        if statistics is None:
             raise RuntimeError(
                 "TokenNormalized needs a forward pass in training mode before each step, with gradients enabled. Check "
                 "that the training step uses the bank, that the module is in training mode, and that zero_grad "
                 "is not called between the backward pass and the step."
             )
-        return seen
+        return statistics
 
     def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
         """Forget the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
@@ -111,15 +111,15 @@ class StepStatistics(BankObserver):
         prototypes = bank.prototypes
         if not (bank.training and torch.is_grad_enabled() and prototypes.requires_grad):
             return output
-        seen = self._read(bank, tokens, mask, output)
-        _add(self._called, prototypes, seen)
+        statistics = self._read(bank, tokens, mask, output)
+        _add(self._called, prototypes, statistics)
         self._dropped.discard(prototypes)
         if prototypes not in self._gradient_hooks:
             graded = weakref.WeakMethod(self._note_gradient)
             self._gradient_hooks[prototypes] = prototypes.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(_call, graded)
             )
-        passes = partial(self._pass, prototypes, seen)
+        passes = partial(self._pass, prototypes, statistics)
         if output.codes is not None:
             # A gradient that is passed around the bank, straight through, hangs on to this.
             output = output.replaced(anchor=anchor_of(prototypes))
@@ -131,9 +131,9 @@ class StepStatistics(BankObserver):
         return output
 
     @torch.no_grad()
-    def _read(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> Seen:
+    def _read(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> CallStatistics:
         heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-        prototypes, means, lying, number = bank.prototypes.detach(), output.means, None, next(self._counter)
+        prototypes, means, cell_statistics, number = bank.prototypes.detach(), output.means, None, next(self._counter)
         if means is None:
             means = token_means(heads, prototypes, bank.temperature, flat_mask)
         if self._need_cells():
@@ -145,19 +145,19 @@ class StepStatistics(BankObserver):
             # One vector per sample, or (B, ..., D).
             samples, per_sample = (tokens.shape[0], tokens[0, ..., 0].numel()) if tokens.dim() > 2 else (len(tokens), 1)
             order = joint_order(samples, per_sample, number, heads.device)
-            lying = cells(heads, prototypes, codes, flat_mask, order)
-        return _without_poison(Seen(means, lying, number), output.terms.loss)
+            cell_statistics = cells(heads, prototypes, codes, flat_mask, order)
+        return _without_poison(CallStatistics(means, cell_statistics, number), output.terms.loss)
 
     @torch.no_grad()
-    def _pass(self, prototypes: Tensor, seen: Seen, gradient: Tensor) -> None:
+    def _pass(self, prototypes: Tensor, statistics: CallStatistics, gradient: Tensor) -> None:
         """A gradient passes through a call."""
         if self._reset(prototypes):
             self.drop(prototypes)
         numbers = self._numbers.setdefault(prototypes, set())
         # The prototypes may have changed their number since the call.
-        if seen.number not in numbers and seen.means.mean.shape == prototypes.shape:
-            numbers.add(seen.number)
-            _add(self._passed, prototypes, seen)
+        if statistics.number not in numbers and statistics.means.mean.shape == prototypes.shape:
+            numbers.add(statistics.number)
+            _add(self._passed, prototypes, statistics)
 
     def _note_gradient(self, prototypes: Tensor) -> None:
         if prototypes in self._numbers and prototypes.grad is not None:
@@ -168,26 +168,32 @@ class StepStatistics(BankObserver):
         return prototypes in self._graded and prototypes.grad is None
 
 
-def _add(kept: dict[Tensor, Seen], prototypes: Tensor, seen: Seen) -> None:
+def _add(kept: dict[Tensor, CallStatistics], prototypes: Tensor, statistics: CallStatistics) -> None:
     before = kept.get(prototypes)
-    if before is not None and before.means.mean.shape == seen.means.mean.shape:
-        first, second = sorted((before, seen), key=lambda call: call.number)  # backward passes come in any order
-        lying = None if first.cells is None or second.cells is None else merge_cells(first.cells, second.cells)
-        seen = Seen(merge_token_means(first.means, second.means), lying, second.number)
-    kept[prototypes] = seen
+    if before is not None and before.means.mean.shape == statistics.means.mean.shape:
+        first, second = sorted((before, statistics), key=lambda call: call.number)  # backward passes come in any order
+        cell_statistics = (
+            None if first.cells is None or second.cells is None else merge_cells(first.cells, second.cells)
+        )
+        statistics = CallStatistics(merge_token_means(first.means, second.means), cell_statistics, second.number)
+    kept[prototypes] = statistics
 
 
-def _without_poison(seen: Seen, loss: Tensor) -> Seen:
+def _without_poison(statistics: CallStatistics, loss: Tensor) -> CallStatistics:
     """The same, or, where something in it or the loss is not finite, that of a call without tokens."""
-    (log_mass, mean), lying, number = seen
+    (log_mass, mean), cell_statistics, number = statistics
     clean = (
         torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
     )  # -inf is no mass; NaN is not below
-    if lying is not None:
-        clean &= torch.isfinite(lying.distortion).all()
-        tokens, distortion, token = (torch.where(clean, value, 0.0) for value in lying[:3])
-        lying = Cells(tokens, distortion, token, lying.occupied & clean, torch.where(clean, lying.place, -1))
-    return Seen(TokenMeans(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0)), lying, number)
+    if cell_statistics is not None:
+        clean &= torch.isfinite(cell_statistics.distortion).all()
+        tokens, distortion, token = (torch.where(clean, value, 0.0) for value in cell_statistics[:3])
+        cell_statistics = Cells(
+            tokens, distortion, token, cell_statistics.occupied & clean, torch.where(clean, cell_statistics.place, -1)
+        )
+    return CallStatistics(
+        TokenMeans(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0)), cell_statistics, number
+    )
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -12,7 +12,7 @@ from ddcl_lightning.functional import TokenMeans
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.shared_parameters import follow_alone, release
-from ddcl_lightning.optim.relocation import relocate
+from ddcl_lightning.optim.relocation import relocate_prototypes
 from ddcl_lightning.optim.step_statistics import StepStatistics
 
 
@@ -32,18 +32,18 @@ class TokenNormalized(Optimizer):
     where they are. Prototypes of half precision move by a copy in float32, or small steps would be rounded away.
 
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
-    ``relocate`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does (Patane and Russo
-    2001): one whose cell bears less than that share of the mean load goes to a token of a cell that bears more
-    than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least one may.
-    The load of a cell with n tokens and the distortion D is ``n^b D^(1 - b)`` with ``b = balance``.
+    ``relocation_threshold`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does
+    (Patane and Russo 2001): one whose cell bears less than that share of the mean load goes to a token of a cell that
+    bears more than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least one
+    may. The load of a cell with n tokens and the distortion D is ``n^b D^(1 - b)`` with ``b = load_exponent``.
 
     Args:
         params: Prototype parameters of banks.
-        lr: Share of the way to go per step, in (0, 1].
-        relocate: Share of the mean load in [0, 1) under which a prototype moves elsewhere; 0 never moves any. 0.5
-            suits codebooks; leave it at 0 where prototypes have to keep their meaning.
-        balance: What prototypes share evenly, in [0, 1]: 0 the distortion (least error in the tokens' space, as in
-            the enhanced LBG algorithm), 1 the tokens (highest perplexity), or a mixture. Without relocation it does
+        lr: Step size, the share of the distance to the means that is covered per step, in (0, 1].
+        relocation_threshold: Share of the mean load in [0, 1) under which a prototype moves elsewhere; 0 never moves
+            any. 0.5 suits codebooks; leave it at 0 where prototypes have to keep their meaning.
+        load_exponent: What prototypes share evenly, in [0, 1]: 0 the distortion (least error in the tokens' space, as
+            in the enhanced LBG algorithm), 1 the tokens (highest perplexity), or a mixture. Without relocation it does
             nothing.
 
     Raises:
@@ -53,9 +53,13 @@ class TokenNormalized(Optimizer):
     """
 
     @typed
-    def __init__(self, params: Any, lr: float = 0.05, relocate: float = 0.0, balance: float = 0.75) -> None:
-        _check_range(lr, relocate, balance)
-        super().__init__(params, {"lr": lr, "relocate": relocate, "balance": balance})
+    def __init__(
+        self, params: Any, lr: float = 0.05, relocation_threshold: float = 0.0, load_exponent: float = 0.75
+    ) -> None:
+        _check_range(lr, relocation_threshold, load_exponent)
+        super().__init__(
+            params, {"lr": lr, "relocation_threshold": relocation_threshold, "load_exponent": load_exponent}
+        )
         self._statistics: StepStatistics | None = None
         self._banks: dict[str, PrototypeBank] = {}
 
@@ -67,11 +71,11 @@ class TokenNormalized(Optimizer):
 
     def watch(self, module: nn.Module) -> "TokenNormalized":
         """Follow the banks in ``module`` whose prototypes are optimised here, in place of another; returns self."""
-        mine = {id(p) for group in self.param_groups for p in group["params"]}
-        banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in mine}
-        if len(banks) < len(mine):
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in own}
+        if len(banks) < len(own):
             raise ValueError(
-                f"TokenNormalized optimises {len(mine)} parameters but only {len(banks)} of them are prototypes "
+                f"TokenNormalized optimises {len(own)} parameters but only {len(banks)} of them are prototypes "
                 f"of a bank in {type(module).__name__}. Give it prototype parameters only."
             )
         self.close()
@@ -88,7 +92,7 @@ class TokenNormalized(Optimizer):
         self._statistics, self._banks = None, {}
 
     def _relocates(self) -> bool:
-        return any(group["relocate"] > 0 for group in self.param_groups)
+        return any(group["relocation_threshold"] > 0 for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore rates and memory, after a look at them.
@@ -138,20 +142,20 @@ class TokenNormalized(Optimizer):
         for group in self.param_groups:
             if not 0 <= group["lr"] <= 1:  # somebody has set it since
                 raise ValueError(
-                    f"lr of TokenNormalized must be in [0, 1], a share of the way; a group has {group['lr']}. Correct "
+                    f"lr of TokenNormalized must be in [0, 1], a step size; a group has {group['lr']}. Correct "
                     "what sets it, a schedule perhaps."
                 )
             for prototypes in group["params"]:
-                seen = self._statistics.take(prototypes)
-                if seen is None:
+                statistics = self._statistics.take(prototypes)
+                if statistics is None:
                     continue
                 precise = self._precise(prototypes)
-                target, seen_by_some = _reduce(seen.means)
+                target, seen_by_some = _reduce(statistics.means)
                 precise.copy_(torch.where(seen_by_some, precise.lerp(target.to(precise.dtype), group["lr"]), precise))
-                if group["relocate"] > 0 and seen.cells is not None:
+                if group["relocation_threshold"] > 0 and statistics.cells is not None:
                     loads = self.state[prototypes].get("cells")
-                    self.state[prototypes]["cells"] = relocate(
-                        precise, seen.cells, loads, group["relocate"], group["balance"]
+                    self.state[prototypes]["cells"] = relocate_prototypes(
+                        precise, statistics.cells, loads, group["relocation_threshold"], group["load_exponent"]
                     )
                 prototypes.copy_(precise)
         return loss
@@ -169,14 +173,17 @@ class TokenNormalized(Optimizer):
         return precise
 
 
-def _check_range(lr: float, relocate: float, balance: float) -> None:
+def _check_range(lr: float, relocation_threshold: float, load_exponent: float) -> None:
     if not 0 < lr <= 1:
-        raise ValueError(f"lr of TokenNormalized must be in (0, 1], a share of the way; got {lr}.")
-    if not 0 <= relocate < 1:
-        raise ValueError(f"relocate must be in [0, 1), a share of the mean load; got {relocate}.")
-    if not 0 <= balance <= 1:
+        raise ValueError(f"lr of TokenNormalized must be in (0, 1], a step size; got {lr}.")
+    if not 0 <= relocation_threshold < 1:
         raise ValueError(
-            f"balance must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got {balance}."
+            f"relocation_threshold must be in [0, 1), a share of the mean load; got {relocation_threshold}."
+        )
+    if not 0 <= load_exponent <= 1:
+        raise ValueError(
+            f"load_exponent must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got "
+            f"{load_exponent}."
         )
 
 

@@ -119,7 +119,7 @@ def lr_factor(schedule: LRSchedule, step: int, total_steps: float, warmup_steps:
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def run_length(trainer: pl.Trainer, per: Literal["epoch", "step"]) -> float:
+def run_length(trainer: pl.Trainer, interval: Literal["epoch", "step"]) -> float:
     """Epochs or optimizer steps of a run, as far as its limits tell; infinite where they do not.
 
     Under manual optimization a module may accumulate gradients itself: its ``accumulate_grad_batches`` counts, if any.
@@ -132,7 +132,7 @@ def run_length(trainer: pl.Trainer, per: Literal["epoch", "step"]) -> float:
     steps = math.ceil(batches / window) if math.isfinite(batches) else math.inf
     epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
     limit = math.inf if trainer.max_steps < 0 else trainer.max_steps
-    if per == "step":
+    if interval == "step":
         return float(min(epochs * steps, limit))
     whole = math.ceil(limit / steps) if math.isfinite(limit) and math.isfinite(steps) else math.inf
     return float(min(epochs, whole))

@@ -68,11 +68,11 @@ def note_unused_weight(head: Head, quantization_weight: float) -> None:
 
 def with_head_losses(name: str, loss: Tensor, readout: ReadoutOutput, quantization_weight: float) -> dict[str, Tensor]:
     """``"loss"``: a task's own + lambda ``L_q`` where the head has prototypes + its regularisation; and each alone."""
-    parts = {name: loss}
-    if quantization_weight > 0 and readout.levels:
-        parts["quantization"] = readout.quantization_loss()
-        loss = loss + quantization_weight * parts["quantization"]
+    losses = {name: loss}
+    if quantization_weight > 0 and readout.loss_terms:
+        losses["quantization"] = readout.quantization_loss()
+        loss = loss + quantization_weight * losses["quantization"]
     if readout.regularization is not None:
-        parts["regularization"] = readout.regularization
+        losses["regularization"] = readout.regularization
         loss = loss + readout.regularization
-    return {"loss": loss, **parts}
+    return {"loss": loss, **losses}

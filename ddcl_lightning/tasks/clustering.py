@@ -48,8 +48,8 @@ class Clustering(Task):
         loss = readout.quantization_loss()
         return {
             "loss": loss if readout.regularization is None else loss + readout.regularization,
-            "ols": torch.stack([terms.ols.sum() for terms in readout.levels]).sum(),
-            "variance": torch.stack([terms.variance.sum() for terms in readout.levels]).sum(),
+            "ols": torch.stack([terms.ols.sum() for terms in readout.loss_terms]).sum(),
+            "variance": torch.stack([terms.variance.sum() for terms in readout.loss_terms]).sum(),
         }
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:

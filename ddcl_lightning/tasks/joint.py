@@ -55,8 +55,8 @@ class ClassificationAndClustering(Classification):
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
         """Those of the classifier, and those of the prototypes under ``cluster_``."""
-        found = {} if self.clustering is None else self.clustering.metrics()
-        clusters = {PREFIX + name: metric for name, metric in found.items()}
+        clustering = {} if self.clustering is None else self.clustering.metrics()
+        clusters = {PREFIX + name: metric for name, metric in clustering.items()}
         return {**super().metrics(), **clusters}
 
     def update_metrics(

@@ -40,6 +40,6 @@ class ReadoutModule(pl.LightningModule):
             *self.head.embedding_parameters(),
         ]
         known = parameter_ids([*prototypes, *encoder])
-        rest = [p for part in (self.head, self.task) for p in part.parameters() if id(p) not in known]
+        rest = [p for stage in (self.head, self.task) for p in stage.parameters() if id(p) not in known]
         roles = {"prototypes": prototypes, "encoder": encoder, "task": rest}
         return {role: [p for p in parameters if p.requires_grad] for role, parameters in roles.items()}

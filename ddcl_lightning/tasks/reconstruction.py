@@ -105,10 +105,10 @@ class Reconstruction(Task):
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
         """MSE, PSNR and SSIM, and the use of the codes where the head has some."""
-        parts: dict[str, Metric | MetricCollection] = {"reconstruction": ReconstructionMetrics(self.data_range)}
+        collections: dict[str, Metric | MetricCollection] = {"reconstruction": ReconstructionMetrics(self.data_range)}
         if self._codebooks is not None:
-            parts["codes"] = CodebookMetrics(*self._codebooks)
-        return {"": MetricCollection(parts, compute_groups=False)}
+            collections["codes"] = CodebookMetrics(*self._codebooks)
+        return {"": MetricCollection(collections, compute_groups=False)}
 
     def update_metrics(
         self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
@@ -152,9 +152,9 @@ class Reconstruction(Task):
             return readout.inputs
         value = inputs(batch) if self.target == "x" else batch.get(self.target) if isinstance(batch, dict) else None
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.uint8):
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
                 f"the batch must hold the target {self.target!r} as a tensor of floating-point numbers or bytes; got "
-                f"{found}. Set target to the name of one, or convert it with .float()."
+                f"{kind}. Set target to the name of one, or convert it with .float()."
             )
         return value / 255 if value.dtype == torch.uint8 else value

@@ -43,12 +43,12 @@ def vit() -> Any:
 def texts(padding_id: int = 0, batches: int = 6, seed: int = 0) -> list[dict[str, Tensor]]:
     """Ids and masks; half of the positions are padding of one id."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    inputs = []
     for _ in range(batches):
         ids = torch.randint(5, VOCABULARY, (16, 12), generator=generator)
         mask = torch.arange(12) < torch.randint(2, 13, (16, 1), generator=generator)
-        found.append({"input_ids": ids.masked_fill(~mask, padding_id), "attention_mask": mask.long()})
-    return found
+        inputs.append({"input_ids": ids.masked_fill(~mask, padding_id), "attention_mask": mask.long()})
+    return inputs
 
 
 def small(dim: int) -> DDCLFeedForward:
@@ -57,8 +57,8 @@ def small(dim: int) -> DDCLFeedForward:
 
 def output_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(**batch).last_hidden_state
-    return found[batch["attention_mask"].bool()]
+        hidden: Tensor = model(**batch).last_hidden_state
+    return hidden[batch["attention_mask"].bool()]
 
 
 # The layer ---------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def test_starts_from_k_means_and_least_squares() -> None:
 
 def test_ridge_regression_recovers_a_linear_map() -> None:
     x, weight, bias = torch.randn(100, 5) + 3, torch.randn(2, 5), torch.randn(2)
-    found, offset = ridge_regression(x, x @ weight.T + bias, ridge=1e-12)
-    torch.testing.assert_close(found.float(), weight, rtol=1e-4, atol=1e-4)
+    slope, offset = ridge_regression(x, x @ weight.T + bias, ridge=1e-12)
+    torch.testing.assert_close(slope.float(), weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(offset.float(), bias, rtol=1e-4, atol=1e-4)
 
 
@@ -150,15 +150,15 @@ def test_bert_and_back() -> None:
     model, batch = bert(), texts(batches=1)[0]
     before, names = output_of(model, batch), list(model.state_dict())
     replacement = replace_feedforward(model, small, blocks=[0, -1])
-    assert list(replacement.parts) == ["encoder.layer.0.intermediate", "encoder.layer.2.intermediate"]
+    assert list(replacement.layers) == ["encoder.layer.0.intermediate", "encoder.layer.2.intermediate"]
     assert isinstance(model.encoder.layer[0].output.dense, nn.Identity)
     assert isinstance(model.encoder.layer[1].output.dense, nn.Linear)
-    assert list(find_banks(model)) == [f"{name}.bank" for name in replacement.parts]
+    assert list(find_banks(model)) == [f"{name}.bank" for name in replacement.layers]
     assert not torch.allclose(output_of(model, batch), before)
     # What the block does around the MLP stays: LayerNorm(x + what the layer adds).
     block, x = model.encoder.layer[0], torch.randn(1, 3, DIM)
-    replacement.parts["encoder.layer.0.intermediate"].mask = None
-    expected = block.output.LayerNorm(x + replacement.parts["encoder.layer.0.intermediate"](x))
+    replacement.layers["encoder.layer.0.intermediate"].mask = None
+    expected = block.output.LayerNorm(x + replacement.layers["encoder.layer.0.intermediate"](x))
     torch.testing.assert_close(block.feed_forward_chunk(x), expected)
     replacement.restore()
     assert list(model.state_dict()) == names
@@ -180,9 +180,9 @@ def test_vit_and_back() -> None:
     with torch.no_grad():
         before = model.forward_features(images)
         with replace_feedforward(model) as replacement:
-            assert list(replacement.parts) == [f"blocks.{i}.mlp" for i in range(len(model.blocks))]
-            found = distill_feedforward(replacement, [(torch.rand(8, 3, 64, 64), torch.zeros(8))], steps=2)
-            assert [one.name for one in found] == list(replacement.parts)
+            assert list(replacement.layers) == [f"blocks.{i}.mlp" for i in range(len(model.blocks))]
+            reports = distill_feedforward(replacement, [(torch.rand(8, 3, 64, 64), torch.zeros(8))], steps=2)
+            assert [report.name for report in reports] == list(replacement.layers)
             assert not torch.allclose(model.forward_features(images), before)
         assert torch.equal(model.forward_features(images), before)
 
@@ -215,7 +215,7 @@ def test_finds_the_mlps_of_other_models(kind: str) -> None:
     with torch.no_grad():
         before = model(**inputs).last_hidden_state
         with replace_feedforward(model, small) as replacement:
-            assert len(replacement.parts) == 2
+            assert len(replacement.layers) == 2
             distill_feedforward(replacement, [inputs], steps=1)
             assert not torch.allclose(model(**inputs).last_hidden_state, before)
         assert torch.equal(model(**inputs).last_hidden_state, before)
@@ -235,9 +235,9 @@ def test_takes_modules_by_name() -> None:
 def test_device_dtype_and_mode_follow_the_model() -> None:
     model = bert().double().train()
     replacement = replace_feedforward(model, small)
-    part = next(iter(replacement.parts.values()))
-    assert part.training
-    assert {p.dtype for p in part.parameters()} == {torch.float64}
+    layer = next(iter(replacement.layers.values()))
+    assert layer.training
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert model(**texts(batches=1)[0]).last_hidden_state.dtype == torch.float64
     model.float().eval()
     replacement.restore()
@@ -281,8 +281,8 @@ def test_a_task_trains_through_it() -> None:
 
 
 def errors(replacement: FeedForwardReplacement, batches: list[dict[str, Tensor]], reference: list[Tensor]) -> float:
-    found = [output_of(replacement.model, batch) for batch in batches]
-    return float(sum((f - r).square().sum() for f, r in zip(found, reference, strict=True)))
+    outputs = [output_of(replacement.model, batch) for batch in batches]
+    return float(sum((f - r).square().sum() for f, r in zip(outputs, reference, strict=True)))
 
 
 def test_start_and_distillation_bring_the_model_back() -> None:
@@ -294,29 +294,29 @@ def test_start_and_distillation_bring_the_model_back() -> None:
     initialize_feedforward(replacement, batches, max_tokens=1000)
     assert all(bool(bank.initialized) for bank in find_banks(model).values())
     started = errors(replacement, batches, reference)
-    found = distill_feedforward(replacement, batches, steps=200, initialize=False)
+    reports = distill_feedforward(replacement, batches, steps=200, initialize=False)
     assert started < 0.1 * untrained
     assert errors(replacement, batches, reference) < 0.9 * started
-    assert all(one.error < 0.9 * one.start < 0.9 for one in found)
+    assert all(report.error < 0.9 * report.start < 0.9 for report in reports)
 
 
 def test_layers_start_from_what_their_mlp_sees() -> None:
     model, batches = bert(), texts()
-    seen = []
-    hook = model.encoder.layer[2].intermediate.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs = []
+    hook = model.encoder.layer[2].intermediate.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     for batch in batches:
         output_of(model, batch)
     hook.remove()
-    tokens = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(seen, batches, strict=True)])
+    tokens = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(inputs, batches, strict=True)])
     replacement = replace_feedforward(model, lambda dim: DDCLFeedForward(dim, 3, num_heads=1, prototype_dim=dim))
     initialize_feedforward(replacement, batches)
-    part = replacement.parts["encoder.layer.2.intermediate"]
-    assert isinstance(part, DDCLFeedForward)
+    layer = replacement.layers["encoder.layer.2.intermediate"]
+    assert isinstance(layer, DDCLFeedForward)
     # Each prototype of k-means is the mean of the tokens that are nearest to it.
-    z = part.input_projection(tokens).detach()
-    codes = part.bank.encode(z)[:, 0]
+    z = layer.input_projection(tokens).detach()
+    codes = layer.bank.encode(z)[:, 0]
     means = torch.stack([z[codes == k].mean(0) for k in range(3)])
-    torch.testing.assert_close(part.bank.prototypes[0].detach(), means, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.bank.prototypes[0].detach(), means, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -326,24 +326,24 @@ def test_padding_does_not_count_in_distillation(sequential: bool) -> None:
         model = bert()
         torch.manual_seed(1)
         replacement = replace_feedforward(model, small)
-        found = distill_feedforward(replacement, texts(padding_id), steps=5, sequential=sequential)
+        reports = distill_feedforward(replacement, texts(padding_id), steps=5, sequential=sequential)
         valid = sum(int(batch["attention_mask"].sum()) for batch in texts())
-        assert found[0].tokens == valid - int(0.1 * valid)
-        layers.append(replacement.parts["encoder.layer.2.intermediate"].state_dict())
+        assert reports[0].tokens == valid - int(0.1 * valid)
+        layers.append(replacement.layers["encoder.layer.2.intermediate"].state_dict())
     for name, value in layers[0].items():
         torch.testing.assert_close(value, layers[1][name], rtol=1e-3, atol=1e-3)
 
 
 def test_what_the_layers_are_trained_on() -> None:
     """Sequential: what the replaced model gives them. Otherwise: what the original gave."""
-    found = {}
+    reports = {}
     for sequential in (True, False):
         model = bert()
         torch.manual_seed(1)
         replacement = replace_feedforward(model, small, blocks=[0, 2])
-        found[sequential] = distill_feedforward(replacement, texts(), steps=5, sequential=sequential)
-    assert found[True][0] == found[False][0]
-    assert found[True][1] != found[False][1]
+        reports[sequential] = distill_feedforward(replacement, texts(), steps=5, sequential=sequential)
+    assert reports[True][0] == reports[False][0]
+    assert reports[True][1] != reports[False][1]
 
 
 def test_distillation_leaves_the_rest_alone() -> None:

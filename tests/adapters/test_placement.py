@@ -26,7 +26,7 @@ from ddcl_lightning import (
     remove_prototypes,
     two_timescale_groups,
 )
-from ddcl_lightning.adapters.base import PlacedPrototypes
+from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from tests.tiny import absolute, quiet_trainer
@@ -85,9 +85,9 @@ def test_gate_scales_the_branch_of_each_token() -> None:
     with torch.no_grad():
         placed.gate.weight.normal_()
         placed.gate.bias.fill_(0.3)
-    opening = torch.tanh(x @ placed.gate.weight.T + placed.gate.bias)
-    torch.testing.assert_close(placed(x), opening * placed.layer(x).tokens)
-    assert torch.equal(placed.opening(x), opening)
+    gate_value = torch.tanh(x @ placed.gate.weight.T + placed.gate.bias)
+    torch.testing.assert_close(placed(x), gate_value * placed.layer(x).tokens)
+    assert torch.equal(placed.gate_value(x), gate_value)
 
 
 def test_closed_gate_learns_to_open() -> None:
@@ -137,7 +137,7 @@ def test_norm_does_not_depend_on_place_or_scale() -> None:
     [serial, gated, lambda: PrototypeNorm(DIM, 4, temperature=absolute())],
     ids=["serial", "gated", "norm"],
 )
-def test_padding_stays_out(create: Callable[[], PlacedPrototypes]) -> None:
+def test_padding_stays_out(create: Callable[[], PrototypeAdapter]) -> None:
     placed, mask, x = create(), torch.rand(3, 6) < 0.6, torch.randn(3, 6, DIM)
     if isinstance(placed, GatedPrototypes):
         nn.init.ones_(placed.gate.bias)
@@ -192,7 +192,7 @@ def test_gated_insertion_reads_the_input_of_the_block() -> None:
 
 
 @pytest.mark.parametrize("create", [serial, gated, lambda: PrototypeNorm(DIM, 4)], ids=["serial", "gated", "norm"])
-def test_removal_leaves_no_trace(create: Callable[[], PlacedPrototypes]) -> None:
+def test_removal_leaves_no_trace(create: Callable[[], PrototypeAdapter]) -> None:
     net, x = Net(), torch.randn(2, 6, DIM)
     expected, names = net(x), list(net.state_dict())
     placed = insert_prototypes(net, NAMES, create, mask="lengths")
@@ -200,8 +200,8 @@ def test_removal_leaves_no_trace(create: Callable[[], PlacedPrototypes]) -> None
     assert remove_prototypes(net) == placed
     assert torch.equal(net(x), expected)
     assert list(net.state_dict()) == names
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
-    assert not any(part._forward_hooks_with_kwargs or part._forward_pre_hooks_with_kwargs for part in net.modules())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in net.modules())
+    assert not any(layer._forward_hooks_with_kwargs or layer._forward_pre_hooks_with_kwargs for layer in net.modules())
     assert remove_prototypes(net) == []
     insert_prototypes(net, NAMES, create)  # and again
 
@@ -213,15 +213,15 @@ def test_copies_call_their_own_prototypes(clone: Callable[[nn.Module], nn.Module
     insert_prototypes(net, NAMES, gated, mask="lengths")
     net(x)  # leaves loss terms with a graph, which cannot be copied
     twin = clone(net)
-    for part in twin.modules():
-        if isinstance(part, GatedPrototypes):
-            nn.init.ones_(part.gate.bias)
+    for layer in twin.modules():
+        if isinstance(layer, GatedPrototypes):
+            nn.init.ones_(layer.gate.bias)
     assert torch.equal(net(x), plain)
     assert not torch.equal(twin(x), plain)
     assert len(remove_prototypes(twin)) == 3
     assert torch.equal(twin(x), plain)
     assert len(remove_prototypes(net)) == 3
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in twin.modules())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in twin.modules())
 
 
 @pytest.mark.parametrize("positional", [False, True])
@@ -235,7 +235,7 @@ def test_mask_of_the_model_reaches_the_banks(positional: bool) -> None:
 
     assert torch.equal(terms(x), terms(x.masked_fill(~mask.unsqueeze(-1), 1e6)))
     net(x)  # without one, all tokens are valid again
-    assert all(part.mask is None for part in net.modules() if isinstance(part, PlacedPrototypes))
+    assert all(layer.mask is None for layer in net.modules() if isinstance(layer, PrototypeAdapter))
 
 
 def test_hugging_face_and_timm_models() -> None:
@@ -253,7 +253,7 @@ def test_hugging_face_and_timm_models() -> None:
         before = call()
         insert_prototypes(model, names, lambda width=width: GatedPrototypes(DDCLAttention(width, 4)), mask=mask)
         assert torch.equal(call(), before)
-        with record_codebooks(find_banks(model), lambda name, seen: None):
+        with record_codebooks(find_banks(model), lambda name, record: None):
             assert quantization_loss(model) > 0
         remove_prototypes(model)
         insert_prototypes(model, names[:1], lambda width=width: SerialPrototypes(DDCLAttention(width, 4)), mask=mask)
@@ -266,7 +266,7 @@ def test_loss_terms_are_handed_out_once() -> None:
     net, x = Net(), torch.randn(2, 6, DIM)
     placed = insert_prototypes(net, NAMES, gated)
     net(x)
-    expected = sum(part.terms.loss.sum() for part in placed)
+    expected = sum(layer.terms.loss.sum() for layer in placed)
     torch.testing.assert_close(quantization_loss(net), expected)
     with pytest.raises(RuntimeError, match="no loss terms to hand out"):
         quantization_loss(net)
@@ -302,13 +302,13 @@ def test_shared_bank_counts_once() -> None:
 def test_token_normalized_reads_the_tokens_of_all_layers_that_share() -> None:
     net, bank = sharing()
     optimizer = TokenNormalized([bank.prototypes], lr=0.5).watch(net)
-    seen: list[CodebookRecord] = []
-    with record_codebooks({"": bank}, lambda name, observed: seen.append(observed)):
+    records: list[CodebookRecord] = []
+    with record_codebooks({"": bank}, lambda name, observed: records.append(observed)):
         net(torch.randn(2, 6, DIM))
     before = bank.prototypes.detach().clone()
     optimizer.step()
-    assert len(seen) == 3
-    tokens = torch.cat([observed.tokens[0] for observed in seen])
+    assert len(records) == 3
+    tokens = torch.cat([observed.tokens[0] for observed in records])
     q = (-torch.cdist(tokens, before[0]).square() / 2.0).softmax(-1)
     target = (q / q.sum(0)).T @ tokens
     torch.testing.assert_close(bank.prototypes[0].detach(), before[0].lerp(target, 0.5), rtol=1e-4, atol=1e-5)
@@ -317,10 +317,10 @@ def test_token_normalized_reads_the_tokens_of_all_layers_that_share() -> None:
 def test_gradients_of_all_layers_add_up() -> None:
     net, bank = sharing()
     net(torch.randn(2, 6, DIM))
-    terms = [part.terms for part in net.modules() if isinstance(part, SerialPrototypes)]
-    parts = [torch.autograd.grad(term.loss.sum(), bank.prototypes, retain_graph=True)[0] for term in terms if term]
+    terms = [layer.terms for layer in net.modules() if isinstance(layer, SerialPrototypes)]
+    gradients = [torch.autograd.grad(term.loss.sum(), bank.prototypes, retain_graph=True)[0] for term in terms if term]
     quantization_loss(net).backward()
-    torch.testing.assert_close(bank.prototypes.grad, sum(parts))
+    torch.testing.assert_close(bank.prototypes.grad, sum(gradients))
 
 
 def test_each_layer_keeps_its_own_projection() -> None:
@@ -333,7 +333,7 @@ def test_each_layer_keeps_its_own_projection() -> None:
 
 
 class Training(pl.LightningModule):
-    """A network with placed prototypes that trains on their loss and a regression."""
+    """A network with prototype adapters that trains on their loss and a regression."""
 
     def __init__(self, net: nn.Module, lr: float) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ def fit(net: nn.Module, callbacks: list[pl.Callback], lr: float = 1e-2, **kwargs
     [serial, gated, lambda: serial(residual=True, sampling=True), lambda: PrototypeNorm(DIM, 4)],
     ids=["serial", "gated", "sampling", "norm"],
 )
-def test_trains_under_the_callbacks(create: Callable[[], PlacedPrototypes]) -> None:
+def test_trains_under_the_callbacks(create: Callable[[], PrototypeAdapter]) -> None:
     net = Net()
     insert_prototypes(net, NAMES, create)
     check = DecompositionCheck(every_n_batches=1)
@@ -388,9 +388,9 @@ def test_shared_bank_starts_from_the_tokens_of_all_its_layers() -> None:
     net, bank = sharing()
     for block in net.blocks:
         block.forward = lambda hidden: hidden + 50  # type: ignore[method-assign]
-    for part in net.modules():
-        if isinstance(part, SerialPrototypes):
-            nn.init.zeros_(part.layer.output_projection.weight)  # type: ignore[union-attr]
+    for adapter in net.modules():
+        if isinstance(adapter, SerialPrototypes):
+            nn.init.zeros_(adapter.layer.output_projection.weight)  # type: ignore[union-attr]
     fit(net, [KMeansInitialization(num_restarts=5, progress=False)], lr=1e-9)
     places = bank.prototypes.detach().mean(-1)[0]
     assert [bool(((places - 5 - 50 * layer).abs() < 5).any()) for layer in (1, 2, 3)] == [True] * 3
@@ -451,9 +451,9 @@ def test_insertion_refusals_change_nothing(blocks: list[str], options: dict[str,
 
 
 def test_more_insertion_refusals() -> None:
-    net, one = Net(), gated()
+    net, adapter = Net(), gated()
     with pytest.raises(ValueError, match="create must return a new module at each call"):
-        insert_prototypes(net, NAMES, lambda: one)
+        insert_prototypes(net, NAMES, lambda: adapter)
     insert_prototypes(net, NAMES[:1], gated)
     with pytest.raises(ValueError, match=r"block 'blocks.0' has prototypes already"):
         insert_prototypes(net, NAMES, gated)

@@ -58,9 +58,9 @@ def test_returns_what_was_stored_before_and_after_writing(tmp_path: Path, dtype:
         assert rounded.dtype == dtype
     for _ in range(2):
         for number, key in enumerate(keys):
-            found = cache.get(key)
-            assert found is not None
-            assert np.array_equal(found, ROWS[: number + 1].astype(dtype))
+            rows = cache.get(key)
+            assert rows is not None
+            assert np.array_equal(rows, ROWS[: number + 1].astype(dtype))
         assert len(cache) == 3
         assert cache.get(content_key(b"?")) is None
         assert content_key(b"?") not in cache
@@ -256,8 +256,8 @@ def test_a_killed_fill_goes_on_where_it_stopped(tmp_path: Path, where: str) -> N
 def test_processes_fill_the_same_cache_at_once(tmp_path: Path) -> None:
     ranges = [(0, 60), (20, 80)]
     processes = [filler(tmp_path, *bounds, wait=False) for bounds in ranges]
-    mine = Letters(str(tmp_path))
-    mine._open_cache()
+    backbone = Letters(str(tmp_path))
+    backbone._open_cache()
     for process in processes:
         wait_for(process, "ready")
     for process in processes:
@@ -265,8 +265,8 @@ def test_processes_fill_the_same_cache_at_once(tmp_path: Path) -> None:
     for process in processes:
         assert process.wait(60) == 0
         process.communicate()
-    mine._open_cache().rescan()
-    assert mine.fill_cache(batches(0, 80), progress=False) == 0
+    backbone._open_cache().rescan()
+    assert backbone.fill_cache(batches(0, 80), progress=False) == 0
     assert assert_exact(tmp_path, 0, 80).encoded == []
 
 
@@ -324,9 +324,9 @@ def test_other_weights_have_another_cache(tmp_path: Path) -> None:
     backbone.load_state_dict(other.state_dict())  # closes the cache of the weights that are gone
     backbone.encoded.clear()
     other._open_cache().flush()
-    found = backbone(batches(0, 4)[0])
+    features = backbone(batches(0, 4)[0])
     assert backbone.encoded == []
-    assert torch.equal(found.values, other(batches(0, 4)[0]).values)
+    assert torch.equal(features.values, other(batches(0, 4)[0]).values)
 
 
 def test_autocast_does_not_reach_the_cache(tmp_path: Path) -> None:
@@ -424,9 +424,9 @@ def test_augmented_samples_are_noticed(tmp_path: Path, monkeypatch: pytest.Monke
     data = DataLoader(rows(0, 40), batch_size=8, collate_fn=augment)  # type: ignore[arg-type]
     with pytest.warns(
         UserWarning, match="24 of 24 training samples were not in the cache.*random augmentation"
-    ) as found:
+    ) as caught:
         quiet_trainer(max_epochs=3).fit(module_of(Letters(str(tmp_path))), data)
-    assert sum("augmentation" in str(warning.message) for warning in found) == 1
+    assert sum("augmentation" in str(warning.message) for warning in caught) == 1
 
 
 class Stream(IterableDataset[dict[str, Any]]):
@@ -496,7 +496,7 @@ def test_a_folder_that_somebody_deletes_is_made_again(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith("segment-")) == ["meta.json"]
     shutil.rmtree(folder)
     expected = Letters()({"text": texts_of(0, 12)})
-    found = backbone({"text": texts_of(0, 12)})
-    assert torch.equal(found.values[found.mask], expected.values[expected.mask].half().float())
+    features = backbone({"text": texts_of(0, 12)})
+    assert torch.equal(features.values[features.mask], expected.values[expected.mask].half().float())
     backbone._open_cache().flush()
     assert assert_exact(tmp_path, 0, 12).encoded == []

@@ -10,12 +10,12 @@ def test_passes_features_through() -> None:
     assert not backbone.needs_fit()
     assert not list(backbone.parameters())
     x, mask = torch.randn(4, 5, 3), torch.rand(4, 5) < 0.5
-    values, found = backbone({"x": x, "mask": mask})
+    values, returned_mask = backbone({"x": x, "mask": mask})
     assert torch.equal(values, x)
-    assert found is mask
-    values, found = backbone((x[:, 0], torch.zeros(4)))
+    assert returned_mask is mask
+    values, returned_mask = backbone((x[:, 0], torch.zeros(4)))
     assert torch.equal(values, x[:, :1])
-    assert found is None
+    assert returned_mask is None
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 5, 2), (4, 5, 6, 3)])

@@ -42,9 +42,9 @@ def test_no_network_and_no_model() -> None:
         rf"model '{NAME}' is neither a local folder nor in the local cache, and https://.* cannot be reached \(Name or "
         rf"service not known\)\. Download it where there is a network \(hf download {NAME} --local-dir FOLDER\)"
     )
-    with pytest.raises(OSError, match=expected) as found:
+    with pytest.raises(OSError, match=expected) as raised:
         TransformersBackbone(NAME)
-    assert_one_sentence(found.value)
+    assert_one_sentence(raised.value)
 
 
 def test_offline_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +62,9 @@ def test_no_network_and_no_image_model(monkeypatch: pytest.MonkeyPatch) -> None:
         r"weights of model 'test_resnet' are not in the local cache, and .* cannot be reached .*hf download "
         r"timm/test_resnet\S* model.safetensors --local-dir FOLDER\) and pass that file as checkpoint"
     )
-    with pytest.raises(OSError, match=expected) as found:
+    with pytest.raises(OSError, match=expected) as raised:
         TimmBackbone("test_resnet")
-    assert_one_sentence(found.value)
+    assert_one_sentence(raised.value)
 
 
 def test_the_cache_goes_before_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,9 +172,9 @@ def test_no_advice_to_run_the_code_in_a_checkpoint(tmp_path: Path) -> None:
 )
 def test_what_is_unfrozen_gets_gradients(model: str, unfreeze: Any, expected: tuple[str, ...]) -> None:
     backbone = build(model, unfreeze=unfreeze, image_size=96).train()
-    found = {name for name, parameter in backbone.encoder.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in backbone.encoder.named_parameters() if parameter.requires_grad}
     names = [name for name, _ in backbone.encoder.named_parameters()]
-    assert found == ({name for name in names if name.startswith(expected)} if expected else set())
+    assert trainable == ({name for name in names if name.startswith(expected)} if expected else set())
     values = backbone({"x": images()}).values
     assert values.requires_grad == (unfreeze != 0)
     if unfreeze != 0:
@@ -192,12 +192,12 @@ def test_frozen_batch_statistics_stay() -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         backbone = build("test_vit", unfreeze=2, image_size=96, gradient_checkpointing=checkpointing).train()
         backbone({"x": images()}).values.square().sum().backward()
-        found.append([parameter.grad for parameter in backbone.parameters() if parameter.grad is not None])
-    for plain, checkpointed in zip(*found, strict=True):
+        gradients.append([parameter.grad for parameter in backbone.parameters() if parameter.grad is not None])
+    for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 

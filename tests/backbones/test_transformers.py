@@ -72,11 +72,11 @@ def test_blocks_beyond_the_layer_are_not_computed(bert: str) -> None:
 
 def test_texts_become_the_tokens_of_the_tokenizer(bert: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
-    found = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    encoding = tokenizer(TEXTS, padding=True, return_tensors="pt")
     values, mask = TransformersBackbone(bert)({"text": TEXTS})
     assert mask is not None
-    assert torch.equal(mask, found["attention_mask"].bool())
-    expected = reference(bert, found["input_ids"], mask)[-1]
+    assert torch.equal(mask, encoding["attention_mask"].bool())
+    expected = reference(bert, encoding["input_ids"], mask)[-1]
     torch.testing.assert_close(values[mask], expected[mask], rtol=1e-4, atol=1e-5)
     alone = TransformersBackbone(bert)({"text": TEXTS[1:2]}).values[0]
     torch.testing.assert_close(alone, values[1][mask[1]], rtol=1e-4, atol=1e-5)  # padding takes no part
@@ -132,9 +132,9 @@ def test_spans_point_at_the_words(bert: str, gpt2: str) -> None:
     assert [TEXTS[0][start:end] for start, end in spans] == ["", "the", "film", "was", "wonderful", ""]
     assert spans[0] == spans[-1] == (0, 0)
     backbone = TransformersBackbone(gpt2)
-    for number, (content, found) in enumerate(zip(TEXTS, backbone.spans({"text": TEXTS}), strict=True)):
-        assert "".join(content[start:end] for start, end in found) == content
-        assert len(found) == int(backbone({"text": TEXTS}).mask[number].sum())
+    for number, (content, word_spans) in enumerate(zip(TEXTS, backbone.spans({"text": TEXTS}), strict=True)):
+        assert "".join(content[start:end] for start, end in word_spans) == content
+        assert len(word_spans) == int(backbone({"text": TEXTS}).mask[number].sum())
 
 
 # Freezing -------------------------------------------------------------------------------------------
@@ -191,15 +191,15 @@ def test_partly_frozen_modes(bert: str) -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient(bert: str) -> None:
-    found = []
+    gradients = []
     for checkpointing in (False, True):
         backbone = TransformersBackbone(bert, unfreeze=2, gradient_checkpointing=checkpointing).train()
         for module in backbone.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         backbone({"text": TEXTS}).values.square().sum().backward()
-        found.append([parameter.grad for parameter in backbone.parameters() if parameter.grad is not None])
-    for plain, checkpointed in zip(*found, strict=True):
+        gradients.append([parameter.grad for parameter in backbone.parameters() if parameter.grad is not None])
+    for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 
@@ -381,8 +381,8 @@ def test_refuses_weights_that_are_not_complete(bert: str, tmp_path: Path) -> Non
     without_pooler = {name: value for name, value in state.items() if not name.startswith("pooler.")}
     save_file(without_pooler, folder / "model.safetensors", metadata={"format": "pt"})
     TransformersBackbone(str(folder))
-    part = {name: value for name, value in without_pooler.items() if "layer.1.attention" not in name}
-    save_file(part, folder / "model.safetensors", metadata={"format": "pt"})
+    incomplete = {name: value for name, value in without_pooler.items() if "layer.1.attention" not in name}
+    save_file(incomplete, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lack \d+ of its parameters \(encoder.layer.1.attention"):
         TransformersBackbone(str(folder))
 

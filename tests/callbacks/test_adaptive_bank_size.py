@@ -18,6 +18,7 @@ from ddcl_lightning import (
     Head,
     PCABackbone,
     SequenceDecoder,
+    SizeRules,
     find_banks,
 )
 from ddcl_lightning.callbacks import (
@@ -52,7 +53,7 @@ def grown(module: pl.LightningModule, max_epochs: int = 12, data: Any = None, **
 
 
 @pytest.mark.parametrize("kind", [Project, TwoOptimizers])
-@pytest.mark.parametrize("when", [{}, {"per": "step", "every": 4}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("when", [{}, {"interval": "step", "frequency": 4}], ids=["epochs", "steps"])
 def test_two_prototypes_become_six(kind: Any, when: dict[str, Any]) -> None:
     module = kind(num_prototypes=2)
     adaptive = grown(module, **when)
@@ -66,24 +67,24 @@ def test_two_prototypes_become_six(kind: Any, when: dict[str, Any]) -> None:
 
 def test_without_the_test_the_last_temperature_sets_the_size() -> None:
     """Clusters of deviation 0.3 have T_c = 4 * 0.09 = 0.36 of their own, give or take: above it they stay whole."""
-    found = {}
+    sizes = {}
     for temperature in (1.0, 0.1):
         module = Project(num_prototypes=2, temperature=absolute(temperature))
-        adaptive = AdaptiveBankSize(significance=None, max_prototypes=20)
+        adaptive = AdaptiveBankSize(SizeRules(max_prototypes=20, significance=None))
         fit(module, KMeansInitialization(progress=False), adaptive, data=six(), max_epochs=12)
-        found[temperature] = module.layer.bank.num_prototypes
-    assert found[1.0] == 6
-    assert found[0.1] == 20
+        sizes[temperature] = module.layer.bank.num_prototypes
+    assert sizes[1.0] == 6
+    assert sizes[0.1] == 20
 
 
 def test_the_size_stays_in_its_bounds_and_after_its_time() -> None:
     module = Project(num_prototypes=2)
-    grown(module, max_prototypes=4)
+    grown(module, rules=SizeRules(max_prototypes=4))
     assert module.layer.bank.num_prototypes == 4
     module = Project(num_prototypes=2)
     assert [size for _, size in grown(module, duration=1).history["layer.bank"]][2:] == []
     module = Project(num_prototypes=2)
-    assert len(grown(module, every=13).history["layer.bank"]) == 1
+    assert len(grown(module, frequency=13).history["layer.bank"]) == 1
 
 
 def test_superfluous_prototypes_merge_and_idle_ones_go() -> None:
@@ -220,7 +221,7 @@ def test_a_grown_checkpoint_tests_predicts_and_loads(tmp_path: Path) -> None:
 
 
 def test_a_grown_head_with_a_budget_is_saved_by_its_dimension(tmp_path: Path) -> None:
-    head = DDCLReadout(4, budget=1000, embed_dim=16)
+    head = DDCLReadout(4, max_parameters=1000, embed_dim=16)
     width = head.attention.bank.dim
     head.attention.bank.resize(torch.randn(1, 30, width))
     head.save_pretrained(tmp_path)
@@ -278,11 +279,11 @@ def test_what_depends_on_the_size_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every": 0}, "every must be at least 1 epoch; got 0"),
-        ({"per": "day"}, "per must be 'epoch' or 'step'; got 'day'"),
+        ({"frequency": 0}, "frequency must be at least 1 epoch; got 0"),
+        ({"interval": "day"}, "interval must be 'epoch' or 'step'; got 'day'"),
         ({"duration": 0}, "duration must be > 0 epochs; got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
-        ({"prune": 2.0}, "prune must be in"),
+        ({"rules": 3}, "rules must be a SizeRules or None; got 3"),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
@@ -305,19 +306,19 @@ class SaveState(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         (adaptive,) = (callback for callback in trainer.callbacks if isinstance(callback, AdaptiveBankSize))
-        found = {
+        state = {
             "weights": pl_module.state_dict(),
             "moments": trainer.optimizers[0].state_dict()["state"],
             "history": adaptive.history,
         }
-        torch.save(found, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+        torch.save(state, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
 @pytest.mark.parametrize("kind", ["manual", "automatic"])
 def test_two_processes_grow_as_one_does(tmp_path: Path, kind: str) -> None:
-    found = {}
+    states = {}
     for processes in (1, 2):
         torch.manual_seed(0)
         callbacks = [*watchers()[:4], AdaptiveBankSize(seed=0), SaveState(tmp_path)]
@@ -331,8 +332,8 @@ def test_two_processes_grow_as_one_does(tmp_path: Path, kind: str) -> None:
         else:
             # The whole data in one batch: processes share it in whatever order.
             trainer.fit(Momentum(num_prototypes=2), loader(size=96, batch_size=96 // processes, shuffle=False))
-        found[processes] = [torch.load(tmp_path / f"{processes}-{rank}.pt") for rank in range(processes)]
-    (alone,), (first, second) = found[1], found[2]
+        states[processes] = [torch.load(tmp_path / f"{processes}-{rank}.pt") for rank in range(processes)]
+    (alone,), (first, second) = states[1], states[2]
     assert alone["history"] == first["history"] == second["history"]
     assert len(next(iter(alone["history"].values()))) > 1
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
@@ -346,7 +347,7 @@ def test_the_banks_of_a_module_are_found_again_after_a_change() -> None:
     grown(module)
     (bank,) = find_banks(module).values()
     assert bank.prototypes is parameter
-    assert any(parameter is one for one in module.parameters())
+    assert any(parameter is own_parameter for own_parameter in module.parameters())
 
 
 def test_reconstruction_of_tokens_takes_a_bank_that_grows() -> None:

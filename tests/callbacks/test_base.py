@@ -26,8 +26,8 @@ class Spy(BankCallback):
         super().__init__(every_n_batches)
         self.steps = []
 
-    def observe(self, trainer, pl_module, seen):
-        self.steps.append((trainer.fit_loop.epoch_loop.total_batch_idx, sorted(seen)))
+    def observe(self, trainer, pl_module, records):
+        self.steps.append((trainer.fit_loop.epoch_loop.total_batch_idx, sorted(records)))
 
 
 @pytest.mark.parametrize("name", PROJECTS)
@@ -146,7 +146,7 @@ def test_banks_in_evaluation_mode_are_seen():
     assert torch.is_grad_enabled()
 
 
-class Rival(Head):
+class Other(Head):
     """A head without prototypes."""
 
     def build(self, embed_dim):
@@ -167,9 +167,9 @@ def test_swapping_the_head_for_one_without_prototypes_needs_no_other_change(capl
         RatioGuard(),
         PrototypeFigures(every_n_epochs=1),
     ]
-    model = DDCLReadoutModule(LinearBackbone(), Rival(), Classification(4, quantization_weight=0.1))
+    model = DDCLReadoutModule(LinearBackbone(), Other(), Classification(4, quantization_weight=0.1))
     trainer = pl.Trainer(**{**QUIET, "max_epochs": 40}, callbacks=callbacks)
     trainer.fit(model, blob_batches(), blob_batches())
     assert float(trainer.callback_metrics["val/acc"]) == 1.0
     assert "KMeansInitialization stays idle: DDCLReadoutModule holds no PrototypeBank" in caplog.text
-    assert "Rival has no prototypes: quantization_weight is not used" in caplog.text
+    assert "Other has no prototypes: quantization_weight is not used" in caplog.text

@@ -252,12 +252,12 @@ def test_another_run_starts_without_memory():
 @pytest.mark.parametrize("from_data", [True, False])
 def test_a_fall_counts_from_the_start_only_where_the_start_was_data(from_data):
     watch, history = CollapseWarning(), HeadHistory(PrototypeUse.none_of(2))
-    found = []
+    falls = []
     # It travels for 15 readings, rests for 10, and falls.
     for delta in [5.0 - 0.3 * reading for reading in range(15)] + [0.8] * 10 + [0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]:
         now = HeadSignals(delta, delta, (0, 1), 1.0, 2.0, 0.1, 1.0, 0.1, 2, torch.ones(2) / 2, torch.tensor([50, 50]))
-        found.append("falling" in watch._judge(history, now, from_data))
-    assert found.index(True) == (11 if from_data else 31)
+        falls.append("falling" in watch._judge(history, now, from_data))
+    assert falls.index(True) == (11 if from_data else 31)
 
 
 def test_flat_embeddings_are_noticed_before_delta_falls():

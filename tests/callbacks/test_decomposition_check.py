@@ -160,11 +160,11 @@ def test_the_tolerance_follows_the_precision_that_the_user_allows():
     coarse = DecompositionErrors(0.0, 1e-3, 0.0, 0.0, 0.0, energy=1.0, sharpness=1.0)
     before = torch.get_float32_matmul_precision()
     try:
-        found = {}
+        counts = {}
         for precision in ("highest", "high", "medium"):
             torch.set_float32_matmul_precision(precision)
-            found[precision] = len(find_violations(coarse, torch.float32))
-        assert found == {"highest": 1, "high": 0, "medium": 0}
+            counts[precision] = len(find_violations(coarse, torch.float32))
+        assert counts == {"highest": 1, "high": 0, "medium": 0}
         assert len(find_violations(coarse, torch.float64)) == 1
     finally:
         torch.set_float32_matmul_precision(before)
@@ -245,14 +245,14 @@ def test_the_smallest_variance_is_the_exact_one_below_the_rounding_of_the_traine
     terms = right(tokens, prototypes, temperature).terms
     rounded = Decomposition(terms.loss, terms.ols, terms.variance * 0 - 1e-9)
     errors = decomposition_errors(tokens, prototypes, temperature, rounded)
-    seen = CodebookRecord(tokens, None, prototypes, temperature, rounded)
-    assert torch.equal(exact_variance(seen, errors), exact.variance)
+    record = CodebookRecord(tokens, None, prototypes, temperature, rounded)
+    assert torch.equal(exact_variance(record, errors), exact.variance)
     assert float(exact.variance) > 0
     soft = torch.tensor([20.0])
     terms = right(tokens, prototypes, soft).terms
-    seen = CodebookRecord(tokens, None, prototypes, soft, terms)
+    record = CodebookRecord(tokens, None, prototypes, soft, terms)
     errors = decomposition_errors(tokens, prototypes, soft, terms)
-    assert torch.equal(exact_variance(seen, errors), terms.variance.double())
+    assert torch.equal(exact_variance(record, errors), terms.variance.double())
 
 
 def test_the_smallest_variance_survives_a_resume():

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from ddcl_lightning import DDCLReadout, DDCLReadoutModule, IdentityBackbone
+from ddcl_lightning import DDCLReadout, DDCLReadoutModule, IdentityBackbone, SizeRules
 from ddcl_lightning._utils.random_state import random_states, set_random_states
 from ddcl_lightning.callbacks import AdaptiveBankSize, ExactResume, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
@@ -79,9 +79,9 @@ def run(folder: Path | None, resume: Path | None = None, callbacks: Any = (), **
 
 def assert_same_end(whole: tuple[Any, Any, Any], resumed: tuple[Any, Any, Any]) -> None:
     torch.testing.assert_close(resumed[0].state_dict(), whole[0].state_dict(), rtol=0, atol=0)
-    for one, other in zip(whole[1].optimizers, resumed[1].optimizers, strict=True):
-        torch.testing.assert_close(other.state_dict()["state"], one.state_dict()["state"], rtol=0, atol=0)
-        assert other.state_dict()["param_groups"] == one.state_dict()["param_groups"]
+    for first, other in zip(whole[1].optimizers, resumed[1].optimizers, strict=True):
+        torch.testing.assert_close(other.state_dict()["state"], first.state_dict()["state"], rtol=0, atol=0)
+        assert other.state_dict()["param_groups"] == first.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,11 @@ def test_a_run_resumed_anywhere_does_what_was_left_once(options: dict[str, Any],
 def test_a_run_resumed_at_the_end_of_an_epoch_changes_the_number_of_prototypes_alike(tmp_path: Path) -> None:
     def adaptive() -> list[pl.Callback]:
         start = KMeansInitialization(progress=False, num_restarts=1, seed=0)
-        return [TemperatureAnnealing(), start, AdaptiveBankSize(2, 16, duration=3, significance=None, seed=0)]
+        return [
+            TemperatureAnnealing(),
+            start,
+            AdaptiveBankSize(SizeRules(2, 16, significance=None), duration=3, seed=0),
+        ]
 
     whole = run(tmp_path, callbacks=(callbacks := adaptive()), max_epochs=3)
     history = callbacks[2].history  # type: ignore[attr-defined]

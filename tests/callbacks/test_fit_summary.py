@@ -101,21 +101,21 @@ def test_it_takes_any_data(name, capsys):
 
 
 def test_it_describes_what_validation_saw(capsys):
-    seen = []
+    sizes = []
 
     class Seen(IdentityBackbone):
         def forward(self, batch):
             if not self.training:
-                seen.append(len(batch["x"]))
+                sizes.append(len(batch["x"]))
             return super().forward(batch)
 
     class FromValidationOn(pl.Callback):
         def on_validation_start(self, trainer, pl_module):
-            seen.clear()
+            sizes.clear()
 
     limits = {"limit_val_batches": 2, "check_val_every_n_epoch": 2}
     run(module(Seen(4)), FitSummary(), FromValidationOn(), val=rows_of(64), **limits)
-    assert seen == [16, 16, 16, 16]  # two batches of validation, the same two for the summary
+    assert sizes == [16, 16, 16, 16]  # two batches of validation, the same two for the summary
 
 
 def test_padding_is_in_no_feature(capsys):
@@ -143,7 +143,7 @@ def test_an_autoencoder_has_a_line_of_its_own(capsys):
     trainer = pl.Trainer(callbacks=[summary], max_epochs=1, **QUIET)
     trainer.fit(module(head=VQPooling(5), task=task), rows_of(), rows_of())
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("reconstruction (val): "))
-    shown = dict(part.split() for part in line.removeprefix("reconstruction (val): ").split(", "))
+    shown = dict(entry.split() for entry in line.removeprefix("reconstruction (val): ").split(", "))
     assert list(shown) == ["mse", "usage", "perplexity", "soft_perplexity"]  # vectors have no PSNR
     for name, value in shown.items():
         assert float(value) == pytest.approx(float(trainer.callback_metrics[f"val/{name}"]), rel=1e-3)

@@ -35,8 +35,8 @@ def start(module, data=None, max_epochs=1, annealing=(), **kwargs):
 
 
 def centers(tokens, size=4):
-    found = KMeans(size, n_init=10, random_state=0).fit(tokens.double().numpy()).cluster_centers_
-    return torch.from_numpy(found).float()
+    rows = KMeans(size, n_init=10, random_state=0).fit(tokens.double().numpy()).cluster_centers_
+    return torch.from_numpy(rows).float()
 
 
 def same_rows(first, second):
@@ -76,9 +76,9 @@ def test_every_head_is_clustered_in_its_own_space():
     module = Project(num_heads=2)
     with torch.no_grad():
         module.layer.input_projection.weight.copy_(torch.eye(4))
-    found = start(module)["layer.bank.prototypes"]
-    assert same_rows(found[0], centers(blobs()[0][:, :2]))
-    assert same_rows(found[1], centers(blobs()[0][:, 2:]))
+    started = start(module)["layer.bank.prototypes"]
+    assert same_rows(started[0], centers(blobs()[0][:, :2]))
+    assert same_rows(started[1], centers(blobs()[0][:, 2:]))
 
 
 def test_several_loaders_give_tokens():
@@ -88,8 +88,8 @@ def test_several_loaders_give_tokens():
             return self.layer(tokens).terms.loss.sum()
 
     x, _ = blobs()
-    found = start(Both(num_prototypes=8), data={"a": loader(), "b": loader()})["layer.bank.prototypes"][0]
-    assert same_rows(found, centers(torch.cat([x, x + 100]), 8))
+    started = start(Both(num_prototypes=8), data={"a": loader(), "b": loader()})["layer.bank.prototypes"][0]
+    assert same_rows(started, centers(torch.cat([x, x + 100]), 8))
 
 
 def test_batch_normalisation_runs_as_in_training_and_is_put_back():
@@ -108,8 +108,8 @@ def test_batch_normalisation_runs_as_in_training_and_is_put_back():
     module = Normalised()
     x, _ = blobs()
     data = DataLoader(TensorDataset(x, x), batch_size=96)  # one batch: its statistics are those of the data
-    found = start(module, data=data)["layer.bank.prototypes"][0]
-    assert same_rows(found, centers((x - x.mean(0)) / x.std(0, correction=0)))
+    started = start(module, data=data)["layer.bank.prototypes"][0]
+    assert same_rows(started, centers((x - x.mean(0)) / x.std(0, correction=0)))
     assert torch.equal(module.statistics[0], torch.zeros(4))
     assert module.statistics[1] == 0
 
@@ -117,18 +117,18 @@ def test_batch_normalisation_runs_as_in_training_and_is_put_back():
 def test_bounded_embeddings_are_seen_at_their_bounded_scale():
     x, _ = blobs()
     data = DataLoader(TensorDataset(x, x), batch_size=96)
-    found = start(Project(embedding_scale="per_dimension"), data=data)["layer.bank.prototypes"][0]
-    assert same_rows(found, centers((x - x.mean(0)) / x.std(0, correction=0)))
+    started = start(Project(embedding_scale="per_dimension"), data=data)["layer.bank.prototypes"][0]
+    assert same_rows(started, centers((x - x.mean(0)) / x.std(0, correction=0)))
 
 
 def test_levels_are_done_in_the_order_of_execution():
     module = TwoLevels()
-    found = start(module, annealing=[TemperatureAnnealing(start=0.01, end=0.01)])
+    started = start(module, annealing=[TemperatureAnnealing(start=0.01, end=0.01)])
     # At a hundredth of T_c the first level's centroids are its prototypes; the second clusters these four points.
-    assert same_rows(found["layer.bank.prototypes"][0], centers(blobs()[0]))
-    first = found["layer.bank.prototypes"][0]
+    assert same_rows(started["layer.bank.prototypes"][0], centers(blobs()[0]))
+    first = started["layer.bank.prototypes"][0]
     expected = centers(first.repeat(24, 1), 2)
-    assert same_rows(found["top.bank.prototypes"][0], expected)
+    assert same_rows(started["top.bank.prototypes"][0], expected)
 
 
 def test_the_second_level_sees_the_first_at_its_temperature():
@@ -151,18 +151,18 @@ def test_banks_that_are_set_are_left_alone_and_the_others_are_not():
         def on_train_start(self):
             self.levels = [layer.bank.prototypes[0].detach().clone() for layer in (self.layer, self.top)]
 
-    module, mine = Levels(), blobs()[0][:4]
-    module.layer.bank.set_prototypes(mine.unsqueeze(0))
+    module, own = Levels(), blobs()[0][:4]
+    module.layer.bank.set_prototypes(own.unsqueeze(0))
     fit(module, KMeansInitialization(), max_epochs=1)
-    assert torch.equal(module.levels[0], mine)
+    assert torch.equal(module.levels[0], own)
     assert bool(module.top.bank.initialized)
 
 
 def test_farthest_points_are_tokens_far_apart():
-    found = start(Project(num_prototypes=6), method="farthest_point")["layer.bank.prototypes"][0]
+    started = start(Project(num_prototypes=6), method="farthest_point")["layer.bank.prototypes"][0]
     x, _ = blobs()
-    assert all(bool((x == row).all(1).any()) for row in found)
-    labels = torch.cdist(found, centers(x)).argmin(1)
+    assert all(bool((x == row).all(1).any()) for row in started)
+    labels = torch.cdist(started, centers(x)).argmin(1)
     assert set(labels.tolist()) == {0, 1, 2, 3}
 
 
@@ -197,8 +197,8 @@ def test_a_bank_that_the_step_does_not_call_is_left_with_a_warning():
     module = Spare()
     before = module.spare.bank.prototypes.detach().clone()
     with pytest.warns(UserWarning, match=r"did not call spare.bank before its backward pass"):
-        found = start(module)
-    assert torch.equal(found["spare.bank.prototypes"], before)
+        started = start(module)
+    assert torch.equal(started["spare.bank.prototypes"], before)
     assert not bool(module.spare.bank.initialized)
 
 
@@ -232,7 +232,7 @@ class Traced(Project):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.register_buffer("queue", torch.zeros(3))
-        self.seen, self.drawn, self.modes, self.queues = [], [], [], []
+        self.batches, self.drawn, self.modes, self.queues = [], [], [], []
         self.recording = False
 
     def on_train_start(self):
@@ -246,7 +246,7 @@ class Traced(Project):
         self.queue += 1
         drawn = float(torch.rand(()))
         if self.recording:
-            self.seen.append(batch[0].clone())
+            self.batches.append(batch[0].clone())
             self.drawn.append(drawn)
         return super().training_step(batch, batch_idx)
 
@@ -286,7 +286,7 @@ def test_the_pass_leaves_no_trace(name):
     module = traced_run([TemperatureAnnealing(), KMeansInitialization()], LOADERS[name])
     assert torch.equal(plain.random_state, module.random_state)
     assert plain.drawn == module.drawn
-    assert all(torch.equal(a, b) for a, b in zip(plain.seen, module.seen, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.batches, module.batches, strict=True))
     assert plain.modes == module.modes
     assert not module.modes[[*module.modules()].index(module.dropout)]
     assert torch.equal(module.queue_at_start, torch.zeros(3))
@@ -337,21 +337,21 @@ def test_it_never_runs_again_on_resume(tmp_path, monkeypatch):
     monkeypatch.setattr("ddcl_lightning.nn.bank.initial_prototypes", fail)
     for name in ("collect_tokens", "execution_order"):
         monkeypatch.setattr(f"ddcl_lightning.callbacks.kmeans_initialization.{name}", fail)
-    seen = []
+    history = []
 
     class Resumed(Project):
         def on_train_start(self):
-            seen.append(self.layer.bank.prototypes.detach().clone())
+            history.append(self.layer.bank.prototypes.detach().clone())
 
     fit(Resumed(), KMeansInitialization(), ckpt_path=tmp_path / "one.ckpt", max_epochs=2)
-    assert torch.equal(seen[0], saved)
+    assert torch.equal(history[0], saved)
 
 
 def test_a_bank_set_by_hand_is_left_alone():
     module = Project()
-    mine = torch.arange(16.0).reshape(1, 4, 4)
-    module.layer.bank.set_prototypes(mine)
-    assert torch.equal(start(module)["layer.bank.prototypes"], mine)
+    own = torch.arange(16.0).reshape(1, 4, 4)
+    module.layer.bank.set_prototypes(own)
+    assert torch.equal(start(module)["layer.bank.prototypes"], own)
 
 
 @pytest.mark.parametrize(

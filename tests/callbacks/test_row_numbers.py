@@ -107,8 +107,8 @@ def test_newsgroups_in_a_file(tmp_path: Path) -> None:
     table = numbered_table().assign(label="sci.space")
     table.to_csv(tmp_path / "a.csv", index=False)
     predict(NewsgroupsDataModule(tmp_path / "a.csv"), tmp_path / "out.csv")
-    found = pd.read_csv(tmp_path / "out.csv")
-    assert (found["index"] == found["truth"]).all()
+    predictions = pd.read_csv(tmp_path / "out.csv")
+    assert (predictions["index"] == predictions["truth"]).all()
 
 
 class Images(Reader):

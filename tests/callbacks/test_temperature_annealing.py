@@ -71,7 +71,7 @@ def test_duration_ends_the_schedule_early():
 
 
 def test_by_step_it_falls_with_every_batch_and_ends_with_the_run():
-    values = temperatures(start=absolute(8.0), end=absolute(1.0), schedule="linear", per="step", max_epochs=2)
+    values = temperatures(start=absolute(8.0), end=absolute(1.0), schedule="linear", interval="step", max_epochs=2)
     assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
 
 
@@ -81,7 +81,7 @@ def test_steps_of_two_manual_optimizers_count_once():
         start=absolute(8.0),
         end=absolute(1.0),
         schedule="linear",
-        per="step",
+        interval="step",
         max_epochs=2,
     )
     assert values == pytest.approx(np.linspace(8, 1, 12).tolist())
@@ -89,7 +89,7 @@ def test_steps_of_two_manual_optimizers_count_once():
 
 def test_accumulated_batches_share_a_step_and_do_not_shorten_the_epochs():
     kwargs = {"start": absolute(8.0), "end": absolute(1.0), "schedule": "linear", "max_epochs": 4}
-    by_step = temperatures(per="step", trainer={"accumulate_grad_batches": 3}, **kwargs)
+    by_step = temperatures(interval="step", trainer={"accumulate_grad_batches": 3}, **kwargs)
     assert by_step == pytest.approx(np.repeat(np.linspace(8, 1, 8), 3).tolist())
     by_epoch = temperatures(trainer={"accumulate_grad_batches": 3}, **kwargs)
     assert by_epoch == pytest.approx(np.repeat(np.linspace(8, 1, 4), 6).tolist())
@@ -97,7 +97,7 @@ def test_accumulated_batches_share_a_step_and_do_not_shorten_the_epochs():
 
 def test_max_steps_bounds_the_length():
     kwargs = {"start": absolute(8.0), "end": absolute(1.0), "schedule": "linear", "max_epochs": 100}
-    assert temperatures(per="step", trainer={"max_steps": 8}, **kwargs)[-1] == pytest.approx(1.0)
+    assert temperatures(interval="step", trainer={"max_steps": 8}, **kwargs)[-1] == pytest.approx(1.0)
     assert temperatures(trainer={"max_steps": 18}, **kwargs)[::6] == pytest.approx([8.0, 4.5, 1.0])
 
 
@@ -106,8 +106,8 @@ def test_streams_without_length():
     values = temperatures(data=data, start=absolute(8.0), end=absolute(1.0), schedule="linear", max_epochs=3)
     assert sorted(set(values), reverse=True) == pytest.approx([8.0, 4.5, 1.0])
     with pytest.raises(ValueError, match="length of the run is unknown"):
-        temperatures(data=data, per="step", max_epochs=3)
-    assert temperatures(data=data, per="step", duration=4, start=absolute(8.0), end=absolute(1.0))[4] == 1.0
+        temperatures(data=data, interval="step", max_epochs=3)
+    assert temperatures(data=data, interval="step", duration=4, start=absolute(8.0), end=absolute(1.0))[4] == 1.0
 
 
 def test_fractions_of_the_critical_temperature():
@@ -129,7 +129,7 @@ def test_every_head_has_its_own_critical_temperature():
     with torch.no_grad():
         module.layer.input_projection.weight.copy_(torch.eye(4))
     fit(module, TemperatureAnnealing(start=0.5, end=0.5), max_epochs=1)
-    covariances = [np.cov(blobs()[0].numpy()[:, part].T, bias=True) for part in (slice(0, 2), slice(2, 4))]
+    covariances = [np.cov(blobs()[0].numpy()[:, columns].T, bias=True) for columns in (slice(0, 2), slice(2, 4))]
     expected = [2 * np.linalg.eigvalsh(covariance)[-1] for covariance in covariances]
     assert module.layer.bank.temperature.tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -155,7 +155,7 @@ def test_the_order_of_the_callbacks_does_not_matter(first):
         ({"end": math.nan}, "end must be a "),
         ({"start": absolute(2.0)}, "start and end must be temperatures of one unit; got .*absolute.* and 0.005"),
         ({"start": absolute(2.0), "end": Temperature(1.0, unit="initial")}, "temperatures of one unit"),
-        ({"per": "year"}, "per must be"),
+        ({"interval": "year"}, "interval must be"),
         ({"schedule": "step"}, "schedule must be"),
         ({"tau": 0.0}, "tau must be > 0"),
         ({"tau": 1.0, "schedule": "linear"}, "belongs to schedule='exponential'"),
@@ -181,7 +181,7 @@ def test_a_callable_that_increases_or_vanishes_is_refused_before_the_first_step(
 def test_a_callable_that_increases_later_is_caught_on_the_way():
     changing = iter([4.0, 3.0, 4.0, 3.0, 3.5])  # tried twice, set at the start and in both epochs
     with pytest.raises(ValueError, match=r"schedule went from 3 to 3\.5"):
-        temperatures(schedule=lambda step: next(changing), per="epoch", max_epochs=2)
+        temperatures(schedule=lambda step: next(changing), interval="epoch", max_epochs=2)
 
 
 def test_tokens_without_variance_are_an_error():
@@ -209,12 +209,12 @@ def digits_run(path, annealing, max_epochs=4, ckpt_path=None):
     module = DDCLReadoutModule(
         PCABackbone(64, 8, trainable=True), DDCLReadout(6, num_heads=2), Clustering(), lr_prototypes=0.02, rho=0.1
     )
-    seen = {}
+    temperatures = {}
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             bank = pl_module.head.attention.bank
-            seen[trainer.global_step] = torch.stack([bank.temperature, bank.temperature_state.value])
+            temperatures[trainer.global_step] = torch.stack([bank.temperature, bank.temperature_state.value])
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == 13 and ckpt_path is None:
@@ -228,19 +228,21 @@ def digits_run(path, annealing, max_epochs=4, ckpt_path=None):
         **QUIET,
     )
     trainer.fit(module, datamodule=DigitsDataModule(batch_size=256), ckpt_path=ckpt_path)
-    return seen, module
+    return temperatures, module
 
 
-@pytest.mark.parametrize("per", ["epoch", "step"])
-def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(per, tmp_path):
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_a_run_resumed_inside_of_an_epoch_has_the_same_temperatures_bit_for_bit(interval, tmp_path):
     checkpoint = tmp_path / "step=13.ckpt"  # 8 batches an epoch: after the fifth of epoch 1
-    whole, module = digits_run(checkpoint, TemperatureAnnealing(per=per))
-    rest, resumed = digits_run(checkpoint, TemperatureAnnealing(per=per), ckpt_path=checkpoint)
+    whole, module = digits_run(checkpoint, TemperatureAnnealing(interval=interval))
+    rest, resumed = digits_run(checkpoint, TemperatureAnnealing(interval=interval), ckpt_path=checkpoint)
     assert sorted(rest) == list(range(13, 32))
     assert all(torch.equal(rest[step], whole[step]) for step in rest)
     assert torch.equal(resumed.head.attention.bank.prototypes, module.head.attention.bank.prototypes)
     # A longer run must not stretch the schedule of the one that it continues.
-    longer, _continued = digits_run(checkpoint, TemperatureAnnealing(per=per), max_epochs=6, ckpt_path=checkpoint)
+    longer, _continued = digits_run(
+        checkpoint, TemperatureAnnealing(interval=interval), max_epochs=6, ckpt_path=checkpoint
+    )
     assert sorted(longer) == list(range(13, 48))
     assert all(torch.equal(longer[step], whole[step]) for step in rest)
     assert all(torch.all(longer[step][1] <= whole[31][1]) for step in range(32, 48))
@@ -258,11 +260,11 @@ class Levels(pl.Callback):
     """Temperatures of both banks of TwoLevels in force during every batch."""
 
     def __init__(self):
-        self.seen: dict[str, list[list[float]]] = {"layer": [], "top": []}
+        self.history: dict[str, list[list[float]]] = {"layer": [], "top": []}
         self.fractions: dict[str, list[float]] = {"layer": [], "top": []}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        for name, values in self.seen.items():
+        for name, values in self.history.items():
             bank = getattr(pl_module, name).bank
             values.append(bank.temperature.tolist())
             self.fractions[name].append(float(bank.temperature_state.value[0]))
@@ -271,30 +273,32 @@ class Levels(pl.Callback):
 def both_levels(*callbacks, module=None, max_epochs=4, **kwargs):
     levels = Levels()
     fit(module or TwoLevels(), *callbacks, levels, max_epochs=max_epochs, **kwargs)
-    return {name: values[::6] for name, values in levels.seen.items()}
+    return {name: values[::6] for name, values in levels.history.items()}
 
 
 def test_two_callbacks_give_two_schedules():
     first = TemperatureAnnealing(start=absolute(8.0), end=absolute(2.0), schedule="linear", banks="layer.*")
     second = TemperatureAnnealing(start=absolute(0.5), end=absolute(0.25), schedule="linear", duration=2, banks="t?p.*")
-    found = both_levels(first, second, module=TwoLevels(top=absolute(), temperature=absolute()))
-    assert np.ravel(found["layer"]) == pytest.approx([8.0, 6.0, 4.0, 2.0])
-    assert np.ravel(found["top"]) == pytest.approx([0.5, 0.25, 0.25, 0.25])
+    temperatures = both_levels(first, second, module=TwoLevels(top=absolute(), temperature=absolute()))
+    assert np.ravel(temperatures["layer"]) == pytest.approx([8.0, 6.0, 4.0, 2.0])
+    assert np.ravel(temperatures["top"]) == pytest.approx([0.5, 0.25, 0.25, 0.25])
 
 
 @pytest.mark.parametrize("kmeans", [False, True])
 def test_banks_that_no_pattern_matches_keep_their_temperature(kmeans):
     annealing = TemperatureAnnealing(start=0.1, end=0.1, banks="layer.*")  # the other one's is absolute
-    found = both_levels(annealing, *[KMeansInitialization()] * kmeans, module=TwoLevels(top=absolute()))
-    assert np.ravel(found["top"]).tolist() == [1.0] * 4
+    temperatures = both_levels(annealing, *[KMeansInitialization()] * kmeans, module=TwoLevels(top=absolute()))
+    assert np.ravel(temperatures["top"]).tolist() == [1.0] * 4
 
 
 def test_a_list_gives_every_head_its_own_temperature():
     annealing = TemperatureAnnealing(
         start=absolute([8.0, 1.0]), end=absolute([2.0, 1.0]), schedule="linear", banks="layer.*"
     )
-    found = both_levels(annealing, module=TwoLevels(num_heads=2, output_projection=False, temperature=absolute()))
-    assert np.asarray(found["layer"]).T.tolist() == [pytest.approx([8.0, 6.0, 4.0, 2.0]), [1.0] * 4]
+    temperatures = both_levels(
+        annealing, module=TwoLevels(num_heads=2, output_projection=False, temperature=absolute())
+    )
+    assert np.asarray(temperatures["layer"]).T.tolist() == [pytest.approx([8.0, 6.0, 4.0, 2.0]), [1.0] * 4]
     assert annealing.value(0) == [8.0, 1.0]
     assert TemperatureAnnealing(tau=1.0).value(0) == 0.1
 
@@ -353,8 +357,8 @@ def test_lists_that_do_not_fit_are_refused(kwargs, message):
 def test_several_callbacks_keep_their_states_apart_in_a_checkpoint(tmp_path):
     def annealings():
         return [
-            TemperatureAnnealing(start=0.8, end=0.1, per="step", duration=30, banks="layer.*"),
-            TemperatureAnnealing(start=0.2, end=0.1, per="step", duration=20, banks="top.*"),
+            TemperatureAnnealing(start=0.8, end=0.1, interval="step", duration=30, banks="layer.*"),
+            TemperatureAnnealing(start=0.2, end=0.1, interval="step", duration=20, banks="top.*"),
         ]
 
     whole = annealings()
@@ -367,4 +371,4 @@ def test_several_callbacks_keep_their_states_apart_in_a_checkpoint(tmp_path):
     assert [callback.state_dict()["steps"] for callback in resumed] == [24, 24]
     for name, callback in zip(("layer", "top"), whole, strict=True):
         critical = 4 * float(getattr(at_half, name).bank.temperature_state.covariance.lambda_max)
-        assert levels.seen[name][0][0] == pytest.approx(critical * callback.value(12), rel=1e-6)
+        assert levels.history[name][0][0] == pytest.approx(critical * callback.value(12), rel=1e-6)

@@ -246,5 +246,5 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_installed_command_and_module_run() -> None:
     for command in (["-m", "ddcl_lightning"], ["-c", "from ddcl_lightning.cli.commands import main; main()"]):
-        found = subprocess.run([sys.executable, *command, "recipes"], capture_output=True, text=True, check=True)
-        assert found.stdout.splitlines()[0].split()[0] in recipe_paths()
+        finished = subprocess.run([sys.executable, *command, "recipes"], capture_output=True, text=True, check=True)
+        assert finished.stdout.splitlines()[0].split()[0] in recipe_paths()

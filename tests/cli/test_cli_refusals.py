@@ -89,6 +89,4 @@ def test_the_last_checkpoint_of_no_run_is_refused(command: str, capsys: pytest.C
 def test_a_path_of_the_data_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", "--config", "digits", "--data", "TextDataModule", "--data.init_args.path", "null"]
     line = fails(capsys, *words)
-    assert line.startswith(
-        "data.init_args.path must be given: ddcl_lightning.datamodules.TextDataModule has no default"
-    )
+    assert line.startswith("data.init_args.path must be given: ddcl_lightning.TextDataModule has no default")

@@ -20,12 +20,12 @@ def test_windows_are_those_of_padded_images() -> None:
     x = images()
     top, left = torch.tensor([0, 1, 2, 4]), torch.tensor([4, 3, 2, 0])
     flip = torch.tensor([False, True, False, True])
-    found = crop_and_flip(x, 2, top, left, flip)
+    windows = crop_and_flip(x, 2, top, left, flip)
     for place in range(4):
         padded = np.pad(x[place].numpy(), ((0, 0), (2, 2), (2, 2)))
         window = padded[:, top[place] : top[place] + 8, left[place] : left[place] + 8]
         expected = window[:, :, ::-1] if flip[place] else window
-        np.testing.assert_array_equal(found[place].numpy(), expected)
+        np.testing.assert_array_equal(windows[place].numpy(), expected)
 
 
 def test_rectangles() -> None:

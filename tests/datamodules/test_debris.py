@@ -70,8 +70,8 @@ def test_objects_without_noise_are_physical_and_in_their_regime() -> None:
     assert perigee.min() > 0
     assert rcs.min() > 0
     assert 0 <= node.min() <= node.max() < 360
-    found = label_regimes(perigee, apogee, eccentricity, inclination)
-    assert np.array_equal(found, labels)
+    regimes = label_regimes(perigee, apogee, eccentricity, inclination)
+    assert np.array_equal(regimes, labels)
 
 
 def test_published_periods() -> None:

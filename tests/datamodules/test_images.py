@@ -35,26 +35,26 @@ def jpegs(*images: "np.ndarray[Any, Any]") -> JpegStore:
 def test_pixels_become_floats_of_the_size_asked_for() -> None:
     x = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     fetch = ImageFetch(PixelStore(x), None)
-    found = fetch(torch.tensor([3, 1]))["x"]
-    assert found.equal(x[[3, 1]].float() / 255)
+    pixels = fetch(torch.tensor([3, 1]))["x"]
+    assert pixels.equal(x[[3, 1]].float() / 255)
     resized = ImageFetch(PixelStore(x), 16)(torch.tensor([3, 1]))["x"]
     assert resized.shape == (2, 1, 16, 16)
     assert 0 <= resized.min() <= resized.max() <= 1
-    torch.testing.assert_close(resized.mean((1, 2, 3)), found.mean((1, 2, 3)), atol=0.05, rtol=0)
+    torch.testing.assert_close(resized.mean((1, 2, 3)), pixels.mean((1, 2, 3)), atol=0.05, rtol=0)
 
 
 def test_jpegs_are_decoded_when_asked_for_and_once() -> None:
     black = np.zeros_like(GRADIENT)
     store = jpegs(black, GRADIENT, black)
-    found = store.pixels(torch.tensor([1, 0]))
-    assert found.shape == (2, 3, 32, 32)
-    assert found.dtype == torch.uint8
+    pixels = store.pixels(torch.tensor([1, 0]))
+    assert pixels.shape == (2, 3, 32, 32)
+    assert pixels.dtype == torch.uint8
     assert store.decoded.tolist() == [True, True, False]
     with Image.open(io.BytesIO(encode(GRADIENT))) as image:
-        assert np.array_equal(found[0].movedim(0, -1).numpy(), np.array(image))
-    assert not found[1].any()
+        assert np.array_equal(pixels[0].movedim(0, -1).numpy(), np.array(image))
+    assert not pixels[1].any()
     store.encoded = np.empty(0, np.uint8)
-    assert store.pixels(torch.tensor([1, 0])).equal(found)
+    assert store.pixels(torch.tensor([1, 0])).equal(pixels)
 
 
 def test_broken_images_are_named(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
 def test_images_of_more_bits_keep_their_range(tmp_path: Path) -> None:
     deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(deep).save(tmp_path / "a.png")
-    (found,) = FileStore([tmp_path / "a.png"], 8).pixels(torch.tensor([0]))
-    assert found.equal(torch.from_numpy(deep // 256).byte().expand(3, 8, 8))
+    (pixels,) = FileStore([tmp_path / "a.png"], 8).pixels(torch.tensor([0]))
+    assert pixels.equal(torch.from_numpy(deep // 256).byte().expand(3, 8, 8))
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tiff")
     with pytest.raises(ValueError, match=r"must have 8 or 16 bits per channel; .*a\.tiff has 32.*Convert it"):
         FileStore([tmp_path / "a.tiff"], 8).pixels(torch.tensor([0]))
@@ -89,9 +89,9 @@ def test_files_are_resized_by_the_shorter_side_and_cropped(tmp_path: Path) -> No
     wide[:, 15:25] = 200  # the square in the middle
     Image.fromarray(wide).save(tmp_path / "wide ü.png")
     Image.fromarray(wide[:, :, 0]).rotate(90, expand=True).save(tmp_path / "high.png")  # grey
-    found = FileStore([tmp_path / "wide ü.png", tmp_path / "high.png"], 5).pixels(torch.arange(2))
-    assert found.shape == (2, 3, 5, 5)
-    assert found[:, :, 1:-1, 1:-1].eq(200).all()
+    pixels = FileStore([tmp_path / "wide ü.png", tmp_path / "high.png"], 5).pixels(torch.arange(2))
+    assert pixels.shape == (2, 3, 5, 5)
+    assert pixels[:, :, 1:-1, 1:-1].eq(200).all()
 
 
 def test_fetches_pickle_for_worker_processes() -> None:

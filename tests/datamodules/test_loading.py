@@ -239,8 +239,8 @@ def test_two_processes_share_every_epoch(tmp_path: Path) -> None:
     fit([], folder=tmp_path, strategy="ddp_spawn", devices=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for epoch in range(EPOCHS):
-        mine, other = rows_of(first, epoch), rows_of(second, epoch)
-        assert sorted(mine + other) == list(range(ROWS))
+        own, other = rows_of(first, epoch), rows_of(second, epoch)
+        assert sorted(own + other) == list(range(ROWS))
     assert rows_of(first, 0) != rows_of(first, 1)
 
 

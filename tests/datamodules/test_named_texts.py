@@ -55,10 +55,10 @@ class Hub:
             raise ConnectionError(f"Couldn't reach {repository} on the Hub")
         self.cached = True
         column = "sentence" if "sst2" in repository else "text"
-        parts = {"train": [("bad", 0), ("good", 1)], "validation": [("fine", 1)], "test": [("so so", 0)]}
+        rows_of_split = {"train": [("bad", 0), ("good", 1)], "validation": [("fine", 1)], "test": [("so so", 0)]}
         return {
             name: {column: (text for text, _ in rows), "label": np.array([label for _, label in rows]).tolist()}
-            for name, rows in parts.items()
+            for name, rows in rows_of_split.items()
         }
 
 

@@ -120,8 +120,8 @@ def test_batches_in_order(num_workers: int) -> None:
         assert batch["x"].equal(expected.float().unsqueeze(1))
         assert batch["y"].equal(expected % 2)
         assert batch["index"].equal(expected)
-    one = data.predict_dataloader().dataset[3]
-    assert (one["x"].item(), one["y"].item(), one["index"].item()) == (3, 1, 3)
+    sample = data.predict_dataloader().dataset[3]
+    assert (sample["x"].item(), sample["y"].item(), sample["index"].item()) == (3, 1, 3)
 
 
 def test_examples_need_setup_and_an_index_of_the_data_set() -> None:

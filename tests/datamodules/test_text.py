@@ -153,13 +153,14 @@ def test_resuming_in_the_middle_of_an_epoch_repeats_the_run(long_file: Path, tmp
 def test_two_processes_share_training_and_validation(long_file: Path, tmp_path: Path) -> None:
     data = TextDataModule(long_file, batch_size=3, val_fraction=0.3)
     run(data, record=tmp_path, strategy="ddp_spawn", devices=2, limit_val_batches=1.0, max_epochs=1)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    seen = {
-        part: [text for rank in found for batch in rank[part] for text in batch["text"]] for part in ("train", "val")
+    by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    texts = {
+        split: [text for rank in by_rank for batch in rank[split] for text in batch["text"]]
+        for split in ("train", "val")
     }
-    assert len(seen["train"]) == 16
-    assert len(seen["val"]) == 6
-    assert sorted(seen["train"] + seen["val"]) == sorted(f"text {row}" for row in range(22))
+    assert len(texts["train"]) == 16
+    assert len(texts["val"]) == 6
+    assert sorted(texts["train"] + texts["val"]) == sorted(f"text {row}" for row in range(22))
 
 
 @pytest.mark.shared_data

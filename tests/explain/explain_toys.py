@@ -33,15 +33,15 @@ class Words(Backbone):
         self.embed_dim = 2
 
     def spans(self, batch: Any) -> list[list[tuple[int, int]]]:
-        found = []
+        rows = []
         for text in batch["text"]:
             at, row = 0, [(0, 0)]
             for word in text.split():
                 at = text.index(word, at)
                 row.append((at, at + len(word)))
                 at += len(word)
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
     def forward(self, batch: Any) -> Tokens:
         spans = self.spans(batch)

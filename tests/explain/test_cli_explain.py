@@ -217,10 +217,10 @@ def test_sentences_have_no_error_numbers() -> None:
 @pytest.mark.slow
 def test_a_refusal_ends_the_process_with_two() -> None:
     words = ["fit", "--config", "debris", *QUICK, "--data.init_args.catalogue=nowhere.csv"]
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-m", "ddcl_lightning", *words], capture_output=True, text=True, check=False
     )
-    assert found.returncode == 2
-    assert "Traceback" not in found.stderr
-    assert "error: " in found.stderr
-    assert "DDCL_TRACEBACK=1" in found.stderr
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert "error: " in finished.stderr
+    assert "DDCL_TRACEBACK=1" in finished.stderr

@@ -31,8 +31,8 @@ from tests.tiny import absolute
 
 
 def test_nearest_samples_shares_and_classes() -> None:
-    found = collect(points_module(), PointsDataModule(), examples=3, inputs=0)
-    low, high = found.heads[0].prototypes
+    explanation = collect(points_module(), PointsDataModule(), examples=3, inputs=0)
+    low, high = explanation.heads[0].prototypes
     assert [neighbour.sample.index for neighbour in low.nearest] == [1, 0, 2]  # a tie goes to the smaller place
     assert [neighbour.distance for neighbour in low.nearest] == [0.0, 1.0, 1.0]
     assert [neighbour.sample.index for neighbour in high.nearest] == [10, 9, 11]
@@ -40,19 +40,19 @@ def test_nearest_samples_shares_and_classes() -> None:
     assert low.weight == pytest.approx(0.5)
     assert [(c.name, c.share, c.base) for c in low.classes] == [("low", 1.0, 0.5)]
     assert [c.name for c in high.classes] == ["<i>high</i>"]
-    assert found.heads[0].figures == {"usage": 1.0, "perplexity": 2.0, "acc": 1.0, "nmi": 1.0, "ari": 1.0}
-    assert found.heads[0].temperature == 1.0
-    assert (found.data, found.samples, found.tokens, found.complete) == ("Points", 12, 12, True)
-    assert found.model == ["IdentityBackbone", "DDCLReadout", "Clustering"]
-    assert (low.words, low.tokens, found.inputs, found.accuracy) == ([], [], [], None)
+    assert explanation.heads[0].figures == {"usage": 1.0, "perplexity": 2.0, "acc": 1.0, "nmi": 1.0, "ari": 1.0}
+    assert explanation.heads[0].temperature == 1.0
+    assert (explanation.data, explanation.samples, explanation.tokens, explanation.complete) == ("Points", 12, 12, True)
+    assert explanation.model == ["IdentityBackbone", "DDCLReadout", "Clustering"]
+    assert (low.words, low.tokens, explanation.inputs, explanation.accuracy) == ([], [], [], None)
 
 
 def test_the_order_and_size_of_batches_change_nothing() -> None:
-    one, other = (collect(points_module(), PointsDataModule(batch_size=size), inputs=4) for size in (5, 12))
-    for a, b in zip(one.heads[0].prototypes, other.heads[0].prototypes, strict=True):
+    first, other = (collect(points_module(), PointsDataModule(batch_size=size), inputs=4) for size in (5, 12))
+    for a, b in zip(first.heads[0].prototypes, other.heads[0].prototypes, strict=True):
         assert [n.sample.index for n in a.nearest] == [n.sample.index for n in b.nearest]
         assert a.weight == pytest.approx(b.weight)
-    assert [view.sample.index for view in one.inputs] == [view.sample.index for view in other.inputs]
+    assert [view.sample.index for view in first.inputs] == [view.sample.index for view in other.inputs]
 
 
 def test_dead_prototypes_are_dead() -> None:
@@ -64,12 +64,12 @@ def test_dead_prototypes_are_dead() -> None:
 
 
 def test_every_head_has_its_own_view() -> None:
-    found = collect(points_module(heads=2), PointsDataModule(), inputs=1)
-    first, second = found.heads
+    explanation = collect(points_module(heads=2), PointsDataModule(), inputs=1)
+    first, second = explanation.heads
     assert [prototype.samples for prototype in first.prototypes] == [6, 6]
     assert [prototype.samples for prototype in second.prototypes] == [12, 0]
     assert second.prototypes[1].dead
-    assert found.inputs[0].shares.shape == (2, 2)
+    assert explanation.inputs[0].shares.shape == (2, 2)
 
 
 def test_inputs_have_shares_labels_and_predictions() -> None:
@@ -78,16 +78,16 @@ def test_inputs_have_shares_labels_and_predictions() -> None:
         module.task.classifier.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))  # type: ignore[union-attr,operator]
         module.task.classifier.bias.copy_(torch.tensor([3.5, 0.0]))  # type: ignore[union-attr,operator]
     module.head.attention.bank.set_temperature(absolute(100.0))  # type: ignore[union-attr,operator]
-    found = collect(module, PointsDataModule(), indices=[9, 4])
-    assert [view.sample.index for view in found.inputs] == [9, 4]
-    assert [(view.sample.label, view.predicted, view.wrong) for view in found.inputs] == [
+    explanation = collect(module, PointsDataModule(), indices=[9, 4])
+    assert [view.sample.index for view in explanation.inputs] == [9, 4]
+    assert [(view.sample.label, view.predicted, view.wrong) for view in explanation.inputs] == [
         ("<i>high</i>", "<i>high</i>", False),
         ("low", "low", False),
     ]
     x = torch.tensor([[4.0, 0.0]])
     expected = torch.softmax(-torch.cdist(x, torch.tensor([[1.0, 0.0], [104.0, 0.0]])).square() / 100, 1)
-    assert found.inputs[1].shares[0] == pytest.approx(expected[0].numpy(), abs=1e-6)
-    assert found.accuracy == 1.0
+    assert explanation.inputs[1].shares[0] == pytest.approx(expected[0].numpy(), abs=1e-6)
+    assert explanation.accuracy == 1.0
     with torch.no_grad():
         module.task.classifier.bias.copy_(torch.tensor([-3.5, 0.0]))  # type: ignore[union-attr,operator]
     wrong = collect(module, PointsDataModule(), indices=[4])
@@ -96,23 +96,23 @@ def test_inputs_have_shares_labels_and_predictions() -> None:
 
 
 def test_tokens_of_texts_words_and_spans() -> None:
-    found = collect(texts_module(), text_data(), examples=2, indices=[2])
-    animals, fruits, rest, far = found.heads[0].prototypes
-    assert found.token_level
-    assert found.tokens == sum(len(text.split()) + 1 for text in TEXTS)
+    explanation = collect(texts_module(), text_data(), examples=2, indices=[2])
+    animals, fruits, rest, far = explanation.heads[0].prototypes
+    assert explanation.token_level
+    assert explanation.tokens == sum(len(text.split()) + 1 for text in TEXTS)
     assert {word.word for word in animals.words} == {"cat", "dog", "cow"}
     assert {word.word for word in fruits.words} == {"fig", "plum", "pear"}
     assert "the" in {word.word for word in rest.words}
     assert far.dead
     assert far.words == []
     animal = sum(any(a in word for a in ("cat", "dog", "cow")) for text in TEXTS for word in text.split())
-    assert animals.token_share == pytest.approx(animal / found.tokens)
+    assert animals.token_share == pytest.approx(animal / explanation.tokens)
     marked = [str(n.sample.content)[slice(*n.span)] for n in animals.tokens if n.span]
     assert marked == ["cat", "cat"]
     assert [n.sample.index for n in animals.tokens] == [0, 2]
     assert [(n.sample.index, round(n.share, 3)) for n in animals.strongest] == [(0, 0.333), (2, 0.333)]
     assert far.strongest == []
-    (view,) = found.inputs
+    (view,) = explanation.inputs
     text = TEXTS[2]
     assert [(text[slice(*token.span)], token.prototype) for token in view.tokens[0]] == [
         *[("the", 2), ("<b>cow</b>", 0), ("and", 2), ("the", 2), ("cat", 0), ("&", 2), ("the", 2), ("dog", 0)]
@@ -124,14 +124,14 @@ def test_tokens_of_texts_words_and_spans() -> None:
 def test_texts_read_as_a_whole_have_words_too() -> None:
     module = with_prototypes(texts_module(tokens=False), [[-0.4, -0.5], [0.5, -0.5], [50.0, 50.0], [60.0, 60.0]])
     module.head.attention.bank.set_temperature(absolute(0.01))  # type: ignore[union-attr,operator]
-    found = collect(module, text_data(), indices=[0])
-    assert not found.token_level
-    animals, fruits = found.heads[0].prototypes[:2]
+    explanation = collect(module, text_data(), indices=[0])
+    assert not explanation.token_level
+    animals, fruits = explanation.heads[0].prototypes[:2]
     assert {"cat", "dog", "cow"} <= {word.word for word in animals.words}
     assert {"fig", "plum", "pear"} <= {word.word for word in fruits.words}
     assert "and" not in {word.word for word in (*animals.words, *fruits.words)}  # in both
     assert (animals.tokens, animals.strongest) == ([], [])
-    assert found.inputs[0].tokens == []
+    assert explanation.inputs[0].tokens == []
 
 
 def test_spans_that_do_not_fit_the_tokens_of_the_bank_are_not_used() -> None:
@@ -143,9 +143,9 @@ def test_spans_that_do_not_fit_the_tokens_of_the_bank_are_not_used() -> None:
     head = Pooled(4, temperature=absolute(0.1), embed_dim=2)
     head.load_state_dict(module.head.state_dict())
     module.head = head
-    found = collect(module, text_data(), inputs=1)
-    assert found.heads[0].prototypes[0].tokens == []
-    assert found.inputs[0].tokens == []
+    explanation = collect(module, text_data(), inputs=1)
+    assert explanation.heads[0].prototypes[0].tokens == []
+    assert explanation.inputs[0].tokens == []
 
 
 def test_padding_on_the_left_is_aligned() -> None:
@@ -180,8 +180,8 @@ def test_modes_weights_and_the_random_state_stay() -> None:
 
 
 def test_part_of_the_data() -> None:
-    found = collect(points_module(), PointsDataModule(batch_size=4), max_samples=7, inputs=0)
-    assert (found.samples, found.complete) == (8, False)
+    explanation = collect(points_module(), PointsDataModule(batch_size=4), max_samples=7, inputs=0)
+    assert (explanation.samples, explanation.complete) == (8, False)
     whole = collect(points_module(), PointsDataModule(batch_size=4), max_samples=12, inputs=0)
     assert (whole.samples, whole.complete) == (12, True)
 
@@ -193,11 +193,11 @@ def test_data_without_labels_places_or_pictures() -> None:
 
         predict_dataloader = train_dataloader
 
-    found = collect(points_module(Clustering()), Bare(PointsDataModule().rows.content, []), inputs=2)
-    assert set(found.heads[0].figures) == {"usage", "perplexity"}
-    assert found.heads[0].prototypes[0].nearest[0].sample.index == 1
-    assert found.heads[0].prototypes[0].nearest[0].sample.content is None
-    assert all(view.sample.label is None for view in found.inputs)
+    explanation = collect(points_module(Clustering()), Bare(PointsDataModule().rows.content, []), inputs=2)
+    assert set(explanation.heads[0].figures) == {"usage", "perplexity"}
+    assert explanation.heads[0].prototypes[0].nearest[0].sample.index == 1
+    assert explanation.heads[0].prototypes[0].nearest[0].sample.content is None
+    assert all(view.sample.label is None for view in explanation.inputs)
 
 
 def test_pictures_of_the_batch_serve_where_the_data_module_shows_none() -> None:
@@ -208,8 +208,8 @@ def test_pictures_of_the_batch_serve_where_the_data_module_shows_none() -> None:
             return Tokens(batch["x"].flatten(1).unsqueeze(1))
 
     module = DDCLReadoutModule(Flat(), DDCLReadout(2), Clustering(2), rho=0.0)
-    found = collect(module, ToyDataModule(images(), [0, 1] * 3), inputs=1)
-    assert found.inputs[0].sample.content.shape == (8, 8)  # type: ignore[union-attr]
+    explanation = collect(module, ToyDataModule(images(), [0, 1] * 3), inputs=1)
+    assert explanation.inputs[0].sample.content.shape == (8, 8)  # type: ignore[union-attr]
 
 
 def test_sample_of_inputs_is_spread_and_independent_of_the_order() -> None:
@@ -221,9 +221,9 @@ def test_sample_of_inputs_is_spread_and_independent_of_the_order() -> None:
     assert len(places) == 50
     assert 300 < sum(places) / 50 < 700
     mixed = torch.randperm(1000)
-    found = choose_inputs(batches(mixed, 7), 50, None, 10)
-    assert [place for place, _, _ in found] == places
-    assert all(batch["x"].tolist() == [[float(place)]] for place, _, batch in found)
+    chosen = choose_inputs(batches(mixed, 7), 50, None, 10)
+    assert [place for place, _, _ in chosen] == places
+    assert all(batch["x"].tolist() == [[float(place)]] for place, _, batch in chosen)
     assert choose_inputs(batches(range(9), 4), 0, None, 10) == []
     assert [place for place, _, _ in choose_inputs(batches(range(9), 4), 1, [7, 2, 7], 10)] == [7, 2]
 

@@ -20,29 +20,29 @@ def test_nearest_of_a_stream_are_the_nearest_of_all_whatever_the_batches() -> No
     distances = torch.randint(0, 6, (3, 40), generator=generator).double()  # with ties
     order = torch.randperm(40, generator=generator)
     for size in (1, 7, 40):
-        found: Nearest[int] = Nearest(3, 5)
+        nearest: Nearest[int] = Nearest(3, 5)
         for rows in order.split(size):
-            found.add(distances[:, rows], rows, lambda prototype, row, rows=rows: 100 * prototype + int(rows[row]))
+            nearest.add(distances[:, rows], rows, lambda prototype, row, rows=rows: 100 * prototype + int(rows[row]))
         for prototype in range(3):
             expected = sorted(range(40), key=lambda n: (float(distances[prototype, n]), n))[:5]
-            assert [kept - 100 * prototype for _, kept in found.of(prototype)] == expected
-            assert [distance for distance, _ in found.of(prototype)] == [
+            assert [kept - 100 * prototype for _, kept in nearest.of(prototype)] == expected
+            assert [distance for distance, _ in nearest.of(prototype)] == [
                 float(distances[prototype, n]) for n in expected
             ]
 
 
 def test_nearest_shows_winners_only_and_leaves_out_infinite_distances() -> None:
-    found: Nearest[int] = Nearest(1, 2)
+    nearest: Nearest[int] = Nearest(1, 2)
     shown: list[int] = []
 
     def show(prototype: int, row: int) -> int:
         shown.append(row)
         return row
 
-    found.add(torch.tensor([[3.0, 1.0, 2.0, torch.inf]]), torch.arange(4), show)
-    assert [kept for _, kept in found.of(0)] == [1, 2]
+    nearest.add(torch.tensor([[3.0, 1.0, 2.0, torch.inf]]), torch.arange(4), show)
+    assert [kept for _, kept in nearest.of(0)] == [1, 2]
     assert sorted(shown) == [1, 2]
-    found.add(torch.tensor([[9.0]]), torch.tensor([9]), show)
+    nearest.add(torch.tensor([[9.0]]), torch.tensor([9]), show)
     assert len(shown) == 2
     few: Nearest[int] = Nearest(1, 5)
     few.add(torch.tensor([[torch.inf, 1.0]]), torch.arange(2), show)
@@ -78,8 +78,8 @@ def test_characteristic_words_are_those_beyond_the_base_rate() -> None:
 def test_table_of_words_forgets_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddcl_lightning.explain.typical_words.TABLE_ELEMENTS", 1)
     mass = WordMass(1)
-    for part in range(40):
-        rare = [f"rare{part}_{i}" for i in range(100)]
+    for chunk in range(40):
+        rare = [f"rare{chunk}_{i}" for i in range(100)]
         mass.add(["often", *rare], np.ones((101, 1)))
         assert len(mass) <= 1101
     assert mass._counts[mass._rows["often"]] == 40
@@ -87,11 +87,11 @@ def test_table_of_words_forgets_the_rarest(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rows_of_batches() -> None:
     batch = {"x": torch.arange(6).view(3, 2), "text": ["a", "b", "c"], "y": torch.tensor([4, 5, 6]), "scale": 2.0}
-    one = take(batch, 1)
-    assert one["x"].tolist() == [[2, 3]]
-    assert one["text"] == ["b"]
-    assert one["y"].tolist() == [5]
-    assert one["scale"] == 2.0
+    row = take(batch, 1)
+    assert row["x"].tolist() == [[2, 3]]
+    assert row["text"] == ["b"]
+    assert row["y"].tolist() == [5]
+    assert row["scale"] == 2.0
     x, y = take((batch["x"], batch["y"]), 2)
     assert (x.tolist(), y.tolist()) == ([[4, 5]], [6])
     assert take(batch["x"], 0).tolist() == [[0, 1]]

@@ -74,8 +74,8 @@ def test_page_is_well_formed_and_says_what_was_collected() -> None:
     assert "Points: 2 prototypes" in page.text
     assert "IdentityBackbone → DDCLReadout → Clustering · weights last.ckpt" in page.text
     assert "seen through 12 training samples." in page.text
-    for part in ("In use 2 of 2", "Perplexity 2.00", "ACC 1.000", "NMI 1.000", "Temperature 1.00"):
-        assert part in page.text
+    for text in ("In use 2 of 2", "Perplexity 2.00", "ACC 1.000", "NMI 1.000", "Temperature 1.00"):
+        assert text in page.text
     assert "Prototype 0" in page.text
     assert "mostly low" in page.text
     assert "50 % of the samples (6)" in page.text
@@ -112,10 +112,10 @@ def test_texts_and_names_of_the_data_are_never_markup() -> None:
     assert "<b>cow" not in html
     assert "<i>high" not in render(points())
     evil = '"><img src=x onerror=alert(1)>'
-    found = points()
-    sample = dataclasses.replace(found.inputs[0].sample, label=evil)
-    view = dataclasses.replace(found.inputs[0], sample=sample, predicted=evil)
-    page = Page(render(dataclasses.replace(found, data=evil, model=[evil], checkpoint=evil, inputs=[view])))
+    explanation = points()
+    sample = dataclasses.replace(explanation.inputs[0].sample, label=evil)
+    view = dataclasses.replace(explanation.inputs[0], sample=sample, predicted=evil)
+    page = Page(render(dataclasses.replace(explanation, data=evil, model=[evil], checkpoint=evil, inputs=[view])))
     assert all(name not in ("onerror", "onclick", "onload") for _, name, _ in page.attributes)
     assert page.tags.count("img") == 2 * 2 + 1
 
@@ -141,17 +141,17 @@ def test_tokens_are_tinted_and_marked() -> None:
 
 
 def test_tokens_that_overlap_or_leave_gaps_do_not_repeat_or_lose_text() -> None:
-    found = texts(indices=[0])
+    explanation = texts(indices=[0])
     tokens = [
         TokenView((4, 7), 0, 0.9),
         TokenView((0, 5), 1, 0.9),
         TokenView((8, 11), 2, 0.3),
         TokenView((12, 15), 2, 0.3),
     ]
-    view = dataclasses.replace(found.inputs[0], tokens=[tokens])
-    page = Page(render(dataclasses.replace(found, inputs=[view])))
+    view = dataclasses.replace(explanation.inputs[0], tokens=[tokens])
+    page = Page(render(dataclasses.replace(explanation, inputs=[view])))
     assert page.text.count("the cat saw the dog") >= 1
-    spans = re.findall(r'<span class="t"[^>]*>([^<]*)</span>', render(dataclasses.replace(found, inputs=[view])))
+    spans = re.findall(r'<span class="t"[^>]*>([^<]*)</span>', render(dataclasses.replace(explanation, inputs=[view])))
     assert spans == ["the c", "saw the"]
 
 
@@ -192,31 +192,31 @@ def test_heads_have_a_section_each() -> None:
 
 
 def test_predictions_are_judged() -> None:
-    found = points()
+    explanation = points()
     views = [
-        dataclasses.replace(found.inputs[0], predicted="low"),
-        dataclasses.replace(found.inputs[0], predicted="other"),
+        dataclasses.replace(explanation.inputs[0], predicted="low"),
+        dataclasses.replace(explanation.inputs[0], predicted="other"),
     ]
-    page = Page(render(dataclasses.replace(found, inputs=views, accuracy=0.5)))
-    label = found.inputs[0].sample.label
+    page = Page(render(dataclasses.replace(explanation, inputs=views, accuracy=0.5)))
+    label = explanation.inputs[0].sample.label
     assert f"Predicted low, true class {label}" in page.text
     assert "✗ wrong" in page.text
     assert "wrong predictions only" in [value for _, name, value in page.attributes if name == "data-only"]
 
 
 def test_samples_without_anything_to_show_are_numbers() -> None:
-    found = points()
+    explanation = points()
 
     def bare(sample: Any) -> Any:
         return dataclasses.replace(sample, content=None, label=None)
 
     prototypes = [
         dataclasses.replace(p, nearest=[dataclasses.replace(n, sample=bare(n.sample)) for n in p.nearest])
-        for p in found.heads[0].prototypes
+        for p in explanation.heads[0].prototypes
     ]
-    head = dataclasses.replace(found.heads[0], prototypes=prototypes)
-    inputs = [dataclasses.replace(view, sample=bare(view.sample)) for view in found.inputs]
-    page = Page(render(dataclasses.replace(found, heads=[head], inputs=inputs, complete=False)))
+    head = dataclasses.replace(explanation.heads[0], prototypes=prototypes)
+    inputs = [dataclasses.replace(view, sample=bare(view.sample)) for view in explanation.inputs]
+    page = Page(render(dataclasses.replace(explanation, heads=[head], inputs=inputs, complete=False)))
     assert "img" not in page.tags
     assert "#1 d 0.00" in page.text
     assert "(a part of them)" in page.text
@@ -235,8 +235,8 @@ def test_shares_in_words() -> None:
 
 
 def test_numbers_are_rounded_alike_and_kept_with_their_sign() -> None:
-    found = [percent(share) for share in (0.0, 0.0002, 0.004, 0.0994, 0.0996, 0.5, 1.0)]
-    assert found == ["0\u00a0%", "<0.1\u00a0%", "0.4\u00a0%", "9.9\u00a0%", "10\u00a0%", "50\u00a0%", "100\u00a0%"]
+    texts = [percent(share) for share in (0.0, 0.0002, 0.004, 0.0994, 0.0996, 0.5, 1.0)]
+    assert texts == ["0\u00a0%", "<0.1\u00a0%", "0.4\u00a0%", "9.9\u00a0%", "10\u00a0%", "50\u00a0%", "100\u00a0%"]
     assert [figure(value) for value in (2.0, 2.09, 2.1, 0.0202, 99.96, 104.2, 1234.5)] == [
         *["2.00", "2.09", "2.10", "0.0202", "100", "104", "1,234"]
     ]
@@ -276,9 +276,9 @@ def test_an_input_says_what_its_prototypes_stand_for() -> None:
     page = Page(render(points(indices=[3])))
     assert "100 % prototype 0 (mostly low)" in page.text
     assert "each belongs to one prototype alone" in page.text
-    found = points(indices=[3])
-    view = dataclasses.replace(found.inputs[0], shares=found.inputs[0].shares * 0 + [[0.6, 0.4]])
-    page = Page(render(dataclasses.replace(found, inputs=[view])))
+    explanation = points(indices=[3])
+    view = dataclasses.replace(explanation.inputs[0], shares=explanation.inputs[0].shares * 0 + [[0.6, 0.4]])
+    page = Page(render(dataclasses.replace(explanation, inputs=[view])))
     assert "60 % prototype 0 (mostly low), 40 % prototype 1 (mostly <i>high</i>)" in page.text
     assert "one prototype alone" not in page.text
 
@@ -307,8 +307,8 @@ def tried(explanation: Explanation, script: str, tmp_path: Path) -> Any:
     """What a script finds out on the page, as JSON; it runs after the page's own, without the policy."""
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render(explanation))
     file = tmp_path / "tried.html"
-    probe = f"<script>document.title = JSON.stringify((function () {{ {script} }})());</script>"
-    file.write_text(html.replace("</body>", f"{probe}</body>"), encoding="utf-8")
+    element = f"<script>document.title = JSON.stringify((function () {{ {script} }})());</script>"
+    file.write_text(html.replace("</body>", f"{element}</body>"), encoding="utf-8")
     title = re.search(r"<title>(.*?)</title>", browse(file).stdout, re.DOTALL)
     assert title is not None
     return json.loads(unescape(title.group(1)))
@@ -317,13 +317,13 @@ def tried(explanation: Explanation, script: str, tmp_path: Path) -> Any:
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
 @pytest.mark.slow
 def test_numbers_in_a_bar_are_whole_or_hidden_and_nothing_is_wider_than_the_page(tmp_path: Path) -> None:
-    found = points(inputs=1)
-    many = [dataclasses.replace(found.heads[0].prototypes[0], number=k, share=1 / 60) for k in range(60)]
-    shares = found.inputs[0].shares[:, :1] * 0 + [[0.5, *[0.5 / 59] * 59]]
+    explanation = points(inputs=1)
+    many = [dataclasses.replace(explanation.heads[0].prototypes[0], number=k, share=1 / 60) for k in range(60)]
+    shares = explanation.inputs[0].shares[:, :1] * 0 + [[0.5, *[0.5 / 59] * 59]]
     wide = dataclasses.replace(
-        found,
-        heads=[dataclasses.replace(found.heads[0], prototypes=many)],
-        inputs=[dataclasses.replace(found.inputs[0], shares=shares)],
+        explanation,
+        heads=[dataclasses.replace(explanation.heads[0], prototypes=many)],
+        inputs=[dataclasses.replace(explanation.inputs[0], shares=shares)],
     )
     script = """
         var cut = [], whole = 0;
@@ -370,11 +370,11 @@ def test_cards_are_found_sorted_and_reached_by_links(tmp_path: Path) -> None:
         found.share = enter(sort, "share");
         return found;
     """
-    found = points()
-    first, second = found.heads[0].prototypes
+    explanation = points()
+    first, second = explanation.heads[0].prototypes
     purer = dataclasses.replace(first, classes=[dataclasses.replace(first.classes[0], share=0.9)])
-    head = dataclasses.replace(found.heads[0], prototypes=[purer, second])
-    assert tried(dataclasses.replace(found, heads=[head]), script, tmp_path) == {
+    head = dataclasses.replace(explanation.heads[0], prototypes=[purer, second])
+    assert tried(dataclasses.replace(explanation, heads=[head]), script, tmp_path) == {
         "all": ["p0", "p1"],
         "high": ["p1"],
         "percent": ["p0", "p1"],
@@ -392,9 +392,9 @@ def test_cards_are_found_sorted_and_reached_by_links(tmp_path: Path) -> None:
 def test_a_browser_shows_it_without_complaint(make: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
     file.write_text(render(make()), encoding="utf-8")
-    found = browse(file)
-    assert "CONSOLE" not in found.stderr, found.stderr  # neither errors of the script nor refusals of the policy
-    page = Page(found.stdout)
+    finished = browse(file)
+    assert "CONSOLE" not in finished.stderr, finished.stderr  # neither errors of the script nor refusals of the policy
+    page = Page(finished.stdout)
     assert {"head0", "inputs", "guide", "p0"} <= set(page.ids)
     # The script ran: it has filled the controls and shown them.
     assert "Find" in page.text

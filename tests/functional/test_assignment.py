@@ -72,8 +72,8 @@ def test_equals_the_definition_forward_and_backward(attend: Attend, masked: bool
     if output.weights is not None:
         torch.testing.assert_close(output.weights, expected.weights, rtol=1e-11, atol=1e-12)
     actual = gradients(attend, z, p, temperature, valid, detach_assignments=detach)
-    wanted = gradients(definition, z, p, temperature, valid, detach=detach)
-    torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-11)
+    reference = gradients(definition, z, p, temperature, valid, detach=detach)
+    torch.testing.assert_close(actual, reference, rtol=1e-10, atol=1e-11)
 
 
 def test_fused_call_passes_gradcheck() -> None:
@@ -97,10 +97,10 @@ def test_detached_gradients_are_those_of_equation_10(attend: Attend) -> None:
     with torch.no_grad():
         exact = definition(z, p, temperature, mask)
         count = mask.sum(-1)[:, None, None]
-        pull = 2 * (z - exact.centroids) * mask.unsqueeze(-1) / count
+        gradient = 2 * (z - exact.centroids) * mask.unsqueeze(-1) / count
         q = exact.weights
         spread = (torch.diag_embed(q) - q.unsqueeze(-1) * q.unsqueeze(-2)).sum(1) / count
-    torch.testing.assert_close(to_tokens, pull, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(to_tokens, gradient, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(to_prototypes, 2 * spread @ p, rtol=1e-10, atol=1e-12)
 
 

@@ -51,8 +51,8 @@ def test_streams_over_tokens(problem: tuple[Tensor, Tensor, Tensor], monkeypatch
     tokens, prototypes, mask = problem
     whole = decompose(tokens, prototypes, T, mask, weights=soft_assign(tokens, prototypes, T))
     monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", 40)
-    parts = decompose(tokens, prototypes, T, mask, weights=soft_assign(tokens, prototypes, T))
-    torch.testing.assert_close(tuple(parts), tuple(whole), rtol=1e-13, atol=0)
+    streamed = decompose(tokens, prototypes, T, mask, weights=soft_assign(tokens, prototypes, T))
+    torch.testing.assert_close(tuple(streamed), tuple(whole), rtol=1e-13, atol=0)
 
 
 def test_terms_of_somebody_elses_assignments(problem: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -78,10 +78,10 @@ def test_healthy_terms_pass(problem: tuple[Tensor, Tensor, Tensor], attend: obje
 def test_catches_a_wrong_temperature(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     tokens, prototypes, mask = problem
     wrong = prototype_attention(tokens, prototypes, 1.01 * T, mask).terms
-    found = violations(problem, wrong)
-    assert "L_q against" in found
-    assert "L_OLS against" in found
-    assert "V against" in found
+    messages = violations(problem, wrong)
+    assert "L_q against" in messages
+    assert "L_OLS against" in messages
+    assert "V against" in messages
 
 
 def test_catches_a_wrong_temperature_of_one_head(problem: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -104,9 +104,9 @@ def test_catches_rows_that_do_not_sum_to_one(problem: tuple[Tensor, Tensor, Tens
     tokens, prototypes, mask = problem
     healthy = prototype_attention_reference(tokens, prototypes, T, mask)
     assert healthy.weights is not None
-    found = violations(problem, healthy.terms, 1.001 * healthy.weights)
-    assert "|sum_k q - 1|" in found
-    assert "|L_q - (L_OLS + V)|" in found
+    messages = violations(problem, healthy.terms, 1.001 * healthy.weights)
+    assert "|sum_k q - 1|" in messages
+    assert "|L_q - (L_OLS + V)|" in messages
     # and where the layer does not return its assignments:
     q = 1.001 * soft_assign(tokens, prototypes, T).double()
     wrong = decompose(tokens, prototypes, T, mask, weights=q)
@@ -119,9 +119,9 @@ def test_catches_a_variance_around_the_wrong_centre(problem: tuple[Tensor, Tenso
     assert healthy.weights is not None
     around_mean = (prototypes - prototypes.mean(1, keepdim=True)).square().sum(-1)
     variance = (healthy.weights @ around_mean.unsqueeze(-1)).sum((1, 2)) / mask.sum(1)
-    found = violations(problem, healthy.terms._replace(variance=variance))
-    assert "V against" in found
-    assert "L_OLS" not in found.replace("(L_OLS + V)", "")
+    messages = violations(problem, healthy.terms._replace(variance=variance))
+    assert "V against" in messages
+    assert "L_OLS" not in messages.replace("(L_OLS + V)", "")
 
 
 def test_catches_a_variance_made_up_from_a_wrong_loss(problem: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -177,9 +177,18 @@ def test_no_false_alarm_on_random_problems(dtype: torch.dtype) -> None:
         attend = prototype_attention_reference if trial % 2 else prototype_attention
         terms = attend(z, p, temperature, mask).terms
         for i in range(64):
-            one = Decomposition(*(term[i] for term in terms))
-            errors = decomposition_errors(z[i], p[i], float(temperature[i]), one, mask[i])
-            assert find_violations(errors, one.loss.dtype) == [], (trial, i, n, k, d, scale[i], temperature[i], errors)
+            single = Decomposition(*(term[i] for term in terms))
+            errors = decomposition_errors(z[i], p[i], float(temperature[i]), single, mask[i])
+            assert find_violations(errors, single.loss.dtype) == [], (
+                trial,
+                i,
+                n,
+                k,
+                d,
+                scale[i],
+                temperature[i],
+                errors,
+            )
 
 
 def test_errors_are_measured_on_the_scale_that_rounds() -> None:

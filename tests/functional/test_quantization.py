@@ -15,12 +15,12 @@ from ddcl_lightning.functional import (
 TEMPERATURE = torch.tensor([0.7, 1.3], dtype=torch.float64)
 
 
-def data(starved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def data(unused: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, prototypes and a mask of two heads, far from the origin."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2, 23, 3, dtype=torch.float64, generator=generator) + 5
     p = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator) + 5
-    if starved:
+    if unused:
         p[0, 0] += 300
         p[1, 3] -= 200
     return z, p, (torch.rand(23, generator=generator) > 0.2).expand(2, -1)
@@ -36,14 +36,14 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("starved", [True, False])
-def test_equals_the_plain_formulas(starved: bool, detach: bool, masked: bool) -> None:
-    z, p, valid = data(starved)
+@pytest.mark.parametrize("unused", [True, False])
+def test_equals_the_plain_formulas(unused: bool, detach: bool, masked: bool) -> None:
+    z, p, valid = data(unused)
     mask = valid if masked else None
     means = token_means(z, p, TEMPERATURE, mask)
     surprisal = means.log_mass.logsumexp(-1, keepdim=True) - means.log_mass
     weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    found, gradients = [], []
+    results, gradients = [], []
     for which in ("one look", "plain"):
         inputs = [z.clone().requires_grad_(), p.clone().requires_grad_()]
         if which == "plain":
@@ -55,24 +55,24 @@ def test_equals_the_plain_formulas(starved: bool, detach: bool, masked: bool) ->
         assert out.entropy is not None
         loss = (out.terms.loss * weights).sum() - 0.3 * out.entropy.sum()
         gradients.append(torch.autograd.grad(loss, inputs))
-        found.append([out.centroids, *out.terms, out.entropy])
+        results.append([out.centroids, *out.terms, out.entropy])
         if which == "one look":
             assert out.means is not None
             torch.testing.assert_close(out.means, means)
             keep = slice(None) if mask is None else mask[0]
             assert out.codes is not None
             assert torch.equal(out.codes[:, keep], nearest_prototype(z, p)[:, keep])
-    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_the_entropy_prices_prototypes_by_their_mass_everywhere() -> None:
     z, p, _ = data()
-    here = token_means(z, p, TEMPERATURE).log_mass
-    elsewhere = torch.randn(here.shape, dtype=here.dtype)
+    log_masses = token_means(z, p, TEMPERATURE).log_mass
+    elsewhere = torch.randn(log_masses.shape, dtype=log_masses.dtype)
     out = quantize(z, p, TEMPERATURE, total=lambda log_mass: torch.logaddexp(log_mass, elsewhere))
-    share = torch.logaddexp(here, elsewhere).softmax(-1)
-    torch.testing.assert_close(out.entropy, -(here.softmax(-1) * share.log()).sum(-1))
+    share = torch.logaddexp(log_masses, elsewhere).softmax(-1)
+    torch.testing.assert_close(out.entropy, -(log_masses.softmax(-1) * share.log()).sum(-1))
 
 
 def test_half_precision_computes_in_float32() -> None:

@@ -29,9 +29,9 @@ def test_other_values_are_averaged_with_the_same_weights() -> None:
 
 def test_padding_does_not_matter_whatever_it_holds() -> None:
     padded = torch.where(MASK.unsqueeze(-1), TOKENS, torch.nan).requires_grad_()
-    found = prototype_slots(padded, PROTOTYPES, 0.7, MASK)
-    torch.testing.assert_close(found[1], prototype_slots(TOKENS[1:, :3], PROTOTYPES, 0.7)[0])
-    found.sum().backward()
+    slots = prototype_slots(padded, PROTOTYPES, 0.7, MASK)
+    torch.testing.assert_close(slots[1], prototype_slots(TOKENS[1:, :3], PROTOTYPES, 0.7)[0])
+    slots.sum().backward()
     assert padded.grad is not None
     assert bool(torch.isfinite(padded.grad).all())
     assert padded.grad[1, 3:].abs().max() == 0
@@ -62,8 +62,8 @@ def test_of_a_bank_with_several_heads() -> None:
     slots = bank.slots(tokens, MASK)
     assert slots.shape == (2, 2, 4, 3)
     for head, temperature in enumerate((0.5, 2.0)):
-        part = tokens[..., 3 * head : 3 * head + 3]
-        torch.testing.assert_close(slots[:, head], prototype_slots(part, bank.prototypes[head], temperature, MASK))
+        own = tokens[..., 3 * head : 3 * head + 3]
+        torch.testing.assert_close(slots[:, head], prototype_slots(own, bank.prototypes[head], temperature, MASK))
     assert bank.to(torch.bfloat16).slots(tokens.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"tokens must have last dimension num_heads \* dim = 6"):
         bank.slots(tokens[..., :4])

@@ -26,11 +26,11 @@ def two(size: int, dim: int, gap: float, seed: int) -> Tensor:
 @pytest.mark.parametrize("dim", [1, 4, 40])
 def test_two_clusters_are_told_from_one_gaussian(dim: int) -> None:
     assert split_test(two(300, dim, 8.0, 0)).score > 5
-    found = split_test(two(300, dim, 8.0, 0)).centers
-    order = found[:, 0].argsort()
+    result = split_test(two(300, dim, 8.0, 0)).centers
+    order = result[:, 0].argsort()
     expected = torch.zeros(2, dim)
     expected[1, 0] = 8.0
-    torch.testing.assert_close(found[order], expected, atol=0.35, rtol=0)
+    torch.testing.assert_close(result[order], expected, atol=0.35, rtol=0)
 
 
 @pytest.mark.parametrize("stretch", [1.0, 5.0])
@@ -57,9 +57,9 @@ def test_both_halves_need_their_tokens() -> None:
 
 @pytest.mark.parametrize("tokens", [torch.zeros(0, 3), torch.randn(15, 3), torch.ones(50, 3), 1e6 + torch.zeros(50, 3)])
 def test_what_cannot_be_split_is_not(tokens: Tensor) -> None:
-    found = split_test(tokens)
-    assert found.score == -math.inf
-    assert found.centers.shape == (2, 3)
+    result = split_test(tokens)
+    assert result.score == -math.inf
+    assert result.centers.shape == (2, 3)
 
 
 def test_many_tokens_are_thinned_out_and_the_result_repeats() -> None:

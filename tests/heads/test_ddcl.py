@@ -31,10 +31,10 @@ def test_pools_by_hand(pooling: Pooling, residual: bool, masked: bool) -> None:
         centroid = layer.tokens[i, valid[i]].mean(0)
         histogram = layer.weights[i, :, valid[i]].mean(1)
         torch.testing.assert_close(readout.assignments[i], histogram)
-        parts = {"centroid": [centroid], "histogram": [histogram.flatten()], "both": [centroid, histogram.flatten()]}
-        torch.testing.assert_close(readout.pooled[i], torch.cat(parts[pooling]))
+        pieces = {"centroid": [centroid], "histogram": [histogram.flatten()], "both": [centroid, histogram.flatten()]}
+        torch.testing.assert_close(readout.pooled[i], torch.cat(pieces[pooling]))
     assert readout.pooled.shape[1] == head.pooled_dim
-    assert len(readout.levels) == 1
+    assert len(readout.loss_terms) == 1
     torch.testing.assert_close(readout.quantization_loss(), layer.terms.loss.sum())
 
 
@@ -45,7 +45,7 @@ def test_training_and_evaluation_pool_the_same(pooling: Pooling) -> None:
     evaluated = head.eval()(*batch())
     assert (trained.assignments is None) == (pooling == "centroid")  # what is not needed is not stored
     torch.testing.assert_close(trained.pooled, evaluated.pooled)
-    torch.testing.assert_close(trained.levels[0].loss, evaluated.levels[0].loss)
+    torch.testing.assert_close(trained.loss_terms[0].loss, evaluated.loss_terms[0].loss)
     trained.pooled.sum().backward()
     assert head.attention.bank.prototypes.grad is not None
 
@@ -80,7 +80,7 @@ def test_repulsion_is_the_weighted_barrier() -> None:
     head = DDCLReadout(5, num_heads=2, repulsion=0.3, embed_dim=8)
     readout = head(*batch())
     torch.testing.assert_close(readout.regularization, 0.3 * log_barrier(head.attention.bank.prototypes).sum())
-    torch.testing.assert_close(readout.quantization_loss(), readout.levels[0].loss.sum())  # it is not part of L_q
+    torch.testing.assert_close(readout.quantization_loss(), readout.loss_terms[0].loss.sum())  # it is not part of L_q
     assert DDCLReadout(5, embed_dim=8)(*batch()).regularization is None
 
 
@@ -144,8 +144,8 @@ def test_token_slots_are_the_tokens_of_the_encoder() -> None:
     assert pooled.shape == (2, head.pooled_dim) == (2, 2 * 3 * 4)
     bank, projection = head.attention.bank, head.attention.input_projection
     assert projection is not None
-    seen = tokens[1:, :4]
-    expected = prototype_slots(projection(seen)[..., 5:], bank.prototypes[1], 2.0, values=seen)
+    valid = tokens[1:, :4]
+    expected = prototype_slots(projection(valid)[..., 5:], bank.prototypes[1], 2.0, values=valid)
     torch.testing.assert_close(pooled[1, 12:], expected[0].flatten())
     pooled.square().sum().backward()
     assert bank.prototypes.grad is not None

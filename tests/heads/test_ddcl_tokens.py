@@ -25,17 +25,17 @@ def test_one_vector_per_sample_reaches_the_bank(
     whole.load_state_dict(head.state_dict())
     assert (head.pooled_dim, head.num_parameters()) == (whole.pooled_dim, whole.num_parameters())
     vectors = summary(embed_dim=8)(TOKENS, MASK).pooled.unsqueeze(1)
-    seen: list[CodebookRecord] = []
-    with record_codebooks(find_banks(head), lambda _, observed: seen.append(observed)):
-        found = head(TOKENS, MASK)
+    records: list[CodebookRecord] = []
+    with record_codebooks(find_banks(head), lambda _, observed: records.append(observed)):
+        readout = head(TOKENS, MASK)
     expected = whole(vectors)
-    assert seen[0].tokens.shape == (2, 3, 4)
-    assert seen[0].mask is None
-    torch.testing.assert_close(found.pooled, expected.pooled)
-    torch.testing.assert_close(found.assignments, expected.assignments)
-    torch.testing.assert_close(found.quantization_loss(), expected.quantization_loss())
-    assert found.tokens.shape[:2] == (3, 1)
-    assert not torch.allclose(found.pooled, whole(TOKENS, MASK).pooled)
+    assert records[0].tokens.shape == (2, 3, 4)
+    assert records[0].mask is None
+    torch.testing.assert_close(readout.pooled, expected.pooled)
+    torch.testing.assert_close(readout.assignments, expected.assignments)
+    torch.testing.assert_close(readout.quantization_loss(), expected.quantization_loss())
+    assert readout.tokens.shape[:2] == (3, 1)
+    assert not torch.allclose(readout.pooled, whole(TOKENS, MASK).pooled)
 
 
 @pytest.mark.parametrize("choice", ["first", "mean"])
@@ -53,5 +53,5 @@ def test_clusters_samples_under_the_callbacks(choice: TokenChoice) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"tokens must be one of \('all', 'first', 'mean'\); got 'last'"):
         DDCLReadout(4, tokens="last")
-    with pytest.raises(ValueError, match="budget chooses prototype_dim, so give one of them"):
-        DDCLReadout(4, prototype_dim=3, budget=100)
+    with pytest.raises(ValueError, match="max_parameters chooses prototype_dim, so give one of them"):
+        DDCLReadout(4, prototype_dim=3, max_parameters=100)

@@ -22,7 +22,7 @@ from ddcl_lightning.callbacks import (
 from ddcl_lightning.functional import critical_temperature, decompose, soft_assign
 from ddcl_lightning.heads import Head, HierarchicalReadout
 from ddcl_lightning.monitoring.recording import record_codebooks
-from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.initialization import initial_prototypes
 from tests.tiny import absolute
 
@@ -97,14 +97,14 @@ def test_levels_are_the_definitions_one_after_the_other(mask: Tensor | None) -> 
     torch.testing.assert_close(readout.pooled, shares @ second)
     assert readout.tokens.shape == (6, 1, 4)
     expected = [decompose(TOKENS[keep], first, 1.0), decompose(means, second, 0.3)]
-    for terms, exact in zip(readout.levels, expected, strict=True):
-        for found, value in zip(terms, exact, strict=True):
-            torch.testing.assert_close(found.double(), value.view(1), rtol=1e-4, atol=1e-6)
-    total = sum(terms.ols.sum() + terms.variance.sum() for terms in readout.levels)  # eq. 17
+    for terms, exact in zip(readout.loss_terms, expected, strict=True):
+        for term, value in zip(terms, exact, strict=True):
+            torch.testing.assert_close(term.double(), value.view(1), rtol=1e-4, atol=1e-6)
+    total = sum(terms.ols.sum() + terms.variance.sum() for terms in readout.loss_terms)  # eq. 17
     torch.testing.assert_close(readout.quantization_loss(), total)
 
 
-@pytest.mark.parametrize("reads", ["all", "first", "mean", "rare_mean", "rare_inputs"])
+@pytest.mark.parametrize("reads", ["all", "first", "mean", "idf_mean", "idf_inputs"])
 def test_padding_has_no_part_in_anything(reads: Any) -> None:
     layer = head(tokens=["all", reads], num_heads=[2, 1], prototype_dim=[3, 2], pooling="all")
     wild = TOKENS.masked_fill(~MASK.unsqueeze(-1), torch.nan)
@@ -139,7 +139,7 @@ def test_every_level_has_settings_of_its_own() -> None:
     assert readout.assignments is not None
     assert readout.assignments.shape == (4, 3, 3)
     assert readout.pooled.shape == (4, 6) == (4, layer.pooled_dim)
-    assert [terms.loss.shape for terms in readout.levels] == [(2,), (1,), (3,)]
+    assert [terms.loss.shape for terms in readout.loss_terms] == [(2,), (1,), (3,)]
 
 
 def test_joined_levels_read_the_centroids_in_their_places() -> None:
@@ -156,32 +156,32 @@ def test_joined_levels_read_the_centroids_in_their_places() -> None:
 def test_rare_prototypes_weigh_more() -> None:
     """Prototype 0 is in every sample, 1 in a half of them and 2 in a quarter."""
     assignments = torch.eye(3)[torch.tensor([[0, 0, 1], [0, 2, 1], [0, 0, 0], [0, 0, 0]])].unsqueeze(1)
-    rarity = PrototypeRarity(1, 3)
-    even = rarity.eval()(assignments)
+    idf = PrototypeIDF(1, 3)
+    even = idf.eval()(assignments)
     assert torch.equal(even, torch.full((4, 3), float(even[0, 0])))
-    weights = rarity.train()(assignments)
-    assert rarity.share.tolist() == [[1.0, 0.5, 0.25]]
+    weights = idf.train()(assignments)
+    assert idf.share.tolist() == [[1.0, 0.5, 0.25]]
     expected = torch.tensor([1.0, 4.0, 2.0]).log().square()
     torch.testing.assert_close(weights[1], expected, atol=2e-6, rtol=0.0)
     mask = torch.tensor([[True, True, False]]).expand(4, 3)
-    fresh = PrototypeRarity(1, 3)
+    fresh = PrototypeIDF(1, 3)
     assert fresh(assignments, mask)[:, 2].tolist() == [0.0] * 4
     assert float(fresh.share[0, 1]) == 0.0  # only ever in the padding
-    rarity(assignments.flip(0)[:1])  # the second batch counts as much as the first
-    assert rarity.share.tolist() == [[1.0, 0.25, 0.125]]
+    idf(assignments.flip(0)[:1])  # the second batch counts as much as the first
+    assert idf.share.tolist() == [[1.0, 0.25, 0.125]]
 
 
 def test_the_rare_mean_is_the_weighted_one() -> None:
-    layer = head(tokens=["all", "rare_mean"], temperature=absolute()).eval()
-    layer.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
+    layer = head(tokens=["all", "idf_mean"], temperature=absolute()).eval()
+    layer.idf["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     below = layer.levels[0](TOKENS, MASK, need_weights=True)
-    weights = layer.rarities["0"](below.weights, MASK)
+    weights = layer.idf["0"](below.weights, MASK)
     mean = torch.einsum("bt,btd->bd", weights, below.tokens) / weights.sum(1, keepdim=True)
     torch.testing.assert_close(layer.levels[1](mean.unsqueeze(1)).tokens, layer(TOKENS, MASK).tokens)
 
-    other = head(tokens=["all", "rare_inputs"], temperature=absolute(), prototype_dim=[2, 3]).eval()
-    other.rarities["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
-    weights = other.rarities["0"](other.levels[0](TOKENS, MASK, need_weights=True).weights, MASK)
+    other = head(tokens=["all", "idf_inputs"], temperature=absolute(), prototype_dim=[2, 3]).eval()
+    other.idf["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
+    weights = other.idf["0"](other.levels[0](TOKENS, MASK, need_weights=True).weights, MASK)
     mean = torch.einsum("bt,btd->bd", weights, TOKENS) / weights.sum(1, keepdim=True)
     torch.testing.assert_close(other.levels[1](mean.unsqueeze(1)).tokens, other(TOKENS, MASK).tokens)
 
@@ -195,9 +195,9 @@ def test_a_levels_input_is_fixed_for_its_own_loss_unless_told_otherwise(end_to_e
     tokens = TOKENS.clone().requires_grad_()
     readout = layer(tokens)
     first, second = (bank.prototypes for bank in find_banks(layer).values())
-    above = torch.autograd.grad(readout.levels[1].loss.sum(), [first, tokens, second], allow_unused=True)
+    above = torch.autograd.grad(readout.loss_terms[1].loss.sum(), [first, tokens, second], allow_unused=True)
     assert [gradient is not None for gradient in above] == [end_to_end, end_to_end, True]
-    below = torch.autograd.grad(layer(tokens).levels[0].loss.sum(), [first, tokens, second], allow_unused=True)
+    below = torch.autograd.grad(layer(tokens).loss_terms[0].loss.sum(), [first, tokens, second], allow_unused=True)
     assert [gradient is not None for gradient in below] == [True, True, False]
 
 
@@ -277,15 +277,15 @@ def test_kmeans_starts_the_levels_in_order_each_from_what_the_one_below_gives() 
 
 
 def test_rarities_count_in_the_start_of_the_next_level_and_leave_no_trace() -> None:
-    trained = module(tokens=["all", "rare_mean"])
-    seen: list[Tensor] = []
+    trained = module(tokens=["all", "idf_mean"])
+    inputs: list[Tensor] = []
     layer = trained.head.levels[1]
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
 
     class Look(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            assert int(pl_module.head.rarities["0"].num_batches) == 0
-            assert pl_module.head.rarities["0"].share.unique().tolist() == [1.0]
+            assert int(pl_module.head.idf["0"].num_batches) == 0
+            assert pl_module.head.idf["0"].share.unique().tolist() == [1.0]
             plain = pl_module.eval()(next(iter(bags()))).tokens
             pl_module.train()
             assert plain.shape == (24, 1, 4)
@@ -295,8 +295,8 @@ def test_rarities_count_in_the_start_of_the_next_level_and_leave_no_trace() -> N
         fit(trained, TemperatureAnnealing(), KMeansInitialization(seed=0), Look())
     handle.remove()
     weighted, plain = (
-        seen[-5],
-        seen[-1],
+        inputs[-5],
+        inputs[-1],
     )  # four batches of the start, then the first in evaluation mode, evenly weighted
     assert not torch.allclose(weighted, plain, atol=1e-2)
 
@@ -313,24 +313,26 @@ def test_every_level_keeps_its_fraction_while_the_levels_below_move() -> None:
 
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             """T over the critical temperature of all the tokens that a level gets."""
-            seen: dict[str, list[Tensor]] = {}
-            probe = record_codebooks(find_banks(pl_module), lambda name, one: seen.setdefault(name, []).append(one))
-            with torch.no_grad(), probe:
+            records: dict[str, list[Tensor]] = {}
+            recording = record_codebooks(
+                find_banks(pl_module), lambda name, record: records.setdefault(name, []).append(record)
+            )
+            with torch.no_grad(), recording:
                 for batch in bags():
                     pl_module.eval()(batch)
             pl_module.train()
             for name, bank in find_banks(pl_module).items():
-                tokens = torch.cat([one.valid_tokens() for one in seen[name]], 1)
+                tokens = torch.cat([record.valid_tokens() for record in records[name]], 1)
                 ratios.setdefault(name, []).append(float(bank.temperature / critical_temperature(tokens)))
 
     first = TemperatureAnnealing(start=0.3, end=0.3, banks="*levels.0.*")
     second = TemperatureAnnealing(start=0.05, end=0.05, banks="*levels.1.*")
     fit(trained, first, second, KMeansInitialization(), Grow(), max_epochs=40)
     for level, fraction in ((0, 0.3), (1, 0.05)):
-        found = ratios[f"head.levels.{level}.bank"]
-        assert found[4] == pytest.approx(fraction, rel=0.1)
-        assert found[5] < 0.8 * fraction  # just after the growth, before the running covariance has followed
-        assert found[-1] == pytest.approx(fraction, rel=0.1)
+        measured = ratios[f"head.levels.{level}.bank"]
+        assert measured[4] == pytest.approx(fraction, rel=0.1)
+        assert measured[5] < 0.8 * fraction  # just after the growth, before the running covariance has followed
+        assert measured[-1] == pytest.approx(fraction, rel=0.1)
 
 
 def test_one_temperature_for_both_levels_collapses_the_second_and_is_reported() -> None:
@@ -350,7 +352,7 @@ def test_one_temperature_for_both_levels_collapses_the_second_and_is_reported() 
 def test_classes_of_bags_are_found_and_every_level_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     check = DecompositionCheck(every_n_batches=1)
     trainer = fit(
-        module(tokens=["all", "rare_mean"]),
+        module(tokens=["all", "idf_mean"]),
         TemperatureAnnealing(),
         KMeansInitialization(),
         check,
@@ -377,7 +379,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(end_to_end: bool, tmp_path: Any)
         built = DDCLReadoutModule(
             IdentityBackbone(4),
             HierarchicalReadout(
-                [5, 3], num_heads=2, tokens=["all", "rare_mean"], embedding_scale="total", end_to_end=end_to_end
+                [5, 3], num_heads=2, tokens=["all", "idf_mean"], embedding_scale="total", end_to_end=end_to_end
             ),
             Clustering(2),
             lr_prototypes=0.02,
@@ -409,7 +411,7 @@ def test_it_classifies_through_all_levels() -> None:
 def test_it_survives_a_trip_through_files(tmp_path: Any) -> None:
     pytest.importorskip("safetensors")
     built = DDCLReadoutModule(
-        Scaled(), HierarchicalReadout([5, 3], tokens=["all", "rare_mean"], prototype_dim=[3, 2]), Clustering(2)
+        Scaled(), HierarchicalReadout([5, 3], tokens=["all", "idf_mean"], prototype_dim=[3, 2]), Clustering(2)
     ).head
     built.train()(torch.randn(50, 5, 4))
     built.eval().save_pretrained(tmp_path)
@@ -421,15 +423,17 @@ def test_it_survives_a_trip_through_files(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_heads": [4, 2]}, {"tokens": ["all", "joined"], "num_tokens": 5}])
 def test_a_budget_is_used_up(kwargs: dict[str, Any]) -> None:
-    for budget in (300, 3000):
-        layer = HierarchicalReadout([8, 4], budget=budget, embed_dim=16, **kwargs)
+    for max_parameters in (300, 3000):
+        layer = HierarchicalReadout([8, 4], max_parameters=max_parameters, embed_dim=16, **kwargs)
         larger = [dim + 1 for dim in (level.bank.dim for level in layer.levels)]
-        assert layer.num_parameters() <= budget
-        assert HierarchicalReadout([8, 4], prototype_dim=larger, embed_dim=16, **kwargs).num_parameters() > budget
+        assert layer.num_parameters() <= max_parameters
+        assert (
+            HierarchicalReadout([8, 4], prototype_dim=larger, embed_dim=16, **kwargs).num_parameters() > max_parameters
+        )
 
 
 def test_compiled_it_gives_the_same() -> None:
-    layer = head(tokens=["all", "rare_mean"]).eval()
+    layer = head(tokens=["all", "idf_mean"]).eval()
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(TOKENS, MASK).pooled, layer(TOKENS, MASK).pooled)
 
@@ -443,15 +447,15 @@ def test_compiled_it_gives_the_same() -> None:
         (([5, 3],), {"num_heads": [1]}, r"num_heads must be one value for all levels or a list with one per level, 2"),
         (([5, 3],), {"temperature": [1.0, 1.0, 1.0]}, r"temperature must be one value .*; got \[1.0, 1.0, 1.0\]"),
         (([5, 3],), {"tokens": ["all", "sum"]}, "tokens must be one of .*; got 'sum'"),
-        (([5, 3],), {"tokens": ["rare_inputs", "all"]}, "tokens of the first level must not be 'rare_inputs'"),
-        (([5, 3],), {"tokens": ["mean", "rare_mean"]}, "above a level that reads one vector per sample"),
+        (([5, 3],), {"tokens": ["idf_inputs", "all"]}, "tokens of the first level must not be 'idf_inputs'"),
+        (([5, 3],), {"tokens": ["mean", "idf_mean"]}, "above a level that reads one vector per sample"),
         (([5, 3],), {"tokens": ["all", "joined"]}, "num_tokens belongs to tokens 'joined', which needs it; got"),
         (([5, 3],), {"num_tokens": 4}, "num_tokens belongs to tokens 'joined'"),
         (([5, 3],), {"tokens": ["all", "joined"], "num_tokens": 0}, "num_tokens must be at least 1"),
         (([5, 3],), {"embedding_scale": ["unit", "big"]}, "embedding_scale must be one of .*; got 'big'"),
         (([5, 3],), {"pooling": "max"}, "pooling must be one of .*; got 'max'"),
-        (([5, 3],), {"prototype_dim": 3, "budget": 100}, "budget chooses prototype_dim"),
-        (([5, 3],), {"budget": 3}, "budget must be at least"),
+        (([5, 3],), {"prototype_dim": 3, "max_parameters": 100}, "max_parameters chooses prototype_dim"),
+        (([5, 3],), {"max_parameters": 3}, "max_parameters must be at least"),
         (([5, 3],), {"temperature": [1.0, 0.0]}, "a temperature must be > 0, one number or one per head; got 0.0"),
         (([5, 3],), {"num_heads": 3}, "embed_dim must be divisible by num_heads; got 4 and 3"),
     ],

@@ -13,24 +13,26 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
 
 def copy_block(block: PerceiverBlock, layer: nn.Module) -> None:
     """Weights of our block into a layer of transformers."""
-    own, theirs = block.attention, layer.attention.self
+    own, reference = block.attention, layer.attention.self
     if own.in_proj_weight is not None:
         weights = own.in_proj_weight.chunk(3)
     else:
         weights = (own.q_proj_weight, own.k_proj_weight, own.v_proj_weight)
-    pairs = list(zip((theirs.query, theirs.key, theirs.value), weights, own.in_proj_bias.chunk(3), strict=True))
+    pairs = list(
+        zip((reference.query, reference.key, reference.value), weights, own.in_proj_bias.chunk(3), strict=True)
+    )
     pairs += [
         (target, source.weight, source.bias)
         for target, source in (
             (layer.attention.output.dense, own.out_proj),
-            (theirs.layernorm1, block.norm_queries),
+            (reference.layernorm1, block.norm_queries),
             (layer.layernorm, block.norm_hidden),
             (layer.mlp.dense1, block.hidden[0]),
             (layer.mlp.dense2, block.hidden[2]),
         )
     ]
     if block.norm_source is not None:
-        pairs.append((theirs.layernorm2, block.norm_source.weight, block.norm_source.bias))
+        pairs.append((reference.layernorm2, block.norm_source.weight, block.norm_source.bias))
     for target, weight, bias in pairs:
         target.weight.data.copy_(weight)
         target.bias.data.copy_(bias)
@@ -59,10 +61,10 @@ def test_agrees_with_transformers() -> None:
     for block, layer in zip(head.layer.blocks, model.encoder.self_attends, strict=True):
         copy_block(block, layer)
     with torch.no_grad():
-        theirs = model(TOKENS, attention_mask=MASK.long()).last_hidden_state.mean(1)
+        reference = model(TOKENS, attention_mask=MASK.long()).last_hidden_state.mean(1)
         ours = head(TOKENS, MASK).pooled
     # They mask with a large negative number, we leave the padding out.
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
 def test_latents_start_small_and_blocks_count() -> None:

@@ -30,7 +30,7 @@ def test_control_is_one_hidden_layer_on_the_same_vector(kind: type[CLSPooling] |
 def test_tokens_pass_through() -> None:
     readout = MeanPooling(embed_dim=2)(TOKENS)
     assert readout.tokens is TOKENS
-    assert readout.levels == []
+    assert readout.loss_terms == []
     assert readout.assignments is None
     with pytest.raises(ValueError, match="no quantisation loss"):
         readout.quantization_loss()

@@ -63,8 +63,8 @@ def batch(samples: int = 4, length: int = 6, dim: int = 8) -> tuple[Tensor, Tens
 def fields(head: Head, tokens: Tensor, mask: Tensor | None) -> list[Tensor]:
     torch.manual_seed(0)
     readout = head(tokens, mask)
-    found = [readout.pooled, *(term for level in readout.levels for term in level)]
-    return found + [value for value in (readout.assignments, readout.regularization) if value is not None]
+    values = [readout.pooled, *(term for level in readout.loss_terms for term in level)]
+    return values + [value for value in (readout.assignments, readout.regularization) if value is not None]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -122,8 +122,8 @@ def test_every_parameter_takes_part(name: str) -> None:
     head = HEADS[name](embed_dim=8)
     readout = head(*batch())
     loss = readout.pooled.square().sum()
-    for part in (readout.quantization_loss() if readout.levels else None, readout.regularization):
-        loss = loss if part is None else loss + part
+    for term in (readout.quantization_loss() if readout.loss_terms else None, readout.regularization):
+        loss = loss if term is None else loss + term
     if head.num_parameters():
         loss.backward()
     assert [n for n, p in head.named_parameters() if p.grad is None] == []
@@ -146,9 +146,9 @@ def test_half_precision(name: str) -> None:
     tokens, mask = batch()
     exact = head(tokens, mask).pooled.detach()
     with torch.autocast("cpu", torch.bfloat16):
-        found = head(tokens.bfloat16(), mask).pooled.detach()
-    assert bool(found.isfinite().all())
-    assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
+        pooled = head(tokens.bfloat16(), mask).pooled.detach()
+    assert bool(pooled.isfinite().all())
+    assert float((pooled - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
 @each_head
@@ -186,9 +186,9 @@ def test_a_sample_without_tokens_is_never_guessed() -> None:
         if isinstance(head, DDCLReadout):
             continue  # its bank looks for itself
         if not isinstance(head, VQPooling):
-            found = head.layer(filled, kept)
-            assert bool(found[2].isnan().all()), name
-            assert bool(found[[0, 1, 3]].isfinite().all()), name
+            output = head.layer(filled, kept)
+            assert bool(output[2].isnan().all()), name
+            assert bool(output[[0, 1, 3]].isfinite().all()), name
 
 
 class Sets(Dataset[dict[str, Tensor]]):
@@ -230,9 +230,9 @@ def test_trains(name: str, options: dict[str, str]) -> None:
 
     def loss() -> float:
         torch.manual_seed(0)
-        found = module.task.losses(module.eval()(whole), whole)["cross_entropy"].detach()
+        cross_entropy = module.task.losses(module.eval()(whole), whole)["cross_entropy"].detach()
         module.train()
-        return float(found)
+        return float(cross_entropy)
 
     before = loss()
     quiet_trainer(max_epochs=5).fit(module, DataLoader(Sets(), batch_size=16))
@@ -245,7 +245,7 @@ def test_groups() -> None:
     for name, create in HEADS.items():
         head = create()
         module = DDCLReadoutModule(LinearBackbone(embed_dim=8), head, Classification(4), rho=0.1)
-        groups = {role: {id(p) for p in found} for role, found in module.parameter_groups().items()}
+        groups = {role: {id(p) for p in parameters} for role, parameters in module.parameter_groups().items()}
         banks = {id(bank.prototypes) for bank in find_banks(head).values()}
         if isinstance(head, VQPooling):
             assert groups["prototypes"] == {id(head.layer.codebook)}
@@ -261,9 +261,9 @@ def test_groups() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["PMAPooling", "--model.head.pooling=mean", "--model.head.budget=3000"],
+        ["PMAPooling", "--model.head.pooling=mean", "--model.head.max_parameters=3000"],
         ["VQPooling", "--model.head.num_codes=5"],
-        ["DDCLReadout", "--model.head.num_prototypes=5", "--model.head.tokens=mean", "--model.head.budget=900"],
+        ["DDCLReadout", "--model.head.num_prototypes=5", "--model.head.tokens=mean", "--model.head.max_parameters=900"],
     ],
 )
 def test_in_the_command_line(

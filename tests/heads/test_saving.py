@@ -35,11 +35,13 @@ HEADS: list[Callable[[], Head]] = [
     lambda: MeanPooling(hidden_dim=3),
     MaxPooling,
     lambda: AttentionPooling(2, dim=3),
-    lambda: PMAPooling(2, 2, "mean", budget=2000),
+    lambda: PMAPooling(2, 2, "mean", max_parameters=2000),
     lambda: PerceiverPooling(3, 2, 2),
     lambda: SlotAttentionPooling(3, dim=4),
     lambda: VQPooling(4, init="kmeans", dim=3),
-    lambda: DDCLReadout(4, num_heads=2, pooling="both", tokens="mean", budget=300, repulsion=0.1, temperature=0.3),
+    lambda: DDCLReadout(
+        4, num_heads=2, pooling="both", tokens="mean", max_parameters=300, repulsion=0.1, temperature=0.3
+    ),
     lambda: DDCLReadout(4, embed_dim=8, residual=True, embedding_scale="total"),
     lambda: DDCLReadout(4, pooling="slots", tokens="first"),
 ]
@@ -96,7 +98,7 @@ def test_config_is_plain_data(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "class": "ddcl_lightning.heads.attention_pooling.AttentionPooling",
         "embed_dim": 8,
-        "init_args": {"num_heads": 2, "dim": None, "budget": None},
+        "init_args": {"num_heads": 2, "dim": None, "max_parameters": None},
     }
 
 

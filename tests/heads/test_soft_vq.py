@@ -39,7 +39,7 @@ def test_evaluation_by_hand(heads: int, code_dim: int | None) -> None:
         for h in range(heads):
             counts = torch.bincount(readout.codes[i, mask[i], h], minlength=4)
             torch.testing.assert_close(readout.assignments[i, h], counts / counts.sum())
-    assert readout.levels == []
+    assert readout.loss_terms == []
 
 
 def test_training_gives_the_loss_and_its_signals() -> None:
@@ -58,7 +58,7 @@ def module(**head: Any) -> DDCLReadoutModule:
         SoftVQ(**{"num_codes": 12, "commitment_weight": 0.03, **head}),
         Reconstruction(ConvDecoder(1, (8,))),
         prototype_optimizer="TokenNormalized",
-        prototype_optimizer_args={"relocate": 0.9},
+        prototype_optimizer_args={"relocation_threshold": 0.9},
         lr_prototypes=0.1,
         rho=0.05,
         lr_task=5e-3,
@@ -88,13 +88,13 @@ def test_every_code_is_used_and_hard_codes_reconstruct(precision: Any, scale: Sc
     pl.seed_everything(0, verbose=False)
     model = module(num_heads=2, embedding_scale=scale)
     trainer = fit(model, precision=precision)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert found["train/usage"] == found["val/usage"] == 1.0
-    assert found["val/perplexity"] > 8  # of 12, per codebook
-    assert found["train/code_gap"] < 0.02
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics["train/usage"] == metrics["val/usage"] == 1.0
+    assert metrics["val/perplexity"] > 8  # of 12, per codebook
+    assert metrics["train/code_gap"] < 0.02
     # Hard codes in validation lose little against soft ones in training, and both beat the mean image by far.
-    assert found["val/mse"] < 0.06
-    assert abs(found["val/mse"] - found["train/reconstruction"]) < 0.02
+    assert metrics["val/mse"] < 0.06
+    assert abs(metrics["val/mse"] - metrics["train/reconstruction"]) < 0.02
     checks = next(callback for callback in trainer.callbacks if isinstance(callback, DecompositionCheck))
     assert checks.checks > 20
     assert checks.violations == 0

@@ -23,17 +23,17 @@ def test_by_hand(dim: int | None) -> None:
     readout = head(tokens, mask)
     z = tokens if dim is None else tokens @ head.layer.projection.weight.mT
     codes = torch.cdist(z, head.layer.codebook.expand(3, -1, -1)).argmin(-1)
-    found = head.layer.codebook[codes]
-    squared = (z - found).square().sum(-1)[mask].mean()
+    nearest = head.layer.codebook[codes]
+    squared = (z - nearest).square().sum(-1)[mask].mean()
     torch.testing.assert_close(readout.regularization, 0.3 * 1.5 * squared)
     counts = torch.zeros(4, dtype=torch.long)
     for i in range(3):
-        torch.testing.assert_close(readout.pooled[i], found[i, mask[i]].mean(0))
+        torch.testing.assert_close(readout.pooled[i], nearest[i, mask[i]].mean(0))
         shares = torch.bincount(codes[i, mask[i]], minlength=4)
         torch.testing.assert_close(readout.assignments[i, 0], shares / shares.sum())
         counts += shares
     assert torch.equal(head.layer.counts, counts)
-    torch.testing.assert_close(readout.tokens[mask], found[mask])
+    torch.testing.assert_close(readout.tokens[mask], nearest[mask])
     assert bool((readout.tokens[~mask] == 0).all())
     assert readout.assignments.shape == (3, 1, 4)
     assert head.train()(tokens, mask).assignments is None

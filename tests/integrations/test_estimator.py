@@ -29,8 +29,8 @@ def test_scikit_learn_accepts_it(estimator: Any, check: Any) -> None:
 
 
 def blobs(seed: int = 0) -> tuple[Any, Any]:
-    found: tuple[Any, Any] = make_blobs(600, n_features=5, centers=6, cluster_std=0.7, random_state=seed)
-    return found
+    data: tuple[Any, Any] = make_blobs(600, n_features=5, centers=6, cluster_std=0.7, random_state=seed)
+    return data
 
 
 @pytest.mark.parametrize("init", ["kmeans", "mean"])
@@ -105,8 +105,8 @@ def test_soft_assignments_are_those_of_spherical_clusters_where_the_spread_of_th
 def test_hard_clusters_of_a_stream_are_means_of_all_samples_so_far() -> None:
     x = np.vstack([blobs(4)[0], np.full((4, 5), 1e5)])[np.r_[600:604, :600]]
     model = DDCLClustering(7, random_state=0)
-    for part in np.split(x, [304]):
-        model.partial_fit(part)
+    for chunk in np.split(x, [304]):
+        model.partial_fit(chunk)
     labels = model.predict(x)
     assert model.mass_ == pytest.approx(np.bincount(labels, minlength=7))
     for k in range(7):
@@ -157,9 +157,9 @@ def test_same_seed_same_result_and_a_generator_moves_on() -> None:
 def test_restarts_keep_the_best() -> None:
     x = load_digits().data[:400]
     states = [np.random.RandomState(s) for s in (0, 0)]
-    one = DDCLClustering(25, start=0.05, n_init=1, random_state=states[0]).fit(x).loss_.loss
+    single = DDCLClustering(25, start=0.05, n_init=1, random_state=states[0]).fit(x).loss_.loss
     best = DDCLClustering(25, start=0.05, n_init=6, random_state=states[1]).fit(x).loss_.loss
-    assert best < one
+    assert best < single
 
 
 def test_pipeline_grid_search_pickle_and_pandas() -> None:
@@ -182,8 +182,8 @@ def test_pipeline_grid_search_pickle_and_pandas() -> None:
 def test_partial_fit_is_the_mean_of_all_samples_so_far() -> None:
     x, _ = blobs(4)
     model = DDCLClustering(6, end=0.001, random_state=0)
-    for part in np.split(x, 4):
-        model.partial_fit(part)
+    for chunk in np.split(x, 4):
+        model.partial_fit(chunk)
     labels = model.predict(x)
     assert model.mass_.sum() == pytest.approx(len(x))
     for k in range(6):
@@ -194,8 +194,8 @@ def test_partial_fit_is_the_mean_of_all_samples_so_far() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = DDCLClustering(4, random_state=0).fit(IRIS)
     monkeypatch.setattr("ddcl_lightning.functional._common.CHUNK_ELEMENTS", 64)
-    parts = DDCLClustering(4, random_state=0).fit(IRIS)
-    assert parts.cluster_centers_ == pytest.approx(whole.cluster_centers_)
+    chunked = DDCLClustering(4, random_state=0).fit(IRIS)
+    assert chunked.cluster_centers_ == pytest.approx(whole.cluster_centers_)
 
 
 def test_float32_stays_float32() -> None:

@@ -38,15 +38,15 @@ def test_mean_is_the_library_s_own(encoder: Path) -> None:
     reference = sentence_transformers.SentenceTransformer(
         modules=[Transformer(str(encoder)), Pooling(32, "mean")], device="cpu"
     )
-    found = model(encoder, MeanPooling(embed_dim=32)).encode(TEXTS)
-    np.testing.assert_allclose(found, reference.encode(TEXTS), atol=1e-6)
+    embeddings = model(encoder, MeanPooling(embed_dim=32)).encode(TEXTS)
+    np.testing.assert_allclose(embeddings, reference.encode(TEXTS), atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "create",
     [
         lambda: DDCLReadout(5, num_heads=2, pooling="both", tokens="all", embed_dim=32),
-        lambda: PMAPooling(2, 2, budget=3000, embed_dim=32),
+        lambda: PMAPooling(2, 2, max_parameters=3000, embed_dim=32),
         lambda: VQPooling(4, embed_dim=32),
     ],
 )

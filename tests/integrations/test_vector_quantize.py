@@ -28,13 +28,13 @@ def test_equals_the_library(name: str) -> None:
     torch.manual_seed(0)
     head = LibraryVQ(quantizer, args, embed_dim=8).eval()
     tokens = torch.randn(3, 10, 8)
-    readout, found = head(tokens), head.quantizer_layer(tokens)
+    readout, reference = head(tokens), head.quantizer_layer(tokens)
     assert head.num_codes == size
-    torch.testing.assert_close(readout.tokens, found[0])
-    assert torch.equal(readout.codes.squeeze(-1), found[1].long())
+    torch.testing.assert_close(readout.tokens, reference[0])
+    assert torch.equal(readout.codes.squeeze(-1), reference[1].long())
     assert readout.codes.shape == (3, 10, head.num_codebooks)
     torch.testing.assert_close(readout.assignments.sum(-1), torch.ones(3, head.num_codebooks))
-    torch.testing.assert_close(readout.pooled, found[0].mean(1))
+    torch.testing.assert_close(readout.pooled, reference[0].mean(1))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -54,14 +54,14 @@ def test_usage_has_no_threshold() -> None:
 
 def test_batches_add_up_and_reset_forgets() -> None:
     codes, shares = torch.randint(-1, 5, (20, 7, 2)), torch.rand(20, 2, 5)
-    whole, parts = CodebookMetrics(5, 2), CodebookMetrics(5, 2)
+    whole, summed = CodebookMetrics(5, 2), CodebookMetrics(5, 2)
     whole.update(codes, shares)
     for c, s in zip(codes.split(6), shares.split(6), strict=True):
-        parts.update(c, s)
-    torch.testing.assert_close(whole.compute(), parts.compute())
-    parts.reset()
-    parts.update(codes)
-    assert bool(parts.compute()["soft_perplexity"].isnan())
+        summed.update(c, s)
+    torch.testing.assert_close(whole.compute(), summed.compute())
+    summed.reset()
+    summed.update(codes)
+    assert bool(summed.compute()["soft_perplexity"].isnan())
 
 
 @pytest.mark.parametrize(
@@ -103,5 +103,5 @@ def _metrics_of_half(rank: int) -> dict[str, Tensor]:
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     metric = CodebookMetrics(4, 2)
     metric.update(CODES, SHARES)
-    for found in results_of_processes(tmp_path, _metrics_of_half):
-        torch.testing.assert_close(found, metric.compute())
+    for result in results_of_processes(tmp_path, _metrics_of_half):
+        torch.testing.assert_close(result, metric.compute())

@@ -38,17 +38,18 @@ def test_rows_are_samples_in_order_without_padding() -> None:
     module = DDCLReadoutModule(IdentityBackbone(4), head, Clustering())
     module.backbone.eval()
     sample = Reservoir(10_000)
-    found = collect_readouts(module, batches, tokens={"attention.bank": sample})
-    assert len(found) == 15
+    readouts = collect_readouts(module, batches, tokens={"attention.bank": sample})
+    assert len(readouts) == 15
     first = batches[0]
-    assert torch.allclose(found.mean[1], first["x"][1, :3].mean(0))
-    assert torch.equal(found.first[:5], first["x"][:, 0])
+    assert torch.allclose(readouts.mean[1], first["x"][1, :3].mean(0))
+    assert torch.equal(readouts.first[:5], first["x"][:, 0])
     assert torch.allclose(
-        found.inputs[1], torch.nn.functional.linear(first["x"][1, :3], head.attention.input_projection.weight).mean(0)
+        readouts.inputs[1],
+        torch.nn.functional.linear(first["x"][1, :3], head.attention.input_projection.weight).mean(0),
     )
-    assert found.pooled.shape == (15, 2 * 3 + 2 * 3)
-    assert found.clusters.shape == (15, 2)
-    assert len(found.labelled()) == 12
+    assert readouts.pooled.shape == (15, 2 * 3 + 2 * 3)
+    assert readouts.clusters.shape == (15, 2)
+    assert len(readouts.labelled()) == 12
     assert sample.gather().shape == (3 * 17, 2, 3)
     assert module.head.training
     assert not module.backbone.training
@@ -63,10 +64,10 @@ def test_it_stops_at_the_limit_and_refuses_nothing_at_all() -> None:
 
 def test_cat_keeps_every_column() -> None:
     module = DDCLReadoutModule(IdentityBackbone(4), DDCLReadout(4), Clustering())
-    part = collect_readouts(module, loader())
-    both = Readouts.cat([part, part])
+    readouts = collect_readouts(module, loader())
+    both = Readouts.cat([readouts, readouts])
     assert len(both) == 128
-    assert torch.equal(both.labels[64:], part.labels)
+    assert torch.equal(both.labels[64:], readouts.labels)
 
 
 def test_linear_probe_is_logistic_regression_on_standardised_features() -> None:

@@ -21,13 +21,15 @@ def loaders() -> list[Any]:
 @pytest.mark.parametrize("task", [Clustering, Classification])
 def test_losses_and_metrics_are_of_all_loaders_and_of_each(task: type[Task]) -> None:
     module, trainer = clustering_module(task(4)), quiet_trainer()
-    both = {name: value for part in trainer.validate(module, loaders(), verbose=False) for name, value in part.items()}
-    alone = [trainer.validate(module, part, verbose=False)[0] for part in loaders()]
+    both = {
+        name: value for results in trainer.validate(module, loaders(), verbose=False) for name, value in results.items()
+    }
+    alone = [trainer.validate(module, results, verbose=False)[0] for results in loaders()]
     for number, of_one in enumerate(alone):
         for name, value in of_one.items():
             assert both[f"{name}/dataloader_idx_{number}"] == pytest.approx(value, rel=1e-5), name
     for name in ("val/loss", "val/acc"):
-        expected = sum(size * part[name] for size, part in zip(SIZES, alone, strict=True)) / sum(SIZES)
+        expected = sum(size * results[name] for size, results in zip(SIZES, alone, strict=True)) / sum(SIZES)
         if task is Classification or name == "val/loss":  # clusters are matched to classes anew
             assert both[name] == pytest.approx(expected, rel=1e-5)
     assert set(both) == {
@@ -42,7 +44,7 @@ def test_one_loader_after_several_has_plain_names() -> None:
     assert again == quiet_trainer().validate(module, loader(), verbose=False)[0]
 
 
-@pytest.mark.parametrize("shape", [list, lambda parts: dict(zip("ab", parts, strict=True))], ids=["list", "dict"])
+@pytest.mark.parametrize("shape", [list, lambda given: dict(zip("ab", given, strict=True))], ids=["list", "dict"])
 def test_a_fit_monitors_and_summarises_all_of_them(shape: Any) -> None:
     summary = FitSummary(num_restarts=1)
     trainer = quiet_trainer(max_epochs=1, callbacks=[summary])
@@ -57,7 +59,7 @@ def test_test_and_predict_take_several_loaders() -> None:
     module, trainer = clustering_module(), quiet_trainer()
     assert len(trainer.test(module, loaders(), verbose=False)) == 2
     predictions = trainer.predict(module, loaders())
-    assert [sum(len(batch["index"]) for batch in part) for part in predictions] == list(SIZES)
+    assert [sum(len(batch["index"]) for batch in batches) for batches in predictions] == list(SIZES)
 
 
 def test_loaders_of_any_structure_are_flattened_in_order() -> None:

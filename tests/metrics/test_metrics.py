@@ -171,16 +171,16 @@ def test_bad_counts_and_sizes_are_refused() -> None:
 
 def test_batches_add_up_and_reset_forgets() -> None:
     assignments, labels, k, c = random_labelling(7)
-    whole, parts = ClusteringMetrics(k, c), ClusteringMetrics(k, c)
+    whole, summed = ClusteringMetrics(k, c), ClusteringMetrics(k, c)
     whole.update(assignments, labels)
     for a, y in zip(assignments.split(7), labels.split(7), strict=True):
-        parts(a, y)  # forward() keeps the total too
-    assert torch.equal(whole.counts, parts.counts)
+        summed(a, y)  # forward() keeps the total too
+    assert torch.equal(whole.counts, summed.counts)
     assert torch.equal(whole.counts, count_matrix(assignments, labels, k, c))
-    assert whole.compute() == parts.compute()
-    parts.reset()
-    assert not parts.counts.any()
-    assert not parts.sizes.any()
+    assert whole.compute() == summed.compute()
+    summed.reset()
+    assert not summed.counts.any()
+    assert not summed.sizes.any()
 
 
 def test_state_of_two_metrics_merges() -> None:
@@ -228,5 +228,5 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     assignments, labels, k, c = random_labelling(7)
     metric = ClusteringMetrics(k, c)
     metric.update(assignments, labels)
-    for found in results_of_processes(tmp_path, _metrics_of_half):
-        assert found == metric.compute()
+    for result in results_of_processes(tmp_path, _metrics_of_half):
+        assert result == metric.compute()

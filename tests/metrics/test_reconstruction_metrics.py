@@ -77,7 +77,7 @@ def test_refusals() -> None:
 
 def _metrics_of_half(rank: int) -> dict[str, Tensor]:
     metric = ReconstructionMetrics()
-    metric.update(*(part[rank::2] for part in images()))
+    metric.update(*(pictures[rank::2] for pictures in images()))
     return metric.compute()
 
 
@@ -85,5 +85,5 @@ def _metrics_of_half(rank: int) -> dict[str, Tensor]:
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     metric = ReconstructionMetrics()
     metric.update(*images())
-    for found in results_of_processes(tmp_path, _metrics_of_half):
-        torch.testing.assert_close(found, metric.compute())
+    for result in results_of_processes(tmp_path, _metrics_of_half):
+        torch.testing.assert_close(result, metric.compute())

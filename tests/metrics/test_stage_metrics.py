@@ -41,10 +41,10 @@ def values(metrics: Mapping[str, Any], *batches: Any, taken: tuple[str, ...] = (
     for batch in batches or ((X,),):
         for metric in stage.by_name().values():
             metric.update(*batch)
-    found = stage.compute(lambda here: here)
-    assert all(value.dtype == torch.float32 and value.dim() == 0 for value in found.values())
-    assert "last" in metrics or stage.compute(lambda here: here) == {}  # it starts anew; a window cannot tell
-    return {name: float(value) for name, value in found.items()}
+    computed = stage.compute(lambda has_data: has_data)
+    assert all(value.dtype == torch.float32 and value.dim() == 0 for value in computed.values())
+    assert "last" in metrics or stage.compute(lambda has_data: has_data) == {}  # it starts anew; a window cannot tell
+    return {name: float(value) for name, value in computed.items()}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,10 @@ def test_a_metric_made_of_another_is_computed_before_either_is_reset() -> None:
     total = SumMetric()
     stage = StageMetrics("val", {"sum": total, "double": 2 * total})
     total.update(X)
-    assert {name: float(v) for name, v in stage.compute(lambda here: here).items()} == {"sum": 9.0, "double": 18.0}
+    assert {name: float(v) for name, v in stage.compute(lambda has_data: has_data).items()} == {
+        "sum": 9.0,
+        "double": 18.0,
+    }
 
 
 class FailsOnNoData(Computes):
@@ -135,9 +138,9 @@ def test_a_metric_without_data_is_left_out_on_all_processes_or_on_none() -> None
         "val", {"a": FailsOnNoData(1.0), "b": MetricCollection([FailsOnNoData(1.0)]), "c": SumMetric()}
     )
     stage["metric_c"].update(X)
-    assert stage.compute(lambda here: here) == {"c": torch.tensor(9.0)}
+    assert stage.compute(lambda has_data: has_data) == {"c": torch.tensor(9.0)}
     with pytest.raises(ValueError, match="No samples"), pytest.warns(UserWarning, match="before the ``update``"):
-        stage.compute(lambda here: True)  # another process has data
+        stage.compute(lambda has_data: True)  # another process has data
 
 
 @pytest.mark.parametrize(

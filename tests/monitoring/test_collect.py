@@ -41,12 +41,12 @@ def during_fit(module, look, data=None, **kwargs):
 
     class Looking(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            self.found = look(trainer, pl_module)
+            self.result = look(trainer, pl_module)
 
     looking = Looking()
     data = DataLoader(TensorDataset(X), batch_size=8) if data is None else data
     pl.Trainer(callbacks=[looking], **{**QUIET, "max_epochs": 1, **kwargs}).fit(module, data)
-    return looking.found
+    return looking.result
 
 
 def test_banks_in_the_order_of_their_first_call():

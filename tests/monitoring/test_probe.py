@@ -37,33 +37,33 @@ def test_error_without_banks_names_the_caller() -> None:
 
 
 def observe() -> tuple[PrototypeBank, record_codebooks, list[CodebookRecord]]:
-    bank, seen = PrototypeBank(3, 4, num_heads=2, temperature=absolute()), []
-    probe = record_codebooks({"it": bank}, lambda name, observed: seen.append(observed))
-    return bank, probe, seen
+    bank, records = PrototypeBank(3, 4, num_heads=2, temperature=absolute()), []
+    recording = record_codebooks({"it": bank}, lambda name, observed: records.append(observed))
+    return bank, recording, records
 
 
 def test_observes_only_while_armed() -> None:
-    bank, probe, seen = observe()
+    bank, recording, records = observe()
     tokens = torch.randn(5, 8)
     bank(tokens)
-    probe.armed = True
+    recording.armed = True
     bank(tokens)
-    probe.armed = False
+    recording.armed = False
     bank(tokens)
-    assert len(seen) == 1
-    with probe:
+    assert len(records) == 1
+    with recording:
         bank(tokens)
     bank(tokens)
-    assert len(seen) == 2
+    assert len(records) == 2
     assert not bank._observers
 
 
 def test_observation_is_what_the_call_saw() -> None:
-    bank, probe, seen = observe()
+    bank, recording, records = observe()
     tokens, mask = torch.randn(3, 5, 8, requires_grad=True), torch.rand(3, 5) < 0.7
-    with probe:
+    with recording:
         output = bank(tokens, mask=mask)
-    (observed,) = seen
+    (observed,) = records
     before = bank.prototypes.detach().clone()
     with torch.no_grad():
         bank.prototypes += 1  # the step that follows
@@ -79,29 +79,29 @@ def test_observation_is_what_the_call_saw() -> None:
 
 
 def test_every_way_to_call_a_bank_is_recorded() -> None:
-    bank, probe, seen = observe()
+    bank, recording, records = observe()
     tokens, mask = torch.randn(5, 8), torch.tensor([True, True, False, True, True])
-    with probe:
+    with recording:
         bank(tokens, mask)
         bank.forward(tokens=tokens, mask=mask, need_weights=True)
         output = bank.quantize(tokens, mask)
         bank.quantize(tokens, mask=mask, straight_through=False)
         bank.encode(tokens)  # no loss, nothing to record
-    assert len(seen) == 4
-    for record in seen:
+    assert len(records) == 4
+    for record in records:
         assert torch.equal(record.tokens.transpose(0, 1).flatten(1), tokens)
         assert record.mask is not None
         assert torch.equal(record.mask, mask.expand(2, -1))
         torch.testing.assert_close(record.terms.loss, output.terms.loss.detach())
-    assert [record.codes is None for record in seen] == [True, True, False, False]
-    for record in seen[2:]:
+    assert [record.codes is None for record in records] == [True, True, False, False]
+    for record in records[2:]:
         assert record.codes is not None
         assert torch.equal(record.codes.T, output.codes)
 
 
 def test_nothing_is_recorded_of_copies_nor_after_the_end() -> None:
     model, tokens, names = Nested(), torch.randn(5, 4), []
-    with record_codebooks(model, lambda name, record: names.append(name)) as probe:
+    with record_codebooks(model, lambda name, record: names.append(name)) as recording:
         for layer in (*model.levels, model.bank):
             layer(tokens)
         assert names == list(find_banks(model))
@@ -109,7 +109,7 @@ def test_nothing_is_recorded_of_copies_nor_after_the_end() -> None:
             other.bank(tokens)
             other.bank.quantize(tokens)
         assert len(names) == 3
-        probe.close()
+        recording.close()
         model.bank(tokens)
         model.bank.quantize(tokens)
     model.bank(tokens)
@@ -118,13 +118,13 @@ def test_nothing_is_recorded_of_copies_nor_after_the_end() -> None:
 
 
 def test_an_error_ends_it_too_and_one_that_is_gone_records_nothing() -> None:
-    bank, probe, seen = observe()
-    with pytest.raises(RuntimeError, match="mine"), probe:
+    bank, recording, records = observe()
+    with pytest.raises(RuntimeError, match="mine"), recording:
         raise RuntimeError("mine")
     bank(torch.randn(5, 8))
-    gone = record_codebooks({"it": bank}, lambda name, record: seen.append(record), armed=True)
+    gone = record_codebooks({"it": bank}, lambda name, record: records.append(record), armed=True)
     bank(torch.randn(5, 8))
-    assert len(seen) == 1
+    assert len(records) == 1
     del gone
     bank(torch.randn(5, 8))
-    assert len(seen) == 1
+    assert len(records) == 1

@@ -14,10 +14,10 @@ from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 
 def look(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> CodebookRecord:
-    seen: list[CodebookRecord] = []
-    with record_codebooks({"": bank}, lambda name, observed: seen.append(observed)):
+    records: list[CodebookRecord] = []
+    with record_codebooks({"": bank}, lambda name, observed: records.append(observed)):
         bank(tokens, mask)
-    return seen[0]
+    return records[0]
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -18,9 +18,9 @@ def by_hand(layer: DDCLAttention, x: Tensor) -> Tensor:
     embedded = x if layer.input_projection is None else x @ layer.input_projection.weight.T
     heads = embedded.chunk(layer.bank.num_heads, -1)
     centroids = []
-    for part, prototypes, temperature in zip(heads, layer.bank.prototypes, layer.bank.temperature, strict=True):
-        q = soft_assign(part.flatten(0, -2), prototypes, float(temperature))
-        centroids.append((q @ prototypes).unflatten(0, part.shape[:-1]))
+    for head_tokens, prototypes, temperature in zip(heads, layer.bank.prototypes, layer.bank.temperature, strict=True):
+        q = soft_assign(head_tokens.flatten(0, -2), prototypes, float(temperature))
+        centroids.append((q @ prototypes).unflatten(0, head_tokens.shape[:-1]))
     return torch.cat(centroids, -1)
 
 
@@ -246,13 +246,13 @@ def test_sampling_changes_neither_loss_terms_nor_gradients_nor_evaluation() -> N
     soft = DDCLAttention(6, 5, temperature=absolute(2.0), residual=True)
     sampling = DDCLAttention(6, 5, temperature=absolute(2.0), residual=True, sampling=True)
     sampling.load_state_dict(soft.state_dict())
-    x, probe = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    x, weights = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     outputs = [layer(x) for layer in (soft, sampling)]
     assert not torch.equal(outputs[0].tokens, outputs[1].tokens)
     assert torch.equal(outputs[0].centroids, outputs[1].centroids)
     assert all(torch.equal(*pair) for pair in zip(outputs[0].terms, outputs[1].terms, strict=True))
     for output in outputs:
-        ((output.tokens * probe).sum() + output.terms.loss.sum()).backward()
+        ((output.tokens * weights).sum() + output.terms.loss.sum()).backward()
     torch.testing.assert_close(sampling.bank.prototypes.grad, soft.bank.prototypes.grad)
     assert torch.equal(sampling.eval()(x).tokens, soft.eval()(x).tokens)
 
@@ -288,8 +288,8 @@ def test_decomposition_is_exact_for_every_sample_with_its_own_prototypes(heads: 
         moved = layer.context_projection(context[sample]).unflatten(0, (heads, 1, -1)) + layer.bank.prototypes
         tokens, valid = read[sample].unflatten(-1, (heads, -1)).transpose(0, 1), mask[sample].expand(heads, -1)
         exact = decompose(tokens, moved, layer.bank.temperature, valid)
-        for found, expected in zip(output.terms, exact, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        for term, expected in zip(output.terms, exact, strict=True):
+            torch.testing.assert_close(term, expected, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(exact.loss, exact.ols + exact.variance, rtol=1e-10, atol=1e-12)
         q = soft_assign(tokens, moved, layer.bank.temperature)
         centroids = (q @ moved).transpose(0, 1).flatten(1).masked_fill(~mask[sample].unsqueeze(-1), 0.0)

@@ -39,8 +39,8 @@ def test_every_head_reads_its_own_slice_with_its_own_temperature(need_weights: b
     tokens, mask = torch.randn(3, 5, 8), torch.rand(3, 5) < 0.8
     output = bank(tokens, mask, need_weights)
     for head, temperature in enumerate([0.5, 2.0]):
-        part = tokens[..., 4 * head : 4 * head + 4]
-        alone = prototype_attention(part.reshape(15, 4), bank.prototypes[head], temperature, mask.flatten())
+        own = tokens[..., 4 * head : 4 * head + 4]
+        alone = prototype_attention(own.reshape(15, 4), bank.prototypes[head], temperature, mask.flatten())
         torch.testing.assert_close(output.centroids[..., 4 * head : 4 * head + 4], alone.centroids.view(3, 5, 4))
         torch.testing.assert_close(torch.stack(output.terms)[:, head], torch.stack(alone.terms))
 
@@ -299,13 +299,13 @@ class Noting(BankObserver):
     """Notes what it is shown, and doubles the centroids."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[str, PrototypeBank, Tensor, Tensor | None]] = []
+        self.calls: list[tuple[str, PrototypeBank, Tensor, Tensor | None]] = []
 
     def before(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None) -> None:
-        self.seen.append(("before", bank, tokens, mask))
+        self.calls.append(("before", bank, tokens, mask))
 
     def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
-        self.seen.append(("after", bank, tokens, mask))
+        self.calls.append(("after", bank, tokens, mask))
         return output._replace(centroids=2 * output.centroids)
 
 
@@ -315,14 +315,14 @@ def test_observers_see_every_call_and_may_change_what_it_returns(call: str) -> N
     expected, observer = getattr(bank, call)(tokens, mask).centroids, Noting()
     bank.add_observer(observer)
     assert torch.equal(getattr(bank, call)(tokens, mask=mask).centroids, 2 * expected)
-    assert [when for when, *_ in observer.seen] == ["before", "after"]
-    assert all(of is bank and seen is tokens and valid is mask for _, of, seen, valid in observer.seen)
+    assert [when for when, *_ in observer.calls] == ["before", "after"]
+    assert all(of is bank and given is tokens and valid is mask for _, of, given, valid in observer.calls)
     for twin in (copy.deepcopy(bank), copy.copy(bank), pickle.loads(pickle.dumps(bank))):
         assert torch.equal(getattr(twin, call)(tokens, mask).centroids, expected)
     bank.remove_observer(observer)
     bank.remove_observer(Noting())  # was never added
     assert torch.equal(getattr(bank, call)(tokens, mask).centroids, expected)
-    assert len(observer.seen) == 2
+    assert len(observer.calls) == 2
 
 
 def test_an_observer_that_is_gone_sees_nothing() -> None:

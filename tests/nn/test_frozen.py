@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from ddcl_lightning import PrototypeBank, SoftVectorQuantizer, TokenNormalized
+from ddcl_lightning import PrototypeBank, SizeRules, SoftVectorQuantizer, TokenNormalized
 from ddcl_lightning.callbacks import AdaptiveBankSize, KMeansInitialization
 from ddcl_lightning.heads.vq import VectorQuantizer
 from tests.tiny import clustering_module, loader, quiet_trainer
@@ -17,7 +17,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {},
     "SGD": {"prototype_optimizer_args": {"momentum": 0.9}},
     "AdamW": {"prototype_optimizer_args": {"weight_decay": 0.1}},
-    "TokenNormalized": {"prototype_optimizer_args": {"relocate": 0.5}, "lr_prototypes": 0.2},
+    "TokenNormalized": {"prototype_optimizer_args": {"relocation_threshold": 0.5}, "lr_prototypes": 0.2},
 }
 
 
@@ -26,17 +26,17 @@ class Positions(Callback):
 
     def __init__(self, freeze_after: int | None = None) -> None:
         self.freeze_after = freeze_after
-        self.seen: list[torch.Tensor] = []
+        self.positions: list[torch.Tensor] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.freeze_after:
             pl_module.head.attention.bank.requires_grad_(False)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(pl_module.head.attention.bank.prototypes.detach().clone())
+        self.positions.append(pl_module.head.attention.bank.prototypes.detach().clone())
 
     def moved(self) -> list[bool]:
-        return [not torch.equal(a, b) for a, b in zip(self.seen, self.seen[1:], strict=False)]
+        return [not torch.equal(a, b) for a, b in zip(self.positions, self.positions[1:], strict=False)]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -48,7 +48,7 @@ def test_first_steps_without_the_prototypes(optimizer: str, tmp_path: Path) -> N
     start = module.head.attention.bank.prototypes.detach().clone()
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     quiet_trainer(max_epochs=2, callbacks=[whole, saving], enable_checkpointing=True).fit(module, loader())
-    assert torch.equal(whole.seen[5], start)
+    assert torch.equal(whole.positions[5], start)
     assert whole.moved()[5:] == [True, True]
     resumed = Positions()
     path = next(tmp_path.glob("epoch=0*.ckpt"))
@@ -56,13 +56,13 @@ def test_first_steps_without_the_prototypes(optimizer: str, tmp_path: Path) -> N
     saving_too = ModelCheckpoint(tmp_path / "again", "{epoch}", save_top_k=-1)
     trainer = quiet_trainer(max_epochs=2, callbacks=[resumed, saving_too], enable_checkpointing=True)
     trainer.fit(again, loader(), ckpt_path=path)
-    assert [torch.equal(a, b) for a, b in zip(resumed.seen, whole.seen[4:], strict=True)] == [True] * 4
+    assert [torch.equal(a, b) for a, b in zip(resumed.positions, whole.positions[4:], strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_prototypes_frozen_in_the_middle_stay(optimizer: str) -> None:
     watching = Positions(freeze_after=3)
-    sizes = AdaptiveBankSize(2, 8, per="step", every=4, duration=8, significance=None)
+    sizes = AdaptiveBankSize(SizeRules(2, 8, significance=None), frequency=4, interval="step", duration=8)
     module = clustering_module(prototype_optimizer=optimizer, **OPTIMIZERS[optimizer])
     quiet_trainer(max_epochs=2, callbacks=[sizes, watching]).fit(module, loader())
     assert watching.moved() == [True, True, False, False, False, False, False]
@@ -137,7 +137,7 @@ def test_another_number_of_prototypes_in_a_state_is_said_in_a_sentence(kind: str
         bank = PrototypeBank(size, 4)
         if kind == "Adam":
             return bank, torch.optim.Adam(bank.parameters(), lr=1e-2)
-        return bank, TokenNormalized([bank.prototypes], relocate=0.5).watch(bank)
+        return bank, TokenNormalized([bank.prototypes], relocation_threshold=0.5).watch(bank)
 
     def step(bank: PrototypeBank, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

@@ -18,14 +18,14 @@ from ddcl_lightning import EmbeddingScale, PrototypeBank, SoftVectorQuantizer, T
 from ddcl_lightning.backbones import PCABackbone
 from ddcl_lightning.heads import HierarchicalReadout, VQPooling
 from ddcl_lightning.heads.base import Head
-from ddcl_lightning.nn.idf import PrototypeRarity
+from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.running_covariance import RunningCovariance
 from tests.tiny import absolute, clustering_module, loader, quiet_trainer
 
 
 def hierarchy() -> nn.Module:
     torch.manual_seed(0)
-    return HierarchicalReadout([5, 3], tokens=["all", "rare_mean"], embedding_scale="per_dimension", embed_dim=6)
+    return HierarchicalReadout([5, 3], tokens=["all", "idf_mean"], embedding_scale="per_dimension", embed_dim=6)
 
 
 def quantizer(scale: str = "whiten") -> nn.Module:
@@ -99,14 +99,14 @@ class NoLook(TorchDispatchMode):
 
 def test_nobody_waits_for_the_device_to_find_out() -> None:
     bad = torch.full((2, 9, 6), torch.nan)
-    covariance, rarity = RunningCovariance(2, 6), PrototypeRarity(2, 3)
+    covariance, idf = RunningCovariance(2, 6), PrototypeIDF(2, 3)
     scales = [EmbeddingScale(6, "per_dimension"), EmbeddingScale(6, "total")]
     with NoLook():
         covariance(bad)
-        rarity(torch.full((2, 2, 9, 3), torch.nan))
+        idf(torch.full((2, 2, 9, 3), torch.nan))
         for scale in scales:
             scale(bad)
-    for module in (covariance, rarity, *scales):
+    for module in (covariance, idf, *scales):
         assert int(module.num_batches) == 0
 
 
@@ -192,14 +192,14 @@ def tampered(value: Tensor, name: str) -> list[Tensor]:
     lasts = [number for names, numbers in of.items() if name in names for number in numbers]
     if value.is_floating_point():
         lasts += [torch.nan, torch.inf, -torch.inf]
-    found = [with_last(last) for last in lasts]
+    states = [with_last(last) for last in lasts]
     if name in ("covariance", "variance") and value.dim() > 1:
         skewed = value.clone()
         skewed[..., 0, 1] += 10 * value.abs().max() + 1
-        found.append(skewed)
+        states.append(skewed)
     if name == "direction":
-        found.append(torch.zeros_like(value))
-    return [*found, value.to(torch.complex64)]
+        states.append(torch.zeros_like(value))
+    return [*states, value.to(torch.complex64)]
 
 
 GUARDED: dict[str, Callable[[], nn.Module]] = {
@@ -250,12 +250,14 @@ def test_a_damaged_head_is_refused_by_name(tmp_path: Path) -> None:
         Head.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("lr", 7.0), ("relocate", -1.0), ("balance", float("nan"))])
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", 7.0), ("relocation_threshold", -1.0), ("load_exponent", float("nan"))]
+)
 def test_damaged_rates_of_the_prototypes_are_refused(key: str, value: float) -> None:
     from ddcl_lightning import TokenNormalized
 
     bank = PrototypeBank(4, 6)
-    codes = TokenNormalized([bank.prototypes], relocate=0.5).watch(bank)
+    codes = TokenNormalized([bank.prototypes], relocation_threshold=0.5).watch(bank)
     bank(tokens(1)).terms.loss.sum().backward()
     codes.step()
     state = copy.deepcopy(codes.state_dict())

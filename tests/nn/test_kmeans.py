@@ -21,11 +21,11 @@ def blobs() -> tuple[Tensor, Tensor]:
 
 def test_kmeans_finds_the_centres() -> None:
     tokens, centres = blobs()
-    found = initial_prototypes(tokens, 4, num_restarts=2)
-    assert found.dtype == torch.float64
-    assert torch.cdist(found.float(), centres).min(0).values.max() < 0.5
+    prototypes = initial_prototypes(tokens, 4, num_restarts=2)
+    assert prototypes.dtype == torch.float64
+    assert torch.cdist(prototypes.float(), centres).min(0).values.max() < 0.5
     means = torch.stack([tokens[k::4].mean(0) for k in range(4)]).double()
-    assert torch.cdist(found, means).min(0).values.max() < 1e-5
+    assert torch.cdist(prototypes, means).min(0).values.max() < 1e-5
 
 
 def test_best_of_the_restarts_wins() -> None:
@@ -62,8 +62,8 @@ def test_needs_enough_distinct_tokens(method: InitMethod) -> None:
     tokens = torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]).repeat(10, 1)
     with pytest.raises(ValueError, match=r"got 4 prototypes for 3 distinct among 30 collected tokens"):
         initial_prototypes(tokens, 4, method=method)
-    found = initial_prototypes(tokens, 3, method=method, num_restarts=1)
-    assert torch.equal(torch.from_numpy(np.unique(found.numpy(), axis=0)).float(), tokens[:3])
+    prototypes = initial_prototypes(tokens, 3, method=method, num_restarts=1)
+    assert torch.equal(torch.from_numpy(np.unique(prototypes.numpy(), axis=0)).float(), tokens[:3])
 
 
 @methods

@@ -30,7 +30,7 @@ def test_shapes_of_tokens_and_feature_maps(heads: int, code_dim: int | None, tra
         assert indices.shape == (*shape, *last)
         assert indices.dtype == torch.int64
         assert terms.loss.shape == ()
-        assert all(part.shape == (heads,) for part in (*terms.decomposition, terms.entropy, terms.gap))
+        assert all(term.shape == (heads,) for term in (*terms.decomposition, terms.entropy, terms.gap))
         assert torch.equal(vq.encode(z), indices)
         assert vq.decode(indices).shape == z.shape
     # A grid is its cells, row by row. (In training the temperature has moved on.)
@@ -44,8 +44,8 @@ def test_evaluation_reads_the_nearest_codes(heads: int) -> None:
     vq = quantizer(num_heads=heads).eval()
     z = torch.randn(3, 8, 6)
     quantized, indices, _ = vq(z)
-    parts = z.view(24, heads, -1).transpose(0, 1)
-    assert torch.equal(indices.reshape(24, heads).T, nearest_prototype(parts, vq.codebook))
+    head_tokens = z.view(24, heads, -1).transpose(0, 1)
+    assert torch.equal(indices.reshape(24, heads).T, nearest_prototype(head_tokens, vq.codebook))
     torch.testing.assert_close(quantized, vq.decode(indices))
     expected = torch.stack([vq.codebook[h][indices.reshape(24, heads)[:, h]] for h in range(heads)], 1)
     torch.testing.assert_close(quantized.view(24, heads, -1), expected)
@@ -137,7 +137,7 @@ def test_tokens_in_other_units_get_the_same_codes(code_dim: int | None) -> None:
     z = torch.randn(8, 40, 6)
     # A projection mixes the dimensions, so that only one unit for all of them is undone behind it.
     units = torch.tensor([0.5, 1.0, 10.0, 5.0, 0.5, 4.0]) if code_dim is None else 50 * torch.ones(6)
-    found = []
+    indices = []
     for tokens in (z, 7 + z * units):
         vq = quantizer(embedding_scale="per_dimension", code_dim=code_dim)
         training = vq(tokens)
@@ -147,8 +147,8 @@ def test_tokens_in_other_units_get_the_same_codes(code_dim: int | None) -> None:
         scaled = vq.scale(tokens if vq.input_projection is None else vq.input_projection(tokens)).reshape(1, 320, -1)
         torch.testing.assert_close(scaled.var(1, correction=0), torch.ones(1, code_dim or 6), rtol=1e-3, atol=1e-3)
         assert torch.equal(evaluated.indices.flatten(), nearest_prototype(scaled, vq.codebook).flatten())
-        found.append(evaluated.indices)
-    assert torch.equal(*found)
+        indices.append(evaluated.indices)
+    assert torch.equal(*indices)
 
 
 def test_encoding_in_training_leaves_the_running_statistics_alone() -> None:

@@ -65,6 +65,6 @@ def test_it_begins_anew_from_a_sample_and_goes_on_from_there() -> None:
     running(2 * tokens)  # a later batch gets its least weight at once
     expected = (1 + 0.05 * 3) * critical_temperature(tokens)
     torch.testing.assert_close(4 * running.lambda_max.double(), expected, rtol=1e-3, atol=0.0)
-    one = torch.zeros(2, 3, 5)
-    running.start(one)
+    sample = torch.zeros(2, 3, 5)
+    running.start(sample)
     assert running.lambda_max.tolist() == [0.0, 0.0]

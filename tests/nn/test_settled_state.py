@@ -1,4 +1,4 @@
-"""All calls of a step see the same temperature and the same rarity, which move when an optimizer steps."""
+"""All calls of a step see the same temperature and the same idf, which move when an optimizer steps."""
 
 import copy
 import pickle
@@ -33,16 +33,16 @@ class Quantized(nn.Module):
 
 
 class Levels(nn.Module):
-    """Two banks in critical units, the second of which reads tokens that are weighed by their rarity."""
+    """Two banks in critical units, the second of which reads tokens that are weighed by their idf."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.head = HierarchicalReadout([5, 3], embed_dim=6, tokens=["all", "rare_mean"])
+        self.head = HierarchicalReadout([5, 3], embed_dim=6, tokens=["all", "idf_mean"])
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.head(x)
-        return output.pooled.square().mean() + sum(terms.loss.sum() for terms in output.levels)
+        return output.pooled.square().mean() + sum(terms.loss.sum() for terms in output.loss_terms)
 
 
 class Read(nn.Module):

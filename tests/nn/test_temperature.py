@@ -67,7 +67,7 @@ BUILDS = [pytest.param(build, id=kind.__name__) for kind, build in CLASSES.items
 
 def classes_with_a_temperature() -> set[type]:
     """Public ones whose constructor takes a number or a Temperature."""
-    found = set()
+    classes = set()
     for module in pkgutil.walk_packages(ddcl_lightning.__path__, "ddcl_lightning."):
         if "__main__" in module.name:
             continue
@@ -75,8 +75,8 @@ def classes_with_a_temperature() -> set[type]:
             if kind.__module__ == module.name and issubclass(kind, nn.Module) and not name.startswith("_"):
                 parameter = inspect.signature(kind).parameters.get("temperature")
                 if parameter is not None and "float" in str(parameter.annotation):
-                    found.add(kind)
-    return found
+                    classes.add(kind)
+    return classes
 
 
 def test_the_classes_below_are_all_that_take_a_temperature() -> None:
@@ -91,10 +91,10 @@ def test_a_temperature_defaults_to_one_number() -> None:
 
 def called(module: nn.Module, tokens: Tensor) -> dict[str, CodebookRecord]:
     """The latest record of every bank in a call."""
-    seen: dict[str, CodebookRecord] = {}
-    with record_codebooks(module, seen.__setitem__):
+    records: dict[str, CodebookRecord] = {}
+    with record_codebooks(module, records.__setitem__):
         module(tokens)
-    return seen
+    return records
 
 
 def started(build: Callable[..., nn.Module], temperature: float | Temperature, scale: float) -> list[CodebookRecord]:
@@ -111,11 +111,11 @@ def started(build: Callable[..., nn.Module], temperature: float | Temperature, s
 @pytest.mark.parametrize("unit", ["critical", "initial"])
 def test_a_number_means_the_same_in_every_class_and_at_every_scale(build: Callable[..., nn.Module], unit: Any) -> None:
     small, large = (started(build, Temperature(0.2, unit=unit), scale) for scale in (1.0, 1000.0))
-    for one, other in zip(small, large, strict=True):
-        for record in (one, other):
+    for first, other in zip(small, large, strict=True):
+        for record in (first, other):
             expected = 0.2 * critical_temperature(record.tokens)
             torch.testing.assert_close(record.temperature.double(), expected.double(), rtol=1e-3, atol=0.0)
-        q, scaled = (soft_assign(seen.tokens, seen.codebook, seen.temperature) for seen in (one, other))
+        q, scaled = (soft_assign(call.tokens, call.codebook, call.temperature) for call in (first, other))
         torch.testing.assert_close(q, scaled, rtol=1e-3, atol=1e-4)
         assert float(q.amax(-1).mean()) < 0.999  # soft, or nothing would have been compared
 

@@ -75,8 +75,8 @@ def test_two_accumulated_batches_equal_the_joint_one() -> None:
     results = []
     for sizes in ([30], [11, 19]):
         bank, optimizer = bank_and_optimizer()
-        for part in tokens.split(sizes):
-            bank(part)
+        for chunk in tokens.split(sizes):
+            bank(chunk)
         optimizer.step()
         results.append(bank.prototypes.detach())
         with pytest.raises(RuntimeError, match="needs a forward pass in training mode before each step"):
@@ -84,7 +84,7 @@ def test_two_accumulated_batches_equal_the_joint_one() -> None:
     torch.testing.assert_close(*results)
 
 
-def crowded(relocate: float, accumulate: int = 1) -> tuple[PrototypeBank, TokenNormalized, Tensor]:
+def crowded(relocation_threshold: float, accumulate: int = 1) -> tuple[PrototypeBank, TokenNormalized, Tensor]:
     """Three wide cells and two narrow ones: two heads, the second far from the tokens of the first."""
     centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [20.0, 20.0], [20.1, 20.0]], dtype=torch.float64)
     width = torch.tensor([2.0, 1.0, 1.0, 0.01, 0.01], dtype=torch.float64)
@@ -94,9 +94,9 @@ def crowded(relocate: float, accumulate: int = 1) -> tuple[PrototypeBank, TokenN
     both = torch.cat([tokens, tokens + 50], -1)
     bank = PrototypeBank(5, 2, num_heads=2, temperature=absolute(0.01)).double()
     bank.set_prototypes(torch.stack([centers, centers + 50]))
-    optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocate=relocate).watch(bank)
-    for part in both.chunk(accumulate):
-        bank(part)
+    optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocation_threshold=relocation_threshold).watch(bank)
+    for chunk in both.chunk(accumulate):
+        bank(chunk)
     return bank, optimizer, both
 
 
@@ -118,8 +118,8 @@ def test_a_prototype_of_an_empty_cell_moves_into_the_most_crowded_one(accumulate
     assert running[0, 0].tolist() == pytest.approx([widest, 20.0], rel=1e-6)
 
 
-@pytest.mark.parametrize(("balance", "moves"), [(0.0, False), (0.5, True), (1.0, True)])
-def test_balance_weighs_numbers_of_tokens_against_their_distortion(balance: float, moves: bool) -> None:
+@pytest.mark.parametrize(("load_exponent", "moves"), [(0.0, False), (0.5, True), (1.0, True)])
+def test_balance_weighs_numbers_of_tokens_against_their_distortion(load_exponent: float, moves: bool) -> None:
     """The last prototype has the fewest tokens, the one before it the least distortion."""
     centers = torch.tensor([[0.0, 0.0], [50.0, 0.0], [40.0, 0.0]], dtype=torch.float64)
     numbers, widths = torch.tensor([300, 30, 3]), torch.tensor([1.0, 0.5, 4.0], dtype=torch.float64)
@@ -128,7 +128,9 @@ def test_balance_weighs_numbers_of_tokens_against_their_distortion(balance: floa
     tokens = centers.repeat_interleave(numbers, 0) + widths.repeat_interleave(numbers).unsqueeze(-1) * noise
     bank = PrototypeBank(3, 2, temperature=absolute(0.01)).double()
     bank.set_prototypes(centers.unsqueeze(0))
-    optimizer = TokenNormalized([bank.prototypes], lr=1e-9, relocate=0.5, balance=balance).watch(bank)
+    optimizer = TokenNormalized(
+        [bank.prototypes], lr=1e-9, relocation_threshold=0.5, load_exponent=load_exponent
+    ).watch(bank)
     bank(tokens)
     optimizer.step()
     assert bool((bank.prototypes.detach()[0, 2] - centers[2]).norm() > 1) is moves
@@ -228,7 +230,7 @@ def test_watch_finds_banks_and_replaces_an_earlier_watch() -> None:
 def test_token_normalized_refusals() -> None:
     prototypes = PrototypeBank(5, 3).prototypes
     for lr in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"lr .*must be (in \(0, 1\], a share of the way|a finite number)"):
+        with pytest.raises(ValueError, match=r"lr .*must be (in \(0, 1\], a step size|a finite number)"):
             TokenNormalized([prototypes], lr=lr)
     with pytest.raises(RuntimeError, match=r"Call optimizer.watch\(module\)"):
         TokenNormalized([prototypes]).step()

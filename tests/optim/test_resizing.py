@@ -24,11 +24,11 @@ def plan(tokens: Tensor, prototypes: Any, temperature: float = 0.1, idle: Any = 
 
 
 def test_a_prototype_of_two_clusters_splits_onto_them() -> None:
-    found = plan(clusters(100, 100, 100), [[5.0, 0.0], [0.0, 10.0]])
-    assert found.parents.tolist() == [0, 1, 0]
-    assert torch.cdist(found.prototypes, CENTERS.double()).amin(0).max() < 0.5
-    assert torch.equal(found.prototypes[1], torch.tensor([0.0, 10.0]).double())
-    (change,) = found.changes
+    planned = plan(clusters(100, 100, 100), [[5.0, 0.0], [0.0, 10.0]])
+    assert planned.parents.tolist() == [0, 1, 0]
+    assert torch.cdist(planned.prototypes, CENTERS.double()).amin(0).max() < 0.5
+    assert torch.equal(planned.prototypes[1], torch.tensor([0.0, 10.0]).double())
+    (change,) = planned.changes
     assert change.startswith("split 0 (its T_c ")
     assert "two clusters by" in change
 
@@ -52,16 +52,16 @@ def test_above_its_own_critical_temperature_nothing_splits() -> None:
             for share in (0.8, 0.95, 1.2)  # the margin of 0.1 is between the first two
         ]
         assert sizes == [2, 1, 1]
-    assert len(plan(z, [[5.0, 0.0]], 0.95 * 104, margin=0.0).parents) == 2
+    assert len(plan(z, [[5.0, 0.0]], 0.95 * 104, split_margin=0.0).parents) == 2
 
 
 def test_prototypes_that_coincide_become_one() -> None:
     z = clusters(100, 100)
-    found = plan(z, [[0.0, 0.0], [10.0, 0.0], [0.02, 0.0]], 1.0)
-    assert found.parents.tolist() in ([0, 1], [1, 2])
-    assert "merged" in found.changes[0]
-    assert torch.allclose(found.prototypes[found.parents != 1], torch.tensor([0.01, 0.0]).double(), atol=0.01)
-    assert not plan(z, [[0.0, 0.0], [10.0, 0.0], [0.02, 0.0]], 1.0, merge=0.0).changes
+    planned = plan(z, [[0.0, 0.0], [10.0, 0.0], [0.02, 0.0]], 1.0)
+    assert planned.parents.tolist() in ([0, 1], [1, 2])
+    assert "merged" in planned.changes[0]
+    assert torch.allclose(planned.prototypes[planned.parents != 1], torch.tensor([0.01, 0.0]).double(), atol=0.01)
+    assert not plan(z, [[0.0, 0.0], [10.0, 0.0], [0.02, 0.0]], 1.0, merge_distance=0.0).changes
     assert len(plan(z, [[0.0, 0.0], [0.0, 0.01], [0.01, 0.0]], 1.0, min_prototypes=2, significance=0.01).parents) >= 2
 
 
@@ -73,13 +73,13 @@ def test_an_idle_prototype_goes_after_its_patience() -> None:
     assert second.parents.tolist() == [0, 1]
     assert second.changes == ["pruned 2 (share 0 < 0.033)"]
     assert plan(z, prototypes, idle=first.idle, min_prototypes=3).parents.tolist() == [0, 1, 2]
-    assert plan(z, prototypes, idle=first.idle, prune=0.0).idle == [0, 0, 0]
+    assert plan(z, prototypes, idle=first.idle, prune_fraction=0.0).idle == [0, 0, 0]
 
 
 def test_no_half_is_smaller_than_what_pruning_asks_for() -> None:
     z = clusters(300, 8)
-    assert not plan(z, [[0.2, 0.0]], prune=0.1).changes
-    assert len(plan(z, [[0.2, 0.0]], prune=0.0).parents) == 2
+    assert not plan(z, [[0.2, 0.0]], prune_fraction=0.1).changes
+    assert len(plan(z, [[0.2, 0.0]], prune_fraction=0.0).parents) == 2
 
 
 def test_the_clearest_splits_come_first_where_room_is_short() -> None:
@@ -156,9 +156,9 @@ def test_state_that_has_no_rows_is_refused_and_nothing_changes() -> None:
         ({"min_prototypes": 0}, "min_prototypes must be at least 1"),
         ({"min_prototypes": 9, "max_prototypes": 8}, "at most max_prototypes; got 9 and 8"),
         ({"significance": 0.5}, r"significance must be in \(0, 0.5\)"),
-        ({"margin": -0.1}, "margin must be finite and >= 0; got -0.1"),
-        ({"merge": float("inf")}, "merge must be finite"),
-        ({"prune": 1.0}, r"prune must be in \[0, 1\)"),
+        ({"split_margin": -0.1}, "split_margin must be finite and >= 0; got -0.1"),
+        ({"merge_distance": float("inf")}, "merge_distance must be finite"),
+        ({"prune_fraction": 1.0}, r"prune_fraction must be in \[0, 1\)"),
         ({"patience": 0}, "patience must be at least 1 check; got 0"),
     ],
 )

@@ -153,9 +153,9 @@ LOOPS = [
 ]
 
 
-def moved(loop: Loop, lr: float = 0.5, relocate: float = 0.5) -> Tensor:
+def moved(loop: Loop, lr: float = 0.5, relocation_threshold: float = 0.5) -> Tensor:
     net = Net()
-    codes = TokenNormalized([net.vq.bank.prototypes], lr=lr, relocate=relocate).watch(net)
+    codes = TokenNormalized([net.vq.bank.prototypes], lr=lr, relocation_threshold=relocation_threshold).watch(net)
     # The temperature that the codes see must not depend on what else passes.
     net.vq.bank.temperature_state.covariance.momentum = 1e-9  # type: ignore[union-attr]
     with torch.no_grad():
@@ -276,9 +276,11 @@ def test_poisoned_calls_add_nothing(bad: float, monkeypatch: pytest.MonkeyPatch)
         net(poison).backward()
         plain(net, codes)
 
-    for relocate in (0.0, 0.5):
-        expected = moved(plain, relocate=relocate)
-        torch.testing.assert_close(moved(poisoned, relocate=relocate), expected, rtol=1e-5, atol=1e-6)
+    for relocation_threshold in (0.0, 0.5):
+        expected = moved(plain, relocation_threshold=relocation_threshold)
+        torch.testing.assert_close(
+            moved(poisoned, relocation_threshold=relocation_threshold), expected, rtol=1e-5, atol=1e-6
+        )
 
     def alone(net: Net, codes: TokenNormalized) -> None:
         net(poison).backward()
@@ -288,16 +290,16 @@ def test_poisoned_calls_add_nothing(bad: float, monkeypatch: pytest.MonkeyPatch)
 
 def test_state_of_a_poisoned_step_is_that_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrototypeBank, "_require_finite", lambda *args: None)
-    found = []
+    states = []
     for batches in ([torch.full((1, 4, 4), torch.nan), tokens(1)], [tokens(1)]):
         net = Net()
-        codes = TokenNormalized([net.vq.bank.prototypes], lr=0.1, relocate=0.5).watch(net)
+        codes = TokenNormalized([net.vq.bank.prototypes], lr=0.1, relocation_threshold=0.5).watch(net)
         for batch in batches:
             net(batch).backward()
             codes.step()
             codes.zero_grad()
-        found.append((net.vq.codebook, codes.state[net.vq.bank.prototypes]["cells"], net.vq.bank.temperature))
-    torch.testing.assert_close(found[0], found[1])
+        states.append((net.vq.codebook, codes.state[net.vq.bank.prototypes]["cells"], net.vq.bank.temperature))
+    torch.testing.assert_close(states[0], states[1])
 
 
 def test_a_watched_module_can_be_saved_whole_and_goes_on() -> None:

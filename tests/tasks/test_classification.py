@@ -29,8 +29,8 @@ def test_loss_by_hand() -> None:
     losses = task.losses(readout, (None, LABELS))
     expected = cross_entropy(task, readout, [1.0, 1.0, 1.0])
     torch.testing.assert_close(losses["cross_entropy"], expected)
-    torch.testing.assert_close(losses["quantization"], readout.levels[0].loss.sum())
-    torch.testing.assert_close(losses["loss"], expected + 0.25 * readout.levels[0].loss.sum())
+    torch.testing.assert_close(losses["quantization"], readout.loss_terms[0].loss.sum())
+    torch.testing.assert_close(losses["loss"], expected + 0.25 * readout.loss_terms[0].loss.sum())
     assert set(losses) == {"loss", "cross_entropy", "quantization"}
 
 

@@ -18,7 +18,7 @@ def setup(heads: int = 1, repulsion: float = 0.0, num_classes: int | None = 2) -
 def test_loss_by_hand() -> None:
     task, readout = setup(heads=2)
     losses = task.losses(readout, None)
-    terms = readout.levels[0]
+    terms = readout.loss_terms[0]
     torch.testing.assert_close(losses["loss"], terms.loss[0] + terms.loss[1])
     torch.testing.assert_close(losses["ols"] + losses["variance"], losses["loss"])
     assert task.unsupervised
@@ -81,6 +81,6 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="needs a head with prototypes; got NoBank"):
         Clustering().build(NoBank())
     task, readout = setup()
-    untrained = ReadoutOutput(readout.tokens, readout.pooled, readout.levels)
+    untrained = ReadoutOutput(readout.tokens, readout.pooled, readout.loss_terms)
     with pytest.raises(RuntimeError, match="run the head in evaluation mode"):
         task.update_metrics(task.metrics(), untrained, {})

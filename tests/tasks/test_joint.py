@@ -21,11 +21,11 @@ def test_both_kinds_of_metrics_are_logged() -> None:
     )
     trainer = quiet_trainer(max_epochs=5, callbacks=[KMeansInitialization()])
     trainer.fit(module, loader(), loader())
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert found["val/acc"] == 1.0
-    assert found["val/cluster_acc"] == found["val/cluster_nmi"] == 1.0
-    assert found["val/cluster_usage"] == 1.0
-    assert {"val/f1", "val/cross_entropy", "val/quantization"} <= found.keys()
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert metrics["val/acc"] == 1.0
+    assert metrics["val/cluster_acc"] == metrics["val/cluster_nmi"] == 1.0
+    assert metrics["val/cluster_usage"] == 1.0
+    assert {"val/f1", "val/cross_entropy", "val/quantization"} <= metrics.keys()
 
 
 def test_every_head_has_its_own_clusters() -> None:

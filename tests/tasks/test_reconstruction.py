@@ -70,13 +70,13 @@ def test_loss_by_hand(name: str, weight: float) -> None:
     expected = (module.task.decoder(readout.tokens) - batch["x"]).square().mean()
     torch.testing.assert_close(losses["reconstruction"], expected)
     if name in ("prototypes", "residual") and weight:
-        terms = readout.levels[0]
+        terms = readout.loss_terms[0]
         torch.testing.assert_close(losses["quantization"], (terms.ols + terms.variance).sum())
         expected = expected + weight * losses["quantization"]
     if name == "codes":
         expected = expected + readout.regularization
     torch.testing.assert_close(losses["loss"], expected)
-    beside = {"quantization"} if readout.levels and weight else {"regularization"} if name == "codes" else set()
+    beside = {"quantization"} if readout.loss_terms and weight else {"regularization"} if name == "codes" else set()
     assert set(losses) == {"loss", "reconstruction"} | beside
 
 
@@ -205,9 +205,9 @@ def test_loads_from_a_checkpoint(tmp_path: Path) -> None:
     module, trainer = autoencoder(), quiet_trainer(max_epochs=1)
     trainer.fit(module, Pictures(), Pictures())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    parts = {"backbone": ConvBackbone(1, 6, (4,)), "head": VQPooling(5)}
+    modules = {"backbone": ConvBackbone(1, 6, (4,)), "head": VQPooling(5)}
     loaded = DDCLReadoutModule.load_from_checkpoint(
-        tmp_path / "last.ckpt", weights_only=True, task=Reconstruction(ConvDecoder(1, (4,))), **parts
+        tmp_path / "last.ckpt", weights_only=True, task=Reconstruction(ConvDecoder(1, (4,))), **modules
     )
     torch.testing.assert_close(loaded.state_dict(), module.state_dict())
 
@@ -265,9 +265,9 @@ def test_refuses_what_cannot_come_back() -> None:
     pictures = next(iter(Pictures()))
     with pytest.raises(ValueError, match=r"needs a frozen encoder; got one that is trained.*Set rho=0"):
         trained.task.losses(trained(pictures), pictures)
-    for key, found in (("nothing", "NoneType"), ("mask", "torch.bool")):
+    for key, kind in (("nothing", "NoneType"), ("mask", "torch.bool")):
         module = sequence_module(key)
-        with pytest.raises(TypeError, match=f"target '{key}' as a tensor of floating-point .*; got {found}"):
+        with pytest.raises(TypeError, match=f"target '{key}' as a tensor of floating-point .*; got {kind}"):
             module.task.losses(module(batch), batch)
     module = sequence_module("other")
     with pytest.raises(ValueError, match=r"shape of the target 'other', \(4, 3, 2\); got \(4, 3, 6\)"):

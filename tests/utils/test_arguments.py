@@ -75,10 +75,10 @@ NEGATIVE = {("TransformersBackbone", "layer")}
 
 def public_classes() -> dict[str, type]:
     namespaces = (ddcl_lightning, backbones, callbacks, datamodules, decoders, heads, tasks, vector_quantize)
-    found = {name: getattr(space, name) for space in namespaces for name in getattr(space, "__all__", dir(space))}
+    classes = {name: getattr(space, name) for space in namespaces for name in getattr(space, "__all__", dir(space))}
     return {
         name: kind
-        for name, kind in sorted(found.items())
+        for name, kind in sorted(classes.items())
         if inspect.isclass(kind)
         and kind.__module__.startswith("ddcl_lightning")
         and not any(getattr(value, "__isabstractmethod__", False) for value in map(vars(kind).get, vars(kind)))
@@ -93,7 +93,7 @@ def public_classes() -> dict[str, type]:
 def kinds(hint: Any) -> list[Any]:
     """Members of a union."""
     return (
-        [part for inner in get_args(hint) for part in kinds(inner)]
+        [kind for inner in get_args(hint) for kind in kinds(inner)]
         if type(None) in get_args(hint)
         or (get_origin(hint) is not None and str(get_origin(hint)) in ("typing.Union", "<class 'types.UnionType'>"))
         else [hint]
@@ -103,7 +103,7 @@ def kinds(hint: Any) -> list[Any]:
 def wrong_values(kind: str, name: str, hint: Any) -> list[Any]:
     accepted = kinds(hint)
     values: list[Any] = ["3", math.nan, math.inf, -math.inf, [1], np.float32("nan"), torch.tensor(math.nan)]
-    if any(get_origin(part) in (list, tuple) for part in accepted):
+    if any(get_origin(alternative) in (list, tuple) for alternative in accepted):
         values.remove([1])
     if bool not in accepted:
         values.append(True)
@@ -118,8 +118,8 @@ def wrong_values(kind: str, name: str, hint: Any) -> list[Any]:
 
 CASES = [
     (kind, name, value)
-    for kind, found in public_classes().items()
-    for name, hint in get_type_hints(inspect.unwrap(found.__init__)).items()
+    for kind, cls in public_classes().items()
+    for name, hint in get_type_hints(inspect.unwrap(cls.__init__)).items()
     if {int, float} & set(kinds(hint))
     for value in wrong_values(kind, name, hint)
 ]
@@ -127,10 +127,10 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "name"), sorted({(kind, name) for kind, name, _ in CASES}))
 def test_a_wrong_number_is_refused_by_name(kind: str, name: str) -> None:
-    found = public_classes()[kind]
+    cls = public_classes()[kind]
     for value in (value for k, n, value in CASES if (k, n) == (kind, name)):
         with pytest.raises((ValueError, TypeError)) as error:
-            found(**{**NEEDED.get(kind, {}), name: value})
+            cls(**{**NEEDED.get(kind, {}), name: value})
         assert name in str(error.value), f"{kind}({name}={value!r}): {error.value}"
 
 
@@ -157,14 +157,14 @@ def example(
 
 
 def test_scalars_of_numpy_become_plain() -> None:
-    found = example(np.int32(3), np.float32(0.25), np.bool_(True), np.array([1, 2]), [np.int8(1), 2])
-    assert {name: type(value) for name, value in found.items() if name in ("count", "share", "flag")} == {
+    instance = example(np.int32(3), np.float32(0.25), np.bool_(True), np.array([1, 2]), [np.int8(1), 2])
+    assert {name: type(value) for name, value in instance.items() if name in ("count", "share", "flag")} == {
         "count": int,
         "share": float,
         "flag": bool,
     }
-    assert (found["count"], found["share"], found["sizes"], found["pair"]) == (3, 0.25, [1, 2], [1, 2])
-    assert type(found["pair"][0]) is int
+    assert (instance["count"], instance["share"], instance["sizes"], instance["pair"]) == (3, 0.25, [1, 2], [1, 2])
+    assert type(instance["pair"][0]) is int
     assert type(example(share=1)["share"]) is int  # as it was given
 
 

@@ -158,14 +158,14 @@ def test_lightning_still_leaves_out_what_follows_the_last_batch_of_a_resumed_epo
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpointed_forward_knows_that_it_is_run_again(reentrant: bool) -> None:
-    seen = []
+    flags = []
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        seen.append(compat.recomputing())
+        flags.append(compat.recomputing())
         return x.sin().square()
 
     checkpoint(forward, torch.ones(3, requires_grad=True), use_reentrant=reentrant).sum().backward()
-    assert seen == [False, True]
+    assert flags == [False, True]
     assert not compat.recomputing()
 
 

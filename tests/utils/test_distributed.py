@@ -42,12 +42,12 @@ def scaled_step(mode: ScaleMode, rank: int, processes: int) -> tuple[list[Tensor
     return gradients, dict(scale.state_dict())
 
 
-def token_normalized_step(rank: int, processes: int, relocate: float = 0.0) -> Tensor:
+def token_normalized_step(rank: int, processes: int, relocation_threshold: float = 0.0) -> Tensor:
     torch.manual_seed(0)
     bank = PrototypeBank(4, 3, temperature=0.02).double()
     with torch.no_grad():
         bank.prototypes[0, 3] = 60.0  # its mass underflows on both processes
-    optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocate=relocate).watch(bank)
+    optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocation_threshold=relocation_threshold).watch(bank)
     x, mask = tokens_and_mask()
     share = slice(None) if processes == 1 else slice(0, 2) if rank == 0 else slice(2, None)  # of unequal sizes
     bank(x[share], mask[share])
@@ -60,7 +60,7 @@ def poisoned_steps(rank: int, processes: int) -> tuple[Tensor, dict[str, Tensor]
     torch.manual_seed(0)
     bank = PrototypeBank(4, 3, temperature=0.1).double()
     bank._require_finite = lambda *args: None  # type: ignore[method-assign]
-    optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocate=0.5).watch(bank)
+    optimizer = TokenNormalized([bank.prototypes], lr=0.4, relocation_threshold=0.5).watch(bank)
     x, mask = tokens_and_mask()
     share = slice(None) if processes == 1 else slice(0, 2) if rank == 0 else slice(2, None)
     bad = x[share].clone()
@@ -87,7 +87,7 @@ def shared_sample(rank: int, processes: int) -> tuple[Tensor, Tensor]:
 def primitives(rank: int) -> dict[str, Any]:
     value = torch.tensor([1.0 + rank, 5.0 - rank], requires_grad=True)
     rows = torch.tensor([[1.0], [2.0], [3.0]]) + 10 * rank
-    taken, found = take_the_last(rows, torch.tensor([rank, 5 if rank == 0 else -1, -1]))
+    taken, has_row = take_the_last(rows, torch.tensor([rank, 5 if rank == 0 else -1, -1]))
     (sum_over_processes(value) * torch.tensor([1.0, 10.0 * (rank + 1)])).sum().backward()
     return {
         "world_size": world_size(),
@@ -99,7 +99,7 @@ def primitives(rank: int) -> dict[str, Any]:
         "broadcast": broadcast_object(f"from {rank}"),
         "value": value.detach(),
         "taken": taken.flatten().tolist(),
-        "found": found.tolist(),
+        "found": has_row.tolist(),
     }
 
 
@@ -109,7 +109,7 @@ def everything(rank: int, processes: int) -> dict[str, Any]:
         "total": scaled_step("total", rank, processes),
         "whiten": scaled_step("whiten", rank, processes),
         "step": token_normalized_step(rank, processes),
-        "relocated": token_normalized_step(rank, processes, relocate=0.9),
+        "relocated": token_normalized_step(rank, processes, relocation_threshold=0.9),
         "poisoned": poisoned_steps(rank, processes),
         "sample": shared_sample(rank, processes),
         "primitives": primitives(rank),
@@ -130,19 +130,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @modes
 def test_embedding_scale_equals_the_joint_batch(mode: ScaleMode, two: list[dict[str, Any]]) -> None:
     gradients, state = scaled_step(mode, 0, 1)
-    for found in two:
-        torch.testing.assert_close(found[mode][0], gradients)
-        torch.testing.assert_close(found[mode][1], state)
+    for result in two:
+        torch.testing.assert_close(result[mode][0], gradients)
+        torch.testing.assert_close(result[mode][1], state)
 
 
 @pytest.mark.slow
 def test_token_normalized_equals_the_joint_batch(two: list[dict[str, Any]]) -> None:
-    plain, relocated = token_normalized_step(0, 1), token_normalized_step(0, 1, relocate=0.9)
+    plain, relocated = token_normalized_step(0, 1), token_normalized_step(0, 1, relocation_threshold=0.9)
     assert bool(plain.isfinite().all())
     assert (plain != relocated).any(-1).sum() == 1
-    for found in two:
-        torch.testing.assert_close(found["step"], plain)
-        torch.testing.assert_close(found["relocated"], relocated)
+    for result in two:
+        torch.testing.assert_close(result["step"], plain)
+        torch.testing.assert_close(result["relocated"], relocated)
 
 
 @pytest.mark.slow
@@ -150,13 +150,13 @@ def test_a_batch_that_is_not_finite_on_one_process_is_left_out_on_all(two: list[
     prototypes, state = poisoned_steps(0, 1)
     assert all(bool(value.isfinite().all()) for value in state.values())
     assert int(state["temperature_state.covariance.num_batches"]) == 2
-    for found in two:
-        torch.testing.assert_close(found["poisoned"], (prototypes, state))
+    for result in two:
+        torch.testing.assert_close(result["poisoned"], (prototypes, state))
 
 
 @pytest.mark.slow
 def test_reservoirs_share_one_sample(two: list[dict[str, Any]]) -> None:
-    (full, few), (full_too, few_too) = (found["sample"] for found in two)
+    (full, few), (full_too, few_too) = (result["sample"] for result in two)
     assert torch.equal(full, full_too)
     assert len(torch.unique(full)) == 40
     assert torch.equal(few, few_too)
@@ -165,29 +165,29 @@ def test_reservoirs_share_one_sample(two: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_collective_operations(two: list[dict[str, Any]]) -> None:
-    for rank, found in enumerate(found["primitives"] for found in two):
-        assert found["world_size"] == 2
-        assert found["first"] == (rank == 0)
-        assert found["sum"].tolist() == [3.0, 9.0]
-        assert found["max"].tolist() == [2.0, 5.0]
-        assert found["gradient"].tolist() == [2.0, 30.0]  # of the sum of both processes' losses
-        assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
-        assert found["broadcast"] == "from 0"
-        assert found["value"].tolist() == [1.0 + rank, 5.0 - rank]  # the inputs stay as they were
-        assert found["taken"] == [11.0, 2.0, 0.0]
-        assert found["found"] == [True, True, False]
+    for rank, result in enumerate(result["primitives"] for result in two):
+        assert result["world_size"] == 2
+        assert result["first"] == (rank == 0)
+        assert result["sum"].tolist() == [3.0, 9.0]
+        assert result["max"].tolist() == [2.0, 5.0]
+        assert result["gradient"].tolist() == [2.0, 30.0]  # of the sum of both processes' losses
+        assert result["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert result["broadcast"] == "from 0"
+        assert result["value"].tolist() == [1.0 + rank, 5.0 - rank]  # the inputs stay as they were
+        assert result["taken"] == [11.0, 2.0, 0.0]
+        assert result["found"] == [True, True, False]
 
 
 def test_one_process_is_the_identity() -> None:
-    found = primitives(0)
-    assert found["world_size"] == 1
-    assert found["first"]
-    assert found["sum"].tolist() == found["max"].tolist() == [1.0, 5.0]
-    assert found["gradient"].tolist() == [1.0, 10.0]
-    assert found["gathered"] == [{"rank": 0}]
-    assert found["broadcast"] == "from 0"
-    assert found["taken"] == [1.0, 2.0, 0.0]
-    assert found["found"] == [True, True, False]
+    result = primitives(0)
+    assert result["world_size"] == 1
+    assert result["first"]
+    assert result["sum"].tolist() == result["max"].tolist() == [1.0, 5.0]
+    assert result["gradient"].tolist() == [1.0, 10.0]
+    assert result["gathered"] == [{"rank": 0}]
+    assert result["broadcast"] == "from 0"
+    assert result["taken"] == [1.0, 2.0, 0.0]
+    assert result["found"] == [True, True, False]
 
 
 BRANCHES = {
@@ -212,7 +212,7 @@ def test_no_code_branches_on_the_process_outside_of_the_helpers(folder: str) -> 
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             tests = [node.test] if isinstance(node, (ast.If, ast.IfExp, ast.While)) else []
             tests += node.decorator_list if isinstance(node, ast.FunctionDef) else []
-            for name in (part for test in tests for part in ast.walk(test)):
+            for name in (branch for test in tests for branch in ast.walk(test)):
                 word = name.id if isinstance(name, ast.Name) else name.attr if isinstance(name, ast.Attribute) else ""
                 if word in BRANCHES:
                     offending.append(f"{path.relative_to(root)}:{name.lineno}")

@@ -9,8 +9,8 @@ from ddcl_lightning._utils.reservoir import Reservoir
 
 
 def feed(reservoir: Reservoir, rows: Tensor, sizes: list[int]) -> Tensor:
-    for part in rows.split(sizes):
-        reservoir.add(part)
+    for chunk in rows.split(sizes):
+        reservoir.add(chunk)
     return reservoir.gather()
 
 
@@ -36,7 +36,7 @@ def test_never_keeps_more_than_its_capacity() -> None:
     for size in (3, 3, 3, 3, 500, 0, 1):
         reservoir.add(torch.randn(size, 2))
         assert reservoir.gather().shape[0] <= 10
-    assert reservoir.seen == 513
+    assert reservoir.num_rows == 513
     assert reservoir.gather().shape == (10, 2)
 
 

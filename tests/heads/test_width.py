@@ -17,7 +17,7 @@ from ddcl_lightning.heads import (
     SlotAttentionPooling,
     VQPooling,
 )
-from ddcl_lightning.heads.budget import count_parameters, widest
+from ddcl_lightning.heads.width import count_parameters, widest
 
 # name: the head, its argument for the width, the step of the width
 SIZED: dict[str, tuple[Callable[..., Head], str, int]] = {
@@ -42,20 +42,20 @@ def width(head: Head) -> int:
     return head.pooled_dim // (2 if isinstance(head, PMAPooling) else 1)
 
 
-@pytest.mark.parametrize("budget", [1_200, 5_000, 20_011, 200_000])
+@pytest.mark.parametrize("max_parameters", [1_200, 5_000, 20_011, 200_000])
 @pytest.mark.parametrize("embed_dim", [12, 64])
 @pytest.mark.parametrize("name", SIZED)
-def test_the_widest_head_that_fits(name: str, embed_dim: int, budget: int) -> None:
+def test_the_widest_head_that_fits(name: str, embed_dim: int, max_parameters: int) -> None:
     create, argument, step = SIZED[name]
-    head = create(budget=budget, embed_dim=embed_dim)
-    count, found = head.num_parameters(), width(head)
-    assert count == sum(p.numel() for p in head.parameters()) <= budget
-    wider = create(**{argument: found + step}, embed_dim=embed_dim)
-    if found + step == embed_dim and name in ("ddcl", "vq"):  # that one has no projection, and far fewer parameters
-        wider = create(**{argument: found + 2 * step}, embed_dim=embed_dim)
-    assert wider.num_parameters() > budget
-    if budget == 200_000 and step == 1:
-        assert count > 0.98 * budget
+    head = create(max_parameters=max_parameters, embed_dim=embed_dim)
+    count, chosen = head.num_parameters(), width(head)
+    assert count == sum(p.numel() for p in head.parameters()) <= max_parameters
+    wider = create(**{argument: chosen + step}, embed_dim=embed_dim)
+    if chosen + step == embed_dim and name in ("ddcl", "vq"):  # that one has no projection, and far fewer parameters
+        wider = create(**{argument: chosen + 2 * step}, embed_dim=embed_dim)
+    assert wider.num_parameters() > max_parameters
+    if max_parameters == 200_000 and step == 1:
+        assert count > 0.98 * max_parameters
     assert head(torch.randn(2, 3, embed_dim)).pooled.shape == (2, head.pooled_dim)
 
 
@@ -63,25 +63,30 @@ def test_the_widest_head_that_fits(name: str, embed_dim: int, budget: int) -> No
 def test_too_small_a_budget_names_the_smallest(name: str) -> None:
     create, argument, step = SIZED[name]
     least = create(**{argument: step}, embed_dim=12).num_parameters()
-    with pytest.raises(ValueError, match=f"budget must be at least {least}, .*; got {least - 1}"):
-        create(budget=least - 1, embed_dim=12)
-    assert create(budget=least, embed_dim=12).num_parameters() == least
+    with pytest.raises(ValueError, match=f"max_parameters must be at least {least}, .*; got {least - 1}"):
+        create(max_parameters=least - 1, embed_dim=12)
+    assert create(max_parameters=least, embed_dim=12).num_parameters() == least
 
 
 @pytest.mark.parametrize("name", SIZED)
 def test_one_of_width_and_budget(name: str) -> None:
     create, argument, _ = SIZED[name]
-    with pytest.raises(ValueError, match=f"budget chooses {argument}, so give one of them; got {argument} = 4 and"):
-        create(**{argument: 4}, budget=1000)
-    with pytest.raises(ValueError, match="budget must be at least 1, or None; got 0"):
-        create(budget=0)
+    with pytest.raises(
+        ValueError, match=f"max_parameters chooses {argument}, so give one of them; got {argument} = 4 and"
+    ):
+        create(**{argument: 4}, max_parameters=1000)
+    with pytest.raises(ValueError, match="max_parameters must be at least 1, or None; got 0"):
+        create(max_parameters=0)
 
 
 def test_budget_in_the_space_of_the_tokens() -> None:
     """A single head of dimension D has no projection: a budget must not fall for it and leave the most unused."""
     dim, codes = 12, 16
     exact = (dim + codes) * dim  # what a projected head of dimension D would cost
-    for head in (DDCLReadout(codes, budget=exact, embed_dim=dim), VQPooling(codes, budget=exact, embed_dim=dim)):
+    for head in (
+        DDCLReadout(codes, max_parameters=exact, embed_dim=dim),
+        VQPooling(codes, max_parameters=exact, embed_dim=dim),
+    ):
         assert exact - head.num_parameters() <= dim + codes
     assert DDCLReadout(codes, embed_dim=dim).num_parameters() == dim * codes
 
@@ -91,7 +96,7 @@ def test_widest() -> None:
     assert widest(lambda w: w * w, 99) == 9
     assert widest(lambda w: w * w, 100, step=4) == 8
     assert widest(lambda w: 1000 + w, 1001) == 1
-    with pytest.raises(ValueError, match="budget must be at least 16,"):
+    with pytest.raises(ValueError, match="max_parameters must be at least 16,"):
         widest(lambda w: w * w, 15, step=4)
 
 
