@@ -18,7 +18,7 @@ from _tables import Config, Results, Run, Table, mean
 from codebooks import EMA, RELOCATE, SOFT, STEP, annealing, create_head
 from torch import Tensor
 
-from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, Reconstruction
+from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, OptimizerConfig, Reconstruction
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ, VQPooling
 from ddcl_lightning.integrations.vector_quantize import LibraryVQ
@@ -133,13 +133,15 @@ def run(config: Config, seed: int, options: Options) -> Run:
     limit = 200 if options.quick else None
     data = DigitsDataModule(batch_size=64, val_fraction=0.2, as_images=True, seed=seed, limit=limit)
     adam = config.get("optimizer") == "Adam"
+    optimizer = (
+        OptimizerConfig("Adam") if adam else OptimizerConfig("TokenNormalized", {"relocation_threshold": RELOCATE})
+    )
     lr_prototypes = max(10 * RATE if adam else STEP * rate / RATE, 2 * rate)
     module = DDCLReadoutModule(
         ConvBackbone(1, DIM, (32,)),
         create_head(config, VARIANCE),
         Reconstruction(ConvDecoder(1, (32,)), quantization_weight=0.0),
-        prototype_optimizer="Adam" if adam else "TokenNormalized",
-        prototype_optimizer_args={} if adam else {"relocation_threshold": RELOCATE},
+        prototype_optimizer=optimizer,
         lr_prototypes=lr_prototypes,
         rho=rate / lr_prototypes,
         lr_task=rate,

@@ -21,7 +21,16 @@ from _measure import quiet_trainer
 from _study import Case, Options, Study
 from _tables import Config, Results, Run, Table, extreme, mean, read
 
-from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, EmbeddingScale, Head, Reconstruction, Tokens
+from ddcl_lightning import (
+    ConvBackbone,
+    ConvDecoder,
+    DDCLReadoutModule,
+    EmbeddingScale,
+    Head,
+    OptimizerConfig,
+    Reconstruction,
+    Tokens,
+)
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule
@@ -231,8 +240,9 @@ def run(config: Config, seed: int, options: Options) -> Run:
         backbone,
         create_head(config, variance),
         Reconstruction(ConvDecoder(channels, widths[::-1]), quantization_weight=0.0),
-        prototype_optimizer=config.get("optimizer", "TokenNormalized"),
-        prototype_optimizer_args=dict(config.get("optimizer_args", {})),
+        prototype_optimizer=OptimizerConfig(
+            config.get("optimizer", "TokenNormalized"), config.get("optimizer_args", {})
+        ),
         lr_prototypes=rate,
         rho=RATE / rate,
         lr_task=RATE,

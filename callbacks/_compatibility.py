@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 
 from ddcl_lightning._utils import compat
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.optim.schedule import LRSchedule
 from ddcl_lightning.optim.token_normalized import TokenNormalized
 from ddcl_lightning.optim.two_timescale import run_length
 
@@ -130,10 +131,10 @@ def _refuse_finetuning(callback: BackboneFinetuning, trainer: pl.Trainer, module
             f"{name} would add the encoder to TokenNormalized, which moves prototypes only; use another "
             "prototype_optimizer, such as 'Adam'."
         )
-    if module.lr_schedule != "constant" or module.warmup_steps:
+    if module.lr_schedule != LRSchedule():
         raise ValueError(
             f"{name} sets the encoder's rate anew at every epoch, beside the schedule of the prototypes', so that "
-            "their ratio would drift; use lr_schedule='constant' and warmup_steps=0."
+            "their ratio would drift; use lr_schedule='constant'."
         )
     rate = callback.backbone_initial_lr
     rate = callback.backbone_initial_ratio_lr * module.lr_prototypes if rate is None else rate

@@ -103,7 +103,7 @@ from ddcl_lightning.nn import (
     Temperature,
     find_banks,
 )
-from ddcl_lightning.optim import SizeRules, TokenNormalized, two_timescale_groups
+from ddcl_lightning.optim import LRSchedule, OptimizerConfig, SizeRules, TokenNormalized, two_timescale_groups
 from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
 
 __version__ = "0.2.0"
@@ -149,12 +149,14 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "KMeansInitialization",
+    "LRSchedule",
     "LevelFigures",
     "MNISTDataModule",
     "MaxPooling",
     "MeanPooling",
     "NamedTextDataModule",
     "NewsgroupsDataModule",
+    "OptimizerConfig",
     "PCABackbone",
     "PMAPooling",
     "PatchBackbone",

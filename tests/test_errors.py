@@ -21,6 +21,7 @@ from ddcl_lightning import (
     DDCLReadoutModule,
     EmbeddingScale,
     IdentityBackbone,
+    OptimizerConfig,
     PCABackbone,
     PrototypeBank,
     Reconstruction,
@@ -163,15 +164,15 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "lr_prototypes must be finite and > 0; got 0.0",
     ),
     "lr_twice": (
-        lambda: clustering_module(prototype_optimizer_args={"lr": 1.0}),
+        lambda: clustering_module(prototype_optimizer=OptimizerConfig("Adam", {"lr": 1.0})),
         ValueError,
-        "prototype_optimizer_args must not contain lr",
+        "prototype_optimizer.args must not contain lr",
     ),
     "unknown_optimizer": (lambda: clustering_module(encoder_optimizer="AdmW"), ValueError, "Did you mean 'AdamW'"),
     "unknown_optimizer_argument": (
-        lambda: clustering_module(encoder_optimizer_args={"beta": 1}),
+        lambda: clustering_module(encoder_optimizer=OptimizerConfig("Adam", {"beta": 1})),
         ValueError,
-        "encoder_optimizer_args has no argument 'beta'. Did you mean 'betas'",
+        "encoder_optimizer.args has no argument 'beta'. Did you mean 'betas'",
     ),
     "encoder_without_gradients": (
         lambda: clustering_module(encoder_optimizer="TokenNormalized"),

@@ -19,7 +19,15 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddcl_lightning import Classification, Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
+from ddcl_lightning import (
+    Classification,
+    Clustering,
+    DDCLReadout,
+    DDCLReadoutModule,
+    LRSchedule,
+    OptimizerConfig,
+    PCABackbone,
+)
 from ddcl_lightning.callbacks import AdaptiveBankSize, KMeansInitialization, TemperatureAnnealing
 from tests.tiny import Blobs, absolute, clustering_module, quiet_trainer
 
@@ -376,10 +384,9 @@ def test_prediction_writers_get_dicts() -> None:
     "build",
     [
         clustering_module,
-        lambda: classifier(lr_schedule="cosine", warmup_steps=2),
+        lambda: classifier(lr_schedule=LRSchedule("cosine", warmup_steps=2)),
         lambda: clustering_module(
-            prototype_optimizer="TokenNormalized",
-            prototype_optimizer_args={"relocation_threshold": 0.5},
+            prototype_optimizer=OptimizerConfig("TokenNormalized", {"relocation_threshold": 0.5}),
             lr_prototypes=0.05,
         ),
     ],

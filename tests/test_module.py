@@ -18,6 +18,8 @@ from ddcl_lightning import (
     DDCLReadout,
     DDCLReadoutModule,
     IdentityBackbone,
+    LRSchedule,
+    OptimizerConfig,
     PCABackbone,
     SerialPrototypes,
 )
@@ -164,7 +166,7 @@ def test_a_short_last_window_is_averaged_over_its_own_length() -> None:
     module = clustering_module(accumulate_grad_batches=3)
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(module, loader(batch_size=8))  # 8 batches
-    assert [module._window_size(index) for index in range(8)] == [3, 3, 3, 3, 3, 3, 2, 2]
+    assert [module.window_size(index) for index in range(8)] == [3, 3, 3, 3, 3, 3, 2, 2]
 
 
 def test_clipping_bounds_the_joint_norm() -> None:
@@ -186,7 +188,9 @@ def test_clipping_bounds_the_joint_norm() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_one_schedule_drives_both_rates(schedule: Any) -> None:
     spy = Spy()
-    module = clustering_module(Classification(4), lr_schedule=schedule, warmup_steps=3, rho=0.1, lr_prototypes=0.02)
+    module = clustering_module(
+        Classification(4), lr_schedule=LRSchedule(schedule, warmup_steps=3), rho=0.1, lr_prototypes=0.02
+    )
     quiet_trainer(max_epochs=3, callbacks=[spy]).fit(module, loader())
     assert len(spy.rates) == 12
     for rates in spy.rates:
@@ -248,11 +252,12 @@ def test_unstable_ratio_needs_permission_and_warns() -> None:
 
 def test_prototypes_get_no_weight_decay_unless_asked() -> None:
     def decays(**kwargs: Any) -> list[float]:
-        module = clustering_module(prototype_optimizer="AdamW", encoder_optimizer="AdamW", **kwargs)
+        prototype_optimizer = OptimizerConfig("AdamW", kwargs)
+        module = clustering_module(prototype_optimizer=prototype_optimizer, encoder_optimizer="AdamW")
         return [g["weight_decay"] for optimizer in module.configure_optimizers() for g in optimizer.param_groups]
 
     assert decays() == [0.0, 0.01]
-    assert decays(prototype_optimizer_args={"weight_decay": 0.3}) == [0.3, 0.01]
+    assert decays(weight_decay=0.3) == [0.3, 0.01]
 
 
 def test_token_normalized_prototypes_train_inside_the_module() -> None:

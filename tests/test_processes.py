@@ -70,8 +70,7 @@ def test_evaluation_waits_for_no_other_process(tmp_path: Path) -> None:
 
 # More prototypes than there are digits, of which some move elsewhere.
 RELOCATED = [
-    "--model.prototype_optimizer=TokenNormalized",
-    "--model.prototype_optimizer_args={relocation_threshold: 0.5}",
+    "--model.prototype_optimizer={name: TokenNormalized, args: {relocation_threshold: 0.5}}",
     "--model.lr_prototypes=0.1",
     "--model.head.init_args.num_prototypes=64",
     "--data.init_args.limit=400",

@@ -1,5 +1,6 @@
 """Arguments of constructors, held against their annotations: a wrong type is one sentence, at once."""
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -74,6 +75,11 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     raise ValueError(f"{name} must be {words}; got {value!r:.200}.{_remedy(value, kinds)}")
 
 
+def as_plain(value: Any) -> Any:
+    """A dataclass as a mapping of its fields, anything else as it is; :func:`typed` makes the dataclass again."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
 def require_at_least(minimum: float, **values: float | None) -> None:
     """Raise a ValueError that names the first argument below a minimum; None passes."""
     for name, value in values.items():
@@ -140,6 +146,9 @@ def _fit(value: Any, kind: Any) -> Any:
         return value.item() if isinstance(value, np.generic) else value
     if origin in _LISTS:
         return _fit_list(value, get_args(kind))
+    if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):  # as a checkpoint or a file of settings has it
+        fields = {field.name for field in dataclasses.fields(origin) if field.init}
+        return origin(**_require(value, set(value) <= fields))
     if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
         return value  # not for us to judge
     if origin.__module__ == "collections.abc" and origin is not Mapping:

@@ -13,7 +13,7 @@ from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.adapters.mlp_blocks import CHUNK
 from ddcl_lightning.adapters.replacement import FeedForwardReplacement
-from ddcl_lightning.optim.two_timescale import lr_factor
+from ddcl_lightning.optim.schedule import LRSchedule
 
 START_TOKENS = 8192  # for k-means and least squares
 HELD_OUT = 0.1  # of the collected tokens, to judge the distilled layer on
@@ -159,11 +159,11 @@ def _distill(
         layer.train()
         optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=0.0)
         variance = y.var(0, correction=0).mean().clamp(min=torch.finfo(y.dtype).tiny)
-        warmup = min(WARMUP, steps // 10)
+        schedule = LRSchedule("cosine", min(WARMUP, steps // 10))
         with torch.enable_grad():
             for step in tqdm(range(steps), desc=f"distilling {name}", disable=not progress, leave=False):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * lr_factor("cosine", step, steps, warmup)
+                    group["lr"] = lr * schedule.factor(step, steps)
                 rows = torch.randint(len(x), (batch_tokens,), generator=generator)
                 loss = (layer(x[rows].to(like.device)) - y[rows].to(like.device)).square().mean() / variance.to(
                     like.device

@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import is_dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
 from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.heads.base import Head
+from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.tasks.base import Task
 
 PLUGINS = (Backbone, Head, Task, Decoder, pl.LightningModule, pl.LightningDataModule)
@@ -119,7 +121,7 @@ class _Check:
             place = f"{key}.{name}"
             if not (isinstance(name, str) and name.isidentifier()):  # the parser reads dots and + in names
                 _refuse(self.source, place, value, "is no argument's name")
-            if name in OPTIMIZERS and isinstance(value, str):
+            if (name in OPTIMIZERS or kind is OptimizerConfig) and isinstance(value, str):
                 self.optimizer(value, place)
             else:
                 self.value(value, hints.get(name, Any), place)
@@ -134,6 +136,10 @@ class _Check:
             for field in ("init_args", "dict_kwargs"):
                 self.arguments(kind, value.get(field) or {}, f"{key}.{field}")
         elif isinstance(value, (Mapping, list, tuple)):
+            objects = [kind for kind in kinds if is_dataclass(kind)] if isinstance(value, Mapping) else []
+            if objects:  # such as a Temperature
+                self.arguments(objects[0], value, key)
+                return
             inner = [kind for kind in kinds if kind is Any or get_origin(kind) in _CONTAINERS or kind in _CONTAINERS]
             if not inner:
                 _refuse(self.source, key, value, "must be given by class_path and init_args")

@@ -64,8 +64,8 @@ def explain(message: str, parser: ArgumentParser) -> str:
         known = [action.dest for action in parser._actions if action.dest]
         return f"unknown key {key!r}{nearest(key, known)}"
     match = _UNKNOWN_CLASS.search(message)
-    # Where a number would do as well, as for a temperature, the class is not what is wrong.
-    if match and "Expected a <class 'float'>" not in message:
+    # Where a number or a word would do as well, as for a temperature, the class is not what is wrong.
+    if match and not re.search(r"Expected a (<class 'float'>|typing\.Literal)", message):
         key, name = match.groups()
         base = _BASES.get(key, Callback)
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"

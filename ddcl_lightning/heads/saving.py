@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddcl_lightning._utils.arguments import as_plain
 from ddcl_lightning._utils.files import whole_file, write_text
 from ddcl_lightning.heads.base import AnyHead, Head
 
@@ -50,7 +51,7 @@ def describe(head: Head) -> dict[str, Any]:
         TypeError: If an argument is kept nowhere or is not plain data.
         ValueError: If the head made from it would not have the same weights.
     """
-    arguments = head.init_args()
+    arguments = {name: as_plain(value) for name, value in head.init_args().items()}
     for name, value in arguments.items():
         try:
             json.dumps(value)

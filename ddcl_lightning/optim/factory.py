@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,38 +13,48 @@ from torch.optim import Optimizer
 from ddcl_lightning.optim.token_normalized import TokenNormalized
 
 
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer by its name, and its arguments.
+
+    Attributes:
+        name: A class of ``torch.optim``, ``"TokenNormalized"``, or a dotted path to an Optimizer.
+        args: Arguments of the class other than ``params`` and ``lr``.
+    """
+
+    name: str = "Adam"
+    args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, optimizer: "str | OptimizerConfig") -> "OptimizerConfig":
+        """The optimizer that an argument means: a word is a name without arguments."""
+        return optimizer if isinstance(optimizer, OptimizerConfig) else cls(optimizer)
+
+
 class OptimizerSpec:
-    """Name and arguments of an optimizer whose rates are set by the module.
+    """The class of an optimizer whose rates are set by the module, with arguments that are known to fit.
 
     Args:
         argument: Name of the argument that it came from, for errors.
-        name: A class of ``torch.optim``, ``"TokenNormalized"``, or a dotted path to an Optimizer.
-        arguments: Arguments of the class other than ``params`` and ``lr``.
+        config: Name and arguments.
         weight_decay: Default weight decay, for classes that have one; None keeps the class's own.
 
     Raises:
         ValueError: If the class is unknown, an argument is, or ``lr`` is among them.
     """
 
-    def __init__(
-        self,
-        argument: str,
-        name: str,
-        arguments: dict[str, Any] | None = None,
-        *,
-        weight_decay: float | None = None,
-    ) -> None:
-        self.optimizer_class: Callable[..., Optimizer] = _find(argument, name)
-        self.arguments = dict(arguments or {})
+    def __init__(self, argument: str, config: OptimizerConfig, *, weight_decay: float | None = None) -> None:
+        self.optimizer_class: Callable[..., Optimizer] = _find(argument, config.name)
+        self.arguments = dict(config.args)
         if "lr" in self.arguments:
             raise ValueError(
-                f"{argument}_args must not contain lr (got {self.arguments['lr']}): the rates follow from "
+                f"{argument}.args must not contain lr (got {self.arguments['lr']}): the rates follow from "
                 "lr_prototypes, rho and lr_task. Set those instead."
             )
         known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
         for key in self.arguments:
             if key not in known:
-                raise ValueError(f"{argument}_args has no argument {key!r}{_nearest(key, known)}")
+                raise ValueError(f"{argument}.args has no argument {key!r}{_nearest(key, known)}")
         if weight_decay is not None and "weight_decay" in known:
             self.arguments.setdefault("weight_decay", weight_decay)
 

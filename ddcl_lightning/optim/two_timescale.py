@@ -1,8 +1,8 @@
-"""Learning rates on two time scales: the ratio rho and its check, parameter groups that keep it, and one schedule."""
+"""Learning rates on two time scales: the ratio rho and its check, and parameter groups that keep it."""
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import nn
@@ -10,8 +10,6 @@ from torch.optim import Optimizer
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.nn.discovery import find_banks
-
-LRSchedule = Literal["constant", "linear", "cosine"]
 
 
 def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
@@ -88,35 +86,6 @@ def live_ratio(optimizers: Iterable[Optimizer], fast: set[int], slow: set[int]) 
 def parameter_ids(parameters: Iterable[nn.Parameter]) -> set[int]:
     """``id`` of each parameter, for :func:`live_ratio`."""
     return {id(parameter) for parameter in parameters}
-
-
-def check_schedule(schedule: str, warmup_steps: int) -> None:
-    """Raise a ValueError unless the schedule is known and the warm-up not negative."""
-    if schedule not in get_args(LRSchedule):
-        raise ValueError(f"lr_schedule must be one of {get_args(LRSchedule)}; got {schedule!r}.")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be >= 0; got {warmup_steps}.")
-
-
-def lr_factor(schedule: LRSchedule, step: int, total_steps: float, warmup_steps: int = 0) -> float:
-    """Factor in [0, 1] for optimizer step ``step`` (from 0) of ``total_steps``.
-
-    Args:
-        schedule: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to zero after the warm-up.
-        step: Steps taken so far.
-        total_steps: Steps of the whole run; infinite is fine for a constant schedule.
-        warmup_steps: Steps of linear increase at the start.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    if not math.isfinite(total_steps):
-        raise ValueError(
-            f"lr_schedule={schedule!r} needs a run of known length. Set max_epochs or max_steps, or use 'constant'."
-        )
-    progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
-    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def run_length(trainer: pl.Trainer, interval: Literal["epoch", "step"]) -> float:

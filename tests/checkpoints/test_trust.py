@@ -70,19 +70,20 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "inner key with a dot": {"task": {"class_path": RECONSTRUCTION, "init_args": {"decoder.class_path": EVIL}}},
     "dict_kwargs": {"task": {"class_path": RECONSTRUCTION, "dict_kwargs": {"decoder": {"class_path": EVIL}}}},
     "arguments without a class": {"task": {"init_args": {"decoder": EVIL}}},
-    "any value": {"prototype_optimizer_args": {"betas": SPEC}},
-    "any value in YAML": {"prototype_optimizer_args": {"betas": f'{{"class\\u005fpath": "{EVIL}"}}'}},
+    "any value": {"prototype_optimizer": {"args": {"betas": SPEC}}},
+    "any value in YAML": {"prototype_optimizer": {"args": {"betas": f'{{"class\\u005fpath": "{EVIL}"}}'}}},
     "a harmful class of the standard library": {
-        "prototype_optimizer_args": {
-            "betas": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "sang"]}}
+        "prototype_optimizer": {
+            "args": {"betas": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "sang"]}}}
         }
     },
     "optimizer": {"encoder_optimizer": "canary_module.Steps"},
+    "name of an optimizer": {"encoder_optimizer": {"name": "canary_module.Steps"}},
     "optimizer of the prototypes": {"prototype_optimizer": "nested.deep.Steps"},
     "class of the module": {"_class_path": EVIL},
     "class of the group": {"class_path": EVIL},
     "instantiator": {"_instantiator": "canary_module.f"},
-    "list": {"encoder_optimizer_args": {"betas": [SPEC]}},
+    "list": {"encoder_optimizer": {"name": "Adam", "args": {"betas": [SPEC]}}},
 }
 
 
@@ -288,6 +289,16 @@ def test_the_files_of_a_head_import_nothing(name: str, tmp_path: Path, canary: P
     with pytest.raises(ValueError, match="is not imported"):
         Head.from_pretrained(folder)
     assert not canary.exists()
+
+
+def test_settings_given_by_several_values_are_read_and_checked() -> None:
+    head = {"class_path": "ddcl_lightning.DDCLReadout", "init_args": {"temperature": {"value": 0.3, "unit": "initial"}}}
+    settings = {"lr_schedule": {"shape": "cosine", "warmup_steps": 3}, "head": head}
+    settings["encoder_optimizer"] = {"name": "SGD", "args": {"momentum": 0.9}}
+    check_hyper_parameters(DDCLReadoutModule, settings, "a file")
+    for key, value in (("lr_schedule", {"shape": SPEC}), ("encoder_optimizer", {"name": "a.b"})):
+        with pytest.raises(UntrustedName, match=f"model.{key}"):
+            check_hyper_parameters(DDCLReadoutModule, {key: value}, "a file")
 
 
 def test_a_module_given_as_objects_names_nothing(trained: Path) -> None:

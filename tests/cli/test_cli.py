@@ -218,7 +218,7 @@ def test_config_takes_names_and_paths(tmp_path: Path) -> None:
         (["--model.rho", "much"], "model.rho must be a number; got much."),
         (["--model.rho", "1.5"], "rho = lr_encoder / lr_prototypes must be < 1"),
         (["--model.prototype_optimizer", "Adem"], "prototype_optimizer must name a class of torch.optim"),
-        (["--model.encoder_optimizer_args", "{lr: 0.1}"], "encoder_optimizer_args must not contain lr (got 0.1)"),
+        (["--model.encoder_optimizer", "{args: {lr: 0.1}}"], "encoder_optimizer.args must not contain lr (got 0.1)"),
         (["--data.batch_size", "0"], "batch_size must be an integer of at least 1; got 0."),
         (["--predictions.path", "table.xlsx"], "path must end in .csv or .parquet; got 'table.xlsx'"),
     ],

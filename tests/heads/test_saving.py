@@ -12,7 +12,7 @@ import torch
 from tiny import LinearBackbone, loader, quiet_trainer
 from torch import Tensor, nn
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, Temperature
 from ddcl_lightning.heads import (
     AttentionPooling,
     CLSPooling,
@@ -42,6 +42,7 @@ HEADS: list[Callable[[], Head]] = [
     lambda: DDCLReadout(
         4, num_heads=2, pooling="both", tokens="mean", max_parameters=300, repulsion=0.1, temperature=0.3
     ),
+    lambda: DDCLReadout(4, temperature=Temperature(0.3, "absolute")),
     lambda: DDCLReadout(4, embed_dim=8, residual=True, embedding_scale="total"),
     lambda: DDCLReadout(4, pooling="slots", tokens="first"),
 ]

@@ -9,7 +9,7 @@ import torch
 from tiny import quiet_trainer
 from torch import Tensor
 
-from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, Reconstruction
+from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Head, OptimizerConfig, Reconstruction
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
@@ -57,8 +57,7 @@ def module(**head: Any) -> DDCLReadoutModule:
         ConvBackbone(1, 8, (8,)),
         SoftVQ(**{"num_codes": 12, "commitment_weight": 0.03, **head}),
         Reconstruction(ConvDecoder(1, (8,))),
-        prototype_optimizer="TokenNormalized",
-        prototype_optimizer_args={"relocation_threshold": 0.9},
+        prototype_optimizer=OptimizerConfig("TokenNormalized", {"relocation_threshold": 0.9}),
         lr_prototypes=0.1,
         rho=0.05,
         lr_task=5e-3,

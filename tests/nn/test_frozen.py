@@ -8,16 +8,19 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from ddcl_lightning import PrototypeBank, SizeRules, SoftVectorQuantizer, TokenNormalized
+from ddcl_lightning import OptimizerConfig, PrototypeBank, SizeRules, SoftVectorQuantizer, TokenNormalized
 from ddcl_lightning.callbacks import AdaptiveBankSize, KMeansInitialization
 from ddcl_lightning.heads.vq import VectorQuantizer
 from tests.tiny import clustering_module, loader, quiet_trainer
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {},
-    "SGD": {"prototype_optimizer_args": {"momentum": 0.9}},
-    "AdamW": {"prototype_optimizer_args": {"weight_decay": 0.1}},
-    "TokenNormalized": {"prototype_optimizer_args": {"relocation_threshold": 0.5}, "lr_prototypes": 0.2},
+    "SGD": {"prototype_optimizer": OptimizerConfig("SGD", {"momentum": 0.9})},
+    "AdamW": {"prototype_optimizer": OptimizerConfig("AdamW", {"weight_decay": 0.1})},
+    "TokenNormalized": {
+        "prototype_optimizer": OptimizerConfig("TokenNormalized", {"relocation_threshold": 0.5}),
+        "lr_prototypes": 0.2,
+    },
 }
 
 
@@ -42,7 +45,7 @@ class Positions(Callback):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_first_steps_without_the_prototypes(optimizer: str, tmp_path: Path) -> None:
     """Two epochs of four steps, six of them frozen, in one go and resumed after the fourth."""
-    given = {"prototype_optimizer": optimizer, "freeze_prototypes_steps": 6, **OPTIMIZERS[optimizer]}
+    given = {"freeze_prototypes_steps": 6, **OPTIMIZERS[optimizer]}
     whole = Positions()
     module = clustering_module(**given)
     start = module.head.attention.bank.prototypes.detach().clone()
@@ -63,7 +66,7 @@ def test_first_steps_without_the_prototypes(optimizer: str, tmp_path: Path) -> N
 def test_prototypes_frozen_in_the_middle_stay(optimizer: str) -> None:
     watching = Positions(freeze_after=3)
     sizes = AdaptiveBankSize(SizeRules(2, 8, significance=None), frequency=4, interval="step", duration=8)
-    module = clustering_module(prototype_optimizer=optimizer, **OPTIMIZERS[optimizer])
+    module = clustering_module(**OPTIMIZERS[optimizer])
     quiet_trainer(max_epochs=2, callbacks=[sizes, watching]).fit(module, loader())
     assert watching.moved() == [True, True, False, False, False, False, False]
 

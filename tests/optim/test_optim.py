@@ -7,7 +7,7 @@ import torch
 from tiny import absolute
 from torch import Tensor, nn
 
-from ddcl_lightning import DDCLAttention, PrototypeBank, TokenNormalized
+from ddcl_lightning import DDCLAttention, OptimizerConfig, PrototypeBank, TokenNormalized
 from ddcl_lightning.functional import soft_assign
 from ddcl_lightning.optim.factory import OptimizerSpec
 
@@ -242,7 +242,7 @@ def groups(lr: float = 0.1) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "TokenNormalized", "torch.optim.adamw.AdamW"])
 def test_spec_creates_by_name(name: str) -> None:
-    optimizer = OptimizerSpec("prototype_optimizer", name).create(groups(0.07))
+    optimizer = OptimizerSpec("prototype_optimizer", OptimizerConfig(name)).create(groups(0.07))
     assert type(optimizer).__name__ == name.rpartition(".")[2]
     assert optimizer.param_groups[0]["lr"] == 0.07
     assert optimizer.param_groups[0]["name"] == "prototypes"
@@ -250,36 +250,38 @@ def test_spec_creates_by_name(name: str) -> None:
 
 def test_spec_passes_arguments() -> None:
     given = {"betas": [0.8, 0.9], "eps": 1e-6}
-    (group,) = OptimizerSpec("encoder_optimizer", "Adam", given).create(groups()).param_groups
+    (group,) = OptimizerSpec("encoder_optimizer", OptimizerConfig("Adam", given)).create(groups()).param_groups
     assert list(group["betas"]) == [0.8, 0.9]
     assert group["eps"] == 1e-6
 
 
 def test_spec_default_weight_decay() -> None:
-    def decay(**kwargs: object) -> float:
-        spec = OptimizerSpec("prototype_optimizer", "AdamW", **kwargs)  # type: ignore[arg-type]
+    def decay(weight_decay: float | None = None, args: dict[str, float] | None = None) -> float:
+        spec = OptimizerSpec("prototype_optimizer", OptimizerConfig("AdamW", args or {}), weight_decay=weight_decay)
         return float(spec.create(groups()).param_groups[0]["weight_decay"])
 
     assert decay() == 0.01  # the class's own
-    assert decay(weight_decay=0.0) == 0.0
-    assert decay(arguments={"weight_decay": 0.3}, weight_decay=0.0) == 0.3
-    OptimizerSpec("prototype_optimizer", "TokenNormalized", weight_decay=0.0).create(groups())  # which has none
+    assert decay(0.0) == 0.0
+    assert decay(0.0, {"weight_decay": 0.3}) == 0.3
+    OptimizerSpec("prototype_optimizer", OptimizerConfig("TokenNormalized"), weight_decay=0.0).create(
+        groups()
+    )  # which has none
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("Adam", {"lr": 0.1}, r"encoder_optimizer_args must not contain lr \(got 0.1\)"),
+        ("Adam", {"lr": 0.1}, r"encoder_optimizer.args must not contain lr \(got 0.1\)"),
         ("Adamw", None, r"encoder_optimizer must name.*got 'Adamw'. Did you mean 'Adam'\?"),
         ("Optimizer", None, "got 'Optimizer'"),
         ("lr_scheduler", None, "got 'lr_scheduler'"),
         ("no.such.Thing", None, "got 'no.such.Thing'"),
         ("torch.nn.Linear", None, "got 'torch.nn.Linear'"),
-        ("Adam", {"beta": 0.9}, r"encoder_optimizer_args has no argument 'beta'. Did you mean 'betas'\?"),
+        ("Adam", {"beta": 0.9}, r"encoder_optimizer.args has no argument 'beta'. Did you mean 'betas'\?"),
         ("SGD", {"params": []}, "has no argument 'params'"),
         ("LBFGS", None, "must not be LBFGS"),
     ],
 )
 def test_spec_refusals(name: str, arguments: dict[str, object] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        OptimizerSpec("encoder_optimizer", name, arguments)
+        OptimizerSpec("encoder_optimizer", OptimizerConfig(name, arguments or {}))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddcl_lightning import DDCLAttention, two_timescale_groups
-from ddcl_lightning.optim.two_timescale import check_ratio, check_schedule, live_ratio, lr_factor, parameter_ids
+from ddcl_lightning import DDCLAttention, LRSchedule, two_timescale_groups
+from ddcl_lightning.optim.two_timescale import check_ratio, live_ratio, parameter_ids
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.1, 0.999])
@@ -91,20 +91,19 @@ def test_two_timescale_groups_refusals() -> None:
 
 
 def test_schedules() -> None:
-    assert [lr_factor("constant", step, math.inf, 3) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [lr_factor("linear", step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert [lr_factor("linear", step, 6, 2) for step in range(2, 6)] == [1.0, 0.75, 0.5, 0.25]
-    cosine = [lr_factor("cosine", step, 4) for step in range(5)]
+    assert [LRSchedule("constant", 3).factor(step, math.inf) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [LRSchedule("linear").factor(step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert [LRSchedule("linear", 2).factor(step, 6) for step in range(2, 6)] == [1.0, 0.75, 0.5, 0.25]
+    cosine = [LRSchedule("cosine").factor(step, 4) for step in range(5)]
     assert cosine == pytest.approx([1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0], abs=1e-12)
     for schedule in ("linear", "cosine"):
-        assert lr_factor(schedule, 3, 2, 3) == 1.0  # a run that ends with its warm-up
+        assert LRSchedule(schedule, 3).factor(3, 2) == 1.0  # a run that ends with its warm-up
 
 
 def test_schedule_refusals() -> None:
-    check_schedule("cosine", 0)
     with pytest.raises(ValueError, match=r"lr_schedule must be one of.*got 'step'"):
-        check_schedule("step", 0)
+        LRSchedule("step")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="warmup_steps must be >= 0; got -1"):
-        check_schedule("linear", -1)
+        LRSchedule("linear", -1)
     with pytest.raises(ValueError, match="needs a run of known length"):
-        lr_factor("cosine", 5, math.inf)
+        LRSchedule("cosine").factor(5, math.inf)
