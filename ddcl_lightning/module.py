@@ -14,7 +14,7 @@ from ddcl_lightning._utils.batch import Batch, index
 from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
-from ddcl_lightning.checkpoints.loading import check_loading
+from ddcl_lightning.checkpoints.load_checks import check_loading
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
 from ddcl_lightning.metrics.stages import StageMetrics, check_new

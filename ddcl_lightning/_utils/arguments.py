@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import numpy as np
 from torch import Tensor
 
+from ddcl_lightning._utils.old_names import renamed_argument
+
 F = TypeVar("F", bound=Callable[..., Any])
 _WORDS = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", types.NoneType: "None"}
 _LISTS = (list, tuple, Sequence)
@@ -37,7 +39,14 @@ def typed(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            owner = type(args[0]).__name__ if args else function.__name__
+            sentence = renamed_argument(owner, kwargs, named)
+            if sentence is None:
+                raise
+            raise TypeError(f"{sentence}.") from None
         hints = _hints(function)
         for name in named & set(bound.arguments) & set(hints):
             bound.arguments[name] = conform(name, bound.arguments[name], hints[name])
@@ -148,7 +157,8 @@ def _fit(value: Any, kind: Any) -> Any:
         return _fit_list(value, get_args(kind))
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):  # as a checkpoint or a file of settings has it
         fields = {field.name for field in dataclasses.fields(origin) if field.init}
-        return origin(**_require(value, set(value) <= fields))
+        make: Callable[..., Any] = origin
+        return make(**_require(value, set(value) <= fields))
     if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
         return value  # not for us to judge
     if origin.__module__ == "collections.abc" and origin is not Mapping:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 
 from ddcl_lightning._utils.arguments import is_memory_short, nearest
+from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import other_model
 from ddcl_lightning.cli.wrong_values import wrong_value
@@ -57,10 +58,14 @@ def explain(message: str, parser: ArgumentParser) -> str:
     match = _UNKNOWN_ARGUMENT.search(message)
     if match:
         path, key = match.groups()
-        return f"unknown argument {key!r} of {path}{nearest(key, _arguments(path))}"
+        renamed = renamed_argument(path, [key.rpartition(".")[2]], ())
+        return f"{renamed}." if renamed else f"unknown argument {key!r} of {path}{nearest(key, _arguments(path))}"
     match = _UNKNOWN_OPTION.search(message)
     if match:
         key = match.group(1)
+        renamed = renamed_argument("ddcl", [key.rpartition(".")[2]], ())
+        if renamed:
+            return f"{renamed}."
         known = [action.dest for action in parser._actions if action.dest]
         return f"unknown key {key!r}{nearest(key, known)}"
     match = _UNKNOWN_CLASS.search(message)
