@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import Tensor
@@ -157,8 +157,7 @@ def _fit(value: Any, kind: Any) -> Any:
         return _fit_list(value, get_args(kind))
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):  # as a checkpoint or a file of settings has it
         fields = {field.name for field in dataclasses.fields(origin) if field.init}
-        make: Callable[..., Any] = origin
-        return make(**_require(value, set(value) <= fields))
+        return cast(Any, origin)(**_require(value, set(value) <= fields))
     if not isinstance(origin, type) or origin is object or getattr(origin, "_is_protocol", False):
         return value  # not for us to judge
     if origin.__module__ == "collections.abc" and origin is not Mapping:

@@ -35,7 +35,7 @@ ARGUMENTS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_old_argument_names_the_new_one(name: str) -> None:
     create, remedy = ARGUMENTS[name]
-    with pytest.raises(TypeError, match=f"has no argument {name!r} since version 0.2. {remedy}"):
+    with pytest.raises(TypeError, match=rf"has no argument {name!r} since version 0\.2\. {remedy}"):
         create(**{name: 1})
 
 
