@@ -54,7 +54,7 @@ def test_an_old_module_names_the_new_one(name: str) -> None:
 
 
 def test_old_ways_to_read_tokens_name_the_new_ones() -> None:
-    with pytest.raises(ValueError, match="got 'rare_mean'. It is 'idf_mean' since version 0.2"):
+    with pytest.raises(ValueError, match=r"got 'rare_mean'\. It is 'idf_mean' since version 0\.2"):
         HierarchicalReadout([4, 2], tokens=["all", "rare_mean"])  # type: ignore[list-item]
 
 
