@@ -168,7 +168,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
         return {"error": [0.0], "acc": bench.accuracy()}
     blocks: Any = "all" if config["blocks"] == "all" else [len(replaceable(bench.model)) // 2]
     with replace_feedforward(bench.model, creator(config), blocks) as replacement:
-        layers = list(replacement.parts.values())
+        layers = list(replacement.layers.values())
         distilled = distill_feedforward(
             replacement,
             bench.batches,

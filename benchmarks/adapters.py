@@ -14,7 +14,7 @@ Four tasks on scikit-learn's 1,797 digits, of which 360 are for testing; the spl
 * ``context``: a bank alone on two domains (digits, and digits made brighter, inverted or rotated) whose context says
   which one a sample is of: squared distance to the nearest prototype over the total variance, at equal K.
 
-    python benchmarks/placement.py                # about 10 minutes on one core
+    python benchmarks/adapters.py                # about 10 minutes on one core
 """
 
 import math
@@ -301,13 +301,13 @@ def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
         "parameters": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
         "changed": changed,
     }
-    openings: list[Tensor] = []
+    gate_values: list[Tensor] = []
     for adapter in placed:
         if isinstance(adapter, GatedPrototypes):
-            adapter.gate.register_forward_hook(lambda *call: openings.append(torch.tanh(call[2])))
+            adapter.gate.register_forward_hook(lambda *call: gate_values.append(torch.tanh(call[2])))
     accuracy(net, test_x, test_y)
-    if openings:
-        result["opening"] = float(torch.cat(openings).abs().mean())
+    if gate_values:
+        result["gate_value"] = float(torch.cat(gate_values).abs().mean())
     return result
 
 
@@ -379,7 +379,7 @@ COLUMNS = {
     "trained parameters": same("parameters", ","),
     "seconds": mean("seconds", ".1f", deviation=False),
     "change of the outputs": extreme(max, "changed", ".2g"),
-    "mean gate": mean("opening", ".2f", deviation=False),
+    "mean gate": mean("gate_value", ".2f", deviation=False),
 }
 NETWORK = ("accuracy", "noisy", "H / ln K", "usage", "parameters", "seconds")
 
@@ -394,7 +394,7 @@ def context_table(results: Results) -> Table:
 
 
 STUDY = Study(
-    "placement",
+    "adapters",
     CASES,
     run,
     {
