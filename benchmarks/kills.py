@@ -32,7 +32,7 @@ _ADD = "--trainer.callbacks+="
 _DROPOUT = ["--model.backbone", "kills.DroppedOut", "--trainer.max_epochs", "4"]
 _FEW = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12"]
 _SPLITS = ["--trainer.max_epochs", "5", f"{_ADD}AdaptiveBankSize"]
-_SPLITS += ["--trainer.callbacks.rules.max_prototypes=24", "--trainer.callbacks.rules.significance=null"]
+_SPLITS += ["--trainer.callbacks.rules={max_prototypes: 24, significance: null}"]
 RECIPES: dict[str, tuple[str, str, list[str], int]] = {  # label, recipe, what makes it short, trials per seed
     "digits": ("digits", "digits", ["--trainer.max_epochs", "4"], 4),
     "digits-dropout": ("digits, dropout", "digits", _DROPOUT, 4),
