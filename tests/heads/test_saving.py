@@ -213,9 +213,9 @@ def test_a_missing_weight_is_not_left_at_its_start(tmp_path: Path) -> None:
 
     head = AttentionPooling(embed_dim=8)
     head.save_pretrained(tmp_path)
-    weights = {name: value for name, value in head.state_dict().items() if name != "layer.hidden.bias"}
+    weights = {name: value for name, value in head.state_dict().items() if name != "hidden.bias"}
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)does not hold the weights .*layer.hidden.bias"):
+    with pytest.raises(ValueError, match=r"(?s)does not hold the weights .*hidden.bias"):
         Head.from_pretrained(tmp_path)
 
 

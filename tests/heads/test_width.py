@@ -38,7 +38,7 @@ def width(head: Head) -> int:
     if isinstance(head, DDCLReadout):
         return head.attention.bank.dim
     if isinstance(head, AttentionPooling):
-        return head.layer.hidden.out_features
+        return head.hidden.out_features
     return head.pooled_dim // (2 if isinstance(head, PMAPooling) else 1)
 
 
