@@ -37,6 +37,7 @@ from ddcl_lightning.backbones import (
     TimmBackbone,
     Tokens,
     TransformersBackbone,
+    input_sample,
 )
 from ddcl_lightning.callbacks import (
     AdaptiveBankSize,
@@ -202,6 +203,7 @@ __all__ = [
     "distill_feedforward",
     "find_banks",
     "initialize_feedforward",
+    "input_sample",
     "insert_prototypes",
     "quantization_loss",
     "remove_prototypes",

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.heads.codebook import CodebookHead
 from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
@@ -40,6 +40,7 @@ class LibraryQuantizer(Quantizer):
     @typed
     def __init__(self, dim: int, quantizer: str, quantizer_args: dict[str, Any] | None = None) -> None:
         super().__init__()
+        require_at_least(1, dim=dim)
         _require_known(quantizer)
         args = dict(quantizer_args or {})
         try:

@@ -165,7 +165,7 @@ def test_boolean_flags_of_older_states_are_taken() -> None:
             assert bank.initialized.dtype == torch.float32
     pca = PCABackbone(6, 3)
     pca.load_state_dict({**fitted_pca().state_dict(), "fitted": torch.tensor(True)})
-    assert not pca.needs_fit()
+    assert pca.fitted
 
 
 def tampered(value: Tensor, name: str) -> list[Tensor]:
