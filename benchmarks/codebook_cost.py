@@ -42,7 +42,7 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Step:
         def ours() -> None:
             tokens.grad = None
             output = vq(tokens)
-            (output.quantized.square().mean() + output.terms.loss).backward()
+            (output.quantized.square().mean() + output.loss).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -109,9 +109,9 @@ def code_places(head: Head) -> list[Tensor]:
     if isinstance(head, SoftVQ):
         return [head.quantizer.bank.prototypes]
     if isinstance(head, VQPooling):
-        return [head.layer.get_parameter("codebook")]
+        return [head.quantizer.codebook]
     assert isinstance(head, LibraryVQ)
-    codebook = getattr(head.quantizer_layer, "_codebook", None)
+    codebook = getattr(head.quantizer.layer, "_codebook", None)
     return [] if codebook is None else [codebook.embed, codebook.embed_avg]
 
 

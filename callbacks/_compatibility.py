@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from ddcl_lightning._utils import compat
+from ddcl_lightning.backbones.pca import PCABackbone
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.optim.schedule import LRSchedule
 from ddcl_lightning.optim.token_normalized import TokenNormalized
@@ -60,11 +61,10 @@ def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:
             )
         if isinstance(callback, SpikeDetection):
             compat.let_spike_detection_resume(callback)
-        if isinstance(callback, BatchSizeFinder) and module.backbone.needs_fit():
+        if isinstance(callback, BatchSizeFinder) and _is_unfitted(module):
             raise ValueError(
-                f"{name} tries batches before the backbone has been fitted to the data, and this "
-                f"{type(module.backbone).__name__} is not; call backbone.fit(x) on a sample first, or set the batch "
-                "size yourself."
+                f"{name} tries batches before the backbone has been fitted to the data, and this PCABackbone is not; "
+                "call backbone.fit(x) on a sample first, or set the batch size yourself."
             )
         if isinstance(callback, ModelPruning):
             _refuse_pruned_prototypes(callback)
@@ -72,6 +72,10 @@ def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:
             _refuse_tokens_from_cache(callback, module)
         if isinstance(callback, BackboneFinetuning):
             _refuse_finetuning(callback, trainer, module)
+
+
+def _is_unfitted(module: "DDCLReadoutModule") -> bool:
+    return isinstance(module.backbone, PCABackbone) and not bool(module.backbone.fitted)
 
 
 def refuse_idle_averages(trainer: pl.Trainer) -> None:

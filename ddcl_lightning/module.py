@@ -12,6 +12,7 @@ from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.arguments import as_plain, typed
 from ddcl_lightning._utils.batch import Batch, index
 from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
+from ddcl_lightning._utils.training_data import TrainingBatches
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
 from ddcl_lightning.checkpoints.load_checks import check_loading
@@ -288,11 +289,10 @@ class DDCLReadoutModule(ReadoutModule, TwoOptimizerModule):
             compat.accept_frozen_modules_in_eval_mode()
         self._refuse_classes()
         # A resumed run restores the place in the data later on, into loaders that nobody has set up before.
-        if self.trainer.ckpt_path is None and self.backbone.needs_data():
-            self.trainer.fit_loop.setup_data()  # the number of batches is not known before
-            batches = (compat.to_device(self.trainer, batch) for batch in compat.train_batches(self.trainer))
-            self.backbone.prepare(batches, self.trainer.num_training_batches)
-            for copy in compat.averaged_copies(self.trainer):  # made before the backbone was ready
+        if self.trainer.ckpt_path is None:
+            batches = TrainingBatches(self.trainer)
+            self.backbone.prepare(batches)
+            for copy in compat.averaged_copies(self.trainer) if batches.used else ():  # made before it was ready
                 copy.backbone.load_state_dict(self.backbone.state_dict())  # type: ignore[union-attr]
 
     def on_fit_end(self) -> None:

@@ -1,6 +1,6 @@
 """Backbones: from a batch to tokens."""
 
-from ddcl_lightning.backbones.base import Backbone, Tokens
+from ddcl_lightning.backbones.base import Backbone, Tokens, input_sample
 from ddcl_lightning.backbones.conv import ConvBackbone
 from ddcl_lightning.backbones.identity import IdentityBackbone
 from ddcl_lightning.backbones.patches import PatchBackbone
@@ -19,4 +19,5 @@ __all__ = [
     "TimmBackbone",
     "Tokens",
     "TransformersBackbone",
+    "input_sample",
 ]

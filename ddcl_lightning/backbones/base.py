@@ -1,8 +1,7 @@
 """The backbone protocol."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -28,9 +27,8 @@ class Tokens(NamedTuple):
 class Backbone(nn.Module, ABC):
     """Turns a batch into tokens. Subclass it, set ``embed_dim`` and write ``forward``.
 
-    A backbone that must see the training data before it can run (PCA) returns True from ``needs_fit`` and gets a
-    bounded sample of the inputs through ``fit`` before training starts, the same sample on every process. One that
-    wants whole batches instead (to compute features ahead) overrides ``needs_data`` and ``prepare``.
+    A backbone that must see the training data before it can run (PCA), or gains by it (features computed ahead),
+    overrides ``prepare``.
 
     Attributes:
         embed_dim: Dimension of the tokens it returns.
@@ -46,34 +44,40 @@ class Backbone(nn.Module, ABC):
         """What the tokens are of, as images ``(B, T, C, H, W)``, to draw prototypes with; None where there are none."""
         return None
 
-    def needs_fit(self) -> bool:
-        """Whether ``fit`` must be called before ``forward``."""
-        return False
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Get ready with the training data, at the start of every fit that is not a resumed one; nothing by default.
 
-    def fit(self, x: Tensor) -> None:
-        """Learn from a sample of inputs ``(N, *)``, of masked ones from their valid tokens ``(N, F)``.
-
-        Called once, never on a resumed run.
-        """
-
-    def needs_data(self) -> bool:
-        """Whether ``prepare`` must be called before training: by default where ``fit`` must."""
-        return self.needs_fit()
-
-    def prepare(self, batches: Iterable[Batch], total: float) -> None:
-        """Get ready with the training data at the start of every fit that is not a resumed one; by default ``fit``.
-
-        Every process calls it with its own batches.
+        Every process calls it with its own batches. What learns from them must come to the same on every process
+        (:func:`input_sample` does).
 
         Args:
-            batches: One pass over the training batches, as ``forward`` will get them.
-            total: Their number; infinite for a stream that does not end.
+            batches: One pass over the training batches, as ``forward`` will get them; loaders are not set up before
+                somebody iterates or asks for the number ``len(batches)``, which a stream without end has not
+                (``TypeError``).
         """
-        reservoir = Reservoir(FIT_SAMPLES)
-        for batch in batches:
-            x = inputs(batch)
-            valid = mask(batch, x) if x.dim() > 2 else None
-            reservoir.add(x if valid is None else x[valid])
-            if math.isinf(total) and reservoir.num_rows >= reservoir.capacity:
-                break
-        self.fit(reservoir.gather())
+
+
+def count_batches(batches: Iterable[Batch]) -> int | None:
+    """Number of batches, or None for a stream without end."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
+
+
+def input_sample(batches: Iterable[Batch], size: int = FIT_SAMPLES) -> Tensor:
+    """A bounded sample of the inputs in batches, the same on every process: ``(N, *)``, of masked ones ``(N, F)``.
+
+    Args:
+        batches: All are read, but of a stream without end only what fills the sample.
+        size: Largest N.
+    """
+    endless = count_batches(batches) is None
+    reservoir = Reservoir(size)
+    for batch in batches:
+        x = inputs(batch)
+        valid = mask(batch, x) if x.dim() > 2 else None
+        reservoir.add(x if valid is None else x[valid])
+        if endless and reservoir.num_rows >= reservoir.capacity:
+            break
+    return reservoir.gather()

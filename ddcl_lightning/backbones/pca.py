@@ -1,5 +1,6 @@
 """Principal components as a linear encoder."""
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.functional import linear
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.backbones.base import Backbone, Tokens
+from ddcl_lightning.backbones.base import Backbone, Tokens, input_sample
 from ddcl_lightning.backbones.identity import as_tokens, masked_tokens
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, SHARE, GuardedState, Rules, running_dtype
 
@@ -51,9 +52,10 @@ class PCABackbone(GuardedState, Backbone):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
         self.register_buffer("explained_variance_ratio", torch.zeros((), dtype=running_dtype()))
 
-    def needs_fit(self) -> bool:
-        """Whether the components are still missing."""
-        return not bool(self.fitted)
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Fit to a sample of the training inputs, once and for all."""
+        if not bool(self.fitted):
+            self.fit(input_sample(batches))
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -88,7 +90,7 @@ class PCABackbone(GuardedState, Backbone):
 
     def forward(self, batch: Batch) -> Tokens:
         """Components ``(B, T, num_components)`` of the batch's ``x``, with its ``mask``."""
-        if not torch.compiler.is_compiling() and self.needs_fit():
+        if not torch.compiler.is_compiling() and not bool(self.fitted):
             raise RuntimeError(
                 "PCABackbone is not fitted. Trainer.fit does it on the training data; outside of it call "
                 "backbone.fit(x) with a sample of inputs, or load a checkpoint."

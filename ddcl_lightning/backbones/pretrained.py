@@ -1,6 +1,5 @@
 """What pretrained encoders have in common: freezing in whole or in part, and tokens kept on disk while frozen."""
 
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.distributed import gather_objects, is_first_process
-from ddcl_lightning.backbones.base import Backbone, Tokens
+from ddcl_lightning.backbones.base import Backbone, Tokens, count_batches
 from ddcl_lightning.backbones.feature_cache import SEGMENT_SAMPLES, CacheDtype, FeatureCache, Rows, weights_fingerprint
 
 Unfreeze = int | Literal["all"]
@@ -149,26 +148,21 @@ class PretrainedBackbone(Backbone):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             return self.encode(samples)
 
-    def needs_data(self) -> bool:
-        """Whether there is a cache to be filled."""
-        return self.cache_dir is not None
-
-    def prepare(self, batches: Iterable[Batch], total: float) -> None:
+    def prepare(self, batches: Iterable[Batch]) -> None:
         """Encode the training data that the cache does not hold yet; a stream without end is left as it is."""
-        if math.isfinite(total):
+        if self.cache_dir is not None and count_batches(batches) is not None:
             _close_cache(self)  # weights may have changed since it was opened
-            self.fill_cache(batches, total=int(total))
+            self.fill_cache(batches)
             gather_objects(None)  # every process has written its part
             self._open_cache().rescan()
             self._filled = True
 
-    def fill_cache(self, batches: Iterable[Batch], progress: bool = True, total: int | None = None) -> int:
+    def fill_cache(self, batches: Iterable[Batch], progress: bool = True) -> int:
         """Encode the samples that the cache does not hold yet; an interrupted fill goes on where it stopped.
 
         Args:
             batches: As ``forward`` gets them.
             progress: Show a bar over batches on the first process.
-            total: Number of batches, for the bar; None takes their length where they have one.
 
         Returns:
             Number of samples encoded.
@@ -180,9 +174,8 @@ class PretrainedBackbone(Backbone):
             raise ValueError("fill_cache needs a place to keep tokens; give the backbone a cache_dir.")
         cache, encoded, size = self._open_cache(), 0, 1
         pool: dict[bytes, Any] = {}
-        shown = tqdm(
-            batches, desc="tokens to cache", total=total, disable=not (progress and is_first_process()), leave=False
-        )
+        silent = not (progress and is_first_process())
+        shown = tqdm(batches, desc="tokens to cache", total=count_batches(batches), disable=silent, leave=False)
         try:
             for batch in shown:
                 samples = self.samples(batch)

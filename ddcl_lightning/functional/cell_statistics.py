@@ -35,7 +35,7 @@ def cells(
     Args:
         tokens: ``(H, N, d)``.
         prototypes: ``(H, K, d)``.
-        codes: Index of the nearest prototype, ``(H, N)`` int64.
+        codes: Index of the nearest prototype, ``(H, N)`` int64, -1 for padding.
         mask: ``(H, N)`` boolean, True for valid tokens.
         order: Where each token comes among those of all calls and processes, ``(N,)`` int64 >= 0, increasing; by
             default their own numbers.
@@ -44,12 +44,13 @@ def cells(
     dtype = accumulation_dtype(tokens, prototypes)
     heads, size, dim = prototypes.shape
     z, p = tokens.to(dtype), prototypes.to(dtype)
+    valid = codes >= 0 if mask is None else mask & (codes >= 0)
+    codes = codes.clamp(min=0)
     distance = (z - p.gather(1, codes.unsqueeze(-1).expand(-1, -1, dim))).square().sum(-1)
-    position = torch.arange(z.shape[1], device=z.device).expand(heads, -1)
-    if mask is not None:
-        distance, position = distance.masked_fill(~mask, 0.0), position.masked_fill(~mask, -1)
-    valid = torch.ones_like(distance) if mask is None else mask.to(dtype)
-    number, distortion = (z.new_zeros(heads, size).scatter_add_(1, codes, value) for value in (valid, distance))
+    distance = distance.masked_fill(~valid, 0.0)
+    position = torch.arange(z.shape[1], device=z.device).expand(heads, -1).masked_fill(~valid, -1)
+    weights = valid.to(dtype)
+    number, distortion = (z.new_zeros(heads, size).scatter_add_(1, codes, value) for value in (weights, distance))
     last = position.new_full((heads, size), -1).scatter_reduce_(1, codes, position, "amax")
     occupied = last >= 0
     token = z.gather(1, last.clamp(min=0).unsqueeze(-1).expand(-1, -1, dim))

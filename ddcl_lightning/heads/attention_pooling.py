@@ -4,34 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
-
-
-class AdditiveAttention(PoolingLayer):
-    """``softmax_t(w_h^T tanh(W z_t + b))``-weighted means of the tokens, one per query h.
-
-    Args:
-        embed_dim: D, dimension of the tokens.
-        dim: Width of the hidden layer.
-        num_heads: H, queries.
-    """
-
-    def __init__(self, embed_dim: int, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(embed_dim, dim)
-        self.queries = nn.Linear(dim, num_heads, bias=False)
-        self.output_dim = num_heads * embed_dim
-
-    def weights(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Weight of each token per query, ``(B, H, T)``: rows sum to 1, padding has none."""
-        scores: Tensor = self.queries(torch.tanh(self.hidden(tokens))).mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
-        return scores.softmax(-1)
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Weighted means of ``(B, T, D)`` tokens, side by side, ``(B, H * D)``."""
-        return (self.weights(tokens, mask).to(tokens.dtype) @ tokens).flatten(1)
+from ddcl_lightning.heads.pooling import PoolingHead
+from ddcl_lightning.heads.width import check_width
 
 
 class AttentionPooling(PoolingHead):
@@ -52,6 +26,9 @@ class AttentionPooling(PoolingHead):
         ValueError: If a size is below 1 or both widths are given; in ``build``, if ``max_parameters`` is too small.
     """
 
+    hidden: nn.Linear
+    queries: nn.Linear
+
     @typed
     def __init__(
         self,
@@ -60,13 +37,28 @@ class AttentionPooling(PoolingHead):
         max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, max_parameters)
+        super().__init__()
+        check_width("dim", dim, max_parameters)
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1; got {num_heads}.")
-        self.num_heads, self.dim = num_heads, dim
+        self.num_heads, self.dim, self.max_parameters = num_heads, dim, max_parameters
         if embed_dim is not None:
             self.build(embed_dim)
 
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """Attention with a hidden layer of ``width``."""
-        return AdditiveAttention(embed_dim, width or embed_dim, self.num_heads)
+    def create(self, embed_dim: int, width: int | None) -> int:
+        """A hidden layer of ``width``, and the queries."""
+        width = width or embed_dim
+        self.hidden = nn.Linear(embed_dim, width)
+        self.queries = nn.Linear(width, self.num_heads, bias=False)
+        return self.num_heads * embed_dim
+
+    def weights(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weight of each token per query, ``(B, H, T)``: rows sum to 1, padding has none."""
+        scores: Tensor = self.queries(torch.tanh(self.hidden(tokens))).mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, :], -torch.inf)
+        return scores.softmax(-1)
+
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Weighted means of the tokens, side by side, ``(B, H * embed_dim)``."""
+        return (self.weights(tokens, mask).to(tokens.dtype) @ tokens).flatten(1)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.heads.pma import divisible
-from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
+from ddcl_lightning.heads.pooling import PoolingHead
+from ddcl_lightning.heads.width import check_width
 
 
 class PerceiverBlock(nn.Module):
@@ -37,33 +38,6 @@ class PerceiverBlock(nn.Module):
         return output
 
 
-class Perceiver(PoolingLayer):
-    """L latents that read the tokens once and then each other.
-
-    Args:
-        embed_dim: D, dimension of the tokens.
-        dim: d, width of the latents.
-        num_latents: L.
-        num_heads: Heads of every attention; must divide ``dim``.
-        num_blocks: Self-attention blocks.
-    """
-
-    def __init__(self, embed_dim: int, dim: int, num_latents: int, num_heads: int, num_blocks: int) -> None:
-        super().__init__()
-        latents = nn.init.trunc_normal_(torch.empty(1, num_latents, dim), std=0.02)
-        self.latents = nn.Parameter(latents)
-        self.read = PerceiverBlock(dim, num_heads, embed_dim)
-        self.blocks = nn.ModuleList(PerceiverBlock(dim, num_heads) for _ in range(num_blocks))
-        self.output_dim = dim
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean of the latents that have read ``(B, T, D)`` tokens, ``(B, d)``."""
-        latents: Tensor = self.read(self.latents.expand(len(tokens), -1, -1), tokens, mask)
-        for block in self.blocks:
-            latents = block(latents)
-        return latents.mean(1)
-
-
 class PerceiverPooling(PoolingHead):
     """A small Perceiver: cross-attention into latents, self-attention among them, their mean (Jaegle et al. 2021).
 
@@ -84,6 +58,10 @@ class PerceiverPooling(PoolingHead):
             of ``num_heads`` or ``max_parameters`` too small.
     """
 
+    latents: nn.Parameter
+    read: PerceiverBlock
+    blocks: nn.ModuleList
+
     @typed
     def __init__(
         self,
@@ -94,7 +72,8 @@ class PerceiverPooling(PoolingHead):
         max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, max_parameters, num_heads)
+        super().__init__()
+        check_width("dim", dim, max_parameters)
         for name, value, least in (
             ("num_latents", num_latents, 1),
             ("num_heads", num_heads, 1),
@@ -102,11 +81,22 @@ class PerceiverPooling(PoolingHead):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
-        self.num_latents, self.num_heads, self.num_blocks, self.dim = num_latents, num_heads, num_blocks, dim
+        self.num_latents, self.num_heads, self.num_blocks = num_latents, num_heads, num_blocks
+        self.dim, self.max_parameters, self.width_step = dim, max_parameters, num_heads
         if embed_dim is not None:
             self.build(embed_dim)
 
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """A Perceiver with latents of ``width``."""
-        dim = divisible(width or embed_dim, self.num_heads)
-        return Perceiver(embed_dim, dim, self.num_latents, self.num_heads, self.num_blocks)
+    def create(self, embed_dim: int, width: int | None) -> int:
+        """Latents of ``width``, the block in which they read the tokens and those in which they read each other."""
+        width = divisible(width or embed_dim, self.num_heads)
+        self.latents = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, self.num_latents, width), std=0.02))
+        self.read = PerceiverBlock(width, self.num_heads, embed_dim)
+        self.blocks = nn.ModuleList(PerceiverBlock(width, self.num_heads) for _ in range(self.num_blocks))
+        return width
+
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean of the latents that have read the tokens, ``(B, d)``."""
+        latents: Tensor = self.read(self.latents.expand(len(tokens), -1, -1), tokens, mask)
+        for block in self.blocks:
+            latents = block(latents)
+        return latents.mean(1)

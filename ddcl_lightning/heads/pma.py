@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.heads.pooling import PoolingHead, PoolingLayer
+from ddcl_lightning.heads.pooling import PoolingHead
+from ddcl_lightning.heads.width import check_width
 
 SeedPooling = Literal["flatten", "mean"]
 
@@ -37,37 +38,10 @@ class MultiheadAttentionBlock(nn.Module):
         return output
 
 
-class PoolingByMultiheadAttention(PoolingLayer):
-    """``PMA_k(Z) = MAB(S, rFF(Z))`` with k learned seeds S (Lee et al. 2019, eq. 11).
-
-    ``rFF`` also maps the tokens to the width of the block.
-
-    Args:
-        embed_dim: D, dimension of the tokens.
-        dim: d, width of the block.
-        num_heads: Heads of the attention; must divide ``dim``.
-        num_seeds: k.
-        pooling: Seeds side by side, or their mean.
-    """
-
-    @typed
-    def __init__(self, embed_dim: int, dim: int, num_heads: int, num_seeds: int, pooling: SeedPooling) -> None:
-        super().__init__()
-        self.seeds = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, dim)))
-        self.feed_forward = nn.Linear(embed_dim, dim)
-        self.block = MultiheadAttentionBlock(dim, num_heads)
-        self.pooling = pooling
-        self.output_dim = num_seeds * dim if pooling == "flatten" else dim
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Read ``(B, T, D)`` tokens out, ``(B, k * d)`` or ``(B, d)``."""
-        keys = relu(self.feed_forward(tokens))
-        output: Tensor = self.block(self.seeds.expand(len(tokens), -1, -1), keys, mask)
-        return output.flatten(1) if self.pooling == "flatten" else output.mean(1)
-
-
 class PMAPooling(PoolingHead):
     """Pooling by multi-head attention, from the Set Transformer (Lee et al. 2019, eq. 11).
+
+    ``PMA_k(Z) = MAB(S, rFF(Z))`` with k learned seeds S; ``rFF`` also maps the tokens to the width of the block.
 
     Args:
         num_seeds: k, learned queries, at least 1.
@@ -82,6 +56,10 @@ class PMAPooling(PoolingHead):
             not a multiple of ``num_heads`` or ``max_parameters`` too small.
     """
 
+    seeds: nn.Parameter
+    feed_forward: nn.Linear
+    block: MultiheadAttentionBlock
+
     @typed
     def __init__(
         self,
@@ -92,20 +70,31 @@ class PMAPooling(PoolingHead):
         max_parameters: int | None = None,
         embed_dim: int | None = None,
     ) -> None:
-        super().__init__(dim, max_parameters, num_heads)
+        super().__init__()
+        check_width("dim", dim, max_parameters)
         for name, value in (("num_seeds", num_seeds), ("num_heads", num_heads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
         if pooling not in get_args(SeedPooling):
             raise ValueError(f"pooling must be one of {get_args(SeedPooling)}; got {pooling!r}.")
-        self.num_seeds, self.num_heads, self.pooling, self.dim = num_seeds, num_heads, pooling, dim
+        self.num_seeds, self.num_heads, self.pooling = num_seeds, num_heads, pooling
+        self.dim, self.max_parameters, self.width_step = dim, max_parameters, num_heads
         if embed_dim is not None:
             self.build(embed_dim)
 
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """A block of ``width``."""
-        dim = divisible(width or embed_dim, self.num_heads)
-        return PoolingByMultiheadAttention(embed_dim, dim, self.num_heads, self.num_seeds, self.pooling)
+    def create(self, embed_dim: int, width: int | None) -> int:
+        """Seeds and a block of ``width``."""
+        width = divisible(width or embed_dim, self.num_heads)
+        self.seeds = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, self.num_seeds, width)))
+        self.feed_forward = nn.Linear(embed_dim, width)
+        self.block = MultiheadAttentionBlock(width, self.num_heads)
+        return self.num_seeds * width if self.pooling == "flatten" else width
+
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Seeds that have read the tokens, ``(B, k * d)`` or ``(B, d)``."""
+        keys = relu(self.feed_forward(tokens))
+        output: Tensor = self.block(self.seeds.expand(len(tokens), -1, -1), keys, mask)
+        return output.flatten(1) if self.pooling == "flatten" else output.mean(1)
 
 
 def divisible(dim: int, num_heads: int) -> int:

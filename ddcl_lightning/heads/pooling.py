@@ -1,6 +1,8 @@
 """Heads without prototypes: their common base, and the plain summaries CLS, mean and maximum."""
 
+import copy
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,63 +13,70 @@ from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_
 from ddcl_lightning.heads.width import check_width, count_parameters, widest
 
 
-class PoolingLayer(nn.Module):
-    """A plain layer on tokens ``(B, T, D)`` and a mask ``(B, T)`` or None: padding is zero, no sample is empty.
+class PoolingHead(Head):
+    """A head without prototypes that makes one vector of a sample. Subclass it and write ``create`` and ``pool``.
+
+    Arguments are kept in attributes of the same names, as for every head. One that is called ``max_parameters`` makes
+    ``build`` look for the largest width within it; the width itself may be given in the attribute that ``width_name``
+    names. All parameters belong to the task and step at ``lr_task``.
 
     Attributes:
-        output_dim: Dimension of the one vector per sample that it leads to.
+        max_parameters: Parameters that the head may have, or None.
+        width_name: Attribute that holds the width, None for its default.
+        width_step: What the width must be a multiple of (the number of heads).
     """
 
-    output_dim: int
-
-
-class PoolingHead(Head):
-    """A head that is one layer, whose width is given or follows from a parameter budget.
-
-    Subclasses keep their arguments and write ``create_layer``. All parameters belong to the task and step at
-    ``lr_task``.
-
-    Args:
-        width: Width of the layer, or None for its default.
-        max_parameters: Parameters that the head may have: the largest width within it is found by ``build``.
-        step: What the width must be a multiple of.
-
-    Raises:
-        ValueError: If both are given, or one is below 1.
-    """
-
-    layer: PoolingLayer
-    width_name = "dim"
-
-    @typed
-    def __init__(self, width: int | None, max_parameters: int | None, step: int = 1) -> None:
-        super().__init__()
-        check_width(self.width_name, width, max_parameters)
-        self.max_parameters = max_parameters
-        self._width, self._step = width, step
+    max_parameters: int | None = None
+    width_name: ClassVar[str] = "dim"
+    width_step: int = 1
 
     @abstractmethod
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """The layer for tokens ``(B, T, embed_dim)``; ``width`` None is the default one."""
+    def create(self, embed_dim: int, width: int | None) -> int:
+        """Create the layers as attributes, for tokens ``(B, T, embed_dim)``; called once.
+
+        Args:
+            embed_dim: Dimension of the tokens.
+            width: Width of the layers, or None for the default.
+
+        Returns:
+            ``pooled_dim``, the dimension of what ``pool`` returns.
+        """
+
+    @abstractmethod
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """One vector per sample, ``(B, pooled_dim)``.
+
+        Args:
+            tokens: ``(B, T, embed_dim)``, zero at padding.
+            mask: ``(B, T)`` boolean, True for valid tokens, at least one in every sample; None where all are.
+        """
 
     def build(self, embed_dim: int) -> None:
-        """Create the layer for tokens of dimension ``embed_dim``."""
+        """Create the layers for tokens of dimension ``embed_dim``."""
         if check_rebuild(self, embed_dim):
             return
-        width = self._width
+        width = getattr(self, self.width_name, None)
         if self.max_parameters is not None:
             width = widest(
-                lambda dim: count_parameters(lambda: self.create_layer(embed_dim, dim)), self.max_parameters, self._step
+                lambda dim: count_parameters(lambda: self._sketch(embed_dim, dim)), self.max_parameters, self.width_step
             )
-        self.layer = self.create_layer(embed_dim, width)
-        self.pooled_dim = self.layer.output_dim
+        self.pooled_dim = self.create(embed_dim, width)
         super().build(embed_dim)
+
+    def _sketch(self, embed_dim: int, width: int) -> "PoolingHead":
+        """A copy with layers of its own, to be counted."""
+        sketch = copy.copy(self)
+        nn.Module.__init__(sketch)  # else the two would share the dictionaries of their layers
+        for name in ("_parameters", "_buffers", "_modules"):
+            getattr(sketch, name).update(getattr(self, name))
+        sketch.create(embed_dim, width)
+        return sketch
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
         """Read out ``(B, T, embed_dim)`` tokens with mask ``(B, T)``, True for valid ones; tokens stay as they are."""
         check_tokens(self, tokens, mask)
         tokens, mask = fill_padding(tokens, mask)
-        return ReadoutOutput(tokens, self.layer(tokens, mask))
+        return ReadoutOutput(tokens, self.pool(tokens, mask))
 
 
 def first_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -83,46 +92,44 @@ def mean_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return masked_mean(tokens.mT, None if mask is None else mask[:, None, :].expand(tokens.mT.shape))
 
 
-def code_shares(codes: Tensor, num_codes: int, mask: Tensor | None) -> Tensor:
-    """Share of each sample's valid tokens that have each code, ``(B, H, K)``, of hard codes ``(B, T, H)``."""
-    books = codes.clamp(min=0).transpose(1, 2)
-    valid = torch.ones_like(books) if mask is None else mask.unsqueeze(1).expand_as(books)
-    counts = torch.zeros(*books.shape[:2], num_codes, device=codes.device)
-    return counts.scatter_add_(2, books, valid.to(counts.dtype)) / valid.sum(-1, keepdim=True)
+class _Summary(PoolingHead):
+    """A summary without parameters, and the control ``GELU(W s + b)`` on top where a width is given.
 
+    Args:
+        hidden_dim: Width of a layer ``GELU(W s + b)`` on the summary, which becomes ``pooled_dim``; None leaves it out.
+        max_parameters: Parameters that the head may have, instead of ``hidden_dim``.
+        embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
+    """
 
-class _Summary(PoolingLayer):
-    """A summary without parameters, and the control ``GELU(W s + b)`` on top where a width is given."""
+    width_name = "hidden_dim"
+    control: nn.Sequential | None
 
-    def __init__(self, embed_dim: int, hidden_dim: int | None) -> None:
+    @typed
+    def __init__(
+        self, hidden_dim: int | None = None, max_parameters: int | None = None, embed_dim: int | None = None
+    ) -> None:
         super().__init__()
-        self.output_dim = embed_dim if hidden_dim is None else hidden_dim
-        self.control = None if hidden_dim is None else nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU())
+        check_width("hidden_dim", hidden_dim, max_parameters)
+        self.hidden_dim, self.max_parameters = hidden_dim, max_parameters
+        if embed_dim is not None:
+            self.build(embed_dim)
 
-    def summarise(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def summarize(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """One vector per sample, ``(B, embed_dim)``."""
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        pooled = self.summarise(tokens, mask)
+    def create(self, embed_dim: int, width: int | None) -> int:
+        """A hidden layer of ``width`` on the summary, if any."""
+        self.control = None if width is None else nn.Sequential(nn.Linear(embed_dim, width), nn.GELU())
+        return width or embed_dim
+
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The summary, through the hidden layer."""
+        pooled = self.summarize(tokens, mask)
         return pooled if self.control is None else self.control(pooled)
 
 
-class _First(_Summary):
-    def summarise(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        return first_token(tokens, mask)
-
-
-class _Mean(_Summary):
-    def summarise(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        return mean_token(tokens, mask)
-
-
-class _Max(_Summary):
-    def summarise(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
-
-
-class CLSPooling(PoolingHead):
+class CLSPooling(_Summary):
     """The first token of each sample (Devlin et al. 2019, BERT, section 3: the ``[CLS]`` vector).
 
     With ``hidden_dim`` (or ``max_parameters``) it is the parameter-matched control of a comparison: a hidden layer on
@@ -137,23 +144,12 @@ class CLSPooling(PoolingHead):
         ValueError: If both widths are given, or one is below 1; in ``build``, if ``max_parameters`` is too small.
     """
 
-    width_name = "hidden_dim"
-
-    @typed
-    def __init__(
-        self, hidden_dim: int | None = None, max_parameters: int | None = None, embed_dim: int | None = None
-    ) -> None:
-        super().__init__(hidden_dim, max_parameters)
-        self.hidden_dim = hidden_dim
-        if embed_dim is not None:
-            self.build(embed_dim)
-
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """The first token, with a hidden layer of ``width``."""
-        return _First(embed_dim, width)
+    def summarize(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The first valid token, ``(B, embed_dim)``."""
+        return first_token(tokens, mask)
 
 
-class MeanPooling(PoolingHead):
+class MeanPooling(_Summary):
     """The mean of the valid tokens (Reimers & Gurevych 2019, Sentence-BERT, section 3).
 
     With ``hidden_dim`` (or ``max_parameters``) it is the parameter-matched control, see :class:`CLSPooling`.
@@ -167,20 +163,9 @@ class MeanPooling(PoolingHead):
         ValueError: If both widths are given, or one is below 1; in ``build``, if ``max_parameters`` is too small.
     """
 
-    width_name = "hidden_dim"
-
-    @typed
-    def __init__(
-        self, hidden_dim: int | None = None, max_parameters: int | None = None, embed_dim: int | None = None
-    ) -> None:
-        super().__init__(hidden_dim, max_parameters)
-        self.hidden_dim = hidden_dim
-        if embed_dim is not None:
-            self.build(embed_dim)
-
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """The mean token, with a hidden layer of ``width``."""
-        return _Mean(embed_dim, width)
+    def summarize(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean valid token, ``(B, embed_dim)``."""
+        return mean_token(tokens, mask)
 
 
 class MaxPooling(PoolingHead):
@@ -192,10 +177,14 @@ class MaxPooling(PoolingHead):
 
     @typed
     def __init__(self, embed_dim: int | None = None) -> None:
-        super().__init__(None, None)
+        super().__init__()
         if embed_dim is not None:
             self.build(embed_dim)
 
-    def create_layer(self, embed_dim: int, width: int | None) -> PoolingLayer:
-        """The maximum over tokens."""
-        return _Max(embed_dim, None)
+    def create(self, embed_dim: int, width: int | None) -> int:
+        """Nothing: there is no layer."""
+        return embed_dim
+
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """The maximum over tokens, ``(B, embed_dim)``."""
+        return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)

@@ -1,16 +1,13 @@
 """Soft vector quantisation as a readout: the bottleneck of an autoencoder, or a discrete summary of a sample."""
 
-from torch import Tensor, nn
-
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.pooling import code_shares, mean_token
+from ddcl_lightning.heads.codebook import CodebookHead
 from ddcl_lightning.nn.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
 from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 
-class SoftVQ(Head):
+class SoftVQ(CodebookHead):
     """A :class:`~ddcl_lightning.SoftVectorQuantizer` between encoder and decoder (section 7.4, eq. 16).
 
     Its tokens are codes (while training also soft centroids, by choice); a sample is their mean. The commitment
@@ -59,21 +56,14 @@ class SoftVQ(Head):
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.gradient, self.training_output, self.embedding_scale = gradient, training_output, embedding_scale
         self.num_codebooks = num_heads
-        self._create(1 if code_dim else max(num_heads, 1))  # refuse early what no embed_dim could mend
+        self.create(1 if code_dim else max(num_heads, 1))  # refuse early what no embed_dim could mend
         if embed_dim is not None:
             self.build(embed_dim)
 
-    def build(self, embed_dim: int) -> None:
-        """Create the quantiser for tokens of dimension ``embed_dim``."""
-        if check_rebuild(self, embed_dim):
-            return
-        self.quantizer = self._create(embed_dim)
-        self.pooled_dim = embed_dim
-        super().build(embed_dim)
-
-    def _create(self, dim: int) -> SoftVectorQuantizer:
+    def create(self, embed_dim: int) -> SoftVectorQuantizer:
+        """The quantizer, with all of the arguments."""
         return SoftVectorQuantizer(
-            dim,
+            embed_dim,
             self.num_codes,
             code_dim=self.code_dim,
             num_heads=self.num_heads,
@@ -83,25 +73,4 @@ class SoftVQ(Head):
             gradient=self.gradient,
             training_output=self.training_output,
             embedding_scale=self.embedding_scale,
-        )
-
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        """The projection into the codes' space, where there is one."""
-        projection = self.quantizer.input_projection
-        return [] if projection is None else list(projection.parameters())
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
-        """Quantise ``(B, T, embed_dim)`` tokens; the share of each code is returned in evaluation mode."""
-        check_tokens(self, tokens, mask)
-        tokens, mask = fill_padding(tokens, mask)
-        output = self.quantizer(tokens, mask)
-        codes = output.indices.unsqueeze(-1) if self.num_heads == 1 else output.indices
-        shares = None if self.training else code_shares(codes, self.num_codes, mask)
-        return ReadoutOutput(
-            output.quantized,
-            mean_token(output.quantized, mask),
-            assignments=shares,
-            regularization=output.terms.loss,
-            signals={"code_entropy": output.terms.entropy.mean(), "code_gap": output.terms.gap.mean()},
-            codes=codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1),
         )

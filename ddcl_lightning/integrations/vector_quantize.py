@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.pooling import code_shares, mean_token
+from ddcl_lightning._utils.arguments import require_at_least, typed
+from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.heads.codebook import CodebookHead
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
 
 try:
     import vector_quantize_pytorch as library
@@ -20,7 +21,51 @@ QUANTIZERS = ("VectorQuantize", "SimVQ", "FSQ", "LFQ")
 MASKED = ("VectorQuantize", "LFQ")  # the others would let padding take part
 
 
-class LibraryVQ(Head):
+class LibraryQuantizer(Quantizer):
+    """A quantizer of vector-quantize-pytorch with the interface of ours.
+
+    Args:
+        dim: D, dimension of the tokens.
+        quantizer: ``"VectorQuantize"``, ``"SimVQ"``, ``"FSQ"`` or ``"LFQ"``.
+        quantizer_args: Arguments of that class other than ``dim``.
+
+    Attributes:
+        layer: The library's module.
+
+    Raises:
+        ValueError: If the quantizer is unknown or refuses the arguments; in ``forward``, if there is padding and it
+            takes no mask.
+    """
+
+    @typed
+    def __init__(self, dim: int, quantizer: str, quantizer_args: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        require_at_least(1, dim=dim)
+        _require_known(quantizer)
+        args = dict(quantizer_args or {})
+        try:
+            self.layer: nn.Module = getattr(library, quantizer)(dim=dim, **args)
+        except (AssertionError, TypeError) as error:
+            raise ValueError(f"quantizer_args do not fit {quantizer}: {error}.") from None
+        self.layer.train(self.training)  # parts of LFQ come in evaluation mode
+        self.dim, self.quantizer = dim, quantizer
+        self.num_codes = int(self.layer.codebook_size)
+        self.num_codebooks = int(args.get("heads", args.get("num_codebooks", 1)))
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid ones."""
+        padded = mask is not None and not bool(mask.all())
+        if padded and self.quantizer not in MASKED:
+            raise ValueError(f"{self.quantizer} takes no mask; got padding. Use one of {MASKED}, or tokens without it.")
+        output = self.layer(zero_padding(tokens, mask), **({"mask": mask} if padded else {}))
+        codes = output[1].long().reshape(*tokens.shape[:2], self.num_codebooks)
+        if mask is not None:
+            codes = codes.masked_fill(~mask.unsqueeze(-1), -1)
+        loss = output[2].sum() if len(output) > 2 else None
+        return QuantizerOutput(zero_padding(output[0], mask), codes, loss)
+
+
+class LibraryVQ(CodebookHead):
     """A quantiser of vector-quantize-pytorch between encoder and decoder: EMA codes, rotation trick, SimVQ, FSQ, LFQ.
 
     The library's auxiliary losses are the readout's ``regularization``. Its codes move by themselves
@@ -42,8 +87,6 @@ class LibraryVQ(Head):
             arguments; in ``forward``, if there is padding and the quantiser takes no mask.
     """
 
-    quantizer_layer: nn.Module
-
     @typed
     def __init__(
         self,
@@ -53,46 +96,24 @@ class LibraryVQ(Head):
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if quantizer not in QUANTIZERS:
-            close = difflib.get_close_matches(quantizer, QUANTIZERS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"quantizer must be one of {QUANTIZERS}; got {quantizer!r}.{hint}")
+        _require_known(quantizer)
         if not weight > 0:
             raise ValueError(f"weight must be > 0; got {weight}.")
-        self.quantizer, self.quantizer_args, self.weight = quantizer, dict(quantizer_args or {}), weight
+        self._name, self.quantizer_args, self.weight = quantizer, dict(quantizer_args or {}), weight
         if embed_dim is not None:
             self.build(embed_dim)
 
-    def build(self, embed_dim: int) -> None:
-        """Create the library's quantiser for tokens of dimension ``embed_dim``."""
-        if check_rebuild(self, embed_dim):
-            return
-        try:
-            self.quantizer_layer = getattr(library, self.quantizer)(dim=embed_dim, **self.quantizer_args)
-        except (AssertionError, TypeError) as error:
-            raise ValueError(f"quantizer_args do not fit {self.quantizer}: {error}.") from None
-        self.quantizer_layer.train(self.training)  # parts of LFQ come in evaluation mode
-        self.num_codes = int(self.quantizer_layer.codebook_size)  # type: ignore[arg-type]
-        self.num_codebooks = int(self.quantizer_args.get("heads", self.quantizer_args.get("num_codebooks", 1)))
-        self.pooled_dim = embed_dim
-        super().build(embed_dim)
+    def create(self, embed_dim: int) -> LibraryQuantizer:
+        """The library's quantizer for tokens of dimension ``embed_dim``."""
+        return LibraryQuantizer(embed_dim, self._name, self.quantizer_args)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> ReadoutOutput:
-        """Quantise ``(B, T, embed_dim)`` tokens; the share of each code is returned in evaluation mode."""
-        check_tokens(self, tokens, mask)
-        tokens, mask = fill_padding(tokens, mask)
-        padded = mask is not None and not bool(mask.all())
-        if padded and self.quantizer not in MASKED:
-            raise ValueError(f"{self.quantizer} takes no mask; got padding. Use one of {MASKED}, or tokens without it.")
-        output = self.quantizer_layer(tokens, **({"mask": mask} if padded else {}))
-        quantized, indices = output[0], output[1].long()
-        codes = indices.reshape(*tokens.shape[:2], self.num_codebooks)
-        if mask is not None:
-            codes = codes.masked_fill(~mask.unsqueeze(-1), -1)
-        loss = self.weight * output[2].sum() if len(output) > 2 else None
-        shares = None
-        if not self.training and self.num_codes is not None:
-            shares = code_shares(codes, self.num_codes, mask)
-        return ReadoutOutput(
-            quantized, mean_token(quantized, mask), assignments=shares, regularization=loss, codes=codes
-        )
+    def init_args(self) -> dict[str, Any]:
+        """The arguments; ``quantizer`` is the module by now, which has its name from them."""
+        return {"quantizer": self._name, "quantizer_args": self.quantizer_args, "weight": self.weight}
+
+
+def _require_known(quantizer: str) -> None:
+    if quantizer not in QUANTIZERS:
+        close = difflib.get_close_matches(quantizer, QUANTIZERS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"quantizer must be one of {QUANTIZERS}; got {quantizer!r}.{hint}")

@@ -119,9 +119,9 @@ class PrototypeBank(GuardedState):
                 no extra cost, see :func:`~ddcl_lightning.functional.quantize`. Always so in evaluation mode.
 
         Returns:
-            As :meth:`forward` returns it, with codes ``(*, H)`` int64, token means, and the entropy ``(H,)`` in nats of
-            the mean assignment, with its gradient: in training over all processes, in evaluation over the tokens of
-            this one.
+            As :meth:`forward` returns it, with codes ``(*, H)`` int64, -1 at padding, token means, and the entropy
+            ``(H,)`` in nats of the mean assignment, with its gradient: in training over all processes, in evaluation
+            over the tokens of this one.
 
         Raises:
             ValueError: As :meth:`forward`.
@@ -177,6 +177,7 @@ class PrototypeBank(GuardedState):
             weights = weights.reshape(self.num_heads, *lead, -1).movedim(0, max(len(lead) - 1, 0))
         if codes is not None:
             codes = codes.transpose(0, 1).reshape(*lead, self.num_heads)
+            codes = codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1)
         centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
         output = output.replaced(centroids=centroids, weights=weights, codes=codes)
         for observer in self._watching():
@@ -248,9 +249,10 @@ class PrototypeBank(GuardedState):
         return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``."""
+        """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""
         heads = torch.arange(self.num_heads, device=codes.device)
-        return self.prototypes[heads, codes].flatten(-2)
+        vectors = self.prototypes[heads, codes.clamp(min=0)]
+        return vectors.masked_fill((codes < 0).unsqueeze(-1), 0.0).flatten(-2)
 
     def sample(self, tokens: Tensor) -> Tensor:
         """A prototype per token and head, drawn from the assignments: indices ``(*, H)`` int64, for ``(*, H * d)``."""

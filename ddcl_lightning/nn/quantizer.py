@@ -1,15 +1,16 @@
 """Vector quantization: soft assignments while it learns, hard codes when it is used."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.modes import evaluating
-from ddcl_lightning.functional import BankOutput, Decomposition
+from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
@@ -18,38 +19,7 @@ QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
 
 
-class QuantizerTerms(NamedTuple):
-    """Loss terms of :class:`SoftVectorQuantizer`.
-
-    Attributes:
-        loss: What to add to the loss of the reconstruction, a scalar: commitment minus the entropy bonus.
-        decomposition: ``L_q``, ``L_OLS`` and ``V`` per head, ``(H,)`` each, in units of squared distance (eq. 3).
-        entropy: Entropy of the mean soft assignment per head, ``(H,)`` in [0, ln K] nats.
-        gap: Mean squared distance of soft centroid and hard code per head, ``(H,)``, as a share of the total variance
-            of the tokens: what changes when codes become hard. It goes to 0 with T.
-    """
-
-    loss: Tensor
-    decomposition: Decomposition
-    entropy: Tensor
-    gap: Tensor
-
-
-class QuantizerOutput(NamedTuple):
-    """Output of :class:`SoftVectorQuantizer`.
-
-    Attributes:
-        quantized: What the decoder reads, in the shape of the input: codes, or in training also soft centroids.
-        indices: Hard codes, int64: ``(B, T)`` or ``(B, H, W)``, with a last dimension of heads if there are several.
-        terms: See :class:`QuantizerTerms`.
-    """
-
-    quantized: Tensor
-    indices: Tensor
-    terms: QuantizerTerms
-
-
-class SoftVectorQuantizer(nn.Module):
+class SoftVectorQuantizer(Quantizer):
     """Soft vector quantisation (section 5.1, eq. 16) with hard codes at evaluation.
 
     Assignments are soft, at a temperature that is a fraction of the critical one of the tokens as they are: codes and
@@ -156,7 +126,11 @@ class SoftVectorQuantizer(nn.Module):
             mask: ``(B, T)`` boolean, True for valid tokens; not with feature maps. Padding comes out as zero.
 
         Returns:
-            See :class:`QuantizerOutput`.
+            What the decoder reads, in the shape of the input: codes, or in training also soft centroids. Hard codes
+            ``(B, T)`` or ``(B, H, W)``, with a last dimension of heads if there are several, -1 at padding. The loss:
+            commitment minus the entropy bonus. Signals, ``(H,)`` each: ``code_entropy``, of the mean soft assignment,
+            in [0, ln K] nats, and ``code_gap``, the mean squared distance of soft centroid and hard code as a share of
+            the total variance of the tokens, which is what changes when codes become hard: it goes to 0 with T.
 
         Raises:
             ValueError: If a shape does not fit.
@@ -169,27 +143,40 @@ class SoftVectorQuantizer(nn.Module):
         hard = self.bank.decode(output.codes)
         value = output.centroids if self.training and self.training_output == "soft" else hard
         quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
-        terms = self._terms(output, hard.detach(), mask)
-        return QuantizerOutput(self._restore(self._project(quantized, mask), z), self._squeeze(output.codes, z), terms)
+        loss, signals = self._terms(output, hard.detach(), mask)
+        return QuantizerOutput(
+            self._restore(self._project(quantized, mask), z),
+            self._squeeze(output.codes, z),
+            loss,
+            signals,
+            output.terms,
+        )
 
     @torch.no_grad()
-    def encode(self, z: Tensor) -> Tensor:
-        """Hard codes of tokens ``(B, T, D)`` or feature maps ``(B, D, H, W)``, as :class:`QuantizerOutput` has them."""
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hard codes of tokens ``(B, T, D)`` or feature maps ``(B, D, H, W)``, as the forward pass gives them.
+
+        Args:
+            z: Tokens or feature maps, as for the forward pass.
+            mask: ``(B, T)`` boolean, True for valid tokens; the codes of others are -1.
+        """
         with evaluating(self.scale):
-            embedded = self._embed(self._tokens(z, None), None)
-        return self._squeeze(self.bank.encode(embedded), z)
+            embedded = self._embed(self._tokens(z, mask), mask)
+        codes = self.bank.encode(embedded)
+        return self._squeeze(codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1), z)
 
     def decode(self, indices: Tensor) -> Tensor:
         """What a decoder reads for hard codes.
 
         Args:
-            indices: ``(B, T)`` or ``(B, H, W)`` int64, with a last dimension of heads if there are several.
+            indices: ``(B, T)`` or ``(B, H, W)`` int64, with a last dimension of heads if there are several; -1 for
+                padding.
 
         Returns:
-            ``(B, T, D)``, or ``(B, D, H, W)`` for indices on a grid.
+            ``(B, T, D)``, or ``(B, D, H, W)`` for indices on a grid; zero for padding.
 
         Raises:
-            ValueError: If the shape does not fit, or an index is outside of [0, K).
+            ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
         """
         heads, size = self.bank.num_heads, self.bank.num_prototypes
         codes = indices.unsqueeze(-1) if heads == 1 else indices
@@ -199,12 +186,13 @@ class SoftVectorQuantizer(nn.Module):
                 f"indices must be integers of shape (B, T{last}) or (B, H, W{last}); got {indices.dtype} of shape "
                 f"{tuple(indices.shape)}. Pass what encode returns."
             )
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
+        if codes.numel() and not (int(codes.min()) >= -1 and int(codes.max()) < size):
             raise ValueError(
-                f"indices must be in [0, num_codes = {size}); got values from {int(codes.min())} to "
+                f"indices must be in [0, num_codes = {size}), or -1 for padding; got values from {int(codes.min())} to "
                 f"{int(codes.max())}. Pass what encode returns."
             )
-        quantized = self._project(self.bank.decode(codes.flatten(1, -2)), None)
+        codes_of_tokens = codes.flatten(1, -2)
+        quantized = self._project(self.bank.decode(codes_of_tokens), (codes_of_tokens >= 0).all(-1))
         if codes.dim() == 3:
             return quantized
         return torch.unflatten(quantized.mT, -1, codes.shape[1:3])
@@ -215,9 +203,18 @@ class SoftVectorQuantizer(nn.Module):
         return self.bank.prototypes.detach()
 
     @property
-    def num_codes(self) -> int:
+    def num_codes(self) -> int:  # type: ignore[override]
         """K per head."""
         return self.bank.num_prototypes
+
+    @property
+    def num_codebooks(self) -> int:  # type: ignore[override]
+        """H."""
+        return self.bank.num_heads
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The projection into the codes' space, where there is one."""
+        return [] if self.input_projection is None else list(self.input_projection.parameters())
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the parts."""
@@ -260,7 +257,8 @@ class SoftVectorQuantizer(nn.Module):
             codes = torch.unflatten(codes, 1, like.shape[2:])
         return codes.squeeze(-1) if self.bank.num_heads == 1 else codes
 
-    def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> QuantizerTerms:
+    def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the signals."""
         spread = self.bank.temperature_state.variance
         # The running variance; where nothing was seen yet, that of the codes.
         codes = self.codebook.var(1, correction=0).sum(-1)
@@ -272,4 +270,4 @@ class SoftVectorQuantizer(nn.Module):
         entropy = output.entropy
         assert entropy is not None
         loss = self.commitment_weight * (output.terms.loss / spread).sum() - self.entropy_weight * entropy.sum()
-        return QuantizerTerms(loss, output.terms, entropy, gap)
+        return loss, {"code_entropy": entropy, "code_gap": gap}

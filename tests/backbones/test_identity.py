@@ -7,7 +7,6 @@ from ddcl_lightning import Backbone, IdentityBackbone
 def test_passes_features_through() -> None:
     backbone = IdentityBackbone(3)
     assert backbone.embed_dim == 3
-    assert not backbone.needs_fit()
     assert not list(backbone.parameters())
     x, mask = torch.randn(4, 5, 3), torch.rand(4, 5) < 0.5
     values, returned_mask = backbone({"x": x, "mask": mask})

@@ -1,11 +1,19 @@
 """PCA as scikit-learn computes it, once, from clean data, and honest about what it is."""
 
+from collections.abc import Iterable, Iterator
+
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.decomposition import PCA
+from tiny import LinearBackbone, loader, quiet_trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from ddcl_lightning import PCABackbone
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone
+from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning.backbones.base import count_batches, input_sample
 
 
 def data(n: int = 80) -> Tensor:
@@ -56,14 +64,14 @@ def test_whitening_leaves_a_constant_feature_at_zero() -> None:
 
 def test_is_fitted_once_and_for_all() -> None:
     backbone = PCABackbone(6, 4)
-    assert backbone.needs_fit()
+    assert not backbone.fitted
     with pytest.raises(RuntimeError, match="PCABackbone is not fitted"):
         backbone(data())
     backbone.fit(data())
-    assert not backbone.needs_fit()
+    assert backbone.fitted
     twin = PCABackbone(6, 4)
     twin.load_state_dict(backbone.state_dict())
-    assert not twin.needs_fit()
+    assert twin.fitted
     assert torch.equal(twin(data()).values, backbone(data()).values)
 
 
@@ -116,3 +124,42 @@ def test_refuses_another_dimension() -> None:
         backbone.fitted.fill_(True)
         with pytest.raises(ValueError, match=r"\(B, 6\) or \(B, T, 6\); got \(4, 5\)"):
             call(torch.randn(4, 5))
+
+
+class Endless(IterableDataset[dict[str, torch.Tensor]]):
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            yield {"x": torch.randn(6)}
+
+
+def test_is_fitted_to_so_much_of_an_endless_stream_as_fills_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = DataLoader(Endless(), batch_size=8)
+    assert count_batches(stream) is None
+    assert count_batches([1, 2]) == 2
+    assert len(input_sample(stream, size=20)) == 20
+    monkeypatch.setattr("ddcl_lightning.backbones.base.Reservoir", lambda size: Reservoir(20))
+    backbone = PCABackbone(6, 4)
+    backbone.prepare(stream)
+    weight = backbone.weight.clone()
+    backbone.prepare(stream)  # once and for all
+    assert torch.equal(backbone.weight, weight)
+
+
+class Asks(LinearBackbone):
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        self.shapes = [tuple(batch["x"].shape) for batch in batches]
+
+
+class LoaderInSanityCheck(Callback):
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_set_up = trainer.train_dataloader is not None
+
+
+def test_loaders_are_set_up_early_only_for_a_backbone_that_asks_for_its_data() -> None:
+    for backbone in (Asks(), LinearBackbone()):
+        callback = LoaderInSanityCheck()
+        module = DDCLReadoutModule(backbone, DDCLReadout(4), Clustering(4))
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(module, loader(), loader())
+        assert callback.is_set_up == isinstance(backbone, Asks)
+        if isinstance(backbone, Asks):
+            assert backbone.shapes == [(16, 4)] * 4

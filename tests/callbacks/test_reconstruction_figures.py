@@ -98,7 +98,7 @@ def test_figures_show_the_same_images_and_the_counts_of_the_whole_set(tmp_path, 
 
 def test_atoms_of_straight_through_codes_are_the_codes():
     head = VQPooling(6, embed_dim=3).eval()
-    torch.nn.init.normal_(head.layer.codebook)
+    torch.nn.init.normal_(head.quantizer.codebook)
     tokens, mask = torch.randn(4, 5, 3), torch.rand(4, 5) > 0.3
     mask[:, 0] = True
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_atoms_of_straight_through_codes_are_the_codes():
     vectors, counts = mean_tokens(readout.tokens, readout.codes[..., 0], 6)
     assert torch.equal(counts, torch.bincount(readout.codes[mask].flatten(), minlength=6))
     used = counts > 0
-    torch.testing.assert_close(vectors[used], head.layer.codebook.detach()[used])
+    torch.testing.assert_close(vectors[used], head.quantizer.codebook.detach()[used])
     assert bool((vectors[~used] == 0).all())
 
 

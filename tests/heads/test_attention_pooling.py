@@ -12,18 +12,17 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
 @pytest.mark.parametrize("num_heads", [1, 3])
 def test_follows_the_formula(num_heads: int) -> None:
     head = AttentionPooling(num_heads, dim=4, embed_dim=6)
-    layer = head.layer
     pooled = head(TOKENS, MASK).pooled
     assert pooled.shape == (3, head.pooled_dim) == (3, 6 * num_heads)
     for i in range(3):
         z = TOKENS[i, MASK[i]]
-        u = torch.tanh(z @ layer.hidden.weight.mT + layer.hidden.bias)
-        a = torch.softmax(layer.queries.weight @ u.mT, -1)  # (H, T)
+        u = torch.tanh(z @ head.hidden.weight.mT + head.hidden.bias)
+        a = torch.softmax(head.queries.weight @ u.mT, -1)  # (H, T)
         torch.testing.assert_close(pooled[i], (a @ z).flatten())
 
 
 def test_weights_are_a_distribution_over_valid_tokens() -> None:
-    weights = AttentionPooling(2, embed_dim=6).layer.weights(TOKENS, MASK)
+    weights = AttentionPooling(2, embed_dim=6).weights(TOKENS, MASK)
     assert weights.shape == (3, 2, 5)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2))
     assert bool((weights[~MASK.unsqueeze(1).expand(-1, 2, -1)] == 0).all())
@@ -32,7 +31,7 @@ def test_weights_are_a_distribution_over_valid_tokens() -> None:
 
 def test_without_a_query_it_is_the_mean() -> None:
     head = AttentionPooling(embed_dim=6)
-    torch.nn.init.zeros_(head.layer.queries.weight)
+    torch.nn.init.zeros_(head.queries.weight)
     torch.testing.assert_close(head(TOKENS, MASK).pooled, MeanPooling(embed_dim=6)(TOKENS, MASK).pooled)
 
 

@@ -56,9 +56,9 @@ def test_agrees_with_transformers() -> None:
         attention_probs_dropout_prob=0.0,
     )
     model = transformers.PerceiverModel(config).eval()
-    model.embeddings.latents.data.copy_(head.layer.latents[0])
-    copy_block(head.layer.read, model.encoder.cross_attention)
-    for block, layer in zip(head.layer.blocks, model.encoder.self_attends, strict=True):
+    model.embeddings.latents.data.copy_(head.latents[0])
+    copy_block(head.read, model.encoder.cross_attention)
+    for block, layer in zip(head.blocks, model.encoder.self_attends, strict=True):
         copy_block(block, layer)
     with torch.no_grad():
         reference = model(TOKENS, attention_mask=MASK.long()).last_hidden_state.mean(1)
@@ -69,7 +69,7 @@ def test_agrees_with_transformers() -> None:
 
 def test_latents_start_small_and_blocks_count() -> None:
     head = PerceiverPooling(num_latents=200, num_heads=2, num_blocks=0, embed_dim=6)
-    assert float(head.layer.latents.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(head.latents.detach().std()) == pytest.approx(0.02, rel=0.1)
     more = PerceiverPooling(num_latents=200, num_heads=2, num_blocks=3, embed_dim=6)
     block = 4 * 6 * 6 + 4 * 6 + 2 * (6 * 6 + 6) + 2 * 2 * 6
     assert more.num_parameters() - head.num_parameters() == 3 * block

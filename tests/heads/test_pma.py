@@ -13,21 +13,21 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
 
 def written_out(head: PMAPooling, tokens: Tensor, mask: Tensor) -> Tensor:
     """``MAB(S, rFF(Z))`` (eq. 6, 7, 11) by einsum, ``(B, k, d)``."""
-    layer, block, heads = head.layer, head.layer.block, head.num_heads
-    d = layer.seeds.shape[-1]
-    z = torch.relu(layer.feed_forward(tokens))
+    block, heads = head.block, head.num_heads
+    d = head.seeds.shape[-1]
+    z = torch.relu(head.feed_forward(tokens))
     w_q, w_k, w_v = block.attention.in_proj_weight.chunk(3)
     b_q, b_k, b_v = block.attention.in_proj_bias.chunk(3)
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (heads, d // heads))
 
-    q, k, v = split(layer.seeds[0] @ w_q.mT + b_q), split(z @ w_k.mT + b_k), split(z @ w_v.mT + b_v)
+    q, k, v = split(head.seeds[0] @ w_q.mT + b_q), split(z @ w_k.mT + b_k), split(z @ w_v.mT + b_v)
     scores = torch.einsum("shc,bthc->bhst", q, k) / (d // heads) ** 0.5
     weights = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
     read = torch.einsum("bhst,bthc->bshc", weights, v).flatten(-2)
     read = read @ block.attention.out_proj.weight.mT + block.attention.out_proj.bias
-    h = layer_norm(layer.seeds + read, (d,), block.norm_attention.weight, block.norm_attention.bias)
+    h = layer_norm(head.seeds + read, (d,), block.norm_attention.weight, block.norm_attention.bias)
     rff = torch.relu(h @ block.feed_forward.weight.mT + block.feed_forward.bias)
     return layer_norm(h + rff, (d,), block.norm_output.weight, block.norm_output.bias)
 

@@ -22,7 +22,7 @@ def test_control_is_one_hidden_layer_on_the_same_vector(kind: type[CLSPooling] |
     bare, control = kind(embed_dim=2), kind(hidden_dim=5, embed_dim=2)
     assert (bare.num_parameters(), bare.pooled_dim) == (0, 2)
     assert (control.num_parameters(), control.pooled_dim) == (5 * (2 + 1), 5)
-    layer = control.layer.control[0]
+    layer = control.control[0]
     expected = torch.nn.functional.gelu(bare(TOKENS, MASK).pooled @ layer.weight.mT + layer.bias)
     torch.testing.assert_close(control(TOKENS, MASK).pooled, expected)
 

@@ -11,7 +11,7 @@ from ddcl_lightning.heads import VQPooling
 
 def setup(**options: object) -> tuple[VQPooling, Tensor, Tensor]:
     head = VQPooling(**{"num_codes": 4, "embed_dim": 3, **options})
-    torch.nn.init.normal_(head.layer.codebook)
+    torch.nn.init.normal_(head.quantizer.codebook)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
     return head, torch.randn(3, 5, 3, requires_grad=True), mask
 
@@ -21,9 +21,9 @@ def test_by_hand(dim: int | None) -> None:
     head, tokens, mask = setup(dim=dim, beta=0.5, weight=0.3)
     head.eval()
     readout = head(tokens, mask)
-    z = tokens if dim is None else tokens @ head.layer.projection.weight.mT
-    codes = torch.cdist(z, head.layer.codebook.expand(3, -1, -1)).argmin(-1)
-    nearest = head.layer.codebook[codes]
+    z = tokens if dim is None else tokens @ head.quantizer.projection.weight.mT
+    codes = torch.cdist(z, head.quantizer.codebook.expand(3, -1, -1)).argmin(-1)
+    nearest = head.quantizer.codebook[codes]
     squared = (z - nearest).square().sum(-1)[mask].mean()
     torch.testing.assert_close(readout.regularization, 0.3 * 1.5 * squared)
     counts = torch.zeros(4, dtype=torch.long)
@@ -32,7 +32,7 @@ def test_by_hand(dim: int | None) -> None:
         shares = torch.bincount(codes[i, mask[i]], minlength=4)
         torch.testing.assert_close(readout.assignments[i, 0], shares / shares.sum())
         counts += shares
-    assert torch.equal(head.layer.counts, counts)
+    assert torch.equal(head.quantizer.counts, counts)
     torch.testing.assert_close(readout.tokens[mask], nearest[mask])
     assert bool((readout.tokens[~mask] == 0).all())
     assert readout.assignments.shape == (3, 1, 4)
@@ -47,9 +47,9 @@ def test_codes_are_in_the_readout(dim: int | None, training: bool) -> None:
     assert readout.codes.shape == (3, 5, head.num_codebooks)
     assert readout.codes.dtype == torch.int64
     assert readout.tokens.shape[-1] == head.token_dim == (dim or 3)
-    torch.testing.assert_close(head.layer.codebook[readout.codes[mask].flatten()], readout.tokens[mask])
+    torch.testing.assert_close(head.quantizer.codebook[readout.codes[mask].flatten()], readout.tokens[mask])
     assert bool((readout.codes[~mask] == -1).all())
-    assert torch.equal(torch.bincount(readout.codes[mask].flatten(), minlength=head.num_codes), head.layer.counts)
+    assert torch.equal(torch.bincount(readout.codes[mask].flatten(), minlength=head.num_codes), head.quantizer.counts)
     assert int(head(tokens).codes.min()) >= 0
 
 
@@ -60,14 +60,14 @@ def test_gradients_go_where_the_paper_sends_them() -> None:
     (straight,) = torch.autograd.grad((readout.pooled * upstream).sum(), tokens, retain_graph=True)
     # Straight through: what a mean of the tokens themselves would get.
     torch.testing.assert_close(straight, (upstream / 5).unsqueeze(1).expand_as(tokens))
-    assert torch.autograd.grad(readout.pooled.sum(), head.layer.codebook, retain_graph=True, allow_unused=True) == (
+    assert torch.autograd.grad(readout.pooled.sum(), head.quantizer.codebook, retain_graph=True, allow_unused=True) == (
         None,
     )
-    by_token, by_code = torch.autograd.grad(readout.regularization, (tokens, head.layer.codebook))
-    codes = torch.cdist(tokens, head.layer.codebook.expand(3, -1, -1)).argmin(-1)
-    difference = (tokens - head.layer.codebook[codes]).detach() / 15
+    by_token, by_code = torch.autograd.grad(readout.regularization, (tokens, head.quantizer.codebook))
+    codes = torch.cdist(tokens, head.quantizer.codebook.expand(3, -1, -1)).argmin(-1)
+    difference = (tokens - head.quantizer.codebook[codes]).detach() / 15
     torch.testing.assert_close(by_token, 0.25 * 2 * difference)
-    expected = torch.zeros_like(head.layer.codebook).index_add_(0, codes.flatten(), -2 * difference.flatten(0, 1))
+    expected = torch.zeros_like(head.quantizer.codebook).index_add_(0, codes.flatten(), -2 * difference.flatten(0, 1))
     torch.testing.assert_close(by_code, expected)
 
 
@@ -76,22 +76,22 @@ def test_kmeans_start_uses_the_valid_tokens_of_the_first_training_batch() -> Non
     tokens = torch.tensor([[[0.0], [0.2], [90.0]], [[10.0], [10.4], [-90.0]]])
     mask = torch.tensor([[True, True, False], [True, True, False]])
     head.eval()(tokens, mask)
-    assert not bool(head.layer.initialized)
+    assert not bool(head.quantizer.initialized)
     head.train()(tokens, mask)
-    assert bool(head.layer.initialized)
-    torch.testing.assert_close(head.layer.codebook.detach().sort(0).values, torch.tensor([[0.1], [10.2]]))
+    assert bool(head.quantizer.initialized)
+    torch.testing.assert_close(head.quantizer.codebook.detach().sort(0).values, torch.tensor([[0.1], [10.2]]))
     head(tokens + 5, mask)
-    torch.testing.assert_close(head.layer.codebook.detach().sort(0).values, torch.tensor([[0.1], [10.2]]))
+    torch.testing.assert_close(head.quantizer.codebook.detach().sort(0).values, torch.tensor([[0.1], [10.2]]))
     again = VQPooling(2, init="kmeans", embed_dim=1)
     again.load_state_dict(head.state_dict())
     again(tokens + 5, mask)
-    assert torch.equal(again.layer.codebook, head.layer.codebook)  # a resumed run is not started again
+    assert torch.equal(again.quantizer.codebook, head.quantizer.codebook)  # a resumed run is not started again
     with pytest.raises(ValueError, match="num_prototypes must not exceed the number of distinct tokens"):
         VQPooling(5, init="kmeans", embed_dim=1)(tokens, mask)
 
 
 def test_uniform_start() -> None:
-    codebook = VQPooling(10, embed_dim=200).layer.codebook.detach()
+    codebook = VQPooling(10, embed_dim=200).quantizer.codebook.detach()
     assert float(codebook.abs().max()) <= 0.1
     assert float(codebook.std()) == pytest.approx(0.1 / 3**0.5, rel=0.05)
 
@@ -106,8 +106,8 @@ def test_codes_are_fast_and_no_bank() -> None:
     trainer.fit(module, loader())
     rates = {group["name"]: (group["lr"], group["params"]) for o in trainer.optimizers for group in o.param_groups}
     assert rates["prototypes"][0] == 0.05
-    assert rates["prototypes"][1][0] is head.layer.codebook
-    assert any(p is head.layer.projection.weight for p in rates["task"][1])
+    assert rates["prototypes"][1][0] is head.quantizer.codebook
+    assert any(p is head.quantizer.projection.weight for p in rates["task"][1])
     assert trainer.callback_metrics["train/regularization"] > 0
 
 

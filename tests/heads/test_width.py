@@ -1,9 +1,12 @@
 """A budget gives the widest head within it, counted exactly."""
 
+import inspect
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from registry import DIM, classes, make
 
 from ddcl_lightning import DDCLReadout
 from ddcl_lightning.heads import (
@@ -38,7 +41,7 @@ def width(head: Head) -> int:
     if isinstance(head, DDCLReadout):
         return head.attention.bank.dim
     if isinstance(head, AttentionPooling):
-        return head.layer.hidden.out_features
+        return head.hidden.out_features
     return head.pooled_dim // (2 if isinstance(head, PMAPooling) else 1)
 
 
@@ -77,6 +80,30 @@ def test_one_of_width_and_budget(name: str) -> None:
         create(**{argument: 4}, max_parameters=1000)
     with pytest.raises(ValueError, match="max_parameters must be at least 1, or None; got 0"):
         create(max_parameters=0)
+
+
+def sized() -> list[type[Head]]:
+    return [kind for kind in classes(Head) if "max_parameters" in inspect.signature(kind).parameters]
+
+
+@pytest.mark.parametrize("kind", sized(), ids=lambda kind: kind.__name__)
+def test_every_head_with_max_parameters_keeps_to_them(kind: type[Head]) -> None:
+    def head(max_parameters: int) -> Head:
+        instance: Head = make(kind, max_parameters=max_parameters)
+        state = torch.random.get_rng_state()
+        with torch.random.fork_rng(devices=[]):
+            instance.build(DIM)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return instance
+
+    counts = [head(max_parameters).num_parameters() for max_parameters in (2_000, 20_000)]
+    assert counts[0] <= 2_000
+    assert 2_000 < counts[1] <= 20_000
+    with pytest.raises(ValueError, match="max_parameters must be at least") as error:
+        head(1)
+    least = int(re.findall(r"at least (\d+)", str(error.value))[0])
+    assert head(least).num_parameters() == least
+    assert head(2_000)(torch.randn(2, 3, DIM)).pooled.shape[0] == 2
 
 
 def test_budget_in_the_space_of_the_tokens() -> None:

@@ -28,7 +28,7 @@ def test_equals_the_library(name: str) -> None:
     torch.manual_seed(0)
     head = LibraryVQ(quantizer, args, embed_dim=8).eval()
     tokens = torch.randn(3, 10, 8)
-    readout, reference = head(tokens), head.quantizer_layer(tokens)
+    readout, reference = head(tokens), head.quantizer.layer(tokens)
     assert head.num_codes == size
     torch.testing.assert_close(readout.tokens, reference[0])
     assert torch.equal(readout.codes.squeeze(-1), reference[1].long())

@@ -8,9 +8,15 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from ddcl_lightning import OptimizerConfig, PrototypeBank, SizeRules, SoftVectorQuantizer, TokenNormalized
+from ddcl_lightning import (
+    OptimizerConfig,
+    PrototypeBank,
+    SizeRules,
+    SoftVectorQuantizer,
+    TokenNormalized,
+    VectorQuantizer,
+)
 from ddcl_lightning.callbacks import AdaptiveBankSize, KMeansInitialization
-from ddcl_lightning.heads.vq import VectorQuantizer
 from tests.tiny import clustering_module, loader, quiet_trainer
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -81,7 +87,7 @@ def test_k_means_leaves_frozen_prototypes_alone() -> None:
     assert torch.equal(bank.prototypes, before)
     with pytest.raises(ValueError, match="prototypes are frozen, so their number stays"):
         bank.resize(before[:, :2])
-    layer = VectorQuantizer(4, 4, 3, project=False, init="kmeans")
+    layer = VectorQuantizer(4, 3, init="kmeans")
     layer.codebook.requires_grad_(False)
     start = layer.codebook.clone()
     layer(torch.randn(2, 5, 4))
@@ -96,7 +102,7 @@ def test_evaluation_moves_nothing_and_passes_gradients_straight_through() -> Non
         before = {name: value.clone() for name, value in vq.state_dict().items()}
         z, weights = torch.randn(2, 9, 4, requires_grad=True), torch.randn(2, 9, 4)
         output = vq(z)
-        ((output.quantized * weights).sum() + output.terms.loss).backward()
+        ((output.quantized * weights).sum() + output.loss).backward()
         assert z.grad is not None
         assert bool(z.grad.any())
         assert vq.bank.prototypes.grad is None
@@ -108,7 +114,7 @@ def test_the_same_parameter_in_two_optimizers_is_refused_by_name() -> None:
     net = nn.ModuleDict({"encoder": nn.Linear(4, 4), "vq": SoftVectorQuantizer(4, 8)})
     everything = torch.optim.Adam(net.parameters(), lr=1e-2)
     codes = TokenNormalized([net["vq"].bank.prototypes]).watch(net)
-    net["vq"](net["encoder"](torch.randn(2, 9, 4))).terms.loss.backward()
+    net["vq"](net["encoder"](torch.randn(2, 9, 4))).loss.backward()
     before = net["vq"].codebook.clone()
     with pytest.raises(RuntimeError, match=r"'vq.bank.prototypes' is in two optimizers, TokenNormalized and Adam"):
         everything.step()
@@ -118,7 +124,7 @@ def test_the_same_parameter_in_two_optimizers_is_refused_by_name() -> None:
     # The later of two that watch has them; the earlier one has nothing left to refuse.
     first = TokenNormalized([net["vq"].bank.prototypes]).watch(net)
     second = TokenNormalized([net["vq"].bank.prototypes]).watch(net)
-    net["vq"](net["encoder"](torch.randn(2, 9, 4))).terms.loss.backward()
+    net["vq"](net["encoder"](torch.randn(2, 9, 4))).loss.backward()
     second.step()
     with pytest.raises(RuntimeError, match="is in two optimizers"):
         first.step()

@@ -165,7 +165,7 @@ def test_boolean_flags_of_older_states_are_taken() -> None:
             assert bank.initialized.dtype == torch.float32
     pca = PCABackbone(6, 3)
     pca.load_state_dict({**fitted_pca().state_dict(), "fitted": torch.tensor(True)})
-    assert not pca.needs_fit()
+    assert pca.fitted
 
 
 def tampered(value: Tensor, name: str) -> list[Tensor]:
@@ -244,9 +244,9 @@ def test_a_damaged_head_is_refused_by_name(tmp_path: Path) -> None:
             Head.from_pretrained(tmp_path)
     projected = VQPooling(4, dim=3, embed_dim=6)
     with torch.no_grad():
-        projected.layer.projection.weight[0, 0] = torch.nan  # type: ignore[union-attr]
+        projected.quantizer.projection.weight[0, 0] = torch.nan  # type: ignore[union-attr]
     projected.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"layer.projection.weight must hold finite real numbers. Save the head again"):
+    with pytest.raises(ValueError, match=r"projection.weight must hold finite real numbers. Save the head again"):
         Head.from_pretrained(tmp_path)
 
 

@@ -25,12 +25,12 @@ def test_shapes_of_tokens_and_feature_maps(heads: int, code_dim: int | None, tra
     last = (heads,) if heads > 1 else ()
     tokens, grid = torch.randn(3, 8, 6), torch.randn(3, 6, 2, 4)
     for z, shape in ((tokens, (3, 8)), (grid, (3, 2, 4))):
-        quantized, indices, terms = vq(z)
+        quantized, indices, loss, signals, decomposition = vq(z)
         assert quantized.shape == z.shape
         assert indices.shape == (*shape, *last)
         assert indices.dtype == torch.int64
-        assert terms.loss.shape == ()
-        assert all(term.shape == (heads,) for term in (*terms.decomposition, terms.entropy, terms.gap))
+        assert loss.shape == ()
+        assert all(term.shape == (heads,) for term in (*decomposition, *signals.values()))
         assert torch.equal(vq.encode(z), indices)
         assert vq.decode(indices).shape == z.shape
     # A grid is its cells, row by row. (In training the temperature has moved on.)
@@ -43,7 +43,7 @@ def test_shapes_of_tokens_and_feature_maps(heads: int, code_dim: int | None, tra
 def test_evaluation_reads_the_nearest_codes(heads: int) -> None:
     vq = quantizer(num_heads=heads).eval()
     z = torch.randn(3, 8, 6)
-    quantized, indices, _ = vq(z)
+    quantized, indices, *_ = vq(z)
     head_tokens = z.view(24, heads, -1).transpose(0, 1)
     assert torch.equal(indices.reshape(24, heads).T, nearest_prototype(head_tokens, vq.codebook))
     torch.testing.assert_close(quantized, vq.decode(indices))
@@ -56,7 +56,7 @@ def test_evaluation_reads_the_nearest_codes(heads: int) -> None:
 def test_what_training_reads_and_the_loss_is_its_definition(gradient: Any, output: Any) -> None:
     vq = quantizer(commitment_weight=0.3, entropy_weight=0.2, gradient=gradient, training_output=output)
     z = torch.randn(4, 10, 6)
-    quantized, _, terms = vq(z)
+    quantized, _, loss, signals, _ = vq(z)
     flat, codes, temperature = z.view(40, 6), vq.codebook[0], float(vq.bank.temperature)
     q = soft_assign(flat, codes, temperature)
     expected = q @ codes if output == "soft" else codes[q.argmax(1)]
@@ -65,10 +65,10 @@ def test_what_training_reads_and_the_loss_is_its_definition(gradient: Any, outpu
     spread = flat.var(0, correction=0).sum()
     mean = q.mean(0)
     entropy = -(mean * mean.log()).sum()
-    torch.testing.assert_close(terms.entropy[0], entropy)
-    torch.testing.assert_close(terms.loss, 0.3 * (q * distances).sum(1).mean() / spread - 0.2 * entropy)
+    torch.testing.assert_close(signals["code_entropy"][0], entropy)
+    torch.testing.assert_close(loss, 0.3 * (q * distances).sum(1).mean() / spread - 0.2 * entropy)
     hard = codes[q.argmax(1)]
-    torch.testing.assert_close(terms.gap[0], (q @ codes - hard).square().sum(1).mean() / spread)
+    torch.testing.assert_close(signals["code_gap"][0], (q @ codes - hard).square().sum(1).mean() / spread)
     assert temperature == pytest.approx(
         0.1 * 4 * float(torch.linalg.eigvalsh(torch.cov(flat.T, correction=0))[-1]), rel=0.1
     )
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_loss_written_out() -> None:
     """Of the commitment and of the entropy bonus, whose streamed form must have the gradient of the plain one."""
     vq = quantizer(commitment_weight=0.3, entropy_weight=0.2)
     z = torch.randn(4, 10, 6, requires_grad=True)
-    vq(z).terms.loss.backward()
+    vq(z).loss.backward()
     assert z.grad is not None
     actual = [z.grad.clone(), vq.bank.prototypes.grad.clone()]
     other, codes = z.detach().clone().requires_grad_(), vq.codebook.clone().requires_grad_()
@@ -115,7 +115,7 @@ def test_the_gap_closes_with_the_temperature() -> None:
     gaps = []
     for fraction in (0.5, 0.05, 0.0005):
         vq = quantizer(temperature=fraction)
-        gaps.append(float(vq(torch.randn(8, 50, 6, generator=torch.Generator().manual_seed(0))).terms.gap))
+        gaps.append(float(vq(torch.randn(8, 50, 6, generator=torch.Generator().manual_seed(0))).signals["code_gap"]))
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-3
 
@@ -125,10 +125,22 @@ def test_padding_changes_nothing() -> None:
     full, bare = quantizer(code_dim=3), quantizer(code_dim=3)
     masked = full(z.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
     alone = bare(z[mask].unsqueeze(0))
-    torch.testing.assert_close(masked.terms.loss, alone.terms.loss)
-    torch.testing.assert_close(masked.terms.gap, alone.terms.gap)
+    torch.testing.assert_close(masked.loss, alone.loss)
+    torch.testing.assert_close(masked.signals["code_gap"], alone.signals["code_gap"])
     torch.testing.assert_close(masked.quantized[mask], alone.quantized[0])
     assert not masked.quantized[~mask].any()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("code_dim", [None, 3])
+def test_padding_has_the_code_minus_one_which_is_decoded_to_zero(code_dim: int | None, heads: int) -> None:
+    z, mask = torch.randn(3, 9, 6), torch.rand(3, 9) < 0.6
+    vq = quantizer(code_dim=code_dim, num_heads=heads)
+    for training in (True, False):
+        output = vq.train(training)(z.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
+        assert torch.equal(output.indices.view(3, 9, heads) == -1, ~mask.unsqueeze(-1).expand(3, 9, heads))
+    assert torch.equal(vq.encode(z, mask), output.indices)
+    torch.testing.assert_close(vq.decode(output.indices), output.quantized)
 
 
 @pytest.mark.parametrize("code_dim", [None, 3])
@@ -183,7 +195,7 @@ def test_codes_come_back_from_bad_starts(start: str) -> None:
         )
         for _ in range(150):
             optimizer.zero_grad()
-            vq(z).terms.loss.backward()
+            vq(z).loss.backward()
             optimizer.step()
         used[name] = len(vq.encode(z).unique())
     assert used["token_normalized"] == 16
@@ -221,8 +233,8 @@ def test_state_and_copies(tmp_path: Any) -> None:
 def test_bfloat16_autocast_and_tokens() -> None:
     vq = quantizer(code_dim=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        quantized, _, terms = vq(torch.randn(2, 9, 6))
-    assert terms.loss.dtype == torch.float32
+        quantized, _, loss, *_ = vq(torch.randn(2, 9, 6))
+    assert loss.dtype == torch.float32
     assert torch.isfinite(quantized).all()
     assert quantizer()(torch.randn(2, 9, 6).bfloat16()).quantized.dtype == torch.bfloat16
 
@@ -268,7 +280,7 @@ def test_bad_inputs() -> None:
             vq(z)
     with pytest.raises(ValueError, match="mask belongs to tokens"):
         vq(torch.randn(2, 6, 3, 3), torch.ones(2, 9, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"indices must be in \[0, num_codes = 5\); got values from 0 to 5"):
+    with pytest.raises(ValueError, match=r"must be in \[0, num_codes = 5\), or -1 for padding; got values from 0 to 5"):
         vq.decode(torch.tensor([[0, 5]]))
     with pytest.raises(ValueError, match=r"indices must be integers of shape \(B, T\) or \(B, H, W\)"):
         vq.decode(torch.tensor([0, 1]))

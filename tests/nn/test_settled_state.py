@@ -29,7 +29,7 @@ class Quantized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.vq(x)
-        return output.quantized.square().mean() + output.terms.loss
+        return output.quantized.square().mean() + output.loss
 
 
 class Levels(nn.Module):

@@ -30,7 +30,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.vq(self.encoder(x))
-        return (output.quantized.square().mean() + output.terms.loss) * 1e-3
+        return (output.quantized.square().mean() + output.loss) * 1e-3
 
 
 def tokens(number: int, shift: float = 0.0) -> Tensor:

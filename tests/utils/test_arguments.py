@@ -18,6 +18,7 @@ from ddcl_lightning import (
     DDCLReadoutModule,
     IdentityBackbone,
     PrototypeBank,
+    VectorQuantizer,
     backbones,
     callbacks,
     datamodules,
@@ -52,10 +53,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     "IdentityBackbone": {"in_features": 4},
     "ImageFolderDataModule": {"path": "images"},
     "LibraryVQ": {"quantizer": "VectorQuantize", "quantizer_args": {"codebook_size": 4}},
+    "LibraryQuantizer": {"dim": 4, "quantizer": "SimVQ", "quantizer_args": {"codebook_size": 4}},
     "PatchBackbone": {"patch_size": 2},
     "PCABackbone": {"in_features": 4, "num_components": 2},
     "PrototypeBank": {"num_prototypes": 4, "dim": 2},
     "PrototypeNorm": {"dim": 4, "num_prototypes": 3},
+    "QuantizerReadout": {"quantizer": VectorQuantizer(4, 4)},
     "Reconstruction": {"decoder": ConvDecoder(1)},
     "SequenceDecoder": {"out_dim": 3},
     "SerialPrototypes": {"dim": 4, "num_prototypes": 3},
@@ -66,6 +69,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TokenNormalized": {"params": [BANK.prototypes]},
     "TransformersBackbone": {"model": "bert"},
     "VQPooling": {"num_codes": 4},
+    "VectorQuantizer": {"dim": 4, "num_codes": 4},
 }
 # Estimators check in fit, as scikit-learn wants it (tests/test_estimator.py); these take no number of the user's.
 LEFT_OUT = {"DDCLClustering", "PrototypePooling", "TransformersBackbone"}

@@ -109,8 +109,8 @@ def test_padding_is_read_by_no_backbone_whatever_it_holds() -> None:
         assert torch.equal(values[VALID], expected)
         assert not values.isnan().any()
         fitted = [PCABackbone(2, 1), PCABackbone(2, 1)]
-        fitted[0].prepare([{"x": padded, name: VALID}], 1)
-        fitted[1].prepare([expected], 1)
+        fitted[0].prepare([{"x": padded, name: VALID}])
+        fitted[1].prepare([expected])
         assert torch.equal(fitted[0].weight, fitted[1].weight)
         assert torch.equal(fitted[0].bias, fitted[1].bias)
 

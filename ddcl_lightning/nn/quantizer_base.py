@@ -1,0 +1,64 @@
+"""The quantizer protocol."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.nn.discovery import find_banks
+
+
+class QuantizerOutput(NamedTuple):
+    """What a quantizer makes of ``(B, T, D)`` tokens.
+
+    Attributes:
+        quantized: Codes in place of the tokens, ``(B, T, output_dim)``, zero at padding.
+        indices: Hard code of each token, int64 in [0, ``num_codes``), -1 at padding: ``(B, T)``, with a last dimension
+            of codebooks if there are several.
+        loss: What to add to the loss of the reconstruction, a scalar, or None.
+        signals: What to log while training, by name: scalars, or one value per codebook, ``(H,)``.
+        decomposition: ``L_q``, ``L_OLS`` and ``V`` per head, ``(H,)`` each, in units of squared distance (eq. 3), of a
+            quantizer with prototypes; None for others.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    loss: Tensor | None = None
+    signals: Mapping[str, Tensor] = MappingProxyType({})
+    decomposition: Decomposition | None = None
+
+
+class Quantizer(nn.Module, ABC):
+    """Replaces tokens by codes. Subclass it, set ``dim`` and ``num_codes``, and write ``forward``.
+
+    :class:`~ddcl_lightning.QuantizerReadout` puts it between an encoder and a decoder.
+
+    Attributes:
+        dim: D, dimension of the tokens that it takes.
+        num_codes: K, codes of each codebook.
+        num_codebooks: H, codebooks.
+    """
+
+    dim: int
+    num_codes: int
+    num_codebooks: int = 1
+
+    @property
+    def output_dim(self) -> int:
+        """Dimension of the quantized tokens: D unless a quantizer overrides it."""
+        return self.dim
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid ones; padding may hold anything."""
+
+    def prototype_parameters(self) -> list[nn.Parameter]:
+        """Codes that step at ``lr_prototypes``: by default the prototypes of every bank inside."""
+        return [bank.prototypes for bank in find_banks(self).values()]
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Parameters that move the tokens which a bank sees, see :meth:`ddcl_lightning.Head.embedding_parameters`."""
+        return []
