@@ -204,10 +204,14 @@ def test_pruned_modules_and_averaged_copies_are_where_they_were() -> None:
     assert copy is not module
 
 
+class Loads(pl.LightningDataModule):
+    def test_dataloader(self) -> "DataLoader[dict[str, torch.Tensor]]":
+        return loader()
+
+
 def test_the_data_module_of_the_stage_is_told_from_an_earlier_one() -> None:
-    trainer = quiet_trainer()
+    trainer, module, data = quiet_trainer(), clustering_module(), Loads()
     assert compat.current_datamodule(trainer) is None
-    module, data = clustering_module(), pl.LightningDataModule.from_datasets(test_dataset=Blobs(), batch_size=16)
     trainer.test(module, datamodule=data)
     assert compat.current_datamodule(trainer) is data
     trainer.test(module, dataloaders=loader())
