@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import labels
 from ddcl_lightning._utils.distributed import from_first_process, gather_objects
@@ -228,7 +229,7 @@ def batch_column(batch: Any, name: str, size: int) -> list[Any]:
 
 
 def _data_module(trainer: pl.Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)
+    return compat.current_datamodule(trainer)
 
 
 def _to_numpy(value: Tensor) -> "npt.NDArray[Any]":

@@ -29,6 +29,8 @@ from ddcl_lightning.datamodules._origin import Origin, check_names, writable
 
 EvaluateOn = Literal["auto", "held_out", "train", "all"]
 Split = Literal["train", "val", "test"]
+LARGEST_SIZE = 2**31 - 1  # of what is counted in rows or pixels; beyond it torch's loops overflow or never end
+MOST_WORKERS = 1024  # processes per loader; more than that is a slip of the finger
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SPLIT_NAMES: dict[str, Split] = {
     **dict.fromkeys(("train", "training"), SPLITS[0]),
@@ -103,9 +105,9 @@ class SplitDataModule(pl.LightningDataModule):
         limit: Train on at most this many rows, at least 1, for quick runs: a random subset in which every class keeps
             its share, and which a larger limit at the same seed contains. None takes all. Validation and test rows are
             not limited; ``Trainer(limit_val_batches=...)`` does that.
-        seed: Seed of split, limit, training order and augmentation, at least 0; None takes that of
+        seed: Seed of split, limit, training order and augmentation, in [0, 2**32); None takes that of
             ``seed_everything``.
-        num_workers: Worker processes per loader, at least 0; 0 is fastest for what needs no decoding.
+        num_workers: Worker processes per loader, in [0, 1024]; 0 is fastest for what needs no decoding.
 
     Attributes:
         class_names: Name of each class, in the order of the labels; empty where there are no labels.
@@ -129,7 +131,7 @@ class SplitDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least("batch_size", batch_size, 1)
-        check_at_least("num_workers", num_workers, 0)
+        check_at_least("num_workers", num_workers, 0, MOST_WORKERS)
         for name, value in (("eval_batch_size", eval_batch_size), ("limit", limit)):
             if value is not None:
                 check_at_least(name, value, 1)
@@ -377,10 +379,12 @@ def stratified_subset(y: Tensor, size: int, seed: int) -> Tensor:
     return place.argsort(stable=True)[:size].sort().values
 
 
-def check_at_least(name: str, value: int, minimum: int) -> None:
-    """Raise a ValueError that names the argument unless ``value`` is an integer of at least ``minimum``."""
+def check_at_least(name: str, value: int, minimum: int, maximum: int = LARGEST_SIZE) -> None:
+    """Raise a ValueError that names the argument unless ``value`` is an integer in ``[minimum, maximum]``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}. Pass {minimum} or more.")
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}; got {value}. Pass a smaller number.")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -59,7 +59,7 @@ class DebrisDataModule(TensorDataModule):
             the training set.
         evaluate_on: See :class:`~ddcl_lightning.datamodules.SplitDataModule`, as for all the arguments around it.
         limit: Train on at most this many objects, every class keeping its share.
-        seed: Seed of the synthetic objects, the split and the training order, at least 0; by default that of
+        seed: Seed of the synthetic objects, the split and the training order, in [0, 2**32); by default that of
             ``seed_everything``.
         num_workers: Worker processes per loader; 0 is fastest for tensors in memory.
 

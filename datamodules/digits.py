@@ -23,7 +23,7 @@ class DigitsDataModule(TensorDataModule):
         val_fraction: Part of each class that is held out for validation and test, in [0, 1).
         evaluate_on: See :class:`~ddcl_lightning.datamodules.SplitDataModule`, as for all the other arguments.
         limit: Train on at most this many rows, every class keeping its share.
-        seed: Seed of the split and of the training order, at least 0; by default that of ``seed_everything``.
+        seed: Seed of the split and of the training order, in [0, 2**32); by default that of ``seed_everything``.
         num_workers: Worker processes per loader; 0 is fastest for tensors in memory.
         as_images: Give ``x`` as images ``(B, 1, 8, 8)`` for a convolutional backbone, not as rows ``(B, 64)``.
     """

@@ -13,7 +13,8 @@ The formulas as pure functions are in ``ddcl_lightning.functional``; classes tha
 ``ddcl_lightning.integrations``.
 """
 
-import ddcl_lightning._utils.checkout  # noqa: F401 - first: refuses a mixture of two copies
+import ddcl_lightning._utils.at_start  # before the seconds that torch and Lightning take to import
+import ddcl_lightning._utils.checkout  # noqa: F401 - before the rest: refuses a mixture of two copies
 from ddcl_lightning.adapters import (
     DDCLFeedForward,
     GatedPrototypes,

@@ -27,13 +27,13 @@ from ddcl_lightning.optim.schedule import LRSchedule, Shape
 from ddcl_lightning.optim.two_optimizers import TwoOptimizerModule
 from ddcl_lightning.optim.two_timescale import parameter_ids, run_length
 from ddcl_lightning.tasks.base import Task
-from ddcl_lightning.tasks.readout_module import ReadoutModule
+from ddcl_lightning.tasks.class_names import ClassNames
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class DDCLReadoutModule(ReadoutModule, TwoOptimizerModule):
+class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
     """Trains a backbone, a readout head and a task with two optimizers and one backward pass.
 
     The prototypes are the fast subsystem and the encoder the slow one (Theorem 1): ``rho`` is the ratio of their
@@ -264,30 +264,19 @@ class DDCLReadoutModule(ReadoutModule, TwoOptimizerModule):
                 f"check_val_every_n_epoch must be at least 1; got {every}. To validate never, set limit_val_batches=0."
             )
 
-    def _refuse_classes(self) -> None:
-        """Say at once, and in the data's own names, that there are more classes than the task knows of."""
-        data = getattr(self.trainer, "datamodule", None)
-        classes, known = getattr(data, "num_classes", None), getattr(self.task, "num_classes", None)
-        if isinstance(classes, int) and isinstance(known, int) and classes > known:
-            names = getattr(data, "class_names", None) or ()
-            listed = ": " + ", ".join(map(repr, names[:12])) + ", ..." * (len(names) > 12) if names else ""
-            raise ValueError(
-                f"num_classes of the task must be at least that of the data, {classes}{listed}; got {known}. Set it "
-                "(--model.task.init_args.num_classes), or correct the labels."
-            )
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are NaN or infinite."""
+        super().on_load_checkpoint(checkpoint)
         require_finite(checkpoint.get("state_dict", {}), dict(self.named_parameters()))
 
     def on_fit_start(self) -> None:
         """Let the backbone get ready with the training data: be fitted to it, or encode it ahead."""
+        super().on_fit_start()
         # Assignments far from a prototype underflow into denormal numbers, which a CPU multiplies ten times slower.
         torch.set_flush_denormal(True)
         compat.accept_checkpoints_after_steps()
         if not all(parameter.requires_grad for parameter in self.backbone.parameters()):
             compat.accept_frozen_modules_in_eval_mode()
-        self._refuse_classes()
         # A resumed run restores the place in the data later on, into loaders that nobody has set up before.
         if self.trainer.ckpt_path is None:
             batches = TrainingBatches(self.trainer)

@@ -59,6 +59,12 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
+def current_datamodule(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """The data module of the stage in progress; ``trainer.datamodule`` stays that of an earlier one beside loaders."""
+    selector = trainer._data_connector._datahook_selector
+    return None if selector is None else selector.datamodule
+
+
 def save_by_time(trainer: pl.Trainer, outputs: Any, batch: Batch, batch_idx: int) -> None:
     """Do what ``ModelCheckpoint(train_time_interval=...)`` leaves out, without a word, under manual optimization.
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.distributed import gather_objects, world_size
+from ddcl_lightning._utils.seeding import check_seed
 
 
 class Reservoir:
@@ -12,15 +13,16 @@ class Reservoir:
 
     Args:
         capacity: Rows to keep, over all processes.
-        seed: Seed of the sample.
+        seed: Seed of the sample, in [0, 2**32).
 
     Raises:
-        ValueError: If the capacity is below 1.
+        ValueError: If the capacity is below 1, or the seed is not in [0, 2**32).
     """
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 row; got {capacity}.")
+        check_seed("seed", seed)
         self.capacity = max(1, capacity // world_size())
         self.num_rows = 0
         self._rows: Tensor | None = None

@@ -19,6 +19,7 @@ from lightning_utilities.core.enums import StrEnum
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
+from ddcl_lightning._utils.seeding import check_seed
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
 from ddcl_lightning.cli.config_files import check_config
@@ -67,6 +68,9 @@ class DDCLCommandLine(LightningCLI):
             _refuse(f"a file of settings must be YAML in UTF-8, and flat; {error}. Correct it.")
         for name in self._foreign.get(self.config.get("subcommand") or "", ()):
             self.config[self.config["subcommand"]].pop(name, None)
+        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        with _refusals(ValueError):
+            check_seed("seed_everything", int(settings.get("seed_everything") or 0))
         self._given = self._model_settings()
         self._check_checkpoint()
         self._warn_of_dropped_callbacks()

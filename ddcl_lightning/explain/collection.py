@@ -53,13 +53,15 @@ def collect(
         progress: Show bars.
 
     Raises:
-        ValueError: If an argument is out of its range, there is no bank or no data, or an index is not in the data.
+        ValueError: If an argument is out of its range, there is no bank or no data, an index is not in the data, or
+            the data has other classes than those that the module was trained on.
     """
     check_arguments(examples, inputs, indices, max_samples)
     observer = Observer(module)
     datamodule.prepare_data()
     datamodule.setup("fit")
     datamodule.setup("predict")
+    module.refuse_other_classes(datamodule)
     album = Album(datamodule)
     move = to_device or (lambda batch: module.transfer_batch_to_device(batch, module.device, 0))
     with isolate_rng(), observer.watching():

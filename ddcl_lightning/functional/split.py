@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddcl_lightning._utils.seeding import check_seed
 from ddcl_lightning.functional._common import token_chunks
 
 MAX_TOKENS = 1024  # with more, ever smaller departures from a Gaussian become significant
@@ -40,7 +41,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
     Args:
         tokens: ``(N, d)``; an even part of more than 1,024 is looked at, in their 32 leading principal directions.
         min_tokens: Tokens that each of the two must hold, at least 1, of the N.
-        seed: Seed of the Gaussian samples; equal tokens give equal scores.
+        seed: Seed of the Gaussian samples, in [0, 2**32); equal tokens give equal scores.
         num_nulls: Gaussian samples, at least 2.
 
     Returns:
@@ -54,6 +55,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
             f"min_tokens must be at least 1 and num_nulls at least 2; got min_tokens = {min_tokens}, num_nulls = "
             f"{num_nulls}."
         )
+    check_seed("seed", seed)
     size, dim = tokens.shape
     nothing = SplitTest(-math.inf, tokens[:1].repeat(2, 1) if size else tokens.new_zeros(2, dim))
     if size < 2 * min_tokens:

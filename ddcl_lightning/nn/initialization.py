@@ -10,6 +10,8 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddcl_lightning._utils.seeding import LARGEST_SEED, check_seed
+
 InitMethod = Literal["kmeans", "farthest_point"]
 
 
@@ -32,7 +34,7 @@ def initial_prototypes(
             ``"farthest_point"``: K tokens chosen greedily to be far apart, which starts with a large separation
             (section 8.7), at the price of starting on outliers.
         num_restarts: Runs of k-means; the one with the smallest inertia wins.
-        seed: Seed of the choice; equal sets of tokens in equal order give equal prototypes.
+        seed: Seed of the choice, in [0, 2**32); equal sets of tokens in equal order give equal prototypes.
         progress: Show a bar over the restarts.
         description: Label of the bar.
 
@@ -40,12 +42,13 @@ def initial_prototypes(
         ``(K, d)`` in float64 on the CPU.
 
     Raises:
-        ValueError: If tokens are not finite, or fewer than K of them are distinct.
+        ValueError: If an argument is out of its range, tokens are not finite, or fewer than K of them are distinct.
     """
     if method not in ("kmeans", "farthest_point"):
         raise ValueError(f"method must be 'kmeans' or 'farthest_point'; got {method!r}.")
     if num_restarts < 1:
         raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
+    check_seed("seed", seed)
     points = tokens.detach().to("cpu", torch.float64).numpy()
     if not np.isfinite(points).all():
         raise ValueError("tokens must be finite to start prototypes from them; got NaN or infinity. Check the encoder.")
@@ -60,7 +63,7 @@ def initial_prototypes(
 
     best: KMeans | None = None
     for restart in tqdm(range(num_restarts), desc=description, disable=not progress, leave=False):
-        run = KMeans(num_prototypes, init="k-means++", n_init=1, random_state=seed + restart)
+        run = KMeans(num_prototypes, init="k-means++", n_init=1, random_state=(seed + restart) % (LARGEST_SEED + 1))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # distinctness was checked above
             run.fit(points)

@@ -30,6 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, folder / "foreign.ckpt")
     torch.save(torch.nn.Linear(2, 2), folder / "pickled.ckpt")
     torch.save({**good, "state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
+    torch.save({**good, "ddcl_class_names": ["cat", "dog"]}, folder / "animals.ckpt")
     torch.save({name: value for name, value in good.items() if name != "optimizer_states"}, folder / "weights.ckpt")
     return folder
 
@@ -61,6 +62,20 @@ def test_weights_alone_are_refused_where_training_is_to_go_on(
     checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "'optimizer_states'" in fails(capsys, *FIT, "--ckpt_path", str(checkpoints / "weights.ckpt"))
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "explain"])
+def test_a_checkpoint_of_other_classes_is_refused(
+    command: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, command, *FIT[1:5], "--ckpt_path", str(checkpoints / "animals.ckpt"))
+    assert "was trained on, 2: 'cat', 'dog'; got 10: '0', '1'" in line
+
+
+@pytest.mark.parametrize("value", ["4294967296", "-1"])
+def test_a_seed_that_no_generator_takes_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, *FIT, f"--seed_everything={value}")
+    assert line.startswith(f"seed_everything must be in [0, 4294967295]; got {value}")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,12 @@ def test_digits_as_images_are_the_same_pixels() -> None:
         ({"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
         ({"batch_size": 2.5}, "batch_size must be an integer; got 2.5"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\); got 1.0"),
-        ({"seed": -1}, "seed must be >= 0"),
+        ({"seed": -1}, r"seed must be in \[0, 4294967295\]; got -1"),
+        ({"seed": 2**32}, "seed must be in"),
+        ({"num_workers": 1025}, "num_workers must be at most 1024; got 1025"),
+        ({"batch_size": 2**31}, "batch_size must be at most"),
+        ({"eval_batch_size": 2**40}, "eval_batch_size must be at most"),
+        ({"limit": 2**63 - 1}, "limit must be at most"),
         ({"num_workers": -1}, "num_workers must be an integer of at least 0; got -1"),
     ],
 )

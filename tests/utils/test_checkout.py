@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("ddcl_lightning", "callbacks", "datamodules", "recipes"):
         (tmp_path / name).mkdir()
     (tmp_path / "ddcl_lightning" / "_utils").mkdir()
-    for name in ("__init__.py", "_utils/__init__.py", "_utils/checkout.py"):
+    for name in ("__init__.py", "_utils/__init__.py", "_utils/at_start.py", "_utils/checkout.py"):
         (tmp_path / "ddcl_lightning" / name).write_bytes((ROOT / "ddcl_lightning" / name).read_bytes())
     return tmp_path
 

@@ -202,3 +202,17 @@ def test_pruned_modules_and_averaged_copies_are_where_they_were() -> None:
     (copy,) = compat.averaged_copies(trainer)
     assert type(copy) is type(module)
     assert copy is not module
+
+
+class Loads(pl.LightningDataModule):
+    def test_dataloader(self) -> "DataLoader[dict[str, torch.Tensor]]":
+        return loader()
+
+
+def test_the_data_module_of_the_stage_is_told_from_an_earlier_one() -> None:
+    trainer, module, data = quiet_trainer(), clustering_module(), Loads()
+    assert compat.current_datamodule(trainer) is None
+    trainer.test(module, datamodule=data)
+    assert compat.current_datamodule(trainer) is data
+    trainer.test(module, dataloaders=loader())
+    assert (compat.current_datamodule(trainer), trainer.datamodule) == (None, data)
