@@ -34,8 +34,8 @@ class TokenNormalized(Optimizer):
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
     ``relocation_threshold`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does
     (Patane and Russo 2001): one whose cell bears less than that share of the mean load goes to a token of a cell that
-    bears more than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least one
-    may. The load of a cell with n tokens and the distortion D is ``n^b D^(1 - b)`` with ``b = load_exponent``.
+    bears more than 1.5 times the mean, unless its own tokens would lose more. At most K / 64 move per step, at least
+    one may. The load of a cell with n tokens and the distortion D is ``n^b D^(1 - b)`` with ``b = load_exponent``.
 
     Args:
         params: Prototype parameters of banks.

@@ -84,7 +84,7 @@ def test_half_precision_computes_in_float32() -> None:
     torch.testing.assert_close(out.terms, reference.terms)
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_quantize_refuses_temperatures_and_shapes_that_do_not_fit() -> None:
     z, p, mask = data()
     with pytest.raises(ValueError, match="temperature must be > 0"):
         quantize(z, p, 0.0)

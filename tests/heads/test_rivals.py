@@ -98,7 +98,7 @@ def test_a_mask_selects_the_tokens(name: str) -> None:
 
 
 @each_head
-def test_one_token(name: str) -> None:
+def test_heads_read_a_single_token(name: str) -> None:
     head = HEADS[name](embed_dim=8)
     tokens = torch.randn(5, 1, 8)
     for training in (True, False):
@@ -141,7 +141,7 @@ def test_evaluation_is_deterministic_and_copies_agree(name: str) -> None:
 
 
 @each_head
-def test_half_precision(name: str) -> None:
+def test_heads_in_half_precision_agree_with_float32(name: str) -> None:
     head = HEADS[name](embed_dim=8).eval()
     tokens, mask = batch()
     exact = head(tokens, mask).pooled.detach()
@@ -152,7 +152,7 @@ def test_half_precision(name: str) -> None:
 
 
 @each_head
-def test_wrong_use_is_refused(name: str) -> None:
+def test_heads_refuse_use_before_build_and_other_shapes(name: str) -> None:
     head = HEADS[name]()
     tokens, mask = batch()
     with pytest.raises(RuntimeError, match=f"{type(head).__name__} does not know its input dimension"):
@@ -216,7 +216,7 @@ STARTS = [(name, {"init": init}) for name in HEADS if name.startswith("vq") for 
     [*((name, {}) for name in HEADS if not name.startswith("vq")), *STARTS],
     ids=lambda value: value if isinstance(value, str) else "".join(value.values()),
 )
-def test_trains(name: str, options: dict[str, str]) -> None:
+def test_every_head_trains_in_the_module(name: str, options: dict[str, str]) -> None:
     module = DDCLReadoutModule(
         LinearBackbone(embed_dim=8),
         HEADS[name](**options),
@@ -240,7 +240,7 @@ def test_trains(name: str, options: dict[str, str]) -> None:
     assert loss() < (0.95 if options.get("init") == "uniform" else 0.8) * before
 
 
-def test_groups() -> None:
+def test_parameters_have_the_rate_of_their_role() -> None:
     """Codes and prototypes are fast, what moves a bank's tokens is slow, and all the rest is the task's."""
     for name, create in HEADS.items():
         head = create()

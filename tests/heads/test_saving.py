@@ -73,7 +73,7 @@ def randomised(head: Head) -> Head:
 
 
 @pytest.mark.parametrize("number", range(len(HEADS)))
-def test_round_trip(number: int, tmp_path: Path) -> None:
+def test_a_saved_head_loads_bit_for_bit(number: int, tmp_path: Path) -> None:
     head = HEADS[number]()
     head.build(8)
     randomised(head)
@@ -231,7 +231,7 @@ def test_no_code_comes_with_the_files(tmp_path: Path) -> None:
         Head.from_pretrained(tmp_path)
 
 
-def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_go_to_the_hub_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in for the server: a folder by name of repository."""
     hub = pytest.importorskip("huggingface_hub")
     calls: list[dict[str, Any]] = []

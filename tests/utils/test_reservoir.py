@@ -74,7 +74,7 @@ def test_rows_are_copies() -> None:
     assert not reservoir.gather().requires_grad
 
 
-def test_refusals() -> None:
+def test_reservoir_refuses_a_capacity_of_zero_and_a_sample_without_rows() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1 row; got 0"):
         Reservoir(0)
     with pytest.raises(ValueError, match="gave no valid token"):

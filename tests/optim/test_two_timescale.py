@@ -80,7 +80,7 @@ def test_two_timescale_groups_without_an_encoder() -> None:
     assert [group["name"] for group in two_timescale_groups(model[1], 0.5)] == ["prototypes"]
 
 
-def test_two_timescale_groups_refusals() -> None:
+def test_two_timescale_groups_refuse_rates_out_of_range() -> None:
     model = DDCLAttention(8, 5)
     with pytest.raises(ValueError, match="lr_prototypes must be > 0; got 0"):
         two_timescale_groups(model, 0.0)
@@ -90,7 +90,7 @@ def test_two_timescale_groups_refusals() -> None:
         two_timescale_groups(nn.Linear(2, 2), 0.1)
 
 
-def test_schedules() -> None:
+def test_schedules_warm_up_and_decay_as_defined() -> None:
     assert [lr_factor("constant", step, math.inf, 3) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert [lr_factor("linear", step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     assert [lr_factor("linear", step, 6, 2) for step in range(2, 6)] == [1.0, 0.75, 0.5, 0.25]
@@ -100,7 +100,7 @@ def test_schedules() -> None:
         assert lr_factor(schedule, 3, 2, 3) == 1.0  # a run that ends with its warm-up
 
 
-def test_schedule_refusals() -> None:
+def test_schedules_refuse_unknown_names_and_runs_without_length() -> None:
     check_schedule("cosine", 0)
     with pytest.raises(ValueError, match=r"lr_schedule must be one of.*got 'step'"):
         check_schedule("step", 0)
