@@ -23,6 +23,7 @@ from ddcl_lightning.functional import (
     DecompositionErrors,
     decompose,
     decomposition_errors,
+    masked_mean,
     prototype_attention,
     soft_assign,
 )
@@ -120,9 +121,8 @@ def energy_of_each(p: Problems) -> Tensor:
     center = prototypes.mean(-2, keepdim=True)
     spread = (tokens - center).square().sum(-1)
     spread = spread + (weights @ (prototypes - center).square().sum(-1, keepdim=True)).squeeze(-1)
-    keep = torch.ones_like(spread) if p.mask is None else p.mask.double()
     computed = torch.float64 if p.tokens.dtype == torch.float64 else torch.float32
-    return (spread * keep).sum(-1) / keep.sum(-1) + energy_floor(p.prototypes, computed)
+    return masked_mean(spread, p.mask) + energy_floor(p.prototypes, computed)
 
 
 def compare_with_library(p: Problems, trained: Decomposition, errors: Tensor) -> None:
@@ -147,8 +147,7 @@ def plain_terms(p: Problems, weights: Tensor, centre_of_variance: Tensor | None 
     compute = "donot_use_mm_for_euclid_dist"
     ols = (z - centroids).square().sum(-1)
     variance = (weights * torch.cdist(around, prototypes, compute_mode=compute).square()).sum(-1)
-    keep = torch.ones_like(ols) if p.mask is None else p.mask.to(ols.dtype)
-    ols, variance = ((term * keep).sum(-1) / keep.sum(-1) for term in (ols, variance))
+    ols, variance = (masked_mean(term, p.mask) for term in (ols, variance))
     return Decomposition(ols + variance, ols, variance)
 
 

@@ -4,6 +4,7 @@ Shapes follow one convention: ``tokens`` are ``(..., N, d)``, ``prototypes`` ``(
 True for valid tokens, and the leading dimensions (usually one, the heads) are shared.
 """
 
+from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.functional.assignment import (
     BankOutput,
     Decomposition,
@@ -53,6 +54,7 @@ __all__ = [
     "decomposition_errors",
     "effective_dimension",
     "log_barrier",
+    "masked_mean",
     "merge_cells",
     "merge_token_means",
     "nearest_prototype",

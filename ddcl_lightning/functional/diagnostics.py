@@ -142,8 +142,7 @@ def _centred(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens minus the mean of the valid ones in float64, zero at padding."""
     check_mask(tokens, mask)
     z = zero_padding(tokens.to(torch.float64), mask)
-    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
-    return zero_padding(z - mean.unsqueeze(-2), mask)
+    return zero_padding(z - masked_mean(z, mask, dim=-2).unsqueeze(-2), mask)
 
 
 def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:

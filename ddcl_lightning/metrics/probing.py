@@ -202,8 +202,7 @@ def clustering_scores(clusters: Tensor, truth: Tensor, num_clusters: int) -> dic
 
 
 def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
-    lengths = None if mask is None else mask[:, None, :].expand(values.mT.shape)
-    return masked_mean(values.float().mT, lengths).cpu()
+    return masked_mean(values.float(), mask, dim=-2).cpu()
 
 
 def _mean_input(record: CodebookRecord, samples: int) -> Tensor:

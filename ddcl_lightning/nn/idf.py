@@ -8,6 +8,7 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.guarded_state import (
     COUNT,
     SHARE,
@@ -63,7 +64,7 @@ class PrototypeIDF(SettledState):
         """Weights ``(B, T)`` >= 0 of tokens with assignments ``(B, H, T, K)`` and mask ``(B, T)``; 0 for padding."""
         q = assignments.to(self.share.dtype)
         if mask is not None:
-            q = q.masked_fill(~mask[:, None, :, None], 0.0)
+            q = zero_padding(q, mask[:, None])
         if self.training and not recomputing():
             samples = q.new_tensor(len(q)) if mask is None else mask.any(-1).sum().to(q.dtype)
             occurrences = q.sum(-2).clamp(max=1.0).sum(0).flatten()

@@ -267,8 +267,7 @@ class SoftVectorQuantizer(nn.Module):
         spread = torch.where(spread > 0, spread, codes).clamp(min=torch.finfo(spread.dtype).tiny)
         apart = (output.centroids.detach() - hard).float().square()
         per_head = torch.unflatten(apart, -1, (self.bank.num_heads, self.bank.dim)).sum(-1)
-        valid = None if mask is None else mask.flatten().expand(self.bank.num_heads, -1)
-        gap = masked_mean(per_head.flatten(0, 1).mT, valid) / spread
+        gap = masked_mean(per_head.flatten(0, 1), None if mask is None else mask.flatten(), dim=-2) / spread
         entropy = output.entropy
         assert entropy is not None
         loss = self.commitment_weight * (output.terms.loss / spread).sum() - self.entropy_weight * entropy.sum()

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ddcl_lightning.functional import (
     BankOutput,
     Decomposition,
+    masked_mean,
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
@@ -285,3 +286,14 @@ def test_attention_refuses_shapes_and_masks_that_do_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         attend(tokens, prototypes, 1.0, mask)
+
+
+def test_masked_mean_takes_numbers_vectors_and_dimensions_that_the_mask_lacks() -> None:
+    values, mask = torch.randn(2, 3, 6, 4), torch.rand(2, 6) < 0.5
+    mask[:, 2] = True
+    expected = torch.stack([values[i][:, mask[i]].mean(1) for i in range(2)])
+    poisoned = values.masked_fill(~mask[:, None, :, None], torch.nan)
+    torch.testing.assert_close(masked_mean(poisoned, mask, dim=-2), expected)
+    torch.testing.assert_close(masked_mean(poisoned[:, 0, :, 0], mask), expected[:, 0, 0])
+    torch.testing.assert_close(masked_mean(values, None, dim=-2), values.mean(-2))
+    assert bool(masked_mean(values, torch.zeros_like(mask), dim=-2).isnan().all())
