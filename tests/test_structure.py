@@ -1,5 +1,6 @@
 """A newcomer finds things by the tree alone: names that are unique, folders that say what they are for."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -35,6 +36,12 @@ TESTS_OF_SEVERAL_MODULES = {
     "heads/test_rivals.py": "what every head is held to",
     "nn/test_frozen.py": "frozen prototypes in modules, optimizers and callbacks",
 }
+CODE_FILES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("ddcl_lightning", *OWNERS_FOLDERS, "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+LONG = {"ddcl_lightning/module.py": ["__init__"]}  # a file, and its functions of more than 60 lines
 # Names that fit any test.
 VAGUE = re.compile("^(refusals?|refuses|arguments|errors?|it_works|works|bad_arguments_are_refused)$|^refuses_what")
 
@@ -87,3 +94,14 @@ def test_files_that_test_several_modules_are_there() -> None:
 def test_names_of_tests_say_subject_and_behaviour(path: Path) -> None:
     names = re.findall(r"^def test_(\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
     assert [name for name in names if len(name.split("_")) < 3 or VAGUE.search(name)] == []
+
+
+@pytest.mark.parametrize("path", CODE_FILES, ids=str)
+def test_files_and_functions_are_short_enough_to_read(path: Path) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 350 or str(path) in LONG
+    functions = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
+    assert long == LONG.get(str(path), [])

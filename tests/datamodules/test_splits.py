@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddcl_lightning.datamodules import Loaded, SplitDataModule
-from ddcl_lightning.datamodules._splits import stratified_mask, stratified_subset
+from ddcl_lightning.datamodules._partition import stratified_mask, stratified_subset
 from ddcl_lightning.datamodules._tensors import Features
 from tests.datamodules.runs import indices
 
