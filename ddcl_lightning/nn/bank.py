@@ -125,9 +125,9 @@ class PrototypeBank(Codebook, ObservedModule):
                 heads, prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, total=total
             )
         else:
-            codes, means = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
+            codes, statistics = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
             # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
-            log_mass = total(means.log_mass)
+            log_mass = total(statistics.log_mass)
             output = prototype_attention(
                 heads,
                 prototypes,
@@ -136,7 +136,7 @@ class PrototypeBank(Codebook, ObservedModule):
                 detach_assignments=self.detach_assignments,
                 surprisal=log_mass.logsumexp(-1, keepdim=True) - log_mass,
             )
-            output = output.replaced(codes=codes, means=means)
+            output = output.replaced(codes=codes, statistics=statistics)
         return self._end(tokens, mask, heads, flat_mask, output)
 
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
