@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning._utils.batch import Batch, class_labels
 from ddcl_lightning.explain.batch_summary import Look, distances, real_tokens
 from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
 from ddcl_lightning.explain.nearest import Nearest
-from ddcl_lightning.explain.samples import Album, class_labels, positions
+from ddcl_lightning.explain.samples import Album, positions
 from ddcl_lightning.explain.typical_words import WordMass, words_at, words_of
 from ddcl_lightning.functional import code_counts
 from ddcl_lightning.metrics.clustering_metrics import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 from explain_toys import PointsDataModule, ToyDataModule, images
 
-from ddcl_lightning.explain.samples import MAX_SIDE, Album, class_labels, positions, take, thumbnail, to_image
+from ddcl_lightning._utils.batch import class_labels
+from ddcl_lightning.explain.samples import MAX_SIDE, Album, positions, take, thumbnail, to_image
 
 
 def test_rows_of_batches() -> None:
