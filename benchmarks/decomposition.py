@@ -9,10 +9,10 @@ of them the layer is then broken on purpose, in five ways.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _random_problems import Problems, draw
 from _study import Case, Options, Study
 from _tables import Config, Results, Run, Table
 from torch import Tensor
@@ -23,6 +23,7 @@ from ddcl_lightning.functional import (
     DecompositionErrors,
     decompose,
     decomposition_errors,
+    masked_mean,
     prototype_attention,
     soft_assign,
 )
@@ -41,53 +42,6 @@ BROKEN_EVERY = 10  # chunks
 NOTICEABLE = 1e-3  # a breakage that moves a term by this fraction of the energy
 FIELDS = DecompositionErrors._fields
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class Problems:
-    """Problems of one shape: tokens ``(B, N, d)``, prototypes ``(B, K, d)``, temperature ``(B,)``, mask ``(B, N)``."""
-
-    tokens: Tensor
-    prototypes: Tensor
-    temperature: Tensor
-    mask: Tensor | None
-
-
-def draw(size: int, shape: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator) -> Problems:
-    """Random problems; every property but the shape differs within the chunk."""
-
-    def uniform(*sizes: int) -> Tensor:
-        return torch.rand(*sizes, generator=generator, dtype=torch.float64)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
-
-    tokens_per, prototypes_per, dim = shape
-    tokens = normal(size, tokens_per, dim) * 10 ** (uniform(size, 1, dim) * 2 - 1)  # anisotropic
-    prototypes = normal(size, prototypes_per, dim)
-    # Four kinds of banks: at random, at tokens (as after training), collapsed, and left behind by the encoder.
-    kind = (uniform(size, 1, 1) * 4).long()
-    picked = (uniform(size, prototypes_per) * tokens_per).long().unsqueeze(-1).expand(-1, -1, dim)
-    at_tokens = tokens.gather(1, picked) + prototypes * 10 ** (-4 * uniform(size, 1, 1))
-    collapsed = prototypes * 10 ** (-6 * uniform(size, 1, 1))
-    behind = prototypes + 10 * normal(size, 1, dim)
-    prototypes = torch.where(kind == 1, at_tokens, prototypes)
-    prototypes = torch.where(kind == 2, collapsed, torch.where(kind == 3, behind, prototypes))
-    # Half of the problems lie away from the origin, by up to 100 times the spread.
-    offset = normal(size, 1, dim) * 10 ** (4 * uniform(size, 1, 1) - 2) * (uniform(size, 1, 1) < 0.5)
-    scale = 10 ** (6 * uniform(size, 1, 1) - 3)
-    temperature = 10 ** (8 * uniform(size) - 4)
-    tokens, prototypes = (tokens + offset) * scale, (prototypes + offset) * scale
-    mask = None
-    if float(uniform(1)) < 0.5 and tokens_per > 1:
-        mask = uniform(size, tokens_per) < 0.2 + 0.8 * uniform(size, 1)
-        mask[:, 0] = True
-        zero = (uniform(size, 1) < 0.5) & ~mask  # padding is zero, or what a buffer happened to hold
-        tokens = tokens.masked_fill(zero.unsqueeze(-1), 0.0)
-    # Under mixed precision the tokens are in half precision and the prototypes are not.
-    narrow = torch.float32 if dtype == torch.bfloat16 and float(uniform(1)) < 0.5 else dtype
-    temperature = temperature.to(torch.promote_types(dtype, torch.float32))
-    return Problems(tokens.to(dtype), prototypes.to(narrow), temperature, mask)
 
 
 def solve(p: Problems) -> Decomposition:
@@ -120,9 +74,8 @@ def energy_of_each(p: Problems) -> Tensor:
     center = prototypes.mean(-2, keepdim=True)
     spread = (tokens - center).square().sum(-1)
     spread = spread + (weights @ (prototypes - center).square().sum(-1, keepdim=True)).squeeze(-1)
-    keep = torch.ones_like(spread) if p.mask is None else p.mask.double()
     computed = torch.float64 if p.tokens.dtype == torch.float64 else torch.float32
-    return (spread * keep).sum(-1) / keep.sum(-1) + energy_floor(p.prototypes, computed)
+    return masked_mean(spread, p.mask) + energy_floor(p.prototypes, computed)
 
 
 def compare_with_library(p: Problems, trained: Decomposition, errors: Tensor) -> None:
@@ -147,8 +100,7 @@ def plain_terms(p: Problems, weights: Tensor, centre_of_variance: Tensor | None 
     compute = "donot_use_mm_for_euclid_dist"
     ols = (z - centroids).square().sum(-1)
     variance = (weights * torch.cdist(around, prototypes, compute_mode=compute).square()).sum(-1)
-    keep = torch.ones_like(ols) if p.mask is None else p.mask.to(ols.dtype)
-    ols, variance = ((term * keep).sum(-1) / keep.sum(-1) for term in (ols, variance))
+    ols, variance = (masked_mean(term, p.mask) for term in (ols, variance))
     return Decomposition(ols + variance, ols, variance)
 
 

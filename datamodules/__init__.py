@@ -2,7 +2,8 @@
 
 from ddcl_lightning.datamodules._images import ImageDataModule
 from ddcl_lightning.datamodules._named_texts import NamedTextDataModule
-from ddcl_lightning.datamodules._splits import Loaded, SplitDataModule
+from ddcl_lightning.datamodules._partition import Loaded
+from ddcl_lightning.datamodules._splits import SplitDataModule
 from ddcl_lightning.datamodules._tensors import TensorDataModule
 from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
 from ddcl_lightning.datamodules.cifar10 import CIFAR10DataModule

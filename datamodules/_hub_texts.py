@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from ddcl_lightning.datamodules._named_texts import NamedTextDataModule
 from ddcl_lightning.datamodules._optional import reason, require, unavailable
-from ddcl_lightning.datamodules._splits import SPLIT_NAMES, Split
+from ddcl_lightning.datamodules._partition import SPLIT_NAMES, Split
 from ddcl_lightning.datamodules._texts import TextRows
 
 TIMEOUT_SECONDS = 10.0

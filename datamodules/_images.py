@@ -16,7 +16,8 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation, RandomImages
 from ddcl_lightning.datamodules._loading import Augment, Batch
 from ddcl_lightning.datamodules._optional import require
-from ddcl_lightning.datamodules._splits import EvaluateOn, SplitDataModule, check_at_least, check_choice
+from ddcl_lightning.datamodules._partition import EvaluateOn
+from ddcl_lightning.datamodules._splits import SplitDataModule, check_at_least, check_choice
 
 
 class ImageStore(Protocol):

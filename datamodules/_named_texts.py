@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._optional import unavailable
-from ddcl_lightning.datamodules._splits import EvaluateOn, Split
+from ddcl_lightning.datamodules._partition import EvaluateOn, Split
 from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
 from ddcl_lightning.datamodules.text import read_one_file
 

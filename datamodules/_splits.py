@@ -2,13 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +17,6 @@ from ddcl_lightning.datamodules._loading import (
     Augment,
     Batch,
     EpochSampler,
-    Fetch,
     InOrderSampler,
     ResumableDataLoader,
     Rows,
@@ -26,49 +24,10 @@ from ddcl_lightning.datamodules._loading import (
     even_batch_size,
 )
 from ddcl_lightning.datamodules._origin import Origin, check_names, writable
+from ddcl_lightning.datamodules._partition import SPLITS, EvaluateOn, Loaded, Splits, partition
 
-EvaluateOn = Literal["auto", "held_out", "train", "all"]
-Split = Literal["train", "val", "test"]
 LARGEST_SIZE = 2**31 - 1  # of what is counted in rows or pixels; beyond it torch's loops overflow or never end
 MOST_WORKERS = 1024  # processes per loader; more than that is a slip of the finger
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-SPLIT_NAMES: dict[str, Split] = {
-    **dict.fromkeys(("train", "training"), SPLITS[0]),
-    **dict.fromkeys(("validation", "val", "valid", "dev"), SPLITS[1]),
-    "test": SPLITS[2],
-}
-
-
-class Loaded(NamedTuple):
-    """A whole data set of N rows: the training rows first, then validation, then test rows.
-
-    Attributes:
-        fetch: Gives the inputs of some rows, such as ``{"x": (B, F)}``; it must pickle, for worker processes.
-        y: Labels, ``(N,)`` int64, -1 where unknown.
-        num_val: Rows of the official validation split.
-        num_test: Rows of the official test split.
-        origin: The file that they come from; None where row and place are the same.
-    """
-
-    fetch: Fetch
-    y: Tensor
-    num_val: int = 0
-    num_test: int = 0
-    origin: Origin | None = None
-
-    @property
-    def numbers(self) -> Tensor:
-        """What each row is called, ``(N,)`` int64."""
-        return torch.arange(len(self.y)) if self.origin is None else self.origin.numbers
-
-
-class Splits(NamedTuple):
-    """Rows of the whole data set that each loader runs over, int64."""
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
-    predict: Tensor
 
 
 class SplitDataModule(pl.LightningDataModule):
@@ -245,7 +204,14 @@ class SplitDataModule(pl.LightningDataModule):
         if self._ready is None:
             loaded = self.load()
             self._check_labels(loaded)
-            splits = self._split(loaded)
+            splits = partition(
+                loaded,
+                type(self).__name__,
+                val_fraction=self.val_fraction,
+                evaluate_on=self.evaluate_on,
+                limit=self.limit,
+                seed=self.seed,
+            )
             self._places = {number: place for place, number in enumerate(loaded.numbers.tolist())}
             self._ready = self.transform(loaded, splits.train), splits
 
@@ -304,38 +270,6 @@ class SplitDataModule(pl.LightningDataModule):
                 f"{int(loaded.numbers[row])} has {int(loaded.y[row])}. Correct the file."
             )
 
-    def _split(self, loaded: Loaded) -> Splits:
-        first_test = len(loaded.y) - loaded.num_test
-        first_val = first_test - loaded.num_val
-        train, val, test = torch.arange(len(loaded.y)).tensor_split([first_val, first_test])
-        if not len(train):
-            raise ValueError(f"the data set must hold at least one training row; {type(self).__name__} found none.")
-        official = val
-        if self.val_fraction and len(official) and self.evaluate_on != "held_out":
-            rank_zero_warn(
-                f"val_fraction={self.val_fraction} is not used: the data set has a validation split of {len(val)} "
-                "rows. Set evaluate_on='held_out' to validate on a part of the training split instead."
-            )
-        elif self.val_fraction:
-            held_out = stratified_mask(loaded.y[train], self.val_fraction, self.seed)
-            if not held_out.any():
-                raise ValueError(
-                    f"val_fraction must hold out at least one row; {self.val_fraction} of each class of {len(train)} "
-                    "training rows is none. Raise it, or use 0."
-                )
-            train, val = train[~held_out], train[held_out]
-        if self.limit is not None:
-            train = train[stratified_subset(loaded.y[train], self.limit, self.seed)]
-        everything = torch.unique(torch.cat([train, val, official, test]))
-        everything = everything[loaded.numbers[everything].argsort()]
-        if self.evaluate_on == "train":
-            return Splits(train, train, train, everything)
-        if self.evaluate_on == "all":
-            return Splits(train, everything, everything, everything)
-        val = next(rows for rows in (val, test, train) if len(rows))
-        test = next(rows for rows in (test, official, val) if len(rows))
-        return Splits(train, val, test, everything)
-
     def _require_setup(self) -> tuple[Loaded, Splits]:
         if self._ready is None:
             raise RuntimeError(f"{type(self).__name__} must be set up before it gives data; call setup() first.")
@@ -352,31 +286,6 @@ class SplitDataModule(pl.LightningDataModule):
                 "'index'."
             )
         return self._places[index]
-
-
-def stratified_mask(y: Tensor, fraction: float, seed: int) -> Tensor:
-    """Mark ``fraction`` of each class at random, rounded, and never a whole class; ``(N,)`` bool."""
-    generator = np.random.default_rng(seed)
-    mask = torch.zeros(len(y), dtype=torch.bool)
-    for label in np.unique(y.numpy()):
-        rows = torch.nonzero(y == int(label)).flatten()
-        count = min(round(fraction * len(rows)), len(rows) - 1)
-        mask[rows[generator.permutation(len(rows))[:count]]] = True
-    return mask
-
-
-def stratified_subset(y: Tensor, size: int, seed: int) -> Tensor:
-    """At most ``size`` random rows of ``y`` ``(N,)`` in which each class keeps its share, ascending, int64.
-
-    Each class's rows are spread evenly over (0, 1) in random order, and the first ones are taken: so the subset of a
-    smaller size is part of that of a larger one.
-    """
-    generator = np.random.default_rng(seed)
-    place = torch.empty(len(y), dtype=torch.float64)
-    for label in np.unique(y.numpy()):
-        rows = torch.nonzero(y == int(label)).flatten()
-        place[rows] = torch.from_numpy((generator.permutation(len(rows)) + 0.5) / len(rows))
-    return place.argsort(stable=True)[:size].sort().values
 
 
 def check_at_least(name: str, value: int, minimum: int, maximum: int = LARGEST_SIZE) -> None:

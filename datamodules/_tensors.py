@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ddcl_lightning.datamodules._loading import Batch
 from ddcl_lightning.datamodules._origin import Origin
-from ddcl_lightning.datamodules._splits import Loaded, SplitDataModule
+from ddcl_lightning.datamodules._partition import Loaded
+from ddcl_lightning.datamodules._splits import SplitDataModule
 
 
 class Features:

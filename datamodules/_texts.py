@@ -10,7 +10,8 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._loading import Batch
 from ddcl_lightning.datamodules._origin import Origin, listing
-from ddcl_lightning.datamodules._splits import SPLITS, EvaluateOn, Loaded, Split, SplitDataModule
+from ddcl_lightning.datamodules._partition import SPLITS, EvaluateOn, Loaded, Split
+from ddcl_lightning.datamodules._splits import SplitDataModule
 from ddcl_lightning.datamodules._tables import class_numbers
 
 

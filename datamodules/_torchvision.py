@@ -8,7 +8,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._augment import Augmentation
 from ddcl_lightning.datamodules._images import ImageDataModule
 from ddcl_lightning.datamodules._optional import cache_folder, downloading, require, unavailable
-from ddcl_lightning.datamodules._splits import EvaluateOn
+from ddcl_lightning.datamodules._partition import EvaluateOn
 
 
 class TorchvisionDataModule(ImageDataModule):

@@ -9,7 +9,7 @@ import torch
 
 from ddcl_lightning.datamodules._images import ImageFetch, JpegStore, PixelStore
 from ddcl_lightning.datamodules._optional import require
-from ddcl_lightning.datamodules._splits import Loaded
+from ddcl_lightning.datamodules._partition import Loaded
 from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
 
 FOLDER = "cifar-10-batches-py"

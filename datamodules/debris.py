@@ -19,7 +19,8 @@ from ddcl_lightning.datamodules._orbits import (
     read_catalogue,
 )
 from ddcl_lightning.datamodules._origin import Origin
-from ddcl_lightning.datamodules._splits import EvaluateOn, check_at_least, check_choice
+from ddcl_lightning.datamodules._partition import EvaluateOn
+from ddcl_lightning.datamodules._splits import check_at_least, check_choice
 from ddcl_lightning.datamodules._tensors import TensorDataModule
 
 

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.datamodules._splits import EvaluateOn
+from ddcl_lightning.datamodules._partition import EvaluateOn
 from ddcl_lightning.datamodules._tensors import TensorDataModule
 
 

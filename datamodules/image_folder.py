@@ -9,7 +9,8 @@ from ddcl_lightning.datamodules._augment import Augmentation
 from ddcl_lightning.datamodules._images import FileStore, ImageDataModule, ImageFetch
 from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._origin import Origin
-from ddcl_lightning.datamodules._splits import SPLIT_NAMES, SPLITS, EvaluateOn, Loaded, Split, check_at_least
+from ddcl_lightning.datamodules._partition import SPLIT_NAMES, SPLITS, EvaluateOn, Loaded, Split
+from ddcl_lightning.datamodules._splits import check_at_least
 
 
 class ImageFolderDataModule(ImageDataModule):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ddcl_lightning.datamodules._images import ImageFetch, PixelStore
-from ddcl_lightning.datamodules._splits import Loaded
+from ddcl_lightning.datamodules._partition import Loaded
 from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
 
 FILES = (

@@ -4,7 +4,7 @@ from sklearn.datasets import fetch_20newsgroups
 
 from ddcl_lightning.datamodules._named_texts import NamedTextDataModule
 from ddcl_lightning.datamodules._optional import downloading
-from ddcl_lightning.datamodules._splits import Split
+from ddcl_lightning.datamodules._partition import Split
 from ddcl_lightning.datamodules._texts import TextRows
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.datamodules._splits import SPLIT_NAMES, SPLITS, EvaluateOn, Split
+from ddcl_lightning.datamodules._partition import SPLIT_NAMES, SPLITS, EvaluateOn, Split
 from ddcl_lightning.datamodules._tables import read_columns, require_column
 from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
 

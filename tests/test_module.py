@@ -328,7 +328,7 @@ def test_non_finite_loss_stops_the_run_with_the_figures() -> None:
         quiet_trainer(max_epochs=1).fit(clustering_module(Diverging(4)), loader())
 
 
-def test_refuses_what_cannot_work() -> None:
+def test_the_module_refuses_precisions_and_settings_that_cannot_work() -> None:
     module = clustering_module()
     module.trainer = _Fake("16-mixed", None)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="precision='bf16-mixed'"):
@@ -346,7 +346,7 @@ class _Fake:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
-def test_precisions(precision: Any) -> None:
+def test_the_module_trains_in_every_precision(precision: Any) -> None:
     module = clustering_module(Classification(4), absolute(2.0))
     trainer = quiet_trainer(max_epochs=30, precision=precision)
     trainer.fit(module, loader(), loader())

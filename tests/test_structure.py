@@ -1,8 +1,10 @@
 """A newcomer finds things by the tree alone: names that are unique, folders that say what they are for."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +21,29 @@ MODULES = sorted(
 OWNERS_FOLDERS = ("callbacks", "datamodules", "recipes")
 # The thin Lightning file is what the package is about; everything else has a folder.
 LOOSE_MODULES = {"module"}
+TEST_FILES = sorted(path.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("*/test_*.py"))
+PACKAGES = {"callbacks": "callbacks", "datamodules": "datamodules", "utils": "ddcl_lightning/_utils"}
+TESTS_OF_SEVERAL_MODULES = {
+    "backbones/test_offline.py": "loading without a network",
+    "callbacks/test_beside_lightning.py": "our callbacks beside Lightning's",
+    "callbacks/test_row_numbers.py": "rows of files from data modules to predictions",
+    "cli/test_cli.py": "commands as a user runs them",
+    "cli/test_cli_configs.py": "what commands write and read again",
+    "cli/test_cli_refusals.py": "commands that are refused",
+    "datamodules/test_exports.py": "what the package offers",
+    "explain/test_cli_explain.py": "the command `ddcl explain`",
+    "heads/test_ddcl_tokens.py": "a readout of pooled tokens",
+    "heads/test_rivals.py": "what every head is held to",
+    "nn/test_frozen.py": "frozen prototypes in modules, optimizers and callbacks",
+}
+CODE_FILES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("ddcl_lightning", *OWNERS_FOLDERS, "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+LONG = {"ddcl_lightning/module.py": ["__init__"]}  # a file, and its functions of more than 60 lines
+# Names that fit any test.
+VAGUE = re.compile("^(refusals?|refuses|arguments|errors?|it_works|works|bad_arguments_are_refused)$|^refuses_what")
 
 
 def test_the_package_root_holds_no_loose_modules() -> None:
@@ -51,3 +76,32 @@ def test_the_top_level_folders_explain_themselves(folder: str) -> None:
     readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     assert f"`ddcl_lightning.{folder}`" in readme
     assert "To add one" in readme
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=str)
+def test_test_files_are_named_after_the_module_that_they_test(path: Path) -> None:
+    """Those of several modules together are listed, with what they are about."""
+    package = PACKAGES.get(path.parts[0], f"ddcl_lightning/{path.parts[0]}")
+    modules = {module.stem.strip("_") for module in (ROOT / package).glob("*.py")}
+    assert path.stem.removeprefix("test_") in modules or str(path) in TESTS_OF_SEVERAL_MODULES
+
+
+def test_files_that_test_several_modules_are_there() -> None:
+    assert set(TESTS_OF_SEVERAL_MODULES) <= set(map(str, TEST_FILES))
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "tests").rglob("test_*.py")], ids=lambda path: path.stem)
+def test_names_of_tests_say_subject_and_behaviour(path: Path) -> None:
+    names = re.findall(r"^def test_(\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name in names if len(name.split("_")) < 3 or VAGUE.search(name)] == []
+
+
+@pytest.mark.parametrize("path", CODE_FILES, ids=str)
+def test_files_and_functions_are_short_enough_to_read(path: Path) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 350 or str(path) in LONG
+    functions = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
+    assert long == LONG.get(str(path), [])

@@ -96,6 +96,26 @@ def require_at_least(minimum: float, **values: float | None) -> None:
             raise ValueError(f"{name} must be at least {minimum}; got {value}. Pass {minimum} or more.")
 
 
+def width_per_head(num_heads: int, remedy: str, **width: int) -> int:
+    """The named width divided among heads.
+
+    Args:
+        num_heads: H.
+        remedy: The argument that sets the width of one head instead.
+        **width: The whole width, by the name of its argument.
+
+    Raises:
+        ValueError: If it cannot be divided.
+    """
+    ((name, value),) = width.items()
+    if num_heads < 1 or value % num_heads:
+        raise ValueError(
+            f"{name} must be divisible by num_heads; got {value} and {num_heads}. Set {remedy} to choose the dimension "
+            "of a head yourself."
+        )
+    return value // num_heads
+
+
 def is_memory_short(error: BaseException) -> bool:
     """Whether an error says that something is too large for this machine."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))

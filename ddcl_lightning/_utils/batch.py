@@ -58,6 +58,14 @@ def labels(batch: Batch) -> Tensor | None:
     return None
 
 
+def class_labels(batch: Batch) -> Tensor:
+    """One class per sample, ``(B,)`` int64 on the CPU; -1 where there is none, or the target is no class."""
+    truth = labels(batch)
+    if truth is None or truth.dim() != 1 or truth.is_floating_point():
+        return torch.full((size(batch),), -1)
+    return truth.detach().cpu().long()
+
+
 def mask(batch: Batch, tokens: Tensor | None = None) -> Tensor | None:
     """Mask ``(B, T)``, True for valid tokens: ``batch["mask"]``, or the ``attention_mask`` of a tokenizer; else None.
 

@@ -28,9 +28,9 @@ class Reservoir:
         self._rows: Tensor | None = None
         self._generator = np.random.default_rng(seed)
 
-    def add(self, rows: Tensor) -> None:
-        """Feed ``(N, *)`` rows."""
-        rows = rows.detach().cpu()
+    def add(self, rows: Tensor, mask: Tensor | None = None) -> None:
+        """Feed rows ``(N, *)``, or with a mask ``(...)`` those of ``(..., *)`` for which it is True."""
+        rows = (rows if mask is None else rows[mask]).detach().cpu()
         if self._rows is None:
             self._rows = rows.new_empty((0, *rows.shape[1:]))
         room = self.capacity - len(self._rows)

@@ -1,6 +1,5 @@
 """Training prototypes to give out what the MLPs made that they stand for, without labels."""
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from tqdm.auto import tqdm
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.adapters.base import PrototypeAdapter
+from ddcl_lightning.adapters.mask import mask_of_call
 from ddcl_lightning.adapters.mlp_blocks import CHUNK
 from ddcl_lightning.adapters.replacement import FeedForwardReplacement
 from ddcl_lightning.optim.schedule import LRSchedule
@@ -216,22 +216,17 @@ def _collect(
 
     def read_mask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal mask
-        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        given = None if replacement.mask is None else bound.get(replacement.mask)
-        mask = None if given is None else given.bool()
+        mask = mask_of_call(model, replacement.mask, args, kwargs)
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             tokens: Tensor = args[0]
-            if mask is None:
-                reservoirs[name].add(tokens.flatten(0, -2).float())
-            elif mask.shape == tokens.shape[:-1]:
-                reservoirs[name].add(tokens[mask].float())
-            else:
+            if mask is not None and mask.shape != tokens.shape[:-1]:
                 raise ValueError(
                     f"mask {replacement.mask!r} must have the shape of the tokens of {name}, "
-                    f"{tuple(tokens.shape[:-1])}; got {tuple(mask.shape)}."
+                    f"{tuple(tokens.shape[:-1])}; got {tuple(mask.shape)}. Name another argument, or none."
                 )
+            reservoirs[name].add(tokens.flatten(0, -2).float(), None if mask is None else mask.flatten())
 
         return hook
 

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ddcl_lightning.adapters.base import PrototypeAdapter
 
@@ -16,7 +16,17 @@ class MaskReader:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the mask from the arguments of a call."""
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get(self.argument)
+        mask = mask_of_call(model, self.argument, args, kwargs)
         for layer in model.modules():
             if isinstance(layer, PrototypeAdapter):
-                layer.mask = None if given is None else given.bool()
+                layer.mask = mask
+
+
+def mask_of_call(
+    model: nn.Module, argument: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask of a call of a model, boolean, by the name of its argument; None where it has none."""
+    if argument is None:
+        return None
+    mask: Tensor | None = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get(argument)
+    return None if mask is None else mask.bool()

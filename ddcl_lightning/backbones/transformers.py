@@ -19,6 +19,7 @@ from ddcl_lightning.backbones._transformers_loading import (
 from ddcl_lightning.backbones.base import Tokens
 from ddcl_lightning.backbones.feature_cache import CacheDtype, content_key
 from ddcl_lightning.backbones.pretrained import PretrainedBackbone, Samples, Unfreeze, gradient_reaches
+from ddcl_lightning.functional import masked_mean
 
 TextTokens = Literal["all", "cls", "last", "mean"]
 
@@ -174,8 +175,7 @@ class TransformersBackbone(PretrainedBackbone):
         if self.tokens == "last":
             rows = torch.arange(len(values), device=device)
             return Tokens(values[rows, valid.sum(1) - 1].unsqueeze(1))
-        weights = valid.unsqueeze(-1).to(values.dtype)
-        return Tokens((values * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True))
+        return Tokens(masked_mean(values, valid, dim=-2).unsqueeze(1))
 
     def spans(self, batch: Batch) -> list[list[tuple[int, int]]]:
         """Where the tokens of each text stand in it, for ``tokens="all"``.

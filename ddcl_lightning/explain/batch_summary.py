@@ -104,7 +104,7 @@ class Observer:
             mask = previous.mask[0].reshape(samples, length)
         return Look(
             shares=self._shares(previous, readout.assignments, mask).double().cpu(),
-            means=_mean_over_tokens(heads.movedim(0, 1), mask).double().cpu(),
+            means=masked_mean(heads.movedim(0, 1), mask, dim=-2).double().cpu(),
             codes=nearest_prototype(previous.tokens, previous.codebook).reshape(heads.shape[:-1]).cpu(),
             mask=mask.cpu(),
             tokens=heads,
@@ -119,7 +119,7 @@ class Observer:
         if assignments is not None and assignments.shape == (len(mask), heads, prototypes):
             return assignments
         weights = soft_assign(record.tokens, record.codebook, record.temperature)
-        return _mean_over_tokens(weights.reshape(heads, *mask.shape, prototypes).movedim(0, 1), mask)
+        return masked_mean(weights.reshape(heads, *mask.shape, prototypes).movedim(0, 1), mask, dim=-2)
 
     def _spans(self, batch: Batch, mask: Tensor) -> list[list[Span]] | None:
         spans = getattr(self._module.backbone, "spans", None)
@@ -147,12 +147,6 @@ def distances(points: Tensor, prototypes: Tensor) -> Tensor:
 def real_tokens(spans: Sequence[Span]) -> list[int]:
     """Places of the tokens that stand for characters; special tokens do not."""
     return [place for place, (start, end) in enumerate(spans) if end > start]
-
-
-def _mean_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """``(B, H, T, D)`` over valid tokens: ``(B, H, D)``."""
-    turned = values.mT
-    return masked_mean(turned, mask[:, None, None, :].expand(turned.shape))
 
 
 def _cpu(value: Tensor | None) -> Tensor | None:

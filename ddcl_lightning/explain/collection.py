@@ -68,22 +68,13 @@ def collect(
         torch.manual_seed(0)  # a loader that shuffles by the global generator
         loader = _single_loader(datamodule.train_dataloader(), "train_dataloader")
         tally = Tally(observer.bank.num_heads, observer.bank.num_prototypes, examples, album)
-        complete = True
-        for batch in tqdm(loader, desc="explain: training data", disable=not progress, leave=False):
-            if tally.samples >= max_samples:
-                complete = False
-                break
-            tally.add(observer(move(batch)), batch)
-        if not tally.samples:
-            raise ValueError("the training data loader gave no batch, so there is nothing to explain. Check the data.")
+        batches = tqdm(loader, desc="explain: training data", disable=not progress, leave=False)
+        complete = _add_batches(tally, observer, batches, move, max_samples)
         chosen = choose_inputs(_input_loader(datamodule), inputs, indices, max_samples)
-        views = [
-            _input_view(observer(move(batch)), batch, place, known, album)
-            for place, known, batch in tqdm(chosen, desc="explain: inputs", disable=not progress, leave=False)
-        ]
-    name = type(datamodule).__name__
+        chosen_bar = tqdm(chosen, desc="explain: inputs", disable=not progress, leave=False)
+        views = [_input_view(observer(move(batch)), batch, place, known, album) for place, known, batch in chosen_bar]
     return Explanation(
-        data=name.removesuffix("DataModule") or name,
+        data=type(datamodule).__name__.removesuffix("DataModule") or type(datamodule).__name__,
         model=[type(stage).__name__ for stage in (module.backbone, module.head, module.task)],
         checkpoint=checkpoint,
         samples=tally.samples,
@@ -93,6 +84,19 @@ def collect(
         heads=tally.heads(observer.bank.temperature.tolist()),
         inputs=views,
     )
+
+
+def _add_batches(
+    tally: Tally, observer: Observer, batches: Iterable[Batch], move: Callable[[Batch], Batch], max_samples: int
+) -> bool:
+    """Add looks at batches to the tally, up to a number of samples; whether those were all."""
+    for batch in batches:
+        if tally.samples >= max_samples:
+            return False
+        tally.add(observer(move(batch)), batch)
+    if not tally.samples:
+        raise ValueError("the training data loader gave no batch, so there is nothing to explain. Check the data.")
+    return True
 
 
 def choose_inputs(

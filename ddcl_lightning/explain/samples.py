@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddcl_lightning._utils.batch import Batch, index, labels, size
+from ddcl_lightning._utils.batch import Batch, class_labels, index, size
 from ddcl_lightning.explain.explanation import Image, Sample
 
 MAX_SIDE = 160  # pixels of an inlined image
@@ -25,14 +25,6 @@ def positions(batch: Batch, counted: int) -> tuple[list[int], bool]:
     if numbers is None:
         return list(range(counted, counted + size(batch))), False
     return [int(place) for place in numbers.flatten().tolist()], True
-
-
-def class_labels(batch: Batch) -> Tensor:
-    """One class per sample, ``(B,)`` int64 on the CPU; -1 where there is none, or the target is no class."""
-    truth = labels(batch)
-    if truth is None or truth.dim() != 1 or truth.is_floating_point():
-        return torch.full((size(batch),), -1)
-    return truth.detach().cpu().long()
 
 
 def take(batch: Batch, row: int) -> Batch:

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning._utils.batch import Batch, class_labels
 from ddcl_lightning.explain.batch_summary import Look, distances, real_tokens
 from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
 from ddcl_lightning.explain.nearest import Nearest
-from ddcl_lightning.explain.samples import Album, class_labels, positions
+from ddcl_lightning.explain.samples import Album, positions
 from ddcl_lightning.explain.typical_words import WordMass, words_at, words_of
+from ddcl_lightning.functional import code_counts
 from ddcl_lightning.metrics.clustering_metrics import (
     adjusted_rand_index,
     hungarian_accuracy,
@@ -59,14 +60,13 @@ class Tally:
 
     def add(self, look: Look, batch: Batch) -> None:
         """Add a look at a batch."""
-        heads, prototypes = self._shape
+        prototypes = self._shape[1]
         places, known = positions(batch, self.samples)
         truth = class_labels(batch)
         self._weight += look.shares.sum(0)
         strongest = look.shares.argmax(-1)
-        for head in range(heads):
-            self._sizes[head] += torch.bincount(strongest[:, head], minlength=prototypes)
-            self._token_counts[head] += torch.bincount(look.codes[head][look.mask], minlength=prototypes)
+        self._sizes += code_counts(strongest.T, prototypes)
+        self._token_counts += code_counts(look.codes.flatten(1), prototypes, look.mask.flatten())
         self._add_classes(look, strongest, truth)
         where = torch.tensor(places)
         apart = distances(look.means.movedim(1, 0), look.prototypes.cpu().double())  # (H, B, K)

@@ -11,6 +11,7 @@ from ddcl_lightning._utils.files import write_text
 from ddcl_lightning.checkpoints.reading import other_model, read_checkpoint
 from ddcl_lightning.explain.batch_summary import Observer
 from ddcl_lightning.explain.collection import check_arguments, collect
+from ddcl_lightning.explain.explanation import Explanation
 from ddcl_lightning.explain.report import render
 from ddcl_lightning.module import DDCLReadoutModule
 
@@ -53,20 +54,7 @@ class ExplainingTrainer(pl.Trainer):
                 f"explain runs in one process; got {self.world_size}. Use --trainer.devices 1 --trainer.num_nodes 1."
             )
         Observer(model)  # a head without prototypes is refused before the work
-        # Nothing is predicted: a prediction over no batches sets up and restores the model just as `predict` does.
-        self.limit_predict_batches = 0
-        try:
-            self.predict(
-                model,
-                datamodule=datamodule,
-                return_predictions=False,
-                ckpt_path=ckpt_path,
-                weights_only=weights_only,
-            )
-        except RuntimeError as error:
-            if (sentence := other_model(str(error), ckpt_path)) is None:
-                raise
-            raise ValueError(sentence) from error
+        self._load(model, datamodule, ckpt_path, weights_only)
         model.to(self.strategy.root_device)
         with self.precision_plugin.predict_step_context():
             explanation = collect(
@@ -80,14 +68,40 @@ class ExplainingTrainer(pl.Trainer):
                 to_device=lambda batch: compat.to_device(self, batch),
                 progress=self.progress_bar_callback is not None,
             )
-        page = render(explanation)
-        write_text(output, page)
-        dead = sum(prototype.dead for head in explanation.heads for prototype in head.prototypes)
-        size = Path(output).stat().st_size / 1024
-        rank_zero_info(
-            f"Wrote {output} ({size:,.0f} KiB): {sum(len(h.prototypes) for h in explanation.heads)} "
-            f"prototypes ({dead} dead), {explanation.samples:,} samples, {len(explanation.inputs)} inputs."
-        )
+        write_text(output, render(explanation))
+        _announce(output, explanation)
+
+    def _load(
+        self,
+        model: DDCLReadoutModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None,
+        weights_only: bool | None,
+    ) -> None:
+        """Set up model and data as ``predict`` does, whose prediction over no batches restores the checkpoint."""
+        self.limit_predict_batches = 0
+        try:
+            self.predict(
+                model,
+                datamodule=datamodule,
+                return_predictions=False,
+                ckpt_path=ckpt_path,
+                weights_only=weights_only,
+            )
+        except RuntimeError as error:
+            if (sentence := other_model(str(error), ckpt_path)) is None:
+                raise
+            raise ValueError(sentence) from error
+
+
+def _announce(output: str, explanation: Explanation) -> None:
+    """One line that says what was written."""
+    prototypes = [prototype for head in explanation.heads for prototype in head.prototypes]
+    rank_zero_info(
+        f"Wrote {output} ({Path(output).stat().st_size / 1024:,.0f} KiB): {len(prototypes)} prototypes "
+        f"({sum(prototype.dead for prototype in prototypes)} dead), {explanation.samples:,} samples, "
+        f"{len(explanation.inputs)} inputs."
+    )
 
 
 def check_request(ckpt_path: str | None, output: str) -> None:

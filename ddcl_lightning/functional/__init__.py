@@ -4,17 +4,16 @@ Shapes follow one convention: ``tokens`` are ``(..., N, d)``, ``prototypes`` ``(
 True for valid tokens, and the leading dimensions (usually one, the heads) are shared.
 """
 
+from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.functional.assignment import (
     BankOutput,
     Decomposition,
-    TokenMeans,
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
     sample_codes,
     soft_assign,
 )
-from ddcl_lightning.functional.cell_statistics import Cells, cells, merge_cells
 from ddcl_lightning.functional.decomposition import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional.diagnostics import (
     AssignmentStatistics,
@@ -25,7 +24,7 @@ from ddcl_lightning.functional.diagnostics import (
     separation,
     total_variance,
 )
-from ddcl_lightning.functional.means import assign_codes, merge_token_means, token_means
+from ddcl_lightning.functional.means import assign_codes, token_means
 from ddcl_lightning.functional.phase_transition import (
     critical_factor,
     critical_temperature,
@@ -34,6 +33,7 @@ from ddcl_lightning.functional.phase_transition import (
 from ddcl_lightning.functional.quantization import quantize
 from ddcl_lightning.functional.slots import prototype_slots
 from ddcl_lightning.functional.split import SplitTest, split_test
+from ddcl_lightning.functional.token_statistics import Cells, TokenStatistics, cells_of, code_counts
 
 __all__ = [
     "AssignmentStatistics",
@@ -43,18 +43,18 @@ __all__ = [
     "DecompositionErrors",
     "Separation",
     "SplitTest",
-    "TokenMeans",
+    "TokenStatistics",
     "assign_codes",
     "assignment_statistics",
-    "cells",
+    "cells_of",
+    "code_counts",
     "critical_factor",
     "critical_temperature",
     "decompose",
     "decomposition_errors",
     "effective_dimension",
     "log_barrier",
-    "merge_cells",
-    "merge_token_means",
+    "masked_mean",
     "nearest_prototype",
     "prototype_attention",
     "prototype_attention_reference",

@@ -1,6 +1,7 @@
 """Argument checks, masked means and chunking shared by the functional modules."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -76,15 +77,28 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def zero_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens with the padded rows set to zero, so that not even a NaN there can leak into a product."""
+    """Tokens ``(..., N, D)`` with zero where the mask ``(..., N)`` is False: no NaN there can leak into a product."""
     return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of ``values`` ``(..., N)`` over the valid tokens, ``(...)``; NaN where no token is valid."""
+def masked_mean(values: Tensor, mask: Tensor | None, dim: Literal[-1, -2] = -1) -> Tensor:
+    """Mean of values over the valid tokens.
+
+    Args:
+        values: One number ``(..., N)`` or, with ``dim=-2``, one vector ``(..., N, D)`` per token, of any float dtype.
+        mask: ``(..., N)`` boolean, True for valid tokens; None if all are. Dimensions that it lacks, such as heads in
+            ``(B, H, N, D)``, are those before N.
+        dim: Dimension of the tokens.
+
+    Returns:
+        ``(...)`` or ``(..., D)`` in the dtype of the values; NaN where no token is valid.
+    """
+    if dim == -2:
+        values = values.mT
     if mask is None:
         return values.mean(-1)
-    return values.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1)
+    valid = mask.reshape(*mask.shape[:-1], *[1] * (values.dim() - mask.dim()), mask.shape[-1])
+    return values.masked_fill(~valid, 0.0).sum(-1) / valid.sum(-1)
 
 
 def token_chunks(num_tokens: int, row_elements: int) -> Iterator[slice]:

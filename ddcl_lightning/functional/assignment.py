@@ -14,6 +14,7 @@ from ddcl_lightning.functional._common import (
     token_chunks,
     zero_padding,
 )
+from ddcl_lightning.functional.token_statistics import TokenStatistics
 
 # CUDA's memory-efficient kernel refuses float32 rows of another multiple, and the fallback stores the N x K matrix.
 ROW_ALIGNMENT = 4
@@ -33,19 +34,6 @@ class Decomposition(NamedTuple):
     variance: Tensor
 
 
-class TokenMeans(NamedTuple):
-    """What each prototype's tokens look like, whatever their number.
-
-    Attributes:
-        log_mass: Logarithm of the tokens assigned to each prototype, ``ln sum_n q_nk``, ``(..., K)``; finite where the
-            mass itself underflows.
-        mean: ``sum_n w_kn z_n`` with ``w_kn = softmax_n(ln q_nk)``, ``(..., K, d)``.
-    """
-
-    log_mass: Tensor
-    mean: Tensor
-
-
 class BankOutput(NamedTuple):
     """What a bank of prototypes returns for ``(..., N, d)`` tokens.
 
@@ -55,7 +43,7 @@ class BankOutput(NamedTuple):
         weights: Soft assignments ``(..., N, K)``, zero at padding, or None where they were not asked for.
         entropy: Mean over valid tokens of ``sum_k q_nk s_k`` with the surprisal s, ``(...)``, or None without one.
         codes: Hard codes, where a :class:`~ddcl_lightning.PrototypeBank` was asked for them.
-        means: Token means, likewise.
+        statistics: Mass and mean token of each prototype, likewise.
         anchor: A zero on which gradients hang that are passed around such a call of a bank, or None unless an optimizer
             follows it.
         scale: What the terms and the entropy are multiplied by beyond being means over these tokens, for the mean over
@@ -67,7 +55,7 @@ class BankOutput(NamedTuple):
     weights: Tensor | None
     entropy: Tensor | None = None
     codes: Tensor | None = None
-    means: TokenMeans | None = None
+    statistics: TokenStatistics | None = None
     anchor: Tensor | None = None
     scale: Tensor | float = 1.0
 

@@ -16,6 +16,7 @@ from ddcl_lightning.functional._common import (
     zero_padding,
 )
 from ddcl_lightning.functional.assignment import log_assign
+from ddcl_lightning.functional.token_statistics import code_counts
 
 
 class Separation(NamedTuple):
@@ -93,7 +94,6 @@ def assignment_statistics(
     check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
     p = prototypes.to(dtype)
-    size = p.shape[-2]
     entropy = p.new_zeros(p.shape[:-2])
     mass = p.new_zeros(p.shape[:-1])
     counts = torch.zeros(p.shape[:-1], dtype=torch.int64, device=p.device)
@@ -104,8 +104,7 @@ def assignment_statistics(
             q = zero_padding(log_q.exp(), valid)
             entropy += torch.special.entr(q).sum((-1, -2))  # -q ln q, and 0 where q underflows
             mass += q.sum(-2)
-            hard = torch.nn.functional.one_hot(log_q.argmax(-1), size)
-            counts += (hard if valid is None else hard * valid.unsqueeze(-1)).sum(-2)
+            counts += code_counts(log_q.argmax(-1), p.shape[-2], valid)
     count = torch.full_like(entropy, tokens.shape[-2]) if mask is None else mask.sum(-1).to(dtype)
     return AssignmentStatistics(entropy / count, mass / count.unsqueeze(-1), counts)
 
@@ -142,8 +141,7 @@ def _centred(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens minus the mean of the valid ones in float64, zero at padding."""
     check_mask(tokens, mask)
     z = zero_padding(tokens.to(torch.float64), mask)
-    mean = masked_mean(z.mT, None if mask is None else mask.unsqueeze(-2).expand(z.mT.shape))
-    return zero_padding(z - mean.unsqueeze(-2), mask)
+    return zero_padding(z - masked_mean(z, mask, dim=-2).unsqueeze(-2), mask)
 
 
 def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from ddcl_lightning.functional import TokenMeans, nearest_prototype
+from ddcl_lightning.functional import TokenStatistics, code_counts, nearest_prototype
 from ddcl_lightning.functional._common import token_chunks
 
 PATIENCE = 20  # relocations in a row that gain nothing end the search
@@ -62,17 +62,17 @@ def hard_phase(points: Tensor, starts: list[Tensor], seed: int) -> tuple[Tensor,
     return hard_means(points, p).mean, inertia
 
 
-def hard_means(points: Tensor, prototypes: Tensor) -> TokenMeans:
+def hard_means(points: Tensor, prototypes: Tensor) -> TokenStatistics:
     """Number and mean of the points nearest to each prototype; one without points stays where it is.
 
     Means are taken relative to a member of each cell, so that equal points have exactly themselves as their mean.
     """
     owner = nearest_prototype(points, prototypes)
-    counts = torch.bincount(owner, minlength=len(prototypes)).to(points.dtype)
+    counts = code_counts(owner, len(prototypes)).to(points.dtype)
     earliest = torch.full((len(prototypes),), len(points)).scatter_reduce_(0, owner, torch.arange(len(points)), "amin")
     member = torch.where((counts > 0).unsqueeze(1), points[earliest.clamp(max=len(points) - 1)], prototypes)
     offsets = torch.zeros_like(prototypes).index_add_(0, owner, points - member[owner])
-    return TokenMeans(counts.log(), member + offsets / counts.clamp(min=1).unsqueeze(1))
+    return TokenStatistics(counts.log(), member + offsets / counts.clamp(min=1).unsqueeze(1))
 
 
 def _settle(points: Tensor, prototypes: Tensor) -> tuple[Tensor, float]:

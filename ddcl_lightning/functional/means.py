@@ -1,16 +1,17 @@
-"""Means of tokens under responsibilities normalised over tokens, and their sums over batches."""
+"""Means of tokens under responsibilities that are normalised over tokens."""
 
 import torch
 from torch import Tensor
 
 from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, token_chunks, zero_padding
-from ddcl_lightning.functional.assignment import TokenMeans, log_assign
+from ddcl_lightning.functional.assignment import log_assign
+from ddcl_lightning.functional.token_statistics import TokenStatistics
 
 
 @torch.no_grad()
 def token_means(
     tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None = None
-) -> TokenMeans:
+) -> TokenStatistics:
     """Mass and mean token of every prototype under the assignments of eq. 2, streamed over tokens.
 
     The mean is the fixed point of the quantisation loss with assignments held constant; in log space a prototype that
@@ -31,7 +32,7 @@ def token_means(
 @torch.no_grad()
 def assign_codes(
     tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, TokenMeans]:
+) -> tuple[Tensor, TokenStatistics]:
     """Hard codes ``(..., N)`` int64 and :func:`token_means` in one pass; the arguments are the same."""
     codes = torch.empty(tokens.shape[:-1], dtype=torch.int64, device=tokens.device)
     return codes, _stream(tokens, prototypes, temperature, mask, codes)
@@ -39,11 +40,11 @@ def assign_codes(
 
 def _stream(
     tokens: Tensor, prototypes: Tensor, temperature: float | Tensor, mask: Tensor | None, codes: Tensor | None
-) -> TokenMeans:
+) -> TokenStatistics:
     check_shapes(tokens, prototypes, mask)
     dtype = accumulation_dtype(tokens, prototypes)
     p = prototypes.to(dtype)
-    total = TokenMeans(p.new_full(p.shape[:-1], -torch.inf), torch.zeros_like(p))
+    total = TokenStatistics(p.new_full(p.shape[:-1], -torch.inf), torch.zeros_like(p))
     with torch.autocast(tokens.device.type, enabled=False):
         for chunk in token_chunks(tokens.shape[-2], p[..., 0].numel()):
             valid = None if mask is None else mask[..., chunk]
@@ -56,12 +57,5 @@ def _stream(
             log_mass = log_q.logsumexp(-2)
             # A part of the tokens without a valid one has no mean, and no weight in the total.
             shares = (log_q - log_mass.unsqueeze(-2).clamp(min=torch.finfo(dtype).min)).exp()
-            total = merge_token_means(total, TokenMeans(log_mass, shares.mT @ z))
+            total = total.merge(TokenStatistics(log_mass, shares.mT @ z))
     return total
-
-
-def merge_token_means(first: TokenMeans, second: TokenMeans) -> TokenMeans:
-    """Statistics of two sets of tokens together."""
-    log_mass = torch.logaddexp(first.log_mass, second.log_mass)
-    share = (second.log_mass - log_mass).exp().nan_to_num(nan=0.0).unsqueeze(-1)  # two empty sets: -inf - -inf
-    return TokenMeans(log_mass, torch.lerp(first.mean, second.mean, share))

@@ -17,7 +17,8 @@ from ddcl_lightning.functional._common import (
     temperature_like,
     zero_padding,
 )
-from ddcl_lightning.functional.assignment import BankOutput, Decomposition, TokenMeans
+from ddcl_lightning.functional.assignment import BankOutput, Decomposition
+from ddcl_lightning.functional.token_statistics import TokenStatistics
 
 BLOCK_ELEMENTS = 1 << 18  # entries of one N x K block: a megabyte stays in the cache from one operation to the next
 STORED_ELEMENTS = 1 << 24  # 64 MiB: assignments up to this size are stored for the second sweep, others are redone
@@ -72,7 +73,7 @@ def quantize(
         None,
         entropy,
         codes,
-        TokenMeans(log_mass, means),
+        TokenStatistics(log_mass, means),
     )
 
 

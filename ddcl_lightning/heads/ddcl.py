@@ -186,8 +186,7 @@ class DDCLReadout(Head):
         output = self.attention(tokens, mask, need_weights)
         assignments = None
         if output.weights is not None:
-            lengths = None if mask is None else mask[:, None, None, :].expand(output.weights.mT.shape)
-            assignments = masked_mean(output.weights.mT, lengths)
+            assignments = masked_mean(output.weights, mask, dim=-2)
         if self.pooling in ("slots", "token_slots"):
             values = zero_padding(tokens, mask) if self.pooling == "token_slots" else None
             pooled = self.attention.bank.slots(output.embedded, mask, values).flatten(1)

@@ -286,8 +286,7 @@ class HierarchicalReadout(Head):
         assert below is not None
         assignments = None
         if not self.training and below.weights is not None:
-            lengths = None if mask is None else mask[:, None, None, :].expand(below.weights.mT.shape)
-            assignments = masked_mean(below.weights.mT, lengths)
+            assignments = masked_mean(below.weights, mask, dim=-2)
         return ReadoutOutput(tokens, torch.cat(pooled, -1), terms, assignments)
 
     def _read(

@@ -89,7 +89,7 @@ def first_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
 
 def mean_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """The mean valid token of each sample, ``(B, D)``."""
-    return masked_mean(tokens.mT, None if mask is None else mask[:, None, :].expand(tokens.mT.shape))
+    return masked_mean(tokens, mask, dim=-2)
 
 
 class _Summary(PoolingHead):

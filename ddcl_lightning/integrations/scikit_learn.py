@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ddcl_lightning.functional import (
     Decomposition,
-    TokenMeans,
+    TokenStatistics,
     critical_temperature,
     decompose,
-    merge_token_means,
     nearest_prototype,
     soft_assign,
     token_means,
@@ -141,10 +140,10 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             return self.fit(X)
         z, dtype = self._read(X, reset=False)
         prototypes = self._prototypes()
-        so_far = TokenMeans(torch.tensor(self.mass_, dtype=z.dtype).log(), prototypes)
+        so_far = TokenStatistics(torch.tensor(self.mass_, dtype=z.dtype).log(), prototypes)
         latest = hard_means(z, prototypes) if self.end is None else token_means(z, prototypes, self.temperature_)
-        log_mass, mean = merge_token_means(so_far, latest)
-        self._store(z, mean, log_mass.exp(), dtype)
+        total = so_far.merge(latest)
+        self._store(z, total.mean, total.log_mass.exp(), dtype)
         self.n_iter_ += 1
         return self
 
@@ -206,7 +205,7 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         self.temperature_, self.critical_temperature_, self.n_iter_ = float(schedule[-1]), critical, best.iterations
         prototypes, mass = best.prototypes + center, best.mass
         if self.end is None:
-            log_mass, prototypes = hard_means(z, prototypes)  # without the rounding of the shift by the mean
+            log_mass, prototypes, _ = hard_means(z, prototypes)  # without the rounding of the shift by the mean
             mass = log_mass.exp().round()
             spherical = 2 * best.loss * len(z) / z.numel()
             self.temperature_ = min(self.temperature_, max(spherical, critical * torch.finfo(z.dtype).eps))
@@ -287,7 +286,7 @@ class _Run:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             p = p + NUDGE * float(temperature) ** 0.5 / z.shape[1] ** 0.5 * noise
             for _ in range(max_iter):
-                log_mass, latest = token_means(z, p, float(temperature))
+                log_mass, latest, _ = token_means(z, p, float(temperature))
                 moved = float((latest - p).square().sum(1).max()) ** 0.5
                 p, self.iterations = latest, self.iterations + 1
                 self.converged = moved <= tol * spread

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.functional import code_counts
 from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
 
 
@@ -37,9 +38,7 @@ def codebook_counts(codes: Tensor, num_codes: int) -> Tensor:
                 f"codes must be in [0, num_codes = {num_codes}), or -1 for padding; got values from {low} to {high}. "
                 "Set num_codes of the head to the size of its codebook."
             )
-    # Padding gets a column of its own: selecting it away would wait for the GPU, as bincount does.
-    counts = rows.new_zeros(len(rows), num_codes + 1).scatter_add_(1, rows + 1, torch.ones_like(rows))
-    return counts[:, 1:]
+    return code_counts(rows, num_codes)
 
 
 def soft_perplexity(mass: Tensor) -> Tensor:

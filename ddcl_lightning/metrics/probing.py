@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ddcl_lightning._utils.batch import Batch, index, labels
+from ddcl_lightning._utils.batch import Batch, class_labels, index
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.functional._common import masked_mean
@@ -115,7 +115,7 @@ def collect_readouts(
                     _mean_token(values, mask),
                     values[:, 0].float().cpu(),
                     _mean_input(records[name], size) if bank else torch.empty(size, 0),
-                    _class_labels(batch, size),
+                    class_labels(batch),
                     torch.empty(size, 0, dtype=torch.int64) if clusters is None else clusters.argmax(-1).cpu(),
                     torch.full((size,), -1) if position is None else position.cpu().long(),
                 )
@@ -202,8 +202,7 @@ def clustering_scores(clusters: Tensor, truth: Tensor, num_clusters: int) -> dic
 
 
 def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
-    lengths = None if mask is None else mask[:, None, :].expand(values.mT.shape)
-    return masked_mean(values.float().mT, lengths).cpu()
+    return masked_mean(values.float(), mask, dim=-2).cpu()
 
 
 def _mean_input(record: CodebookRecord, samples: int) -> Tensor:
@@ -211,11 +210,3 @@ def _mean_input(record: CodebookRecord, samples: int) -> Tensor:
     rows = record.tokens.transpose(0, 1).flatten(1)
     tokens = rows.reshape(samples, -1, rows.shape[1])
     return _mean_token(tokens, None if record.mask is None else record.mask[0].reshape(samples, -1))
-
-
-def _class_labels(batch: Batch, size: int) -> Tensor:
-    """One class per sample, ``(B,)``; -1 where there is none, or a target of another kind."""
-    truth = labels(batch)
-    if truth is None or truth.dim() != 1 or truth.is_floating_point():
-        return torch.full((size,), -1)
-    return truth.cpu().long()

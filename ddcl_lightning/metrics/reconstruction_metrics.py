@@ -8,6 +8,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.functional._common import zero_padding
 
 SSIM_WINDOW = 11  # pixels; side of the Gaussian window with sigma 1.5
 
@@ -66,7 +67,7 @@ class ReconstructionMetrics(Metric):
         prediction, target = prediction.float(), target.float()
         squared = (prediction - target).square()
         if mask is not None:
-            squared = squared.masked_fill(~mask.unsqueeze(-1), 0.0)
+            squared = zero_padding(squared, mask)
             self.entries += mask.sum() * squared.shape[-1]
         else:
             self.entries += squared.numel()

@@ -41,8 +41,7 @@ class _StopAtBank(BankObserver):
     def before(self, bank: PrototypeBank, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
         self.calls_left -= 1
         heads, flat_mask = bank.split_heads(tokens, mask)
-        valid = heads if flat_mask is None else heads[:, flat_mask[0]]
-        self.reservoir.add(valid.transpose(0, 1).float())
+        self.reservoir.add(heads.transpose(0, 1).float(), None if flat_mask is None else flat_mask[0])
         if self.calls_left <= 0:
             raise _Reached
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.arguments import require_at_least, typed
+from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -101,34 +101,25 @@ class DDCLAttention(nn.Module):
                 temperature=None if temperature == DEFAULT_TEMPERATURE else temperature,
                 detach_assignments=detach_assignments or None,
             )
-            num_heads, prototype_dim = bank.num_heads, bank.dim
-        if prototype_dim is None:
-            if num_heads < 1 or embed_dim % num_heads:
-                raise ValueError(
-                    f"embed_dim must be divisible by num_heads; got {embed_dim} and {num_heads}. "
-                    "Set prototype_dim to choose the heads' dimension yourself."
-                )
-            prototype_dim = embed_dim // num_heads
-        if output_projection is None:
-            output_projection = residual or num_heads > 1
-        if residual and not output_projection:
-            raise ValueError("output_projection must not be False with residual=True: eq. 5 adds C W_o to the input.")
-
-        if bank is None:
-            if num_prototypes is None:
-                raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
+        elif num_prototypes is None:
+            raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
+        else:
             bank = PrototypeBank(
                 num_prototypes,
-                prototype_dim,
+                prototype_dim or width_per_head(num_heads, "prototype_dim", embed_dim=embed_dim),
                 num_heads=num_heads,
                 temperature=temperature,
                 detach_assignments=detach_assignments,
             )
-        width = num_heads * prototype_dim
+        if output_projection is None:
+            output_projection = residual or bank.num_heads > 1
+        if residual and not output_projection:
+            raise ValueError("output_projection must not be False with residual=True: eq. 5 adds C W_o to the input.")
+        width = bank.num_heads * bank.dim
         self.embed_dim, self.residual, self.sampling, self.context_dim = embed_dim, residual, sampling, context_dim
         self.output_dim = embed_dim if output_projection else width
         self.input_projection: nn.Linear | None = None
-        if num_heads > 1 or prototype_dim != embed_dim:
+        if bank.num_heads > 1 or bank.dim != embed_dim:
             self.input_projection = nn.Linear(embed_dim, width, bias=False)
             nn.init.orthogonal_(self.input_projection.weight)
         self.scale = EmbeddingScale(width, embedding_scale)

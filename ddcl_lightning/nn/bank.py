@@ -1,34 +1,31 @@
 """The bank of prototypes, which heads are built on and callbacks look for."""
 
-import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddcl_lightning._utils.arguments import require_at_least, typed
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import from_first_process, log_sum_over_processes, token_weight
 from ddcl_lightning.functional import (
     BankOutput,
     Decomposition,
     assign_codes,
-    nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
     prototype_slots,
     quantize,
     sample_codes,
 )
-from ddcl_lightning.functional._common import check_mask, require_tokens
-from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
+from ddcl_lightning.functional._common import require_tokens
+from ddcl_lightning.nn.codebook import Codebook
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
-from ddcl_lightning.nn.observer import BankObserver
+from ddcl_lightning.nn.observer import ObservedModule
 from ddcl_lightning.nn.shared_parameters import note_prototypes
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, BankTemperature, Temperature
 
 
-class PrototypeBank(GuardedState):
+class PrototypeBank(Codebook, ObservedModule):
     """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
 
     Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
@@ -53,9 +50,6 @@ class PrototypeBank(GuardedState):
         ValueError: If a size is below 1 or the temperature is not positive.
     """
 
-    initialized: Tensor
-    state_rules: ClassVar[Rules] = {"prototypes": FINITE, "initialized": FLAG}
-
     @typed
     def __init__(
         self,
@@ -67,12 +61,8 @@ class PrototypeBank(GuardedState):
         detach_assignments: bool = False,
         measure_variance: bool = False,
     ) -> None:
-        super().__init__()
-        require_at_least(1, num_prototypes=num_prototypes, dim=dim, num_heads=num_heads)
-        self.num_prototypes, self.dim, self.num_heads = num_prototypes, dim, num_heads
+        super().__init__(num_prototypes, dim, num_heads)
         self.detach_assignments = detach_assignments
-        self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
         self.temperature_state = BankTemperature(
             Temperature.of(temperature),
             num_heads,
@@ -80,8 +70,6 @@ class PrototypeBank(GuardedState):
             detach_assignments=detach_assignments,
             measure=measure_variance,
         )
-        self._observers: list[weakref.ref[BankObserver]] = []
-        self._breaks_graphs = False
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, need_weights: bool = False) -> BankOutput:
         """Assign tokens and return their soft centroids.
@@ -137,9 +125,9 @@ class PrototypeBank(GuardedState):
                 heads, prototypes, temperature, flat_mask, detach_assignments=self.detach_assignments, total=total
             )
         else:
-            codes, means = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
+            codes, statistics = assign_codes(heads.detach(), prototypes.detach(), temperature, flat_mask)
             # The entropy of a mean is linear in what is averaged, to first order: -ln of the mean is its gradient.
-            log_mass = total(means.log_mass)
+            log_mass = total(statistics.log_mass)
             output = prototype_attention(
                 heads,
                 prototypes,
@@ -148,7 +136,7 @@ class PrototypeBank(GuardedState):
                 detach_assignments=self.detach_assignments,
                 surprisal=log_mass.logsumexp(-1, keepdim=True) - log_mass,
             )
-            output = output.replaced(codes=codes, means=means)
+            output = output.replaced(codes=codes, statistics=statistics)
         return self._end(tokens, mask, heads, flat_mask, output)
 
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -184,35 +172,6 @@ class PrototypeBank(GuardedState):
             output = observer.after(self, tokens, mask, output)
         return output
 
-    # Watching -----------------------------------------------------------------------------------
-
-    def add_observer(self, observer: BankObserver) -> None:
-        """Show every call to an observer for as long as somebody else holds it; copies of the bank have none."""
-        self._observers = [reference for reference in self._observers if reference() is not None]
-        self._observers.append(weakref.ref(observer))
-        self._breaks_graphs |= observer.breaks_graphs
-
-    def remove_observer(self, observer: BankObserver) -> None:
-        """Show it no further calls; nothing happens if it was not shown any."""
-        self._observers = [reference for reference in self._observers if reference() not in (None, observer)]
-
-    def _watching(self) -> list[BankObserver]:
-        if torch.compiler.is_compiling():
-            return self._living(breaks_graphs=True) if self._breaks_graphs else []
-        return self._living() if self._observers else []
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _living(self, breaks_graphs: bool = False) -> list[BankObserver]:
-        observers = [reference() for reference in self._observers]
-        return [
-            observer for observer in observers if observer is not None and (observer.breaks_graphs or not breaks_graphs)
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_observers": [], "_breaks_graphs": False}
-
-    # Tokens, codes, slots -----------------------------------------------------------------------
-
     @property
     def temperature(self) -> Tensor:
         """T of every head in units of squared distance, ``(H,)``; set it with :meth:`set_temperature`."""
@@ -229,30 +188,6 @@ class PrototypeBank(GuardedState):
             ValueError: If the unit is another one, the value is not positive, or a list has not one per head.
         """
         self.temperature_state.set(Temperature.of(temperature))
-
-    def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
-        width = self.num_heads * self.dim
-        if tokens.shape[-1] != width:
-            raise ValueError(
-                f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "
-                "Project them, or build the bank for their dimension."
-            )
-        check_mask(tokens, mask)
-        heads = tokens.reshape(-1, self.num_heads, self.dim).transpose(0, 1)
-        flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
-        return heads, flat_mask
-
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
-        heads, _ = self.split_heads(tokens)
-        return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""
-        heads = torch.arange(self.num_heads, device=codes.device)
-        vectors = self.prototypes[heads, codes.clamp(min=0)]
-        return vectors.masked_fill((codes < 0).unsqueeze(-1), 0.0).flatten(-2)
 
     def sample(self, tokens: Tensor) -> Tensor:
         """A prototype per token and head, drawn from the assignments: indices ``(*, H)`` int64, for ``(*, H * d)``."""
@@ -283,18 +218,6 @@ class PrototypeBank(GuardedState):
             values=None if values is None else values.unsqueeze(1),
         )
         return slots.to(tokens.dtype)
-
-    @torch.no_grad()
-    def set_prototypes(self, prototypes: Tensor) -> None:
-        """Copy ``(H, K, d)`` values in and mark the bank initialised."""
-        if prototypes.shape != self.prototypes.shape:
-            raise ValueError(
-                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}."
-            )
-        if not bool(torch.isfinite(prototypes).all()):
-            raise ValueError("prototypes must be finite; got NaN or infinity.")
-        self.prototypes.copy_(prototypes)
-        self.initialized.fill_(1.0)
 
     @torch.no_grad()
     def initialize(
@@ -332,45 +255,6 @@ class PrototypeBank(GuardedState):
         self.set_prototypes(clustered.to(self.prototypes))
         self.temperature_state.start(heads)
 
-    @torch.no_grad()
-    def resize(self, prototypes: Tensor) -> None:
-        """Take ``(H, K', d)`` values in the place of the ``(H, K, d)``; the parameter stays the same object.
-
-        Its gradient is dropped, and the state that an optimizer keeps for it has to follow:
-        :func:`~ddcl_lightning.optim.resizing.resize_bank` does both.
-        """
-        if prototypes.dim() != 3 or prototypes.shape[1] < 1 or prototypes[:, 0].shape != self.prototypes[:, 0].shape:
-            raise ValueError(
-                f"prototypes must have shape ({self.num_heads}, K, {self.dim}) with K >= 1; got "
-                f"{tuple(prototypes.shape)}."
-            )
-        if not self.prototypes.requires_grad:
-            raise ValueError("prototypes are frozen, so their number stays; call requires_grad_(True) first.")
-        if not bool(torch.isfinite(prototypes).all()):
-            raise ValueError("prototypes must be finite; got NaN or infinity.")
-        self._make_room(prototypes.shape[1])
-        self.prototypes.copy_(prototypes)
-
-    def _make_room(self, num_prototypes: int) -> None:
-        self.prototypes.grad = None
-        room = self.prototypes.data.new_zeros(self.num_heads, num_prototypes, self.dim)
-        # While a graph of an earlier call lives, autograd keeps the parameter's old shape; it drops it with the dtype.
-        self.prototypes.data = room.to(torch.bfloat16 if room.dtype == torch.float32 else torch.float32)
-        self.prototypes.data = room
-        self.num_prototypes = num_prototypes
-
-    def fit_to_state(self, prefix: str, state_dict: dict[str, Any]) -> None:
-        """Make room for a bank that has grown since it was built."""
-        saved = state_dict.get(f"{prefix}prototypes")
-        if isinstance(saved, Tensor) and saved.dim() == 3:
-            heads, size, dim = saved.shape
-            if (heads, dim) == (self.num_heads, self.dim) and size not in (0, self.num_prototypes):
-                rank_zero_info(
-                    f"{prefix.rstrip('.') or 'a bank'} was built with {self.num_prototypes} prototypes and loads "
-                    f"{size}: it takes their number."
-                )
-                self._make_room(size)
-
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
         if bool(torch.isfinite(output.terms.loss).all()):
             return
@@ -392,10 +276,6 @@ class PrototypeBank(GuardedState):
             f"the loss terms overflow {output.terms.loss.dtype} (temperature {self.temperature.tolist()}, largest "
             f"token entry {float(valid.abs().max()):.3g}). Standardise the tokens or raise the temperature."
         )
-
-    def extra_repr(self) -> str:
-        """Sizes, for ``print``."""
-        return f"num_prototypes={self.num_prototypes}, dim={self.dim}, num_heads={self.num_heads}"
 
 
 def _scaled(output: BankOutput, scale: Tensor | float) -> BankOutput:

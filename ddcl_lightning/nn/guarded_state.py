@@ -102,26 +102,6 @@ def running_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-def averaging_weight(num_batches: Tensor, momentum: float) -> Tensor:
-    """Weight of the newest batch in a running mean: 1 / n for the first ones, ``momentum`` once it is larger.
-
-    Args:
-        num_batches: Number of batches before, int64.
-        momentum: In (0, 1].
-    """
-    return (1.0 / (num_batches + 1)).clamp(min=momentum)
-
-
-def require_momentum(momentum: float) -> None:
-    """Refuse a momentum out of (0, 1].
-
-    Raises:
-        ValueError: If it is.
-    """
-    if not 0 < momentum <= 1:
-        raise ValueError(f"momentum must be in (0, 1]; got {momentum}.")
-
-
 def keep_unless(usable: Tensor | bool, kept: Tensor, new: Tensor) -> None:
     """Replace a buffer in place where ``usable``; a tensor is not looked at: nobody waits for the device."""
     if isinstance(usable, Tensor):

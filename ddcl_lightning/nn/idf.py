@@ -8,22 +8,16 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import sum_over_processes
-from ddcl_lightning.nn.guarded_state import (
-    COUNT,
-    SHARE,
-    Rules,
-    averaging_weight,
-    keep_unless,
-    require_momentum,
-    running_dtype,
-)
+from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.nn.guarded_state import SHARE, Rules, keep_unless, running_dtype
+from ddcl_lightning.nn.running_means import RunningMeans
 from ddcl_lightning.nn.settled_state import SettledState
 
 SMALLEST_SHARE = 1e-4  # share of samples below which prototypes are equally rare: ln(1 / share) must stay finite
 LEAST = 1e-6  # weight of a token whose prototype is in every sample; where all are, the weights are even
 
 
-class PrototypeIDF(SettledState):
+class PrototypeIDF(RunningMeans, SettledState):
     """Weighs tokens by ``ln(1 / share) ** 2``, the share of samples in which their prototype occurs.
 
     The logarithm is the inverse document frequency (Sparck Jones 1972); it counts twice, as in the cosine of two
@@ -46,34 +40,28 @@ class PrototypeIDF(SettledState):
 
     share: Tensor
     current: Tensor
-    num_batches: Tensor
-    state_rules: ClassVar[Rules] = {"share": SHARE, "num_batches": COUNT}
+    state_rules: ClassVar[Rules] = {**RunningMeans.state_rules, "share": SHARE}
 
     @typed
     def __init__(self, num_heads: int, num_prototypes: int, momentum: float = 0.05) -> None:
-        super().__init__()
-        require_momentum(momentum)
-        self.momentum = momentum
+        super().__init__(momentum)
         self.register_buffer("share", torch.ones(num_heads, num_prototypes, dtype=running_dtype()))
         self.register_buffer("current", self.share.clone(), persistent=False)
-        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, assignments: Tensor, mask: Tensor | None = None) -> Tensor:
         """Weights ``(B, T)`` >= 0 of tokens with assignments ``(B, H, T, K)`` and mask ``(B, T)``; 0 for padding."""
         q = assignments.to(self.share.dtype)
         if mask is not None:
-            q = q.masked_fill(~mask[:, None, :, None], 0.0)
+            q = zero_padding(q, mask[:, None])
         if self.training and not recomputing():
             samples = q.new_tensor(len(q)) if mask is None else mask.any(-1).sum().to(q.dtype)
             occurrences = q.sum(-2).clamp(max=1.0).sum(0).flatten()
             totals = sum_over_processes(torch.cat([occurrences, samples[None]]))
             usable = torch.isfinite(totals).all() & (totals[-1] > 0)
             first = self.num_batches == 0
-            weight = averaging_weight(self.num_batches, self.momentum).to(q.dtype)
-            self.num_batches += usable
             latest = (totals[:-1] / totals[-1].clamp(min=1.0)).view_as(self.share)
-            keep_unless(usable, self.share, self.share.lerp(latest, weight))
+            self.take_in(usable, share=self.averaged("share", latest))
             self.measured(first)
         idf = -self.current.clamp(SMALLEST_SHARE, 1.0).log()
         weights = (q * idf[None, :, None, :]).sum(-1).mean(1).square() + LEAST

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.arguments import require_at_least, typed
+from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
@@ -102,12 +102,7 @@ class SoftVectorQuantizer(Quantizer):
             raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
         require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
         if code_dim is None:
-            if num_heads < 1 or dim % num_heads:
-                raise ValueError(
-                    f"dim must be divisible by num_heads; got {dim} and {num_heads}. Set code_dim to choose the codes' "
-                    "dimension yourself."
-                )
-            code_dim = dim // num_heads
+            code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         self.dim, self.gradient, self.training_output = dim, gradient, training_output
         self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
         self.bank = PrototypeBank(
@@ -265,8 +260,7 @@ class SoftVectorQuantizer(Quantizer):
         spread = torch.where(spread > 0, spread, codes).clamp(min=torch.finfo(spread.dtype).tiny)
         apart = (output.centroids.detach() - hard).float().square()
         per_head = torch.unflatten(apart, -1, (self.bank.num_heads, self.bank.dim)).sum(-1)
-        valid = None if mask is None else mask.flatten().expand(self.bank.num_heads, -1)
-        gap = masked_mean(per_head.flatten(0, 1).mT, valid) / spread
+        gap = masked_mean(per_head.flatten(0, 1), None if mask is None else mask.flatten(), dim=-2) / spread
         entropy = output.entropy
         assert entropy is not None
         loss = self.commitment_weight * (output.terms.loss / spread).sum() - self.entropy_weight * entropy.sum()

@@ -8,25 +8,14 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import recomputing
-from ddcl_lightning._utils.distributed import sum_over_processes
-from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
-from ddcl_lightning.nn.guarded_state import (
-    COUNT,
-    COVARIANCE,
-    DIRECTION,
-    NOT_NEGATIVE,
-    GuardedState,
-    Rules,
-    averaging_weight,
-    keep_unless,
-    require_momentum,
-    running_dtype,
-)
+from ddcl_lightning.nn.guarded_state import COVARIANCE, DIRECTION, NOT_NEGATIVE, Rules, running_dtype
+from ddcl_lightning.nn.joint_moments import joint_covariance, joint_mean
+from ddcl_lightning.nn.running_means import RunningMeans
 
 ITERATIONS = 4  # of the power method per batch: the direction is kept, so they add up over the batches
 
 
-class RunningCovariance(GuardedState):
+class RunningCovariance(RunningMeans):
     """Covariance of every head's tokens and its largest eigenvalue, which sets their critical temperature.
 
     The covariance is that of all processes; its largest eigenvalue is found by a power method that goes on from batch
@@ -50,25 +39,21 @@ class RunningCovariance(GuardedState):
     lambda_max: Tensor
     covariance: Tensor
     direction: Tensor
-    num_batches: Tensor
     state_rules: ClassVar[Rules] = {
+        **RunningMeans.state_rules,
         "lambda_max": NOT_NEGATIVE,
         "covariance": COVARIANCE,
         "direction": DIRECTION,
-        "num_batches": COUNT,
     }
 
     @typed
     def __init__(self, num_heads: int, dim: int, momentum: float = 0.05) -> None:
-        super().__init__()
-        require_momentum(momentum)
-        self.momentum = momentum
+        super().__init__(momentum)
         generator = torch.Generator().manual_seed(0)  # the same start everywhere, and the global state left alone
         dtype = running_dtype()
         self.register_buffer("lambda_max", torch.zeros(num_heads, dtype=dtype))
         self.register_buffer("covariance", torch.zeros(num_heads, dim, dim, dtype=dtype))
         self.register_buffer("direction", torch.randn(num_heads, dim, generator=generator, dtype=dtype))
-        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> None:
@@ -76,20 +61,17 @@ class RunningCovariance(GuardedState):
         if recomputing():
             return
         with torch.autocast(tokens.device.type, enabled=False):
-            latest, count = _covariance(tokens, mask)
-            weight = averaging_weight(self.num_batches, self.momentum).to(self.covariance.dtype)
-            covariance, direction = self.covariance.lerp(latest.to(self.covariance.dtype), weight), self.direction
+            mean, number = joint_mean(tokens, mask)
+            covariance = self.averaged("covariance", joint_covariance(tokens, mask, mean, number))
+            direction = self.direction
             for _ in range(ITERATIONS):
                 image = (covariance @ direction.unsqueeze(-1)).squeeze(-1)
                 length = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
                 # Tokens without variance leave the direction as it is, for those that come.
                 direction = torch.where(length > 0, image / length, direction)
             # Not finite in one place is not finite here, and everywhere alike: sums are those of all processes.
-            usable = (count > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
-            self.num_batches += usable
-            keep_unless(usable, self.covariance, covariance)
-            keep_unless(usable, self.direction, direction)
-            keep_unless(usable, self.lambda_max, length.squeeze(-1))
+            usable = (number[0, 0] > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
+            self.take_in(usable, covariance=covariance, direction=direction, lambda_max=length.squeeze(-1))
 
     def total_variance(self) -> Tensor:
         """Trace of the covariance, ``(H,)``; 0 before the first batch."""
@@ -105,13 +87,3 @@ class RunningCovariance(GuardedState):
         self.direction.copy_(vectors[..., -1])
         self.lambda_max.copy_(values[..., -1].clamp(min=0.0))
         self.num_batches.fill_(math.ceil(1 / self.momentum))
-
-
-def _covariance(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Covariance of the valid tokens of all processes, ``(H, d, d)``, in two passes, and their number."""
-    z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
-    keep = torch.ones_like(z[..., :1]) if mask is None else mask.unsqueeze(-1).to(z.dtype)
-    sums = sum_over_processes(torch.cat([z.sum(-2), keep.sum(-2)], -1))
-    count = sums[..., -1:].clamp(min=1.0)
-    centred = (z - (sums[..., :-1] / count).unsqueeze(-2)) * keep
-    return sum_over_processes(centred.mT @ centred) / count.unsqueeze(-1), sums[0, -1]

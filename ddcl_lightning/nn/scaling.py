@@ -8,26 +8,17 @@ from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.compat import recomputing
-from ddcl_lightning._utils.distributed import sum_over_processes
 from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
-from ddcl_lightning.nn.guarded_state import (
-    COUNT,
-    COVARIANCE,
-    FINITE,
-    GuardedState,
-    Rules,
-    averaging_weight,
-    keep_unless,
-    require_momentum,
-    running_dtype,
-)
+from ddcl_lightning.nn.guarded_state import COVARIANCE, FINITE, Rules, running_dtype
+from ddcl_lightning.nn.joint_moments import joint_covariance, joint_mean
+from ddcl_lightning.nn.running_means import RunningMeans
 
 ScaleMode = Literal["none", "unit", "per_dimension", "total", "whiten"]
 
 SMALLEST_VARIANCE = 1e-24  # tokens below it count as constant; its power -3/2, a gradient, must fit float32
 
 
-class EmbeddingScale(GuardedState):
+class EmbeddingScale(RunningMeans):
     """Centre tokens and fix their scale, with running statistics for evaluation.
 
     ``L_q`` falls when an encoder shrinks its embeddings, so under a pure quantisation loss every encoder that
@@ -60,23 +51,20 @@ class EmbeddingScale(GuardedState):
 
     mean: Tensor
     variance: Tensor
-    num_batches: Tensor
-    state_rules: ClassVar[Rules] = {"mean": FINITE, "variance": COVARIANCE, "num_batches": COUNT}
+    state_rules: ClassVar[Rules] = {**RunningMeans.state_rules, "mean": FINITE, "variance": COVARIANCE}
 
     @typed
     def __init__(self, dim: int, mode: ScaleMode = "per_dimension", momentum: float = 0.1) -> None:
-        super().__init__()
+        super().__init__(momentum)
         require_at_least(1, dim=dim)
         if mode not in get_args(ScaleMode):
             raise ValueError(f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}.")
-        require_momentum(momentum)
-        self.dim, self.mode, self.momentum = dim, mode, momentum
+        self.dim, self.mode = dim, mode
         dtype = running_dtype()
         self.register_buffer("mean", torch.zeros(dim, dtype=dtype))
         self.register_buffer(
             "variance", torch.eye(dim, dtype=dtype) if mode == "whiten" else torch.ones(dim, dtype=dtype)
         )
-        self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale tokens ``(..., D)`` with mask ``(...)``; same shape and dtype."""
@@ -103,22 +91,17 @@ class EmbeddingScale(GuardedState):
 
     def _batch_statistics(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mean, (co)variance and number of all processes' valid tokens, in two passes; None for too small a batch."""
-        flat = tokens.reshape(-1, self.dim).to(accumulation_dtype(tokens))
-        keep = torch.ones_like(flat[:, :1]) if mask is None else mask.reshape(-1, 1).to(flat.dtype)
-        sums = sum_over_processes(torch.cat([flat.sum(0), keep.sum(0)]))
-        count = sums[-1].clamp(min=1.0)
-        if self.mode == "whiten" and int(count) < 2 * self.dim:
+        flat = tokens.reshape(-1, self.dim)
+        mask = None if mask is None else mask.flatten()
+        mean, number = joint_mean(flat, mask)
+        if self.mode == "whiten" and int(number) < 2 * self.dim:
             if int(self.num_batches) == 0:
                 raise ValueError(
                     f"embedding_scale='whiten' needs batches of at least 2 D = {2 * self.dim} valid tokens; the first "
-                    f"has {int(sums[-1])}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
+                    f"has {int(number)}. Raise batch_size, lower the dimension, or use 'per_dimension' or 'total'."
                 )
             return None
-        mean = sums[:-1] / count
-        centred = (flat - mean) * keep
-        with torch.autocast(tokens.device.type, enabled=False):
-            total = centred.mT @ centred if self.mode == "whiten" else centred.square().sum(0)
-        return mean, sum_over_processes(total) / count, sums[-1]
+        return mean, joint_covariance(flat, mask, mean, number, diagonal=self.mode != "whiten"), number[0]
 
     def _apply_scale(self, centred: Tensor, variance: Tensor) -> Tensor:
         """Scale centred tokens; the floors are relative, so that data in tiny units are scaled up all the same."""
@@ -140,10 +123,7 @@ class EmbeddingScale(GuardedState):
         if recomputing():
             return
         usable = (count > 0) & torch.isfinite(mean).all() & torch.isfinite(variance).all()
-        weight = averaging_weight(self.num_batches, self.momentum).to(self.mean.dtype)
-        self.num_batches += usable
-        keep_unless(usable, self.mean, self.mean.lerp(mean.to(self.mean.dtype), weight))
-        keep_unless(usable, self.variance, self.variance.lerp(variance.to(self.variance.dtype), weight))
+        self.take_in(usable, mean=self.averaged("mean", mean), variance=self.averaged("variance", variance))
 
     def extra_repr(self) -> str:
         """Dimension and mode, for ``print``."""

@@ -25,7 +25,7 @@ def relocate_prototypes(
     Returns:
         The running statistics after this step, ``(H, K, 2)``, those of all processes.
     """
-    latest = sum_over_processes(torch.stack([cells.distortion, cells.number], -1))
+    latest = sum_over_processes(torch.stack([cells.distortion, cells.counts], -1))
     if running is None:
         running = torch.zeros_like(latest)
     # The first look counts whole, one without tokens not at all.

@@ -11,33 +11,17 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ddcl_lightning._utils.distributed import joint_order
-from ddcl_lightning.functional import (
-    BankOutput,
-    Cells,
-    TokenMeans,
-    cells,
-    merge_cells,
-    merge_token_means,
-    nearest_prototype,
-    token_means,
-)
+from ddcl_lightning.functional import BankOutput, TokenStatistics, cells_of, nearest_prototype, token_means
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.straight_through import anchor_of
 
 
-class CallStatistics(NamedTuple):
-    """What a step has to know of the tokens of a bank; see :class:`StepStatistics`.
+class _Call(NamedTuple):
+    """Statistics of a call, or of several with the number of the latest."""
 
-    Attributes:
-        means: Mass and mean token of every prototype.
-        cells: What lies in the prototypes' cells, or None where it was not asked for.
-        number: Of the call, or of the latest of several.
-    """
-
-    means: TokenMeans
-    cells: Cells | None
     number: int
+    statistics: TokenStatistics
 
 
 class StepStatistics(BankObserver):
@@ -60,8 +44,8 @@ class StepStatistics(BankObserver):
 
     def __init__(self, banks: Mapping[str, PrototypeBank], need_cells: Callable[[], bool]) -> None:
         self._need_cells = need_cells
-        self._called: dict[Tensor, CallStatistics] = {}  # in case that no backward pass comes
-        self._passed: dict[Tensor, CallStatistics] = {}
+        self._called: dict[Tensor, _Call] = {}  # in case that no backward pass comes
+        self._passed: dict[Tensor, _Call] = {}
         self._numbers: dict[Tensor, set[int]] = {}  # of the calls that passed
         self._graded: set[Tensor] = set()  # prototypes that got a gradient since
         self._dropped: set[Tensor] = set()
@@ -73,24 +57,24 @@ class StepStatistics(BankObserver):
         self._close = weakref.finalize(self, _remove, self._gradient_hooks)
         self._close.atexit = False
 
-    def take(self, prototypes: Tensor) -> CallStatistics | None:
+    def take(self, prototypes: Tensor) -> TokenStatistics | None:
         """What belongs to the step of these prototypes, which starts anew; None where it was dropped on purpose.
 
         Raises:
             RuntimeError: If the bank was not called at all.
         """
         dropped = prototypes in self._dropped or self._reset(prototypes) or not prototypes.requires_grad
-        statistics = self._passed.get(prototypes) or self._called.get(prototypes)
+        call = self._passed.get(prototypes) or self._called.get(prototypes)
         self.drop(prototypes)
         if dropped:
             return None
-        if statistics is None:
+        if call is None:
             raise RuntimeError(
                 "TokenNormalized needs a forward pass in training mode before each step, with gradients enabled. Check "
                 "that the training step uses the bank, that the module is in training mode, and that zero_grad "
                 "is not called between the backward pass and the step."
             )
-        return statistics
+        return call.statistics
 
     def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
         """Forget the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
@@ -111,15 +95,16 @@ class StepStatistics(BankObserver):
         prototypes = bank.prototypes
         if not (bank.training and torch.is_grad_enabled() and prototypes.requires_grad):
             return output
-        statistics = self._read(bank, tokens, mask, output)
-        _add(self._called, prototypes, statistics)
+        number = next(self._counter)
+        call = _Call(number, self._read(bank, tokens, mask, output, number))
+        _add(self._called, prototypes, call)
         self._dropped.discard(prototypes)
         if prototypes not in self._gradient_hooks:
             graded = weakref.WeakMethod(self._note_gradient)
             self._gradient_hooks[prototypes] = prototypes.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(_call, graded)
             )
-        passes = partial(self._pass, prototypes, statistics)
+        passes = partial(self._pass, prototypes, call)
         if output.codes is not None:
             # A gradient that is passed around the bank, straight through, hangs on to this.
             output = output.replaced(anchor=anchor_of(prototypes))
@@ -131,11 +116,13 @@ class StepStatistics(BankObserver):
         return output
 
     @torch.no_grad()
-    def _read(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> CallStatistics:
+    def _read(
+        self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput, number: int
+    ) -> TokenStatistics:
         heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-        prototypes, means, cell_statistics, number = bank.prototypes.detach(), output.means, None, next(self._counter)
-        if means is None:
-            means = token_means(heads, prototypes, bank.temperature, flat_mask)
+        prototypes, statistics = bank.prototypes.detach(), output.statistics
+        if statistics is None:
+            statistics = token_means(heads, prototypes, bank.temperature, flat_mask)
         if self._need_cells():
             codes = (
                 nearest_prototype(heads, prototypes)
@@ -145,19 +132,19 @@ class StepStatistics(BankObserver):
             # One vector per sample, or (B, ..., D).
             samples, per_sample = (tokens.shape[0], tokens[0, ..., 0].numel()) if tokens.dim() > 2 else (len(tokens), 1)
             order = joint_order(samples, per_sample, number, heads.device)
-            cell_statistics = cells(heads, prototypes, codes, flat_mask, order)
-        return _without_poison(CallStatistics(means, cell_statistics, number), output.terms.loss)
+            statistics = statistics._replace(cells=cells_of(heads, prototypes, codes, flat_mask, order))
+        return statistics.finite(output.terms.loss)
 
     @torch.no_grad()
-    def _pass(self, prototypes: Tensor, statistics: CallStatistics, gradient: Tensor) -> None:
-        """A gradient passes through a call."""
+    def _pass(self, prototypes: Tensor, call: _Call, gradient: Tensor) -> None:
+        """Count a call that a gradient passes through."""
         if self._reset(prototypes):
             self.drop(prototypes)
         numbers = self._numbers.setdefault(prototypes, set())
         # The prototypes may have changed their number since the call.
-        if statistics.number not in numbers and statistics.means.mean.shape == prototypes.shape:
-            numbers.add(statistics.number)
-            _add(self._passed, prototypes, statistics)
+        if call.number not in numbers and call.statistics.mean.shape == prototypes.shape:
+            numbers.add(call.number)
+            _add(self._passed, prototypes, call)
 
     def _note_gradient(self, prototypes: Tensor) -> None:
         if prototypes in self._numbers and prototypes.grad is not None:
@@ -168,32 +155,13 @@ class StepStatistics(BankObserver):
         return prototypes in self._graded and prototypes.grad is None
 
 
-def _add(kept: dict[Tensor, CallStatistics], prototypes: Tensor, statistics: CallStatistics) -> None:
+def _add(kept: dict[Tensor, _Call], prototypes: Tensor, call: _Call) -> None:
     before = kept.get(prototypes)
-    if before is not None and before.means.mean.shape == statistics.means.mean.shape:
-        first, second = sorted((before, statistics), key=lambda call: call.number)  # backward passes come in any order
-        cell_statistics = (
-            None if first.cells is None or second.cells is None else merge_cells(first.cells, second.cells)
-        )
-        statistics = CallStatistics(merge_token_means(first.means, second.means), cell_statistics, second.number)
-    kept[prototypes] = statistics
-
-
-def _without_poison(statistics: CallStatistics, loss: Tensor) -> CallStatistics:
-    """The same, or, where something in it or the loss is not finite, that of a call without tokens."""
-    (log_mass, mean), cell_statistics, number = statistics
-    clean = (
-        torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
-    )  # -inf is no mass; NaN is not below
-    if cell_statistics is not None:
-        clean &= torch.isfinite(cell_statistics.distortion).all()
-        tokens, distortion, token = (torch.where(clean, value, 0.0) for value in cell_statistics[:3])
-        cell_statistics = Cells(
-            tokens, distortion, token, cell_statistics.occupied & clean, torch.where(clean, cell_statistics.place, -1)
-        )
-    return CallStatistics(
-        TokenMeans(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0)), cell_statistics, number
-    )
+    if before is not None and before.statistics.mean.shape == call.statistics.mean.shape:
+        # Backward passes come in any order.
+        first, last = sorted((before, call), key=lambda counted: counted.number)
+        call = _Call(last.number, first.statistics.merge(last.statistics))
+    kept[prototypes] = call
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import max_over_processes, sum_over_processes
-from ddcl_lightning.functional import TokenMeans
+from ddcl_lightning.functional import TokenStatistics
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.shared_parameters import follow_alone, release
@@ -150,7 +150,7 @@ class TokenNormalized(Optimizer):
                 if statistics is None:
                     continue
                 precise = self._precise(prototypes)
-                target, seen_by_some = _reduce(statistics.means)
+                target, seen_by_some = _reduce(statistics)
                 precise.copy_(torch.where(seen_by_some, precise.lerp(target.to(precise.dtype), group["lr"]), precise))
                 if group["relocation_threshold"] > 0 and statistics.cells is not None:
                     loads = self.state[prototypes].get("cells")
@@ -187,12 +187,12 @@ def _check_range(lr: float, relocation_threshold: float, load_exponent: float) -
         )
 
 
-def _reduce(statistics: TokenMeans) -> tuple[Tensor, Tensor]:
+def _reduce(statistics: TokenStatistics) -> tuple[Tensor, Tensor]:
     """Means over all processes, weighted by mass, and whether there is any mass, ``(H, K, 1)``.
 
     The largest mass is taken out so that nothing underflows.
     """
-    log_mass, mean = statistics
+    log_mass, mean, _ = statistics
     largest = max_over_processes(log_mass)
     some = (largest > -torch.inf).unsqueeze(-1)
     weight = (log_mass - largest).exp().unsqueeze(-1).masked_fill(~some, 0.0)

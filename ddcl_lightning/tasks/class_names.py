@@ -33,9 +33,7 @@ class ClassNames(ReadoutModule):
     Only tasks that have a ``num_classes`` compare anything, and only with data that says what its classes are.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._trained_classes: Classes | None = None
+    _trained_classes: Classes | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the classes."""

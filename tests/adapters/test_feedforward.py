@@ -107,7 +107,7 @@ def test_padding_takes_no_part() -> None:
     assert bool(torch.isfinite(masked).all())
 
 
-def test_state_travels() -> None:
+def test_a_feed_forward_layer_loads_the_state_of_another() -> None:
     layer, other = small(DIM), small(DIM)
     layer.start_from(torch.randn(200, DIM), torch.randn(200, DIM))
     other.load_state_dict(layer.state_dict())
@@ -411,7 +411,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refuses(case: str) -> None:
+def test_replacement_and_distillation_refuse_what_does_not_fit(case: str) -> None:
     action, message = REFUSALS[case]
     with pytest.raises(ValueError, match=message):
         action()

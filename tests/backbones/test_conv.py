@@ -13,7 +13,7 @@ from tests.tiny import quiet_trainer
     ("widths", "size", "tokens"),
     [((32, 64), (32, 32), 64), ((8,), (32, 16), 16 * 8), ((8, 12, 30), (33, 10), 5 * 2), ((8, 8), (1, 1), 1)],
 )
-def test_shapes(widths: tuple[int, ...], size: tuple[int, int], tokens: int) -> None:
+def test_conv_backbone_halves_each_side_per_width(widths: tuple[int, ...], size: tuple[int, int], tokens: int) -> None:
     backbone = ConvBackbone(3, embed_dim=10, widths=widths)
     values, mask = backbone({"x": torch.rand(2, 3, *size)})
     assert values.shape == (2, tokens, 10)
@@ -52,7 +52,7 @@ def test_flat_squares_and_bytes() -> None:
     assert torch.equal(backbone((x, torch.zeros(2))).values, expected)
 
 
-def test_everything_trains() -> None:
+def test_every_parameter_of_the_conv_backbone_trains() -> None:
     module = DDCLReadoutModule(ConvBackbone(1, 8, (8, 8)), DDCLReadout(10), Classification(10))
     before = [parameter.detach().clone() for parameter in module.backbone.parameters()]
     quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0).fit(module, datamodule=DigitsDataModule())
@@ -60,7 +60,7 @@ def test_everything_trains() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 192), (3, 8, 8), (2, 8, 8, 3)])
-def test_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+def test_conv_backbone_refuses_images_of_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape \(B, in_channels = 3, H, W\); got"):
         ConvBackbone(3)({"x": torch.rand(shape)})
 
@@ -70,7 +70,7 @@ def test_refuses_a_flat_image_that_is_no_square() -> None:
         ConvBackbone(1)({"x": torch.rand(2, 63)})
 
 
-def test_refuses_integers() -> None:
+def test_conv_backbone_refuses_integer_images() -> None:
     with pytest.raises(TypeError, match=r"floating-point numbers or bytes; got torch.int64"):
         ConvBackbone(1)({"x": torch.ones(2, 64, dtype=torch.int64)})
 
@@ -84,6 +84,6 @@ def test_refuses_integers() -> None:
         ((1, 8, (8, 0)), r"widths must hold at least one .*got \(8, 0\)"),
     ],
 )
-def test_refuses_sizes(arguments: tuple[int, ...], error: str) -> None:
+def test_conv_backbone_refuses_sizes_below_one(arguments: tuple[int, ...], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         ConvBackbone(*arguments)  # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def test_keys_do_not_run_into_each_other() -> None:
     assert len(content_key()) == 16
 
 
-def test_refuses_what_it_could_not_return(tmp_path: Path) -> None:
+def test_feature_cache_refuses_arrays_that_it_could_not_return(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, {}, 4)
     with pytest.raises(ValueError, match=r"shape \(T, 4\); got \(3, 5\)"):
         cache.add(b"k" * 16, np.zeros((3, 5), np.float32))

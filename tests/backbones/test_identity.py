@@ -18,12 +18,12 @@ def test_passes_features_through() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 5, 2), (4, 5, 6, 3)])
-def test_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+def test_identity_backbone_refuses_features_of_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape \(B, 3\) or \(B, T, 3\); got"):
         IdentityBackbone(3)(torch.randn(shape))
 
 
-def test_refuses_no_features() -> None:
+def test_identity_backbone_refuses_a_dimension_of_zero() -> None:
     with pytest.raises(ValueError, match="in_features must be at least 1; got 0"):
         IdentityBackbone(0)
 

@@ -98,7 +98,7 @@ def test_grey_bytes_and_odd_shapes() -> None:
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit"])
-def test_checkpoint_files(weights: Path, model: str, suffix: str) -> None:
+def test_timm_backbone_loads_checkpoint_files(weights: Path, model: str, suffix: str) -> None:
     backbone = TimmBackbone(model, checkpoint=str(weights / f"{model}.{suffix}"))
     state = torch.load(weights / f"{model}.pth", weights_only=True)
     assert all(torch.equal(value, state[name]) for name, value in backbone.encoder.state_dict().items())
@@ -251,7 +251,7 @@ def test_images_of_other_shape_or_type_are_other_samples() -> None:
         ("poolformer_s12", {"unfreeze": 1}, "unfreeze=1 needs a model with a list of blocks.*use 0 or 'all'"),
     ],
 )
-def test_refuses_arguments(model: str, kwargs: dict[str, Any], error: str) -> None:
+def test_timm_backbone_refuses_arguments_out_of_range(model: str, kwargs: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         build(model, **kwargs)
 
@@ -272,11 +272,11 @@ def test_refuses_a_model_without_weights() -> None:
         (images().flatten(1), r"images \(B, C, H, W\)"),
     ],
 )
-def test_refuses_batches(x: torch.Tensor, error: str) -> None:
+def test_timm_backbone_refuses_images_out_of_range_or_shape(x: torch.Tensor, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         build()({"x": x})
 
 
-def test_refuses_integers() -> None:
+def test_timm_backbone_refuses_integer_images() -> None:
     with pytest.raises(TypeError, match=r"floating-point numbers or bytes; got torch.int64"):
         build()({"x": torch.ones(1, 3, 8, 8, dtype=torch.int64)})

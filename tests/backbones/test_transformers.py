@@ -83,7 +83,7 @@ def test_texts_become_the_tokens_of_the_tokenizer(bert: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_pooled_tokens(name: str, request: pytest.FixtureRequest) -> None:
+def test_first_last_and_mean_token_are_those_of_the_valid_tokens(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     values, mask = TransformersBackbone(folder)({"text": TEXTS})
     assert mask is not None
@@ -308,7 +308,7 @@ def test_whatever_decides_the_tokens_decides_the_cache(bert: str, tmp_path: Path
         ({"gradient_checkpointing": True}, "gradient_checkpointing saves memory for gradients.*or set unfreeze"),
     ],
 )
-def test_refuses_arguments(bert: str, kwargs: dict[str, Any], error: str) -> None:
+def test_transformers_backbone_refuses_arguments_out_of_range(bert: str, kwargs: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         TransformersBackbone(bert, **kwargs)
 
@@ -332,7 +332,9 @@ def test_refuses_a_class_token_that_is_none(gpt2: str) -> None:
         (lambda b: {**b, "mask": b["mask"] & (torch.arange(3) > 0)[:, None]}, "mask leaves no token in 1 samples"),
     ],
 )
-def test_refuses_batches(bert: str, change: Callable[[Any], Any], error: str) -> None:
+def test_transformers_backbone_refuses_ids_and_masks_that_do_not_fit(
+    bert: str, change: Callable[[Any], Any], error: str
+) -> None:
     with pytest.raises(ValueError, match=error):
         TransformersBackbone(bert)(change(batch_of_ids()))
 

@@ -286,7 +286,7 @@ def test_what_depends_on_the_size_is_refused() -> None:
         ({"rules": 3}, "rules must be a SizeRules or None; got 3"),
     ],
 )
-def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
+def test_adaptive_bank_size_refuses_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdaptiveBankSize(**arguments)
 

@@ -97,7 +97,7 @@ def test_an_encoder_that_shrinks_its_embeddings():
     assert "Bound their scale (embedding_scale=" in watch.reported[0]
 
 
-def test_duplicates():
+def test_two_prototypes_on_one_point_are_reported_as_merged():
     module = Project(lr=0.0)
     start = blobs()[0][:4].clone()
     start[2] = start[1] + 1e-3
@@ -119,7 +119,7 @@ def test_a_far_away_prototype_is_dead():
     assert signs(watch) == [("dead", 13)]  # 200 tokens, 50 for each of 4 prototypes, make 13 batches
 
 
-def test_uniform_assignments():
+def test_uniform_assignments_are_reported():
     watch = CollapseWarning(every_n_batches=1)
     with reports(r"uniform in layer.bank at step 3: H = 1.386 is 1.000 of ln K"):
         fit(Project(temperature=absolute(1e5)), KMeansInitialization(), watch, max_epochs=1)
@@ -154,7 +154,7 @@ def test_stop_ends_training():
     assert trainer.global_step == 3
 
 
-def test_raise():
+def test_on_collapse_raise_ends_the_run_with_an_error():
     with pytest.raises(CollapseError, match=r"above_critical in layer.bank at step 3: .*; uniform in layer.bank"):
         fit(Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="raise"))
 
@@ -310,7 +310,7 @@ def test_recent_tokens_are_bounded_and_new_ones_push_out_old():
     assert float(history.tokens[-1][-1, 0]) > 9000  # an even part, not the first ones
 
 
-def test_trend():
+def test_trend_is_the_slope_of_the_least_squares_line():
     assert trend([]) == trend([1.0]) == 0.0
     assert trend([3.0, 2.5, 2.0]) == pytest.approx(-0.5)
     assert trend([math.log(2)] * 5) == pytest.approx(0.0)
@@ -328,6 +328,6 @@ def test_trend():
         ({"every_n_batches": 0}, "every_n_batches must be at least 1"),
     ],
 )
-def test_refusals(kwargs, message):
+def test_collapse_warning_refuses_arguments_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=message):
         CollapseWarning(**kwargs)

@@ -178,7 +178,7 @@ def test_the_tolerance_follows_the_precision_that_the_user_allows():
         ({"tolerance": 1.0}, r"tolerance must be in \(0, 1\)"),
     ],
 )
-def test_refusals(kwargs, message):
+def test_decomposition_check_refuses_arguments_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DecompositionCheck(**kwargs)
 

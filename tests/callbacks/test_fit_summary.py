@@ -261,6 +261,6 @@ def test_other_modules_are_left_alone(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_refusals():
+def test_fit_summary_refuses_fewer_than_one_restart():
     with pytest.raises(ValueError, match="num_restarts must be at least 1"):
         FitSummary(num_restarts=0)

@@ -362,7 +362,7 @@ def test_a_bank_set_by_hand_is_left_alone():
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
     ],
 )
-def test_refusals(kwargs, message):
+def test_kmeans_initialization_refuses_arguments_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=message):
         KMeansInitialization(**kwargs)
 

@@ -129,7 +129,7 @@ class Nothing(Clustering):
         pass
 
 
-def test_refusals(tmp_path):
+def test_level_figures_refuse_an_interval_of_zero_and_other_modules(tmp_path):
     with pytest.raises(ValueError, match="every_n_epochs must be at least 1; got 0"):
         LevelFigures(every_n_epochs=0)
     with pytest.raises(ValueError, match="LevelFigures needs a DDCLReadoutModule; got Project"):

@@ -78,6 +78,6 @@ def test_curves_are_bounded(tmp_path, monkeypatch):
     assert steps == sorted(steps)
 
 
-def test_refusals():
+def test_prototype_figures_refuse_an_interval_of_zero():
     with pytest.raises(ValueError, match="every_n_epochs must be at least 1"):
         PrototypeFigures(every_n_epochs=0)

@@ -107,6 +107,6 @@ def test_the_packages_own_module_tells_its_encoder_from_its_classifier():
         ({"on_violation": "stop"}, "on_violation must be"),
     ],
 )
-def test_refusals(kwargs, message):
+def test_ratio_guard_refuses_arguments_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=message):
         RatioGuard(**kwargs)

@@ -131,7 +131,7 @@ def test_curves_are_bounded(tmp_path, monkeypatch):
     assert steps[0] == 3
 
 
-def test_refusals():
+def test_reconstruction_figures_refuse_sizes_of_zero_and_other_tasks():
     for name in ("every_n_epochs", "num_images"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
             ReconstructionFigures(**{name: 0})

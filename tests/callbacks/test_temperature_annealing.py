@@ -162,7 +162,7 @@ def test_the_order_of_the_callbacks_does_not_matter(first):
         ({"duration": 0}, "duration must be > 0"),
     ],
 )
-def test_refusals(kwargs, message):
+def test_annealing_refuses_schedules_that_rise_or_mix_units(kwargs, message):
     with pytest.raises(ValueError, match=message):
         TemperatureAnnealing(**kwargs)
 
@@ -349,7 +349,7 @@ def test_patterns_that_do_not_fit_are_refused_before_the_first_step(callbacks, m
         ),
     ],
 )
-def test_lists_that_do_not_fit_are_refused(kwargs, message):
+def test_annealing_refuses_lists_that_do_not_fit_the_heads(kwargs, message):
     with pytest.raises(ValueError, match=message):
         TemperatureAnnealing(**kwargs)
 

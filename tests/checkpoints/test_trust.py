@@ -112,7 +112,9 @@ def test_a_checkpoint_imports_nothing_under_the_command_line(
 
 
 @pytest.mark.parametrize("command", ["fit", "test", "predict", "explain"])
-def test_every_command_refuses(command: str, trained: Path, canary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_refuses_a_checkpoint_that_names_unknown_classes(
+    command: str, trained: Path, canary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = attacked(trained, ATTACKS["backbone"])
     with pytest.raises(SystemExit):
         main([command, "--config", "digits", *QUICK, "--ckpt_path", checkpoint])

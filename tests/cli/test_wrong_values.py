@@ -161,7 +161,7 @@ def test_a_table_that_cannot_be_used_is_one_sentence(name: str, tmp_path: Path) 
         DebrisDataModule(catalogue=tmp_path / file).setup()
 
 
-def test_torn_archives(tmp_path: Path) -> None:
+def test_a_torn_npz_archive_is_refused_in_one_sentence(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, a=np.arange(9))
     for content in (buffer.getvalue()[:40], b"", b"plain"):

@@ -28,7 +28,7 @@ def test_windows_are_those_of_padded_images() -> None:
         np.testing.assert_array_equal(windows[place].numpy(), expected)
 
 
-def test_rectangles() -> None:
+def test_rectangular_images_are_flipped_along_their_width() -> None:
     x = torch.rand(2, 1, 4, 6)
     assert crop_and_flip(x, 0, zeros(2), zeros(2), torch.tensor([False, True])).equal(
         torch.stack([x[0], x[1].flip(-1)])

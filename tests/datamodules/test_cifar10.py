@@ -106,7 +106,7 @@ def test_folder_is_read_by_torchvision(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.shared_data
-def test_real_npz(shared_file: Callable[[str], Path]) -> None:
+def test_the_real_npz_gives_balanced_batches(shared_file: Callable[[str], Path]) -> None:
     data = CIFAR10DataModule(shared_file("cifar10_jpeg_full_60k.npz"), limit=200, augment="crop_flip")
     data.setup()
     batches = [*data.train_dataloader()]

@@ -74,7 +74,7 @@ def test_objects_without_noise_are_physical_and_in_their_regime() -> None:
     assert np.array_equal(regimes, labels)
 
 
-def test_published_periods() -> None:
+def test_orbital_periods_are_the_published_ones() -> None:
     # A sidereal day at the geostationary radius, half of one for Molniya, 92.6 minutes at 400 km.
     periods = kepler_period_min(np.array([42164.0, 26562.0, EARTH_RADIUS_KM + 400]))
     np.testing.assert_allclose(periods, [1436.07, 718.03, 92.56], rtol=1e-4)
@@ -220,13 +220,13 @@ def test_unusable_catalogues_are_refused_in_one_sentence(tmp_path: Path) -> None
         ({"missing_rcs": "zero"}, "missing_rcs must be 'impute' or 'drop'; got 'zero'"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_debris_refuses_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DebrisDataModule(**arguments)
 
 
 @pytest.mark.shared_data
-def test_real_catalogue(orbital_catalogue: Path) -> None:
+def test_the_real_catalogue_has_its_counted_classes(orbital_catalogue: Path) -> None:
     data = DebrisDataModule(catalogue=orbital_catalogue)
     rows = whole(data)
     assert rows["x"].isfinite().all()

@@ -67,6 +67,6 @@ def test_digits_as_images_are_the_same_pixels() -> None:
         ({"num_workers": -1}, "num_workers must be an integer of at least 0; got -1"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_digits_refuse_arguments_out_of_range(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DigitsDataModule(**arguments)

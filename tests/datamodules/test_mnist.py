@@ -132,6 +132,6 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path, mon
         ({"image_size": 0}, "image_size must be an integer of at least 1; got 0"),
     ],
 )
-def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+def test_mnist_refuses_augmentations_and_sizes_that_do_not_exist(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MNISTDataModule(**options)

@@ -151,7 +151,7 @@ def test_newsgroups_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         (IMDBDataModule, "imdb_10k_5k", (10000, 5000, 5000), 1),
     ],
 )
-def test_real_files(
+def test_the_real_files_have_their_published_sizes(
     shared_file: Callable[[str], Path],
     kind: type[NamedTextDataModule],
     name: str,
@@ -174,7 +174,7 @@ def test_real_files(
 
 
 @pytest.mark.shared_data
-def test_real_newsgroups(shared_file: Callable[[str], Path]) -> None:
+def test_the_real_newsgroups_have_twenty_classes(shared_file: Callable[[str], Path]) -> None:
     data = NewsgroupsDataModule(shared_file("20newsgroups_bydate_stripped.jsonl.gz"), limit=40)
     with pytest.warns(UserWarning, match="NewsgroupsDataModule left out 515 of 18846 texts"):
         data.setup()

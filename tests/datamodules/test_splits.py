@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddcl_lightning.datamodules import Loaded, SplitDataModule
-from ddcl_lightning.datamodules._splits import stratified_mask, stratified_subset
+from ddcl_lightning.datamodules._partition import stratified_mask, stratified_subset
 from ddcl_lightning.datamodules._tensors import Features
 from tests.datamodules.runs import indices
 
@@ -52,7 +52,7 @@ def rows(**options: Any) -> tuple[list[int], list[int], list[int], list[int]]:
         ({"num_val": 6, "num_test": 8, "evaluate_on": "all"}, range(34), range(34)),
     ],
 )
-def test_official_splits(options: dict[str, Any], val: range, test: range) -> None:
+def test_official_splits_are_used_where_the_data_have_them(options: dict[str, Any], val: range, test: range) -> None:
     total = 20 + options.get("num_val", 0) + options.get("num_test", 0)
     assert rows(**options) == ([*TRAIN], [*val], [*test], [*range(total)])
 
@@ -151,7 +151,7 @@ def test_set_up_loads_once() -> None:
         ({"eval_batch_size": 0}, "eval_batch_size must be an integer of at least 1; got 0"),
     ],
 )
-def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+def test_splits_refuse_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Toy(**options)
 

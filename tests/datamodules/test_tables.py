@@ -158,7 +158,7 @@ def test_labels_that_cannot_be_learned_are_refused() -> None:
         (-2, "integer labels must be at least 0, or -1 for unlabelled; got -2"),
     ],
 )
-def test_other_labels_are_refused(label: Any, message: str) -> None:
+def test_labels_that_are_no_class_numbers_are_refused(label: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         class_numbers([label, 1], 2)
 

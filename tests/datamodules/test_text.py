@@ -90,7 +90,7 @@ def test_files_of_splits_share_their_classes(tmp_path: Path) -> None:
         ready(train, test_path=test, **columns)
 
 
-def test_unlabelled_texts(tmp_path: Path) -> None:
+def test_texts_without_labels_have_no_classes(tmp_path: Path) -> None:
     path = save(tmp_path / "a.csv", text=["a", "b"])
     data = ready(path, label=None)
     assert data.class_names == ()

@@ -23,7 +23,9 @@ def built(*args: object, dim: int = 6, **options: object) -> ConvDecoder:
         (1, {"widths": (4,), "size": (1, 1)}, (3, 1, 1)),
     ],
 )
-def test_shapes(tokens: int, options: dict[str, object], shape: tuple[int, ...]) -> None:
+def test_conv_decoder_doubles_each_side_per_width(
+    tokens: int, options: dict[str, object], shape: tuple[int, ...]
+) -> None:
     images = built(3, **options)(torch.randn(2, tokens, 6), torch.ones(2, tokens, dtype=torch.bool))
     assert images.shape == (2, *shape)
 
@@ -70,12 +72,12 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
         ({"output": "tanh"}, "output must be one of .*got 'tanh'"),
     ],
 )
-def test_refuses_arguments(options: dict[str, object], message: str) -> None:
+def test_conv_decoder_refuses_arguments_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConvDecoder(**{"out_channels": 1, **options})  # type: ignore[arg-type]
 
 
-def test_refuses_tokens() -> None:
+def test_conv_decoder_refuses_tokens_before_build_and_of_other_shapes() -> None:
     with pytest.raises(RuntimeError, match=r"ConvDecoder does not know .* Call build\(token_dim\)"):
         ConvDecoder(1)(torch.randn(2, 16, 6))
     with pytest.raises(ValueError, match=r"\(B, T, token_dim = 6\) with T >= 1; got \(2, 16, 5\)"):

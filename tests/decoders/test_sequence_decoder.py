@@ -14,7 +14,7 @@ def built() -> SequenceDecoder:
     return decoder
 
 
-def test_by_hand() -> None:
+def test_sequence_decoder_is_a_hidden_layer_on_each_token() -> None:
     decoder, tokens = built(), torch.randn(2, 6, 4)
     hidden = torch.nn.functional.gelu(tokens @ decoder.hidden.weight.T + decoder.hidden.bias)
     torch.testing.assert_close(decoder(tokens), hidden @ decoder.output.weight.T + decoder.output.bias)
@@ -36,7 +36,7 @@ def test_half_precision_tokens() -> None:
     assert built()(torch.randn(2, 6, 4, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_refusals() -> None:
+def test_sequence_decoder_refuses_sizes_of_zero_and_tokens_that_do_not_fit() -> None:
     for name in ("out_dim", "hidden_dim"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
             SequenceDecoder(**{"out_dim": 3, name: 0})

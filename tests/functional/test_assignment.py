@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ddcl_lightning.functional import (
     BankOutput,
     Decomposition,
+    masked_mean,
     nearest_prototype,
     prototype_attention,
     prototype_attention_reference,
@@ -141,7 +142,9 @@ def test_heads_do_not_see_each_other(attend: Attend) -> None:
     ("dtype", "centroid_error"),
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
 )
-def test_precisions(attend: Attend, dtype: torch.dtype, centroid_error: float) -> None:
+def test_every_precision_keeps_its_dtype_and_agrees_with_float64(
+    attend: Attend, dtype: torch.dtype, centroid_error: float
+) -> None:
     z, p, temperature, mask = problem(dtype)
     expected = definition(z.double(), p.double(), temperature, mask)
     output = attend(z, p, temperature, mask)
@@ -250,7 +253,7 @@ def test_soft_assign_is_the_boltzmann_distribution() -> None:
     assert bool((hard.amax(-1) > 0.999).all())
 
 
-def test_nearest_prototype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_prototype_is_exact_far_from_the_origin(monkeypatch: pytest.MonkeyPatch) -> None:
     z, p, _, _ = problem()
     expected = torch.cdist(z, p).argmin(-1)
     assert torch.equal(nearest_prototype(z, p), expected)
@@ -278,8 +281,19 @@ def test_refuses_a_temperature_that_is_not_positive(attend: Attend, temperature:
         (torch.randn(4, 2), torch.randn(3, 2), torch.ones(5, dtype=torch.bool), ValueError, r"\(4,\); got \(5,\)"),
     ],
 )
-def test_refuses_what_does_not_fit(
+def test_attention_refuses_shapes_and_masks_that_do_not_fit(
     attend: Attend, tokens: Tensor, prototypes: Tensor, mask: Tensor | None, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         attend(tokens, prototypes, 1.0, mask)
+
+
+def test_masked_mean_takes_numbers_vectors_and_dimensions_that_the_mask_lacks() -> None:
+    values, mask = torch.randn(2, 3, 6, 4), torch.rand(2, 6) < 0.5
+    mask[:, 2] = True
+    expected = torch.stack([values[i][:, mask[i]].mean(1) for i in range(2)])
+    poisoned = values.masked_fill(~mask[:, None, :, None], torch.nan)
+    torch.testing.assert_close(masked_mean(poisoned, mask, dim=-2), expected)
+    torch.testing.assert_close(masked_mean(poisoned[:, 0, :, 0], mask), expected[:, 0, 0])
+    torch.testing.assert_close(masked_mean(values, None, dim=-2), values.mean(-2))
+    assert bool(masked_mean(values, torch.zeros_like(mask), dim=-2).isnan().all())

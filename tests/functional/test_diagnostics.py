@@ -135,7 +135,7 @@ def test_log_barrier_of_coinciding_prototypes_is_large_and_finite() -> None:
     assert not prototypes.grad.any()
 
 
-def test_log_barrier_refusals() -> None:
+def test_log_barrier_refuses_one_prototype_and_banks_that_are_too_large() -> None:
     with pytest.raises(ValueError, match=r"at least 2 prototypes.*got K = 1"):
         log_barrier(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="got K = 20000"):

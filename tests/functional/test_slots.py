@@ -12,7 +12,7 @@ PROTOTYPES = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype
 MASK = torch.arange(7) < torch.tensor([[7], [3]])
 
 
-def test_definition() -> None:
+def test_slots_are_the_weighted_means_of_the_definition() -> None:
     q = soft_assign(TOKENS, PROTOTYPES.expand(2, 4, 3), 0.7)
     q = q * MASK.unsqueeze(-1)
     expected = torch.einsum("bnk,bnd->bkd", q / q.sum(1, keepdim=True), TOKENS)

@@ -70,6 +70,6 @@ def test_many_tokens_are_thinned_out_and_the_result_repeats() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_arguments_are_checked() -> None:
+def test_split_test_refuses_arguments_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"min_tokens must be at least 1 .* got min_tokens = 0"):
         split_test(torch.randn(9, 2), min_tokens=0)

@@ -35,7 +35,7 @@ def test_without_a_query_it_is_the_mean() -> None:
     torch.testing.assert_close(head(TOKENS, MASK).pooled, MeanPooling(embed_dim=6)(TOKENS, MASK).pooled)
 
 
-def test_refusals() -> None:
+def test_attention_pooling_refuses_sizes_of_zero() -> None:
     with pytest.raises(ValueError, match="num_heads must be at least 1; got 0"):
         AttentionPooling(0)
     with pytest.raises(ValueError, match="dim must be at least 1, or None; got 0"):

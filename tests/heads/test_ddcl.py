@@ -84,7 +84,7 @@ def test_repulsion_is_the_weighted_barrier() -> None:
     assert DDCLReadout(5, embed_dim=8)(*batch()).regularization is None
 
 
-def test_build() -> None:
+def test_build_takes_the_dimension_of_the_tokens() -> None:
     head = DDCLReadout(5, detach_assignments=True, temperature=0.3)
     with pytest.raises(RuntimeError, match="does not know its input dimension"):
         head(*batch())
@@ -108,7 +108,7 @@ def test_build() -> None:
         ({"embedding_scale": "batch"}, "mode must be one of"),
     ],
 )
-def test_refusals(options: dict[str, object], message: str) -> None:
+def test_ddcl_readout_refuses_arguments_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DDCLReadout(**{"num_prototypes": 5, "embed_dim": 8, **options})
 

@@ -50,7 +50,7 @@ def test_clusters_samples_under_the_callbacks(choice: TokenChoice) -> None:
     assert trainer.callback_metrics["val/acc"] > 0.9
 
 
-def test_refusals() -> None:
+def test_ddcl_readout_refuses_unknown_tokens_and_two_widths() -> None:
     with pytest.raises(ValueError, match=r"tokens must be one of \('all', 'first', 'mean'\); got 'last'"):
         DDCLReadout(4, tokens="last")
     with pytest.raises(ValueError, match="max_parameters chooses prototype_dim, so give one of them"):

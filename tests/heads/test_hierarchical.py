@@ -460,6 +460,8 @@ def test_compiled_it_gives_the_same() -> None:
         (([5, 3],), {"num_heads": 3}, "embed_dim must be divisible by num_heads; got 4 and 3"),
     ],
 )
-def test_refusals(args: tuple[Any, ...], kwargs: dict[str, Any], message: str) -> None:
+def test_hierarchical_readout_refuses_settings_that_do_not_fit_the_levels(
+    args: tuple[Any, ...], kwargs: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         HierarchicalReadout(*args, embed_dim=4, **kwargs)

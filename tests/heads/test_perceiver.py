@@ -84,6 +84,6 @@ def test_latents_start_small_and_blocks_count() -> None:
         ({"num_heads": 4}, r"dim \(by default embed_dim\) must be a multiple of num_heads = 4; got 6"),
     ],
 )
-def test_refusals(options: dict[str, object], message: str) -> None:
+def test_perceiver_pooling_refuses_sizes_that_do_not_fit(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PerceiverPooling(**{"embed_dim": 6, **options})

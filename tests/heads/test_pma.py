@@ -56,6 +56,6 @@ def test_follows_the_equations(num_heads: int, dim: int | None, num_seeds: int) 
         ({"num_heads": 4, "dim": 10}, "must be a multiple of num_heads = 4; got 10"),
     ],
 )
-def test_refusals(options: dict[str, object], message: str) -> None:
+def test_pma_pooling_refuses_sizes_that_do_not_fit(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PMAPooling(**{"embed_dim": 6, **options})

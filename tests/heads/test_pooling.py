@@ -9,7 +9,7 @@ TOKENS = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [8.0, 0.0]], [[-4.0, -2.0], [-3.
 MASK = torch.tensor([[True, True, True], [False, True, False]])
 
 
-def test_by_hand() -> None:
+def test_first_mean_and_largest_token_ignore_padding() -> None:
     """Padding is larger than every valid value of the second sample, and comes before the only one."""
     assert CLSPooling(embed_dim=2)(TOKENS, MASK).pooled.tolist() == [[1.0, 5.0], [-3.0, -9.0]]
     assert MeanPooling(embed_dim=2)(TOKENS, MASK).pooled.tolist() == [[4.0, 2.0], [-3.0, -9.0]]

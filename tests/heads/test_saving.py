@@ -182,7 +182,7 @@ def test_no_code_comes_with_the_files(tmp_path: Path) -> None:
         Head.from_pretrained(tmp_path)
 
 
-def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_go_to_the_hub_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in for the server: a folder by name of repository."""
     hub = pytest.importorskip("huggingface_hub")
     calls: list[dict[str, Any]] = []

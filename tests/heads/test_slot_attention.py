@@ -73,6 +73,6 @@ def test_training_draws_and_evaluation_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["num_slots", "num_iterations"])
-def test_refusals(name: str) -> None:
+def test_slot_attention_refuses_sizes_of_zero(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
         SlotAttentionPooling(**{name: 0})

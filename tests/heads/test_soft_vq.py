@@ -136,7 +136,7 @@ def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
         ({"embedding_scale": "batch"}, "mode must be one of"),
     ],
 )
-def test_refusals(options: dict[str, Any], message: str) -> None:
+def test_soft_vq_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         setup(**options)
     if "num_heads" not in options:

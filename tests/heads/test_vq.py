@@ -17,7 +17,7 @@ def setup(**options: object) -> tuple[VQPooling, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dim", [None, 2])
-def test_by_hand(dim: int | None) -> None:
+def test_vq_gives_the_codes_and_losses_of_the_equations(dim: int | None) -> None:
     head, tokens, mask = setup(dim=dim, beta=0.5, weight=0.3)
     head.eval()
     readout = head(tokens, mask)
@@ -90,7 +90,7 @@ def test_kmeans_start_uses_the_valid_tokens_of_the_first_training_batch() -> Non
         VQPooling(5, init="kmeans", embed_dim=1)(tokens, mask)
 
 
-def test_uniform_start() -> None:
+def test_codes_start_uniformly_within_one_over_k() -> None:
     codebook = VQPooling(10, embed_dim=200).quantizer.codebook.detach()
     assert float(codebook.abs().max()) <= 0.1
     assert float(codebook.std()) == pytest.approx(0.1 / 3**0.5, rel=0.05)
@@ -120,6 +120,6 @@ def test_codes_are_fast_and_no_bank() -> None:
         ({"init": "zeros"}, "init must be one of"),
     ],
 )
-def test_refusals(options: dict[str, object], message: str) -> None:
+def test_vq_refuses_arguments_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VQPooling(**{"num_codes": 4, **options})

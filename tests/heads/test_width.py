@@ -118,7 +118,7 @@ def test_budget_in_the_space_of_the_tokens() -> None:
     assert DDCLReadout(codes, embed_dim=dim).num_parameters() == dim * codes
 
 
-def test_widest() -> None:
+def test_widest_is_the_largest_width_that_fits() -> None:
     assert widest(lambda w: w * w, 100) == 10
     assert widest(lambda w: w * w, 99) == 9
     assert widest(lambda w: w * w, 100, step=4) == 8

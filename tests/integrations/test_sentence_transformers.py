@@ -77,7 +77,7 @@ def test_assignments_are_features(encoder: Path) -> None:
     assert set(features) == {"token_embeddings", "sentence_embedding"}
 
 
-def test_trains(encoder: Path) -> None:
+def test_a_loss_of_the_library_trains_encoder_and_head(encoder: Path) -> None:
     """A step of a loss of the library moves the encoder and the head."""
     from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 
@@ -124,7 +124,7 @@ def test_from_a_trained_module() -> None:
     assert "DDCLReadout" in repr(pooling)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_prototype_pooling_refuses_unbuilt_heads_and_masks_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"DDCLReadout must be built for the encoder: pass embed_dim, or call build"):
         PrototypePooling(DDCLReadout(3))
     pooling = PrototypePooling(MeanPooling(embed_dim=4))

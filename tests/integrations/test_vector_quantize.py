@@ -58,7 +58,7 @@ def test_padding_takes_no_part_or_is_refused() -> None:
         LibraryVQ("FSQ", {"levels": [4, 4]}, embed_dim=8)(tokens, mask)
 
 
-def test_refusals() -> None:
+def test_library_vq_refuses_unknown_quantizers_and_arguments() -> None:
     with pytest.raises(ValueError, match=r"quantizer must be one of .* Did you mean 'VectorQuantize'"):
         LibraryVQ("VectorQuantise")
     with pytest.raises(ValueError, match="weight must be > 0; got 0"):

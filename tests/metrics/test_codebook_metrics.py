@@ -74,7 +74,7 @@ def test_batches_add_up_and_reset_forgets() -> None:
         (CODES[..., :1], SHARES, ValueError, r"shape \(B, 1, 4\), .*; got \(2, 2, 4\). Leave"),
     ],
 )
-def test_bad_arguments_are_refused_and_leave_no_trace(
+def test_refused_codes_leave_codebook_metrics_unchanged(
     codes: Tensor, shares: Tensor | None, error: type[Exception], message: str
 ) -> None:
     metric = CodebookMetrics(4)
@@ -85,7 +85,7 @@ def test_bad_arguments_are_refused_and_leave_no_trace(
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
-def test_refusals() -> None:
+def test_codebook_metrics_refuse_sizes_of_zero_and_compute_without_tokens() -> None:
     for name in ("num_codes", "num_codebooks"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
             CodebookMetrics(**{"num_codes": 3, name: 0})

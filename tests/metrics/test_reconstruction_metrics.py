@@ -66,7 +66,7 @@ def test_padding_does_not_count() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
-def test_refusals() -> None:
+def test_reconstruction_metrics_refuse_other_shapes_and_compute_without_data() -> None:
     with pytest.raises(ValueError, match="data_range must be > 0; got 0"):
         ReconstructionMetrics(0)
     with pytest.raises(ValueError, match=r"same shape; got \(2, 3\) and \(3, 2\)"):

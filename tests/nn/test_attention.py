@@ -41,7 +41,7 @@ def test_residual_adds_the_projected_centroid() -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("prototype_dim", [None, 3])
-def test_several_heads(residual: bool, prototype_dim: int | None) -> None:
+def test_several_heads_are_the_definition(residual: bool, prototype_dim: int | None) -> None:
     layer = DDCLAttention(8, 5, num_heads=4, prototype_dim=prototype_dim, residual=residual)
     x = torch.randn(2, 3, 8)
     output = layer(x, need_weights=True)
@@ -116,7 +116,7 @@ def test_state_round_trip_and_copies() -> None:
         assert torch.equal(other(x).tokens, layer(x).tokens)
 
 
-def test_bfloat16_module() -> None:
+def test_a_bfloat16_layer_returns_bfloat16_and_finite_gradients() -> None:
     layer = DDCLAttention(8, 5, num_heads=2, residual=True, embedding_scale="per_dimension").bfloat16()
     output = layer(torch.randn(2, 300, 8, dtype=torch.bfloat16))
     assert output.tokens.dtype == torch.bfloat16
@@ -124,7 +124,7 @@ def test_bfloat16_module() -> None:
     assert all(bool(p.grad.isfinite().all()) for p in layer.parameters() if p.grad is not None)
 
 
-def test_autocast() -> None:
+def test_autocast_keeps_the_loss_terms_in_float32() -> None:
     layer, x = DDCLAttention(8, 5, num_heads=2, embedding_scale="per_dimension"), torch.randn(2, 30, 8)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
@@ -191,7 +191,7 @@ def test_compile_with_dynamic_batch() -> None:
         ),
     ],
 )
-def test_refusals(options: dict[str, object], message: str) -> None:
+def test_attention_layer_refuses_arguments_that_do_not_fit(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DDCLAttention(**{"embed_dim": 8, "num_prototypes": 5, **options})
 

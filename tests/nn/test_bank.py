@@ -18,7 +18,7 @@ from ddcl_lightning.nn.temperature import TemperatureUnit
 
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("lead", [(7,), (2, 5), (2, 3, 4), ()])
-def test_shapes(heads: int, lead: tuple[int, ...]) -> None:
+def test_a_bank_returns_the_shape_of_its_tokens(heads: int, lead: tuple[int, ...]) -> None:
     bank = PrototypeBank(6, 4, num_heads=heads)
     tokens = torch.randn(*lead, heads * 4)
     output = bank(tokens)
@@ -66,7 +66,7 @@ def test_temperature_may_change_between_forward_and_backward(need_weights: bool)
     assert torch.equal(actual, expected)
 
 
-def test_state_round_trip() -> None:
+def test_a_bank_loads_the_state_of_another() -> None:
     bank = PrototypeBank(6, 4, num_heads=2, temperature=absolute([0.5, 2.0]))
     bank.set_prototypes(torch.randn(2, 6, 4))
     twin = PrototypeBank(6, 4, num_heads=2, temperature=absolute())
@@ -81,7 +81,7 @@ def test_state_round_trip() -> None:
         assert bank.temperature.tolist() == [0.5, 2.0]
 
 
-def test_bfloat16_module() -> None:
+def test_a_bfloat16_bank_computes_its_loss_in_float32() -> None:
     bank = PrototypeBank(6, 4, num_heads=2).bfloat16()
     output = bank(torch.randn(3, 5, 8, dtype=torch.bfloat16))
     assert output.centroids.dtype == torch.bfloat16

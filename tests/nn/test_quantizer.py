@@ -268,12 +268,12 @@ def test_it_sits_in_a_sequential_model() -> None:
         ({"embedding_scale": "batch"}, "mode must be one of .*, a layer's embedding_scale too; got 'batch'"),
     ],
 )
-def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
+def test_quantizer_refuses_arguments_out_of_range(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantizer(**kwargs)
 
 
-def test_bad_inputs() -> None:
+def test_quantizer_refuses_inputs_that_do_not_fit() -> None:
     vq = quantizer()
     for z in (torch.randn(2, 6), torch.randn(2, 5, 7), torch.randn(2, 3, 4, 6), torch.ones(2, 5, 6, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"z must be floating point of shape \(B, T, dim\) or \(B, dim, H, W\)"):

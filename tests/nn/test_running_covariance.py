@@ -48,7 +48,7 @@ def test_first_batches_count_alike_and_later_ones_replace_them() -> None:
     torch.testing.assert_close(4 * running.lambda_max.double(), 1e-2 * critical_temperature(first), rtol=1e-2, atol=0.0)
 
 
-def test_refuses_a_momentum() -> None:
+def test_running_covariance_refuses_a_momentum_of_zero() -> None:
     with pytest.raises(ValueError, match=r"momentum must be in \(0, 1\]; got 0"):
         RunningCovariance(1, 2, momentum=0.0)
 

@@ -263,7 +263,7 @@ def test_annealing_in_another_unit_is_refused(schedule: tuple[Any, Any]) -> None
 @pytest.mark.parametrize(
     "value", [0.0, -1.0, [], [0.1, 0.0], (0.1, -0.1), torch.tensor(0.0), torch.tensor([1.0, -1.0]), np.array([0.0])]
 )
-def test_refuses_values_that_are_not_positive(value: Any) -> None:
+def test_temperature_refuses_values_that_are_not_positive(value: Any) -> None:
     with pytest.raises(ValueError, match=r"a temperature must be > 0, one number or one per head; got .* good start"):
         Temperature(value)
     with pytest.raises(ValueError, match="a temperature must be > 0"):
@@ -271,7 +271,7 @@ def test_refuses_values_that_are_not_positive(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["hot", None, True, float("nan"), float("inf"), [float("nan")], [[0.1]]])
-def test_refuses_what_is_no_number(value: Any) -> None:
+def test_temperature_refuses_values_that_are_no_numbers(value: Any) -> None:
     with pytest.raises(ValueError, match=r"value must be a list of finite numbers or a finite number; got"):
         Temperature(value)
     bank = followed()
@@ -286,7 +286,7 @@ def test_values_become_plain_numbers(value: Any) -> None:
     assert Temperature(torch.tensor(0.5)) == Temperature(0.5)
 
 
-def test_refuses_units() -> None:
+def test_temperature_refuses_unknown_and_other_units() -> None:
     with pytest.raises(ValueError, match=r"unit of a temperature must be one of \('critical', .*\); got 'kelvin'"):
         Temperature(1.0, unit="kelvin")  # type: ignore[arg-type]
     for unit in ("critical", "initial", "absolute"):

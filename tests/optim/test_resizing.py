@@ -162,6 +162,6 @@ def test_state_that_has_no_rows_is_refused_and_nothing_changes() -> None:
         ({"patience": 0}, "patience must be at least 1 check; got 0"),
     ],
 )
-def test_rules_are_checked(rules: dict[str, Any], message: str) -> None:
+def test_size_rules_refuse_values_out_of_range(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SizeRules(**rules)

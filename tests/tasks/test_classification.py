@@ -24,7 +24,7 @@ def cross_entropy(task: Classification, readout: ReadoutOutput, weights: list[fl
     return -(w * log_p[range(4), LABELS]).sum() / w.sum()
 
 
-def test_loss_by_hand() -> None:
+def test_classification_loss_is_cross_entropy_and_quantization_loss() -> None:
     task, readout = setup(quantization_weight=0.25)
     losses = task.losses(readout, (None, LABELS))
     expected = cross_entropy(task, readout, [1.0, 1.0, 1.0])
@@ -91,7 +91,7 @@ def test_metrics_and_predictions_by_hand() -> None:
         ({"y": LABELS.unsqueeze(1)}, r"got torch.int64 of shape \(4, 1\)"),
     ],
 )
-def test_refuses_labels(batch: Batch, message: str) -> None:
+def test_classification_refuses_labels_out_of_range(batch: Batch, message: str) -> None:
     task, readout = setup()
     for call in (lambda: task.losses(readout, batch), lambda: task.update_metrics(task.metrics(), readout, batch)):
         with pytest.raises(ValueError, match=message):
@@ -107,6 +107,6 @@ def test_refuses_labels(batch: Batch, message: str) -> None:
         ({"class_weights": [1.0, 2.0]}, "class_weights must have num_classes = 3 entries; got 2"),
     ],
 )
-def test_refusals(options: dict[str, object], message: str) -> None:
+def test_classification_refuses_arguments_out_of_range(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Classification(**{"num_classes": 3, **options})

@@ -75,7 +75,7 @@ class NoBank(Head):
         return ReadoutOutput(tokens, tokens.mean(1))
 
 
-def test_refusals() -> None:
+def test_clustering_refuses_heads_without_prototypes_and_readouts_without_assignments() -> None:
     with pytest.raises(ValueError, match="num_classes must be at least 1, or None"):
         Clustering(0)
     with pytest.raises(ValueError, match="needs a head with prototypes; got NoBank"):

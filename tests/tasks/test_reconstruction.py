@@ -80,7 +80,7 @@ def test_loss_by_hand(name: str, weight: float) -> None:
     assert set(losses) == {"loss", "reconstruction"} | beside
 
 
-def test_absolute_errors() -> None:
+def test_l1_loss_is_the_mean_absolute_error() -> None:
     module, batch = autoencoder(task=Reconstruction(ConvDecoder(1, (4,)), loss="l1")), next(iter(Pictures()))
     readout = module(batch)
     expected = (module.task.decoder(readout.tokens) - batch["x"]).abs().mean()
@@ -192,7 +192,7 @@ def test_a_trained_autoencoder_is_better_than_the_mean_image() -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_bf16_mixed(name: str) -> None:
+def test_autoencoders_train_in_bf16_mixed(name: str) -> None:
     module, trainer = autoencoder(HEADS[name]()), quiet_trainer(max_epochs=2, precision="bf16-mixed")
     trainer.fit(module, Pictures(), Pictures())
     assert math.isfinite(trainer.callback_metrics["val/loss"])
@@ -256,7 +256,7 @@ class Undersized(MeanPooling):
         return ReadoutOutput(tokens[..., :2], tokens.mean(1))
 
 
-def test_refuses_what_cannot_come_back() -> None:
+def test_reconstruction_refuses_batches_and_heads_that_cannot_come_back() -> None:
     batch = sequences()
     module = sequence_module()
     with pytest.raises(ValueError, match=r"needs the readout's inputs; got None. Call the module"):
@@ -287,6 +287,6 @@ def test_refuses_what_cannot_come_back() -> None:
         ({"data_range": 0.0}, "data_range must be > 0; got 0.0"),
     ],
 )
-def test_refuses_arguments(options: dict[str, Any], message: str) -> None:
+def test_reconstruction_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Reconstruction(ConvDecoder(1), **options)

@@ -71,7 +71,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "VQPooling": {"num_codes": 4},
     "VectorQuantizer": {"dim": 4, "num_codes": 4},
 }
-# Estimators check in fit, as scikit-learn wants it (tests/test_estimator.py); these take no number of the user's.
+# Estimators check in fit, as scikit-learn wants it (tests/integrations/test_scikit_learn.py), and the other two take no
+# number of the user's.
 LEFT_OUT = {"DDCLClustering", "PrototypePooling", "TransformersBackbone"}
 # Where -1 means something.
 NEGATIVE = {("TransformersBackbone", "layer")}

@@ -11,7 +11,7 @@ X, Y = torch.randn(3, 2), torch.tensor([0, 1, 2])
 
 
 @pytest.mark.parametrize("batch", [X, (X, Y), [X, Y], (X,), {"x": X, "y": Y}])
-def test_inputs(batch: batches.Batch) -> None:
+def test_inputs_are_found_in_every_kind_of_batch(batch: batches.Batch) -> None:
     assert batches.inputs(batch) is X
 
 
@@ -29,14 +29,14 @@ def test_inputs_refusal_describes_the_batch(batch: batches.Batch, described: str
         batches.inputs(batch)
 
 
-def test_labels() -> None:
+def test_labels_are_found_in_every_kind_of_batch() -> None:
     assert batches.labels((X, Y)) is Y
     assert batches.labels({"x": X, "y": Y}) is Y
     for without in (X, (X,), {"x": X}):
         assert batches.labels(without) is None
 
 
-def test_mask_and_index() -> None:
+def test_mask_and_index_are_found_in_dictionaries_only() -> None:
     batch = {"x": X, "mask": X > 0, "index": Y}
     assert batches.mask(batch) is batch["mask"]
     assert batches.index(batch) is Y

@@ -164,7 +164,7 @@ def test_reservoirs_share_one_sample(two: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_collective_operations(two: list[dict[str, Any]]) -> None:
+def test_collective_operations_of_two_processes_agree(two: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(result["primitives"] for result in two):
         assert result["world_size"] == 2
         assert result["first"] == (rank == 0)

@@ -74,7 +74,7 @@ def test_rows_are_copies() -> None:
     assert not reservoir.gather().requires_grad
 
 
-def test_refusals() -> None:
+def test_reservoir_refuses_a_capacity_of_zero_and_a_sample_without_rows() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1 row; got 0"):
         Reservoir(0)
     with pytest.raises(ValueError, match="gave no valid token"):
@@ -83,3 +83,10 @@ def test_refusals() -> None:
     empty.add(torch.zeros(0, 3))
     with pytest.raises(ValueError, match="gave no valid token"):
         empty.gather()
+
+
+def test_rows_that_a_mask_leaves_out_are_not_sampled() -> None:
+    tokens, mask = torch.arange(12.0).view(2, 3, 2), torch.tensor([[True, False, True], [False, True, False]])
+    reservoir = Reservoir(10)
+    reservoir.add(tokens, mask)
+    assert sorted(reservoir.gather().tolist()) == [[0.0, 1.0], [4.0, 5.0], [8.0, 9.0]]

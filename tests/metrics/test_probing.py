@@ -90,12 +90,14 @@ def test_linear_probe_is_logistic_regression_on_standardised_features() -> None:
         ((torch.ones(3, 2), torch.ones(3), torch.ones(1, 2), torch.ones(1)), "at least two classes; got"),
     ],
 )
-def test_linear_probe_refuses(arguments: tuple[torch.Tensor, ...], message: str) -> None:
+def test_linear_probe_refuses_rows_and_labels_that_do_not_fit(
+    arguments: tuple[torch.Tensor, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         linear_probe(*arguments)
 
 
-def test_kmeans_scores() -> None:
+def test_kmeans_scores_are_those_of_scikit_learns_clusters() -> None:
     blobs = Blobs()
     scores = kmeans_scores(blobs.x, blobs.y, 4, num_restarts=3)
     assert tuple(scores) == CLUSTERING_METRICS

@@ -111,7 +111,7 @@ def test_padding_is_ignored(mode: ScaleMode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["per_dimension", "total"])
-def test_running_statistics(mode: ScaleMode) -> None:
+def test_running_statistics_are_even_means_at_first_and_exponential_ones_after(mode: ScaleMode) -> None:
     scale = EmbeddingScale(3, mode, momentum=0.4)
     batches = [data(seed) * (seed + 1) for seed in range(4)]
     for batch in batches:
@@ -186,7 +186,7 @@ def test_a_single_token_is_its_own_mean(mode: ScaleMode) -> None:
 
 @modes
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes(mode: ScaleMode, dtype: torch.dtype) -> None:
+def test_embedding_scale_keeps_the_dtype_of_its_tokens(mode: ScaleMode, dtype: torch.dtype) -> None:
     scale = EmbeddingScale(3, mode)
     assert scale(data().to(dtype)).dtype == dtype
     scaled = scale.eval()(data().to(dtype))
@@ -215,7 +215,7 @@ def test_autocast_changes_nothing(mode: ScaleMode) -> None:
         assert torch.equal(EmbeddingScale(3, mode)(tokens), expected)
 
 
-def test_refusals() -> None:
+def test_embedding_scale_refuses_modes_momenta_and_masks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"mode must be one of.*got 'batch'"):
         EmbeddingScale(3, "batch")  # type: ignore[arg-type]
     for momentum in (0.0, 1.5):

@@ -1,4 +1,4 @@
-"""The token-normalised step is the formula it claims to be; optimizers by name are checked before anything runs."""
+"""The token-normalised step is the formula it claims to be."""
 
 import copy
 
@@ -7,9 +7,8 @@ import torch
 from tiny import absolute
 from torch import Tensor, nn
 
-from ddcl_lightning import DDCLAttention, OptimizerConfig, PrototypeBank, TokenNormalized
+from ddcl_lightning import DDCLAttention, PrototypeBank, TokenNormalized
 from ddcl_lightning.functional import soft_assign
-from ddcl_lightning.optim.factory import OptimizerSpec
 
 
 def bank_and_optimizer(lr: float = 0.3, heads: int = 2) -> tuple[PrototypeBank, TokenNormalized]:
@@ -190,7 +189,7 @@ def test_closure_runs_with_gradients() -> None:
     assert bank.prototypes.grad is not None
 
 
-def test_bfloat16() -> None:
+def test_token_normalized_moves_bfloat16_prototypes() -> None:
     bank = PrototypeBank(5, 3, temperature=absolute()).bfloat16()
     optimizer = TokenNormalized([bank.prototypes], lr=1.0).watch(bank)
     tokens, before = torch.randn(20, 3).bfloat16(), bank.prototypes.detach().float()[0]
@@ -203,7 +202,7 @@ def test_bfloat16() -> None:
     )
 
 
-def test_state_round_trip() -> None:
+def test_token_normalized_loads_the_state_of_another() -> None:
     bank, optimizer = bank_and_optimizer(lr=0.3)
     optimizer.param_groups[0]["lr"] = 0.125
     state = copy.deepcopy(optimizer.state_dict())
@@ -227,61 +226,10 @@ def test_watch_finds_banks_and_replaces_an_earlier_watch() -> None:
         TokenNormalized([model[0].bank.prototypes, nn.Parameter(torch.zeros(2))]).watch(model)
 
 
-def test_token_normalized_refusals() -> None:
+def test_token_normalized_refuses_rates_out_of_range_and_unwatched_banks() -> None:
     prototypes = PrototypeBank(5, 3).prototypes
     for lr in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"lr .*must be (in \(0, 1\], a step size|a finite number)"):
             TokenNormalized([prototypes], lr=lr)
     with pytest.raises(RuntimeError, match=r"Call optimizer.watch\(module\)"):
         TokenNormalized([prototypes]).step()
-
-
-def groups(lr: float = 0.1) -> list[dict[str, object]]:
-    return [{"params": [nn.Parameter(torch.zeros(2))], "lr": lr, "name": "prototypes"}]
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "TokenNormalized", "torch.optim.adamw.AdamW"])
-def test_spec_creates_by_name(name: str) -> None:
-    optimizer = OptimizerSpec("prototype_optimizer", OptimizerConfig(name)).create(groups(0.07))
-    assert type(optimizer).__name__ == name.rpartition(".")[2]
-    assert optimizer.param_groups[0]["lr"] == 0.07
-    assert optimizer.param_groups[0]["name"] == "prototypes"
-
-
-def test_spec_passes_arguments() -> None:
-    given = {"betas": [0.8, 0.9], "eps": 1e-6}
-    (group,) = OptimizerSpec("encoder_optimizer", OptimizerConfig("Adam", given)).create(groups()).param_groups
-    assert list(group["betas"]) == [0.8, 0.9]
-    assert group["eps"] == 1e-6
-
-
-def test_spec_default_weight_decay() -> None:
-    def decay(weight_decay: float | None = None, args: dict[str, float] | None = None) -> float:
-        spec = OptimizerSpec("prototype_optimizer", OptimizerConfig("AdamW", args or {}), weight_decay=weight_decay)
-        return float(spec.create(groups()).param_groups[0]["weight_decay"])
-
-    assert decay() == 0.01  # the class's own
-    assert decay(0.0) == 0.0
-    assert decay(0.0, {"weight_decay": 0.3}) == 0.3
-    OptimizerSpec("prototype_optimizer", OptimizerConfig("TokenNormalized"), weight_decay=0.0).create(
-        groups()
-    )  # which has none
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("Adam", {"lr": 0.1}, r"encoder_optimizer.args must not contain lr \(got 0.1\)"),
-        ("Adamw", None, r"encoder_optimizer must name.*got 'Adamw'. Did you mean 'Adam'\?"),
-        ("Optimizer", None, "got 'Optimizer'"),
-        ("lr_scheduler", None, "got 'lr_scheduler'"),
-        ("no.such.Thing", None, "got 'no.such.Thing'"),
-        ("torch.nn.Linear", None, "got 'torch.nn.Linear'"),
-        ("Adam", {"beta": 0.9}, r"encoder_optimizer.args has no argument 'beta'. Did you mean 'betas'\?"),
-        ("SGD", {"params": []}, "has no argument 'params'"),
-        ("LBFGS", None, "must not be LBFGS"),
-    ],
-)
-def test_spec_refusals(name: str, arguments: dict[str, object] | None, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OptimizerSpec("encoder_optimizer", OptimizerConfig(name, arguments or {}))

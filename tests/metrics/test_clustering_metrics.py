@@ -85,7 +85,7 @@ def test_accuracy_is_that_of_the_best_matching(seed: int) -> None:
         ([[0, 3], [2, 0], [0, 0]], 1.0, 1.0),  # renamed, with an empty cluster
     ],
 )
-def test_limit_cases(counts: list[list[int]], nmi: float, ari: float) -> None:
+def test_agreement_of_degenerate_clusterings_is_zero_or_one(counts: list[list[int]], nmi: float, ari: float) -> None:
     assert normalized_mutual_info(torch.tensor(counts)).item() == pytest.approx(nmi, abs=1e-12)
     assert adjusted_rand_index(torch.tensor(counts)).item() == ari
 
@@ -146,7 +146,7 @@ def test_compute_without_samples_names_the_remedy() -> None:
         ([0, 1], [True, False], TypeError, r"labels must be integers; got torch.bool"),
     ],
 )
-def test_bad_arguments_are_refused_and_leave_no_trace(
+def test_refused_labels_leave_clustering_metrics_unchanged(
     assignments: list[float], labels: list[float], error: type[Exception], message: str
 ) -> None:
     metric = ClusteringMetrics(num_clusters=3, num_classes=2)

@@ -428,7 +428,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         (lambda: PrototypeNorm(8, 4, bank=PrototypeBank(4, 8)), "must be left out; got num_prototypes = 4"),
     ],
 )
-def test_refusals(create: Callable[[], object], message: str) -> None:
+def test_adapters_refuse_arguments_that_do_not_fit(create: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create()
 
@@ -443,14 +443,14 @@ def test_refusals(create: Callable[[], object], message: str) -> None:
         (["blocks.0"], {"mask": "attention_mask"}, "argument of Net.forward; got 'attention_mask'"),
     ],
 )
-def test_insertion_refusals_change_nothing(blocks: list[str], options: dict[str, str], message: str) -> None:
+def test_a_refused_insertion_changes_nothing(blocks: list[str], options: dict[str, str], message: str) -> None:
     net = Net()
     with pytest.raises(ValueError, match=message):
         insert_prototypes(net, blocks, gated, **options)
     assert find_banks(net) == {}
 
 
-def test_more_insertion_refusals() -> None:
+def test_insertion_refuses_a_shared_adapter_and_blocks_that_have_prototypes() -> None:
     net, adapter = Net(), gated()
     with pytest.raises(ValueError, match="create must return a new module at each call"):
         insert_prototypes(net, NAMES, lambda: adapter)

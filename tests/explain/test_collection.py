@@ -254,7 +254,7 @@ class TwoLoaders(PointsDataModule):
         return [super().train_dataloader()] * 2
 
 
-def test_refusals() -> None:
+def test_collect_refuses_arguments_out_of_range_and_heads_without_prototypes() -> None:
     module, data = points_module(), PointsDataModule()
     bankless = DDCLReadoutModule(
         IdentityBackbone(2), WithoutBank(), Classification(2, quantization_weight=0.0), rho=0.0

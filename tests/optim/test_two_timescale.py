@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddcl_lightning import DDCLAttention, LRSchedule, two_timescale_groups
+from ddcl_lightning import DDCLAttention, two_timescale_groups
 from ddcl_lightning.optim.two_timescale import check_ratio, live_ratio, parameter_ids
 
 
@@ -80,7 +80,7 @@ def test_two_timescale_groups_without_an_encoder() -> None:
     assert [group["name"] for group in two_timescale_groups(model[1], 0.5)] == ["prototypes"]
 
 
-def test_two_timescale_groups_refusals() -> None:
+def test_two_timescale_groups_refuse_rates_out_of_range() -> None:
     model = DDCLAttention(8, 5)
     with pytest.raises(ValueError, match="lr_prototypes must be > 0; got 0"):
         two_timescale_groups(model, 0.0)
@@ -88,22 +88,3 @@ def test_two_timescale_groups_refusals() -> None:
         two_timescale_groups(model, 0.1, rho=1.0)
     with pytest.raises(ValueError, match="found none in Linear"):
         two_timescale_groups(nn.Linear(2, 2), 0.1)
-
-
-def test_schedules() -> None:
-    assert [LRSchedule("constant", 3).factor(step, math.inf) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [LRSchedule("linear").factor(step, 4) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-    assert [LRSchedule("linear", 2).factor(step, 6) for step in range(2, 6)] == [1.0, 0.75, 0.5, 0.25]
-    cosine = [LRSchedule("cosine").factor(step, 4) for step in range(5)]
-    assert cosine == pytest.approx([1.0, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0.0], abs=1e-12)
-    for schedule in ("linear", "cosine"):
-        assert LRSchedule(schedule, 3).factor(3, 2) == 1.0  # a run that ends with its warm-up
-
-
-def test_schedule_refusals() -> None:
-    with pytest.raises(ValueError, match=r"lr_schedule must be one of.*got 'step'"):
-        LRSchedule("step")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="warmup_steps must be >= 0; got -1"):
-        LRSchedule("linear", -1)
-    with pytest.raises(ValueError, match="needs a run of known length"):
-        LRSchedule("cosine").factor(5, math.inf)

@@ -37,7 +37,7 @@ def points(n: int, **changes: float) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("n", [1, 5, 500])
-def test_history(n: int) -> None:
+def test_history_shows_every_signal(n: int) -> None:
     text = render(draw_history(points(n), "head.bank"))
     for phrase in ("Health of head.bank", "T / T_c", "H / ln K", "optimizer step", "above: the bank collapses"):
         assert phrase in text
@@ -56,7 +56,7 @@ def test_history_of_one_prototype_says_what_is_undefined() -> None:
 
 @pytest.mark.parametrize("dim", [1, 2, 16])
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_bank(size: int, dim: int) -> None:
+def test_bank_plot_shows_tokens_and_prototypes(size: int, dim: int) -> None:
     tokens, prototypes = torch.randn(300, dim), torch.randn(size, dim)
     text = render(draw_bank(tokens, prototypes, "head.bank"))
     assert f"head.bank: K = {size} prototypes over 300 tokens" in text
@@ -78,7 +78,7 @@ def test_bank_over_few_equal_or_many_tokens(tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
-def test_usage(size: int) -> None:
+def test_usage_plot_counts_used_prototypes(size: int) -> None:
     tokens, prototypes = torch.randn(500, 4), torch.randn(size, 4)
     prototypes[3:5] += 100  # dead
     use = assignment_statistics(tokens, prototypes, 0.5)

@@ -225,7 +225,9 @@ def test_float32_stays_float32() -> None:
         ({}, np.full((20, 3), np.nan), "NaN"),
     ],
 )
-def test_refusals(arguments: dict[str, Any], data: Any, message: str) -> None:
+def test_ddcl_clustering_refuses_arguments_and_data_that_do_not_fit(
+    arguments: dict[str, Any], data: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         DDCLClustering(**arguments).fit(data)
 

@@ -1,0 +1,112 @@
+"""Sums over the tokens of each prototype, which add up over batches and processes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional._common import accumulation_dtype, check_shapes
+
+
+class Cells(NamedTuple):
+    """The tokens that are nearest to each prototype.
+
+    Attributes:
+        counts: How many, ``(H, K)``, a float.
+        distortion: Sum of their squared distances to the prototype, ``(H, K)``.
+        token: The last one of them, ``(H, K, d)``; zero where there is none.
+        place: Where that token comes in the order of all tokens, ``(H, K)`` int64; -1 where there is none.
+    """
+
+    counts: Tensor
+    distortion: Tensor
+    token: Tensor
+    place: Tensor
+
+    def merge(self, later: "Cells") -> "Cells":
+        """Cells of two sets of tokens together, of which the tokens of the other come last."""
+        replaced = later.place >= 0
+        return Cells(
+            self.counts + later.counts,
+            self.distortion + later.distortion,
+            torch.where(replaced.unsqueeze(-1), later.token, self.token),
+            torch.where(replaced, later.place, self.place),
+        )
+
+
+class TokenStatistics(NamedTuple):
+    """What each prototype's tokens look like: the additive statistics of any number of tokens.
+
+    Attributes:
+        log_mass: Logarithm of the tokens assigned to each prototype, ``ln sum_n q_nk``, ``(..., K)``; finite where the
+            mass itself underflows.
+        mean: ``sum_n w_kn z_n`` with ``w_kn = softmax_n(ln q_nk)``, ``(..., K, d)``.
+        cells: The tokens that are nearest to each prototype, or None where they were not asked for.
+    """
+
+    log_mass: Tensor
+    mean: Tensor
+    cells: Cells | None = None
+
+    def merge(self, later: "TokenStatistics") -> "TokenStatistics":
+        """Statistics of two sets of tokens together, of which the tokens of the other come last."""
+        log_mass = torch.logaddexp(self.log_mass, later.log_mass)
+        share = (later.log_mass - log_mass).exp().nan_to_num(nan=0.0).unsqueeze(-1)  # two empty sets: -inf - -inf
+        cells = None if self.cells is None or later.cells is None else self.cells.merge(later.cells)
+        return TokenStatistics(log_mass, torch.lerp(self.mean, later.mean, share), cells)
+
+    def finite(self, loss: Tensor) -> "TokenStatistics":
+        """The same; or the statistics of no token, if something in them or the loss of the call is not finite."""
+        log_mass, mean, cells = self
+        # A mass of -inf is that of no token; NaN is not below infinity.
+        clean = torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
+        if cells is not None:
+            clean &= torch.isfinite(cells.distortion).all()
+            sums = (torch.where(clean, value, 0.0) for value in (cells.counts, cells.distortion, cells.token))
+            cells = Cells(*sums, torch.where(clean, cells.place, -1))
+        return TokenStatistics(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0), cells)
+
+
+def code_counts(codes: Tensor, num_codes: int, mask: Tensor | None = None) -> Tensor:
+    """Tokens on each code, ``(..., K)`` int64, without a wait for the device.
+
+    Args:
+        codes: ``(..., N)`` int64 in [0, K), or -1 for padding, which is left out.
+        num_codes: K.
+        mask: ``(..., N)`` boolean, True for valid tokens, beside the codes of -1.
+    """
+    # Padding gets a column of its own: selecting it away would wait for the GPU, as bincount does.
+    columns = codes + 1 if mask is None else (codes + 1).masked_fill(~mask, 0)
+    counts = columns.new_zeros(*codes.shape[:-1], num_codes + 1)
+    return counts.scatter_add_(-1, columns, torch.ones_like(columns))[..., 1:]
+
+
+@torch.no_grad()
+def cells_of(
+    tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None = None, order: Tensor | None = None
+) -> Cells:
+    """What lies in the cell of each prototype.
+
+    Args:
+        tokens: ``(H, N, d)``.
+        prototypes: ``(H, K, d)``.
+        codes: Index of the nearest prototype, ``(H, N)`` int64, -1 for padding.
+        mask: ``(H, N)`` boolean, True for valid tokens.
+        order: Where each token comes among those of all calls and processes, ``(N,)`` int64 >= 0, increasing; by
+            default their own numbers.
+    """
+    check_shapes(tokens, prototypes, mask)
+    dtype = accumulation_dtype(tokens, prototypes)
+    heads, size, dim = prototypes.shape
+    z, p = tokens.to(dtype), prototypes.to(dtype)
+    valid = codes >= 0 if mask is None else mask & (codes >= 0)
+    counts = code_counts(codes, size, mask).to(dtype)
+    codes = codes.clamp(min=0)
+    distance = (z - p.gather(1, codes.unsqueeze(-1).expand(-1, -1, dim))).square().sum(-1).masked_fill(~valid, 0.0)
+    position = torch.arange(z.shape[1], device=z.device).expand(heads, -1).masked_fill(~valid, -1)
+    distortion = z.new_zeros(heads, size).scatter_add_(1, codes, distance)
+    last = position.new_full((heads, size), -1).scatter_reduce_(1, codes, position, "amax")
+    occupied = last >= 0
+    token = z.gather(1, last.clamp(min=0).unsqueeze(-1).expand(-1, -1, dim))
+    place = last if order is None else order[last.clamp(min=0)].masked_fill(~occupied, -1)
+    return Cells(counts, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), place)

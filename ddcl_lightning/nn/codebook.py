@@ -1,0 +1,118 @@
+"""A codebook: the vectors of a bank of prototypes, their sizes, and how they are set, resized and loaded."""
+
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ddcl_lightning._utils.arguments import require_at_least
+from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.functional._common import check_mask
+from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
+
+
+class Codebook(GuardedState):
+    """K vectors for each of H heads; it takes the number of vectors of the state that it loads.
+
+    Args:
+        num_prototypes: K, vectors per head, at least 1.
+        dim: d, dimension of one head's vectors.
+        num_heads: H; tokens carry ``H * d`` values.
+
+    Attributes:
+        prototypes: Parameter ``(H, K, d)``.
+        initialized: Buffer, saved with the state: 1 if the vectors were set from data, else 0.
+
+    Raises:
+        ValueError: If a size is below 1.
+    """
+
+    initialized: Tensor
+    state_rules: ClassVar[Rules] = {"prototypes": FINITE, "initialized": FLAG}
+
+    def __init__(self, num_prototypes: int, dim: int, num_heads: int = 1) -> None:
+        super().__init__()
+        require_at_least(1, num_prototypes=num_prototypes, dim=dim, num_heads=num_heads)
+        self.num_prototypes, self.dim, self.num_heads = num_prototypes, dim, num_heads
+        self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
+
+    def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
+        width = self.num_heads * self.dim
+        if tokens.shape[-1] != width:
+            raise ValueError(
+                f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "
+                "Project them, or build the bank for their dimension."
+            )
+        check_mask(tokens, mask)
+        heads = tokens.reshape(-1, self.num_heads, self.dim).transpose(0, 1)
+        flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
+        return heads, flat_mask
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
+        heads, _ = self.split_heads(tokens)
+        return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""
+        heads = torch.arange(self.num_heads, device=codes.device)
+        vectors = self.prototypes[heads, codes.clamp(min=0)]
+        return vectors.masked_fill((codes < 0).unsqueeze(-1), 0.0).flatten(-2)
+
+    @torch.no_grad()
+    def set_prototypes(self, prototypes: Tensor) -> None:
+        """Copy ``(H, K, d)`` values in and mark the bank initialised."""
+        if prototypes.shape != self.prototypes.shape:
+            raise ValueError(
+                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}."
+            )
+        if not bool(torch.isfinite(prototypes).all()):
+            raise ValueError("prototypes must be finite; got NaN or infinity.")
+        self.prototypes.copy_(prototypes)
+        self.initialized.fill_(1.0)
+
+    @torch.no_grad()
+    def resize(self, prototypes: Tensor) -> None:
+        """Take ``(H, K', d)`` values in the place of the ``(H, K, d)``; the parameter stays the same object.
+
+        Its gradient is dropped, and the state that an optimizer keeps for it has to follow:
+        :func:`~ddcl_lightning.optim.resizing.resize_bank` does both.
+        """
+        if prototypes.dim() != 3 or prototypes.shape[1] < 1 or prototypes[:, 0].shape != self.prototypes[:, 0].shape:
+            raise ValueError(
+                f"prototypes must have shape ({self.num_heads}, K, {self.dim}) with K >= 1; got "
+                f"{tuple(prototypes.shape)}."
+            )
+        if not self.prototypes.requires_grad:
+            raise ValueError("prototypes are frozen, so their number stays; call requires_grad_(True) first.")
+        if not bool(torch.isfinite(prototypes).all()):
+            raise ValueError("prototypes must be finite; got NaN or infinity.")
+        self._make_room(prototypes.shape[1])
+        self.prototypes.copy_(prototypes)
+
+    def _make_room(self, num_prototypes: int) -> None:
+        self.prototypes.grad = None
+        room = self.prototypes.data.new_zeros(self.num_heads, num_prototypes, self.dim)
+        # While a graph of an earlier call lives, autograd keeps the parameter's old shape; it drops it with the dtype.
+        self.prototypes.data = room.to(torch.bfloat16 if room.dtype == torch.float32 else torch.float32)
+        self.prototypes.data = room
+        self.num_prototypes = num_prototypes
+
+    def fit_to_state(self, prefix: str, state_dict: dict[str, Any]) -> None:
+        """Make room for a bank that has grown since it was built."""
+        saved = state_dict.get(f"{prefix}prototypes")
+        if isinstance(saved, Tensor) and saved.dim() == 3:
+            heads, size, dim = saved.shape
+            if (heads, dim) == (self.num_heads, self.dim) and size not in (0, self.num_prototypes):
+                rank_zero_info(
+                    f"{prefix.rstrip('.') or 'a bank'} was built with {self.num_prototypes} prototypes and loads "
+                    f"{size}: it takes their number."
+                )
+                self._make_room(size)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print``."""
+        return f"num_prototypes={self.num_prototypes}, dim={self.dim}, num_heads={self.num_heads}"

@@ -1,0 +1,43 @@
+"""Mean and covariance of the tokens of all processes, in two passes."""
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
+
+
+def joint_mean(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean of the valid tokens of all processes, and their number.
+
+    Args:
+        tokens: ``(..., N, d)``.
+        mask: ``(..., N)`` boolean, True for valid tokens, or None.
+
+    Returns:
+        Mean ``(..., d)``, zero without a token, and number ``(..., 1)``, in float32 or wider.
+    """
+    z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
+    valid = torch.ones_like(z[..., :1]) if mask is None else mask.unsqueeze(-1).to(z.dtype)
+    sums = sum_over_processes(torch.cat([z.sum(-2), valid.sum(-2)], -1))
+    number = sums[..., -1:]
+    return sums[..., :-1] / number.clamp(min=1.0), number
+
+
+def joint_covariance(
+    tokens: Tensor, mask: Tensor | None, mean: Tensor, number: Tensor, *, diagonal: bool = False
+) -> Tensor:
+    """Covariance ``(..., d, d)`` of the valid tokens of all processes, or the variances ``(..., d)`` alone.
+
+    Args:
+        tokens: ``(..., N, d)``.
+        mask: ``(..., N)`` boolean, True for valid tokens, or None.
+        mean: ``(..., d)``, as :func:`joint_mean` returns it.
+        number: ``(..., 1)``, likewise.
+        diagonal: Return the variances.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        centred = zero_padding(tokens.to(mean.dtype) - mean.unsqueeze(-2), mask)
+        total = centred.square().sum(-2) if diagonal else centred.mT @ centred
+    number = number.clamp(min=1.0)
+    return sum_over_processes(total) / (number if diagonal else number.unsqueeze(-1))
