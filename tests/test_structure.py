@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from registry import classes, needed
 
 import ddcl_lightning
+from ddcl_lightning import Backbone, Decoder, Head, Quantizer, SplitDataModule, Task
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -51,3 +53,24 @@ def test_the_top_level_folders_explain_themselves(folder: str) -> None:
     readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     assert f"`ddcl_lightning.{folder}`" in readme
     assert "To add one" in readme
+
+
+@pytest.mark.parametrize("base", [Backbone, Decoder, Head, Quantizer, SplitDataModule, Task])
+def test_every_class_that_plugs_in_is_exported(base: type) -> None:
+    """From its folder and from the package; those that need a library of their own are in ``integrations``."""
+    for kind in classes(base):
+        _, folder, *_ = kind.__module__.split(".")
+        if kind.__module__.startswith("ddcl_lightning.") and folder != "integrations":
+            package = importlib.import_module(f"ddcl_lightning.{folder}")
+            assert kind.__name__ in package.__all__
+            assert getattr(ddcl_lightning, kind.__name__) is kind
+            assert kind.__name__ in ddcl_lightning.__all__
+
+
+def test_a_class_that_the_tests_cannot_make_says_where_to_say_how() -> None:
+    class Odd(Backbone):
+        def __init__(self, number_of_horns: int) -> None:
+            super().__init__()
+
+    with pytest.raises(LookupError, match=r"Odd needs 'number_of_horns'.*add what Odd needs to NEEDED"):
+        needed(Odd)
