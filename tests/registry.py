@@ -50,6 +50,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 # What a class needs besides, or instead: those whose arguments of these names mean something else.
 NEEDED: dict[str, Callable[[], dict[str, Any]]] = {
+    "DDCLAttention": lambda: {"num_prototypes": 3},
     "DDCLReadoutModule": lambda: {
         "backbone": IdentityBackbone(DIM),
         "head": DDCLReadout(4, embedding_scale="none"),
@@ -59,6 +60,7 @@ NEEDED: dict[str, Callable[[], dict[str, Any]]] = {
     "LibraryQuantizer": lambda: {"quantizer": "VectorQuantize", "quantizer_args": {"codebook_size": 6}},
     "LibraryVQ": lambda: {"quantizer": "VectorQuantize", "quantizer_args": {"codebook_size": 6}},
     "PatchBackbone": lambda: {"patch_size": 2},
+    "PrototypeNorm": lambda: {"num_prototypes": 3},
     "TimmBackbone": lambda: {"model": "test_resnet", "pretrained": False},
     "TokenNormalized": lambda: {"params": [PrototypeBank(4, 2).prototypes]},
     "TransformersBackbone": lambda: {"model": _bert()},

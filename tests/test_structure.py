@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from registry import classes, needed
 
 import ddcl_lightning
+from ddcl_lightning import Backbone, Decoder, Head, Quantizer, SplitDataModule, Task
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
@@ -33,7 +35,8 @@ TESTS_OF_SEVERAL_MODULES = {
     "datamodules/test_exports.py": "what the package offers",
     "explain/test_cli_explain.py": "the command `ddcl explain`",
     "heads/test_ddcl_tokens.py": "a readout of pooled tokens",
-    "heads/test_rivals.py": "what every head is held to",
+    "heads/test_head_contract.py": "what every head is held to",
+    "heads/test_token_order.py": "heads under permuted tokens",
     "nn/test_frozen.py": "frozen prototypes in modules, optimizers and callbacks",
 }
 CODE_FILES = sorted(
@@ -41,7 +44,7 @@ CODE_FILES = sorted(
     for folder in ("ddcl_lightning", *OWNERS_FOLDERS, "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
-LONG = {"ddcl_lightning/module.py": ["__init__"]}  # a file, and its functions of more than 60 lines
+LONG: dict[str, list[str]] = {}  # a file, and its functions of more than 60 lines
 # Names that fit any test.
 VAGUE = re.compile("^(refusals?|refuses|arguments|errors?|it_works|works|bad_arguments_are_refused)$|^refuses_what")
 
@@ -105,3 +108,24 @@ def test_files_and_functions_are_short_enough_to_read(path: Path) -> None:
     )
     long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
     assert long == LONG.get(str(path), [])
+
+
+@pytest.mark.parametrize("base", [Backbone, Decoder, Head, Quantizer, SplitDataModule, Task])
+def test_every_class_that_plugs_in_is_exported(base: type) -> None:
+    """From its folder and from the package; those that need a library of their own are in ``integrations``."""
+    for kind in classes(base):
+        _, folder, *_ = kind.__module__.split(".")
+        if kind.__module__.startswith("ddcl_lightning.") and folder != "integrations":
+            package = importlib.import_module(f"ddcl_lightning.{folder}")
+            assert kind.__name__ in package.__all__
+            assert getattr(ddcl_lightning, kind.__name__) is kind
+            assert kind.__name__ in ddcl_lightning.__all__
+
+
+def test_a_class_that_the_tests_cannot_make_says_where_to_say_how() -> None:
+    class Odd(Backbone):
+        def __init__(self, number_of_horns: int) -> None:
+            super().__init__()
+
+    with pytest.raises(LookupError, match=r"Odd needs 'number_of_horns'.*add what Odd needs to NEEDED"):
+        needed(Odd)

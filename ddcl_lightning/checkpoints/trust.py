@@ -24,9 +24,10 @@ from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
 from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.optim.factory import OptimizerConfig
+from ddcl_lightning.nn.quantizer_base import Quantizer
 from ddcl_lightning.tasks.base import Task
 
-PLUGINS = (Backbone, Head, Task, Decoder, pl.LightningModule, pl.LightningDataModule)
+PLUGINS = (Backbone, Head, Task, Decoder, Quantizer, pl.LightningModule, pl.LightningDataModule)
 GROUP = "ddcl_lightning.plugins"  # entry points of packages whose metadata name no dependency on this one
 OPTIMIZERS = ("prototype_optimizer", "encoder_optimizer")
 HYPER_PARAMETERS = ("hparams", "module_arguments", "hyper_parameters")  # the first two: Lightning's of old
@@ -47,7 +48,7 @@ def check_hyper_parameters(
 ) -> None:
     """Refuse hyperparameters that would import anything else than plug-ins, before anything is imported.
 
-    A class must be a backbone, head, task, decoder, module or data module that is imported already, or that is of an
+    A class must be a backbone, head, task, decoder, quantizer, module or data module that is imported already, or of an
     installed distribution which depends on ddcl-lightning (or registers in the entry point group
     ``ddcl_lightning.plugins``). So must an optimizer; those of torch need no more.
     Text is accepted only where the annotations of these classes ask for text.
@@ -175,8 +176,8 @@ class _Check:
             self.source,
             key,
             name,
-            "is no backbone, head, task, decoder or module that is imported already or of an installed package that "
-            "depends on ddcl-lightning",
+            "is no backbone, head, task, decoder, quantizer or module that is imported already or of an installed "
+            "package that depends on ddcl-lightning",
         )
 
     def optimizer(self, name: str, key: str) -> None:

@@ -2,7 +2,7 @@
 
 from ddcl_lightning.heads.attention_pooling import AttentionPooling
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.heads.codebook import CodebookHead, QuantizerReadout
+from ddcl_lightning.heads.quantizer_readout import CodebookHead, QuantizerReadout
 from ddcl_lightning.heads.ddcl import DDCLReadout
 from ddcl_lightning.heads.hierarchical import HierarchicalReadout
 from ddcl_lightning.heads.perceiver import PerceiverPooling

@@ -77,6 +77,9 @@ class Head(nn.Module, ABC):
     num_codes: int | None = None
     num_codebooks: int = 1
 
+    def __init__(self) -> None:
+        super().__init__()  # so that a head without arguments has none, where nn.Module's takes any
+
     @property
     def token_dim(self) -> int:
         """Dimension of the readout's ``tokens``; that of the input unless a head overrides it.

@@ -1,7 +1,7 @@
 """Soft vector quantisation as a readout: the bottleneck of an autoencoder, or a discrete summary of a sample."""
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.heads.codebook import CodebookHead
+from ddcl_lightning.heads.quantizer_readout import CodebookHead
 from ddcl_lightning.nn.quantizer import QuantizerGradient, SoftVectorQuantizer, TrainingOutput
 from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature

@@ -3,7 +3,7 @@
 import torch
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.heads.codebook import CodebookHead
+from ddcl_lightning.heads.quantizer_readout import CodebookHead
 from ddcl_lightning.heads.width import check_width, widest
 from ddcl_lightning.nn.vector_quantizer import CodebookInit, VectorQuantizer
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional._common import zero_padding
-from ddcl_lightning.heads.codebook import CodebookHead
+from ddcl_lightning.heads.quantizer_readout import CodebookHead
 from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
 
 try:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ddcl_lightning import PrototypeBank, Temperature
 from ddcl_lightning.functional import BankOutput, critical_temperature, prototype_attention
+from ddcl_lightning.functional.cell_statistics import cells
+from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.initialization import InitMethod
 from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.temperature import TemperatureUnit
@@ -278,6 +280,28 @@ def test_quantize_is_the_call_with_codes_and_entropy(training: bool, straight: b
     codes = bank.encode(tokens)
     decoded = torch.stack([bank.prototypes[head][codes[..., head]] for head in range(2)], -2).flatten(-2)
     assert torch.equal(bank.decode(codes), decoded)
+
+
+@pytest.mark.parametrize("straight", [True, False])
+def test_padding_has_the_code_minus_one_which_is_decoded_to_zero(straight: bool) -> None:
+    bank = PrototypeBank(6, 4, num_heads=2)
+    tokens, mask = torch.randn(3, 5, 8), torch.rand(3, 5) < 0.7
+    with record_codebooks(bank, lambda name, record: records.append(record)):
+        records: list[CodebookRecord] = []
+        codes = bank.quantize(tokens, mask, straight_through=straight).codes
+    assert torch.equal(codes[mask], bank.encode(tokens)[mask])
+    assert bool((codes[~mask] == -1).all())
+    assert not bank.decode(codes)[~mask].any()
+    assert torch.equal(records[0].codes == -1, ~records[0].mask)
+
+
+def test_cells_hold_no_padding_whether_a_mask_tells_or_the_codes() -> None:
+    bank, tokens, mask = PrototypeBank(6, 8), torch.randn(3, 5, 8), torch.rand(3, 5) < 0.7
+    codes = bank.encode(tokens).masked_fill(~mask.unsqueeze(-1), -1).view(1, 15)
+    expected = cells(tokens[mask].unsqueeze(0), bank.prototypes, codes[codes >= 0].unsqueeze(0))
+    for given in (None, mask.view(1, 15)):
+        values = cells(tokens.view(1, 15, 8), bank.prototypes, codes, given)
+        torch.testing.assert_close(values[:4], expected[:4])  # but the place, which counts padding
 
 
 def test_gradients_of_codes_do_not_depend_on_how_the_centroids_are_found() -> None:

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from registry import is_concrete, needed
 
 import ddcl_lightning
 from ddcl_lightning import (
     Clustering,
-    ConvDecoder,
     DDCLReadout,
     DDCLReadoutModule,
     IdentityBackbone,
     PrototypeBank,
-    VectorQuantizer,
     backbones,
     callbacks,
     datamodules,
@@ -29,50 +28,7 @@ from ddcl_lightning import (
 from ddcl_lightning._utils.arguments import conform, typed
 from ddcl_lightning.integrations import vector_quantize
 
-BANK = PrototypeBank(4, 2)
-# What a class needs besides its defaults.
-NEEDED: dict[str, dict[str, Any]] = {
-    "AttentionPooling": {},
-    "Classification": {"num_classes": 3},
-    "ClassificationAndClustering": {"num_classes": 3},
-    "ClusteringMetrics": {"num_clusters": 4, "num_classes": 3},
-    "CodebookMetrics": {"num_codes": 4},
-    "ConvBackbone": {"in_channels": 1, "embed_dim": 4},
-    "ConvDecoder": {"out_channels": 1},
-    "DDCLAttention": {"embed_dim": 4, "num_prototypes": 3},
-    "DDCLFeedForward": {"dim": 4, "num_prototypes": 3},
-    "DDCLReadout": {"num_prototypes": 3},
-    "DDCLReadoutModule": {
-        "backbone": IdentityBackbone(4),
-        "head": DDCLReadout(4, embedding_scale="none"),
-        "task": Clustering(4),
-    },
-    "EmbeddingScale": {"dim": 4},
-    "GatedPrototypes": {"dim": 4, "num_prototypes": 3},
-    "HierarchicalReadout": {"num_prototypes": [6, 3]},
-    "IdentityBackbone": {"in_features": 4},
-    "ImageFolderDataModule": {"path": "images"},
-    "LibraryVQ": {"quantizer": "VectorQuantize", "quantizer_args": {"codebook_size": 4}},
-    "LibraryQuantizer": {"dim": 4, "quantizer": "SimVQ", "quantizer_args": {"codebook_size": 4}},
-    "PatchBackbone": {"patch_size": 2},
-    "PCABackbone": {"in_features": 4, "num_components": 2},
-    "PrototypeBank": {"num_prototypes": 4, "dim": 2},
-    "PrototypeNorm": {"dim": 4, "num_prototypes": 3},
-    "QuantizerReadout": {"quantizer": VectorQuantizer(4, 4)},
-    "Reconstruction": {"decoder": ConvDecoder(1)},
-    "SequenceDecoder": {"out_dim": 3},
-    "SerialPrototypes": {"dim": 4, "num_prototypes": 3},
-    "SoftVQ": {"num_codes": 4},
-    "SoftVectorQuantizer": {"dim": 4, "num_codes": 4},
-    "TextDataModule": {"path": "a.csv"},
-    "TimmBackbone": {"model": "test_vit", "pretrained": False},
-    "TokenNormalized": {"params": [BANK.prototypes]},
-    "TransformersBackbone": {"model": "bert"},
-    "VQPooling": {"num_codes": 4},
-    "VectorQuantizer": {"dim": 4, "num_codes": 4},
-}
-# Estimators check in fit, as scikit-learn wants it (tests/integrations/test_scikit_learn.py), and the other two take no
-# number of the user's.
+# Estimators check in fit, as scikit-learn wants it (tests/integrations/test_scikit_learn.py); these take no number of the user's.
 LEFT_OUT = {"DDCLClustering", "PrototypePooling", "TransformersBackbone"}
 # Where -1 means something.
 NEGATIVE = {("TransformersBackbone", "layer")}
@@ -86,9 +42,7 @@ def public_classes() -> dict[str, type]:
         for name, kind in sorted(classes.items())
         if inspect.isclass(kind)
         and kind.__module__.startswith("ddcl_lightning")
-        and not any(getattr(value, "__isabstractmethod__", False) for value in map(vars(kind).get, vars(kind)))
-        and not getattr(getattr(kind, "load", None), "__isabstractmethod__", False)  # of a base of data modules
-        and not inspect.isabstract(kind)
+        and is_concrete(kind)
         and not issubclass(kind, (tuple, BaseException))
         and not hasattr(kind, "__dataclass_fields__")
         and name not in LEFT_OUT
@@ -135,7 +89,7 @@ def test_a_wrong_number_is_refused_by_name(kind: str, name: str) -> None:
     cls = public_classes()[kind]
     for value in (value for k, n, value in CASES if (k, n) == (kind, name)):
         with pytest.raises((ValueError, TypeError)) as error:
-            cls(**{**NEEDED.get(kind, {}), name: value})
+            cls(**{**needed(cls), name: value})
         assert name in str(error.value), f"{kind}({name}={value!r}): {error.value}"
 
 

@@ -1,0 +1,121 @@
+"""What holds for every quantizer: shapes, padding, codes, gradients, copies, and a place in an autoencoder."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from registry import DIM, classes, make
+from tiny import LinearBackbone, quiet_trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ddcl_lightning import (
+    DDCLReadoutModule,
+    Quantizer,
+    QuantizerReadout,
+    Reconstruction,
+    SequenceDecoder,
+)
+
+QUANTIZERS = {kind.__name__: kind for kind in classes(Quantizer)}
+each_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
+each_mode = pytest.mark.parametrize("training", [True, False])
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(4, 9, generator=generator) < 0.6
+    mask[:, 0] = True
+    return torch.randn(4, 9, DIM, generator=generator), mask
+
+
+def values(quantizer: Quantizer, tokens: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Everything in the output, of a quantizer that stays as it is."""
+    torch.manual_seed(0)
+    output = copy.deepcopy(quantizer)(tokens, mask)
+    return [
+        value
+        for value in (output.quantized, output.indices, output.loss, *output.signals.values())
+        if value is not None
+    ]
+
+
+@each_mode
+@each_quantizer
+def test_shapes_and_codes(name: str, training: bool) -> None:
+    quantizer = make(QUANTIZERS[name]).train(training)
+    tokens, mask = batch()
+    for given in (None, mask):
+        output = quantizer(tokens, given)
+        assert output.quantized.shape == (4, 9, quantizer.output_dim)
+        assert output.quantized.dtype == tokens.dtype
+        books = (quantizer.num_codebooks,) if quantizer.num_codebooks > 1 else ()
+        assert output.indices.shape in ((4, 9, *books), (4, 9, quantizer.num_codebooks))
+        assert output.indices.dtype == torch.int64
+        assert int(output.indices.max()) < quantizer.num_codes
+        assert output.loss is None or output.loss.shape == ()
+        assert all(value.numel() in (1, quantizer.num_codebooks) for value in output.signals.values())
+        codes = output.indices.reshape(4, 9, quantizer.num_codebooks)
+        valid = torch.ones_like(mask) if given is None else given
+        assert torch.equal(codes == -1, ~valid.unsqueeze(-1).expand_as(codes))
+        assert bool((codes >= -1).all())
+        assert not output.quantized[~valid].any()
+
+
+@each_mode
+@each_quantizer
+def test_padding_never_matters(name: str, training: bool) -> None:
+    quantizer = make(QUANTIZERS[name]).train(training)
+    tokens, mask = batch()
+    expected = values(quantizer, tokens, mask)
+    for garbage in (1e6, torch.nan, torch.inf):
+        dirty = tokens.masked_fill(~mask.unsqueeze(-1), garbage)
+        torch.testing.assert_close(values(quantizer, dirty, mask), expected)
+
+
+@each_quantizer
+def test_gradients_reach_the_tokens_and_every_parameter(name: str) -> None:
+    quantizer = make(QUANTIZERS[name])
+    tokens, mask = batch()
+    output = quantizer(tokens.requires_grad_(), mask)
+    loss = output.quantized.square().sum() + (0.0 if output.loss is None else output.loss)
+    loss.backward()
+    assert bool(tokens.grad[mask].any())
+    assert not tokens.grad[~mask].any()
+    assert [name for name, parameter in quantizer.named_parameters() if parameter.grad is None] == []
+    known = {id(parameter) for parameter in quantizer.parameters()}
+    listed = [*quantizer.prototype_parameters(), *quantizer.embedding_parameters()]
+    assert {id(parameter) for parameter in listed} <= known
+
+
+@each_quantizer
+def test_copies_and_states_agree(name: str) -> None:
+    quantizer, (tokens, mask) = make(QUANTIZERS[name]), batch()
+    quantizer(tokens, mask)
+    expected = values(quantizer.eval(), tokens, mask)
+    again = make(QUANTIZERS[name]).eval()
+    again.load_state_dict(quantizer.state_dict())
+    for twin in (quantizer, copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer)), again):
+        torch.testing.assert_close(values(twin, tokens, mask), expected, rtol=0, atol=0)
+
+
+@each_quantizer
+def test_it_sits_between_an_encoder_and_a_decoder_by_the_general_head(name: str) -> None:
+    quantizer = make(QUANTIZERS[name])
+    untouched = copy.deepcopy(quantizer)  # the library's codes move in every call
+    head, task = QuantizerReadout(quantizer, weight=0.5), Reconstruction(SequenceDecoder(DIM))
+    module = DDCLReadoutModule(LinearBackbone(DIM, DIM), head, task, rho=0.1, lr_task=0.01)
+    tokens, mask = batch()
+    readout = module({"x": tokens, "mask": mask})
+    alone = untouched(module.backbone.linear(tokens), mask)
+    if alone.loss is not None:
+        torch.testing.assert_close(readout.regularization, 0.5 * alone.loss)
+    assert set(readout.signals) == set(alone.signals)
+    data = DataLoader([{"x": row} for row in torch.randn(64, 5, DIM)], batch_size=16)
+    trainer = quiet_trainer(max_epochs=2)
+    trainer.fit(module, data, data)
+    assert 0 < float(trainer.callback_metrics["val/usage"]) <= 1
+    assert {f"train/{signal}" for signal in alone.signals} <= trainer.callback_metrics.keys()
+    with pytest.raises(ValueError, match=rf"dim of the quantizer must be that of the tokens, embed_dim = 5; got {DIM}"):
+        QuantizerReadout(quantizer, embed_dim=5)
