@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,43 +28,66 @@ class Outcome:
     output: str
 
 
-def run_processes(
-    folder: Path, target: Callable[..., Any], *args: Any, processes: int = 2, limit: float = LIMIT
-) -> list[Outcome]:
-    """Call ``target(*args)`` in processes that see themselves as the ranks of one run, and wait for all of them.
+@dataclass(frozen=True)
+class Running:
+    """A process that was started, and the file that it prints into."""
 
-    They work in a folder of their own inside of ``folder``.
+    process: ForkServerProcess
+    log: Path
 
-    Fails the test, with the stacks of all processes, if they have not ended within ``limit`` seconds.
+    def outcome(self) -> Outcome:
+        return Outcome(self.process.exitcode, self.log.read_text(errors="replace"))
+
+
+def start_processes(folder: Path, target: Callable[..., Any], *args: Any, processes: int = 1) -> list[Running]:
+    """Call ``target(*args)`` in processes that see themselves as the ranks of one run.
+
+    They work in a folder of their own inside of ``folder``, with one thread and without warnings.
     """
     port, folder = _free_port(), folder / "processes"
     folder.mkdir(exist_ok=True)
     context = fork_server()
-    logs = [folder / f"{port}-{rank}.log" for rank in range(processes)]
-    running = [
-        context.Process(target=_run, args=(rank, processes, port, str(folder), str(log), target, args))
-        for rank, log in enumerate(logs)
-    ]
-    for process in running:
+    running = []
+    for rank in range(processes):
+        log = folder / f"{port}-{rank}.log"
+        log.touch()
+        process = context.Process(target=_run, args=(rank, processes, port, str(folder), str(log), target, args))
         process.start()
+        running.append(Running(process, log))
+    return running
+
+
+def run_processes(
+    folder: Path, target: Callable[..., Any], *args: Any, processes: int = 2, limit: float = LIMIT
+) -> list[Outcome]:
+    """Start such processes and wait for all of them.
+
+    Fails the test, with the stacks of all processes, if they have not ended within ``limit`` seconds.
+    """
+    running = start_processes(folder, target, *args, processes=processes)
     end = time.monotonic() + limit
-    for process in running:
-        process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, process in enumerate(running) if process.is_alive()]
+    for one in running:
+        one.process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, one in enumerate(running) if one.process.is_alive()]
     if hung:
-        for process in running:
-            if process.is_alive():
-                _show_stacks(process.pid)
+        for one in running:
+            if one.process.is_alive():
+                _show_stacks(one.process.pid)
         time.sleep(1.0)
-        for process in running:
-            process.kill()
-            process.join()
-    outcomes = [
-        Outcome(process.exitcode, log.read_text(errors="replace")) for process, log in zip(running, logs, strict=True)
-    ]
+        for one in running:
+            one.process.kill()
+            one.process.join()
+    outcomes = [one.outcome() for one in running]
     if hung:
         pytest.fail(f"processes {hung} hang:\n" + "\n".join(outcome.output[-6000:] for outcome in outcomes))
     return outcomes
+
+
+def succeed_in_processes(folder: Path, target: Callable[..., Any], *args: Any, processes: int = 2) -> None:
+    """Run such processes, none of which may fail."""
+    outcomes = run_processes(folder, target, *args, processes=processes)
+    failed = [outcome.output[-6000:] for outcome in outcomes if outcome.code != 0]
+    assert not failed, "\n".join(failed)
 
 
 def results_of_processes(folder: Path, target: Callable[[int], Any]) -> list[Any]:
@@ -72,8 +95,7 @@ def results_of_processes(folder: Path, target: Callable[[int], Any]) -> list[Any
     import torch
 
     stem = str(folder / "result")
-    outcomes = run_processes(folder, _save_result, target, stem)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    succeed_in_processes(folder, _save_result, target, stem)
     return [torch.load(f"{stem}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -112,7 +134,10 @@ def _run(
     rank: int, processes: int, port: int, folder: str, log: str, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     import signal
+    import warnings
 
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method(None, force=True)  # further processes start as they do elsewhere
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

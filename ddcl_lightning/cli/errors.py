@@ -18,16 +18,12 @@ from ddcl_lightning._utils.arguments import is_memory_short, nearest
 from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import other_model
-from ddcl_lightning.cli.wrong_values import wrong_value
+from ddcl_lightning.cli.wrong_values import missing_value, wrong_value
 from ddcl_lightning.heads import Head
 from ddcl_lightning.tasks import Task
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
-_MISSING_ARGUMENT = re.compile(
-    r"Parser key \"([\w.]+)\"(?:(?!Parser key).)*?class_path '([\w.]+)':\s+the following arguments are required: (\w+)",
-    re.DOTALL,
-)
 _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
 # Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
 _REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
@@ -56,7 +52,7 @@ _BASES = {"model.backbone": Backbone, "model.head": Head, "model.task": Task, "d
 def explain(message: str, parser: ArgumentParser) -> str:
     """A parser's message, headed by a line that names the unknown key or class and the nearest valid one."""
     match = _UNKNOWN_ARGUMENT.search(message)
-    if match:
+    if match and not match[1].endswith(".LightningDataModule"):  # whose arguments are those of any class
         path, key = match.groups()
         renamed = renamed_argument(path, [key.rpartition(".")[2]], ())
         return f"{renamed}." if renamed else f"unknown argument {key!r} of {path}{nearest(key, _arguments(path))}"
@@ -74,11 +70,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
         key, name = match.groups()
         base = _BASES.get(key, Callback)
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
-    match = _MISSING_ARGUMENT.search(message)
-    if match:
-        key, path, name = match.groups()
-        return f"{key}.init_args.{name} must be given: {path} has no default for it; got null. Pass a value."
-    wrong = wrong_value(message)
+    wrong = missing_value(message) or wrong_value(message)
     if wrong:
         return wrong
     match = _REFUSED_VALUE.search(message)

@@ -1,4 +1,4 @@
-"""A parser's account of a value of the wrong type, in one sentence: the key, what it must be, what it got."""
+"""A parser's account of a value that is wrong or missing, in one sentence: the key, what it must be, what it got."""
 
 import re
 
@@ -8,6 +8,12 @@ _EXPECTED = re.compile(r"^\s*(?:- )?Expected an? ((?!path but|dot import).+?)(?:
 _SUBCLASS = re.compile(r"^\s*(?:- )?Not a valid subclass of (\w+)(?:\. Got value: (.*))?$")
 _GIVEN = re.compile(r"^\s*Given value: (.*)$")
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]$")
+_REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
+_ABSTRACT = re.compile(r"but ([\w.]+) is abstract|class_path '([\w.]+\.LightningDataModule)'")
+# What the parser stumbles over where null stands in the place of a name, of arguments or of settings.
+_NO_CLASS = re.compile(r"argument of type 'NoneType' is not")
+_NO_ARGUMENTS = re.compile(r"'NoneType' object has no attribute 'keys'")
+_NO_SETTINGS = re.compile(r"Unable to load config \W?null\b")
 _WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -18,6 +24,38 @@ _WORDS = {
     "tuple": "a list",
     "dict": "a mapping",
 }
+
+
+def missing_value(message: str) -> str | None:
+    """The sentence where a value is needed and none, or null, is given; None where the message is of another kind.
+
+    Args:
+        message: As for :func:`wrong_value`.
+    """
+    keys, owner, body = _innermost(message.splitlines())
+    key, text = ".init_args.".join(keys), "\n".join(body)
+    match = _REQUIRED.search(text if keys else message)
+    if match and not keys:
+        names = [re.sub(r"^\w+\.(?=(?:model|data)\b)", "", name) for name in match[1].split(", ")]
+        ways = " ".join(f"--{name} CLASS" for name in names)
+        return f"{' and '.join(names)} must be given; got null. Pass {ways}, or a --config that holds them."
+    problem = _CLASS.search(text)
+    owner = problem[1] if problem else owner
+    if match:
+        places = " and ".join(f"{key}.init_args.{name}" for name in match[1].split(", "))
+        return f"{places} must be given: {owner} has no default for it; got null. Pass a value."
+    if _NO_CLASS.search(text):
+        return f"{key}.class_path must be the name of a class; got null. Pass --{key} CLASS."
+    if _NO_ARGUMENTS.search(text):
+        return f"{key}.init_args must hold arguments by name; got null. Leave it out, or write them below it."
+    if keys and _NO_SETTINGS.search(message):
+        return f"{key} must hold settings by name; got null. Leave it out, or write them below it."
+    match = _ABSTRACT.search(text)
+    if match:
+        return (
+            f"{key} must name a class of its own; got {match[1] or match[2]}, or arguments alone. Pass --{key} CLASS."
+        )
+    return None
 
 
 def wrong_value(message: str) -> str | None:
@@ -45,6 +83,7 @@ def wrong_value(message: str) -> str | None:
     of = f" (an argument of {owner})" if owner else ""
     choices = list(dict.fromkeys(expected))
     choices.sort(key=lambda words: words == "null")
+    given = "null" if given == "None" else given
     shown = given if len(given) <= 200 else given[:200] + "..."
     return f"{'.init_args.'.join(keys)} must be {' or '.join(choices)}; got {shown or 'nothing'}{of}."
 

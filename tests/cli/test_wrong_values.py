@@ -10,7 +10,7 @@ import pytest
 
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.cli.config_files import check_config
-from ddcl_lightning.cli.wrong_values import wrong_value
+from ddcl_lightning.cli.wrong_values import missing_value, wrong_value
 from ddcl_lightning.datamodules import CIFAR10DataModule, DebrisDataModule, MNISTDataModule, TextDataModule
 from ddcl_lightning.recipes import recipe_paths
 from tests.tiny_data import idx_folder, jpeg_file
@@ -37,9 +37,9 @@ WORDS = {
 }
 
 
-def first_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def first_line(capsys: pytest.CaptureFixture[str], *words: str, command: str = "fit") -> str:
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *words])
+        main([command, *words])
     assert stop.value.code == 2
     return next(line[7:] for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
 
@@ -60,7 +60,76 @@ def test_a_value_of_the_wrong_type_in_a_file(tmp_path: Path, capsys: pytest.Capt
         assert first_line(capsys, "--config", str(tmp_path / "a.yaml")).startswith(message)
 
 
+REQUIRED = "data.init_args.path must be given: ddcl_lightning.TextDataModule has no default for it; got null."
+NULLS: dict[str, str] = {
+    "--data=null": "data must be given; got null. Pass --data CLASS",
+    "--data.init_args=null": "data.init_args must hold arguments by name; got null.",
+    "--data.class_path=null": "data.class_path must be the name of a class; got null. Pass --data CLASS.",
+    "--data.init_args.batch_size=null": "batch_size must be an integer; got None.",
+    "--data=TextDataModule": REQUIRED,
+    "--data=TextDataModule --data.path=null": REQUIRED,
+    "--data=TextDataModule --data.init_args.path=null": REQUIRED,
+    "--data=TextDataModule --data.path=a.csv --data.text=null": "text must be a string; got None.",
+    "--model=null": "model must hold settings by name; got null.",
+    "--model.rho=null": "model.rho must be a number; got null.",
+    "--model.head=null": "model.head must be the name of a Head; got null.",
+    "--model.head.init_args=null": "model.head.init_args must hold arguments by name; got null.",
+    "--model.head.class_path=null": "model.head.class_path must be the name of a class; got null.",
+    "--model.head.num_prototypes=null": "model.head.init_args.num_prototypes must be given: ",
+    "--model.task=Reconstruction --model.task.decoder=null": "model.task.init_args.decoder must be given: ",
+}
+
+
+@pytest.mark.parametrize("words", NULLS)
+def test_null_where_a_value_is_needed(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = first_line(capsys, "--config", "digits", *words.split())
+    assert line.startswith(NULLS[words])
+    assert "Namespace" not in line
+    assert "NestedArg" not in line
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "explain"])
+@pytest.mark.parametrize("words", ["--data=TextDataModule --data.init_args.path=null", "--data.init_args=null"])
+def test_null_is_refused_by_every_command(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = first_line(capsys, "--config", "digits", *words.split(), command=command)
+    assert line.startswith(NULLS[words])
+
+
+MODEL = """model:
+  backbone: {class_path: PCABackbone, init_args: {in_features: 64, num_components: 4}}
+  task: Clustering
+"""
+HEAD = "  head: {class_path: DDCLReadout, init_args: {num_prototypes: 4}}\n"
+NULL_FILES: dict[str, str] = {
+    f"{MODEL}{HEAD}data: null": NULLS["--data=null"],
+    f"{MODEL}{HEAD}data: {{class_path: null}}": NULLS["--data.class_path=null"],
+    f"{MODEL}{HEAD}data: {{class_path: DigitsDataModule, init_args: null}}": NULLS["--data.init_args=null"],
+    f"{MODEL}{HEAD}data: {{class_path: TextDataModule, init_args: {{path: null}}}}": REQUIRED,
+    f"{MODEL}{HEAD}data: TextDataModule": REQUIRED,
+    f"{MODEL}{HEAD}data: {{init_args: {{path: null}}}}": "data must name a class of its own; got ",
+    f"{MODEL}  head: {{class_path: DDCLReadout, init_args: null}}\ndata: DigitsDataModule": (
+        "model.head.init_args must hold arguments by name; got null."
+    ),
+    f"{MODEL}  head: {{init_args: {{num_prototypes: 4}}}}\ndata: DigitsDataModule": "model.head must be the name of a Head; got ",
+    f"{MODEL}  head: null\ndata: DigitsDataModule": "model.head must be given; got null. Pass --model.head CLASS",
+    "model: null\ndata: DigitsDataModule": "model.backbone and model.head and model.task must be given; got null.",
+}
+
+
+@pytest.mark.parametrize("text", NULL_FILES)
+def test_null_in_a_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert first_line(capsys, "--config", str(tmp_path / "a.yaml")).startswith(NULL_FILES[text])
+
+
+def test_arguments_alone_name_no_class(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--data.init_args.path", "null"], ["--data.batch_size", "3"]):
+        assert first_line(capsys, *words).startswith("data must name a class of its own; got lightning.LightningData")
+
+
 def test_other_messages_are_left_alone() -> None:
+    assert missing_value("nothing of the kind") is None
+    assert missing_value('Parser key "a":\n  something else') is None
     assert wrong_value("nothing of the kind") is None
     assert wrong_value('Parser key "a":\n  something else') is None
 
