@@ -8,7 +8,7 @@ from ddcl_lightning._utils.distributed import gather_objects, world_size
 
 
 class Reservoir:
-    """Keeps a uniform sample of at most ``capacity`` rows (Vitter's algorithm R) of everything it is fed.
+    """Uniform sample of at most ``capacity`` rows of a stream (Vitter's algorithm R).
 
     Args:
         capacity: Rows to keep, over all processes.

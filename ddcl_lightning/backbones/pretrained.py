@@ -94,7 +94,7 @@ class PretrainedBackbone(Backbone):
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
-        """Plain data of all that decides the tokens of a sample, other than the weights."""
+        """Settings that decide the tokens of a sample, other than the weights, as plain data."""
 
     # Freezing ------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class PretrainedBackbone(Backbone):
             return self.encode(samples)
 
     def needs_data(self) -> bool:
-        """Whether there is a cache to be filled."""
+        """True if there is a cache to be filled."""
         return self.cache_dir is not None
 
     def prepare(self, batches: Iterable[Batch], total: float) -> None:
