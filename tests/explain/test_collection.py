@@ -176,7 +176,7 @@ def test_modes_weights_and_the_random_state_stay() -> None:
     assert module.training
     assert not module.backbone.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert not module.head.attention.bank._watching()  # type: ignore[union-attr]
+    assert not module.head.attention.bank._active_observers()  # type: ignore[union-attr]
 
 
 def test_part_of_the_data() -> None:
