@@ -62,8 +62,8 @@ class TokenStatistics(NamedTuple):
         clean = torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
         if cells is not None:
             clean &= torch.isfinite(cells.distortion).all()
-            sums = (torch.where(clean, value, 0.0) for value in (cells.counts, cells.distortion, cells.token))
-            cells = Cells(*sums, torch.where(clean, cells.place, -1))
+            counts, distortion, token = (torch.where(clean, value, 0.0) for value in cells[:3])
+            cells = Cells(counts, distortion, token, torch.where(clean, cells.place, -1))
         return TokenStatistics(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0), cells)
 
 
