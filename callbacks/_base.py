@@ -24,7 +24,7 @@ def head_name(bank_name: str, head: int, num_heads: int) -> str:
 
 
 def starts_anew(trainer: pl.Trainer, stage: str) -> bool:
-    """Whether ``setup`` is called for a run that continues no earlier one of this trainer.
+    """True if ``setup`` is called for a run that continues no earlier run of this trainer.
 
     What a callback remembers of another run would mislead it. A checkpoint is restored after ``setup``.
     """
@@ -32,7 +32,7 @@ def starts_anew(trainer: pl.Trainer, stage: str) -> bool:
 
 
 class BankCallback(Callback):
-    """Looks at what passes through every bank in the first of each ``every_n_batches`` training batches.
+    """Base of callbacks that read what passes through every bank in one of ``every_n_batches`` training batches.
 
     Between these batches nothing is read, copied or synchronised. Where a batch calls a bank several times, the last
     call counts. Variants write :meth:`observe`, and :meth:`forget` where they remember more than the count of batches.
@@ -53,43 +53,43 @@ class BankCallback(Callback):
         self._due = self._reads = 0  # batches of this run
         self._seen: dict[str, CodebookRecord] = {}
         self._banks: dict[str, PrototypeBank] = {}
-        self._probe: record_codebooks | None = None
+        self._recorder: record_codebooks | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Drop the state of an earlier run of the trainer, unless this one continues it."""
         if starts_anew(trainer, stage):
             self._batches = 0
             self.forget()
 
     def forget(self) -> None:
-        """Drop what is remembered of an earlier run."""
+        """Drop the state of an earlier run."""
 
     def bank_resized(self, name: str) -> None:
-        """Drop what is remembered of the single prototypes of a bank, whose number has changed."""
+        """Drop the state of single prototypes of a bank whose number of prototypes has changed."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
         self._banks = require_banks(pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start to look."""
+        """Attach the recorder of the banks."""
         self._due = self._reads = 0
-        self._probe = record_codebooks(self._banks, self._seen.__setitem__)
+        self._recorder = record_codebooks(self._banks, self._seen.__setitem__)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Arm the probe if this batch is due."""
-        assert self._probe is not None
-        self._probe.armed = self._batches % self.every_n_batches == 0
+        """Switch the recorder on if this batch is to be read."""
+        assert self._recorder is not None
+        self._recorder.armed = self._batches % self.every_n_batches == 0
         self._batches += 1
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand over what was seen; validation, which may follow, is not looked at."""
-        assert self._probe is not None
-        due, self._probe.armed = self._probe.armed, False
+        """Pass the records of the batch to :meth:`observe`, and switch the recorder off before a validation."""
+        assert self._recorder is not None
+        due, self._recorder.armed = self._recorder.armed, False
         if not due:
             return
         self._due += 1
@@ -101,14 +101,14 @@ class BankCallback(Callback):
             self.observe(trainer, pl_module, records)
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
-        """Read this process's observations of one batch, by the name of the bank.
+        """Read the records of one batch on this process, by the name of the bank.
 
         Called on all processes where one has any. What is logged or decided has to be the same on all of them.
         """
         raise NotImplementedError
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop to look, and say so if there was nothing to see."""
+        """Remove the recorder, with a warning if no bank was ever called."""
         self._close()
         if self._banks and self._due and not self._reads:
             rank_zero_warn(
@@ -117,13 +117,13 @@ class BankCallback(Callback):
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop to look."""
+        """Remove the recorder."""
         self._close()
 
     def _close(self) -> None:
-        if self._probe is not None:
-            self._probe.close()
-            self._probe = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
         self._seen.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,5 +131,5 @@ class BankCallback(Callback):
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the count."""
+        """Restore the number of batches."""
         self._batches = state_dict["batches"]

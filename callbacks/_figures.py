@@ -54,7 +54,7 @@ def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
 
 
 class ValidationFigures(Callback):
-    """Draws from the first batch of the validation data every ``every_n_epochs``, and where training ends.
+    """Base of callbacks with figures of the first validation batch, every ``every_n_epochs`` and at the end.
 
     Every process evaluates, and the first one draws: variants write :meth:`evaluate` and :meth:`draw`, and
     :meth:`require` and :meth:`forget` where they need more or remember more than the batch.
@@ -78,10 +78,10 @@ class ValidationFigures(Callback):
         """Raise a ValueError if a module has nothing to draw."""
 
     def forget(self) -> None:
-        """Drop what is remembered of an earlier run."""
+        """Drop the state of an earlier run."""
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> Any:
-        """What is to be drawn of a batch; on every process, the module in evaluation mode and without gradients."""
+        """Values to draw of a batch, on every process, with the module in evaluation mode and without gradients."""
         raise NotImplementedError
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule, evaluated: Any) -> dict[str, Figure]:
@@ -89,7 +89,7 @@ class ValidationFigures(Callback):
         raise NotImplementedError
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the module, and forget an earlier run."""
+        """Check the module, and drop the state of an earlier run."""
         self.require(pl_module)
         if starts_anew(trainer, stage):
             self._batch, self._drawn_at = None, -1
@@ -109,12 +109,12 @@ class ValidationFigures(Callback):
             self._batch = batch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, if this epoch is due."""
+        """Draw the figures if this epoch is to be drawn."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw where it ended, however it ended."""
+        """Draw the figures of the last epoch, however training ended."""
         if self._drawn_at != trainer.global_step:
             self._draw(trainer, pl_module)
 

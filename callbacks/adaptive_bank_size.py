@@ -22,9 +22,9 @@ from ddcl_lightning.optim.two_timescale import run_length
 
 
 class AdaptiveBankSize(Callback):
-    """Splits, merges and prunes prototypes while they train: a bank that starts small finds its K (section 8.7).
+    """Callback that splits, merges and prunes prototypes in training, so that a bank finds its K (section 8.7).
 
-    Every so often it looks at a sample of the tokens that reach the bank and
+    At intervals it takes a sample of the tokens that reach the bank and
 
     - *prunes* a prototype that held less than ``prune_fraction / K`` of them at ``patience`` checks in a row;
     - *merges* prototypes that coincide, closer than ``merge_distance * sqrt(T)``;
@@ -38,10 +38,10 @@ class AdaptiveBankSize(Callback):
     2. A split is not undone for being needless, so start with few. With ``significance=None`` the last temperature sets
     K.
 
-    A change comes right after an optimizer step. The parameter stays the same object; state of the optimizers that goes
-    by rows (Adam, SGD, RMSprop, ...) is handed on from a prototype to its halves. Checkpoints load at the size that
-    they were saved with, under plain DDP all processes change alike, and ``CollapseWarning`` looks anew. It takes one
-    forward pass over the training data, up to the bank, per check. Frozen prototypes (``requires_grad_(False)``, or the
+    A change comes right after an optimizer step. The parameter stays the same object; both halves of a prototype take
+    over its rows of the optimizers' state (Adam, SGD, RMSprop, ...). Checkpoints load at the size that they were saved
+    with, under plain DDP all processes change alike, and ``CollapseWarning`` starts its history anew. Each check takes
+    one forward pass over the training data, up to the bank. Frozen prototypes (``requires_grad_(False)``, or the
     module's ``freeze_prototypes_steps``) keep their number.
 
     Args:
@@ -98,11 +98,11 @@ class AdaptiveBankSize(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint: several callbacks have several."""
+        """Key of the state in a checkpoint, different for callbacks with different ``banks``."""
         return super().state_key if self.banks == "*" else self._generate_state_key(banks=self.banks)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Drop the history of an earlier run of the trainer, unless this one continues it."""
         if starts_anew(trainer, stage):
             self._forget()
 
@@ -153,20 +153,20 @@ class AdaptiveBankSize(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the step."""
+        """Remember the optimizer step at which the batch starts."""
         self._step_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check after every so many steps."""
+        """Check the sizes of the banks after every ``frequency`` steps."""
         if trainer.global_step > self._step_before:
             self._steps += 1
             if self.interval == "step":
                 self._check(trainer, pl_module, self._steps)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check after every so many epochs, and log K."""
+        """Check the sizes of the banks after every ``frequency`` epochs, and log K."""
         if self.interval == "epoch":
             self._check(trainer, pl_module, trainer.current_epoch + 1)
         for name, bank in self._banks.items():
@@ -226,7 +226,7 @@ class AdaptiveBankSize(Callback):
         return {"history": history, "idle": dict(self._idle), "end": end, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore sizes, idle counts and the end of the changes."""
         self.history = {name: [(step, size) for step, size in points] for name, points in state_dict["history"].items()}
         self._idle, self._end = dict(state_dict["idle"]), state_dict["end"]
         self._steps = state_dict["steps"]

@@ -24,7 +24,7 @@ from ddcl_lightning.datamodules._origin import check_names, listing, writable
 
 
 class AssignmentWriter(BasePredictionWriter):
-    """Writes what ``predict`` finds: one row per sample (and head), its top prototypes and their weights.
+    """Writer of predictions: one row per sample (and head) with its top prototypes and their weights.
 
     Columns: ``dataloader`` where there are several, ``index``, ``head`` where there are several, ``prototype_1``,
     ``weight_1``, ``prototype_2``, ... by falling weight, what the task predicts, and what was asked for.
@@ -67,7 +67,7 @@ class AssignmentWriter(BasePredictionWriter):
         self._counted: dict[int, int] = {}  # samples so far, by loader
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out now, not after the work, whether the file can be written."""
+        """Check that the file can be written, before the work and not after it."""
         self._tables, self._counted = [], {}
         if self.path is None:
             return
@@ -163,7 +163,7 @@ class AssignmentWriter(BasePredictionWriter):
 
 
 def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:
-    """Rows of one batch from what ``predict_step`` returns.
+    """Table of one batch from the output of ``predict_step``.
 
     Args:
         outputs: ``index`` ``(B,)``, ``assignments`` ``(B, H, K)`` or none, and columns ``(B,)``, or ``(B, C)`` for C of

@@ -1,4 +1,4 @@
-"""Early warning of a collapsing bank, with the sign, the figures and what to do."""
+"""Early warning of a collapsing bank, with the sign, its numbers and what to do."""
 
 import math
 from collections import deque
@@ -19,11 +19,11 @@ NOT_FINITE = "tokens or prototypes are NaN or infinite. Lower the learning rates
 
 
 class CollapseError(RuntimeError):
-    """A bank is collapsing."""
+    """Error that a bank is collapsing."""
 
 
 class CollapseWarning(BankCallback):
-    """Watches every bank for the signs of a collapse and logs every signal it watches.
+    """Monitor of every bank for signs of a collapse, which logs every signal it reads.
 
     The signs, in the order in which they tend to appear:
 
@@ -91,7 +91,7 @@ class CollapseWarning(BankCallback):
         self.signals, self.reported, self._watches = {}, [], {}
 
     def bank_resized(self, name: str) -> None:
-        """Judge its separation and the use of its prototypes anew; a reading of half a split would mislead."""
+        """Start the history of a resized bank anew, since readings of its earlier size would mislead."""
         self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
@@ -219,7 +219,7 @@ class CollapseWarning(BankCallback):
         return {**super().state_dict(), "heads": heads, "reported": list(self.reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the histories of all heads and what was reported."""
         super().load_state_dict(state_dict)
         self.reported = list(state_dict["reported"])
         for key, saved in state_dict["heads"].items():

@@ -20,7 +20,7 @@ REDUCED = {"highest": 0.0, "high": 2e-3, "medium": 1.6e-2}
 
 
 class DecompositionViolationError(RuntimeError):
-    """The terms that a layer trained with do not satisfy the decomposition."""
+    """Error that the loss terms of a layer do not satisfy the decomposition."""
 
 
 class _Check(NamedTuple):
@@ -35,7 +35,7 @@ class _Check(NamedTuple):
 
 
 class DecompositionCheck(BankCallback):
-    """Compares the loss terms of every bank with the decomposition from its definitions in float64 (eq. 3).
+    """Callback that checks the loss terms of every bank against the decomposition in float64 (eq. 3).
 
     ``L_q`` is recomputed from pairwise distances, ``L_OLS`` from the centroids and ``V`` from the spread of prototypes
     around them, each on its own, for the very tokens of the batch, and held against the terms that entered the loss.
@@ -79,7 +79,7 @@ class DecompositionCheck(BankCallback):
         self.smallest_variance: dict[str, float] = {}
 
     def forget(self) -> None:
-        """Count anew."""
+        """Set the counts of checks and violations to zero."""
         self.checks = self.violations = 0
         self.smallest_variance = {}
 
@@ -161,7 +161,7 @@ class DecompositionCheck(BankCallback):
 
 
 def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: float | None = None) -> list[str]:
-    """What is wrong with a decomposition, one phrase per term; empty where nothing is.
+    """Violations of a decomposition, one phrase per wrong term; empty if all terms are right.
 
     Args:
         errors: Errors from :func:`~ddcl_lightning.functional.decomposition_errors`.
@@ -206,7 +206,7 @@ def exact_variance(record: CodebookRecord, errors: DecompositionErrors, toleranc
 
 
 def coincide(prototypes: Tensor) -> Tensor:
-    """Whether all prototypes ``(H, K, d)`` of a head are one point to the precision of their numbers, ``(H,)``."""
+    """True for heads ``(H,)`` whose prototypes ``(H, K, d)`` are one point up to rounding."""
     spread = (prototypes - prototypes[:, :1]).abs().amax((1, 2))
     return spread <= 4 * torch.finfo(prototypes.dtype).eps * prototypes.abs().amax((1, 2))
 

@@ -15,7 +15,7 @@ from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
 
 
 class ExactResume(Callback):
-    """Completes Lightning's checkpoints, so that a run resumed from one goes on as if it had never stopped.
+    """Callback that completes Lightning's checkpoints, so that a resumed run equals the uninterrupted one.
 
     - The states of the random generators (torch on the CPU and the devices, numpy, Python; of every process its own)
       are saved and restored: dropout continues where it was. With another number of processes they are left alone.
@@ -34,7 +34,7 @@ class ExactResume(Callback):
         self._device = torch.device("cpu")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Know the device and let checkpoints appear whole."""
+        """Store the device, and have checkpoints written to a temporary file first."""
         self._states = self._before_validation = None
         self._device = trainer.strategy.root_device
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -43,7 +43,7 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say what is left of the epoch."""
+        """Correct the progress in the checkpoint to what is left of the epoch."""
         compat.settle_progress(trainer, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,15 +51,15 @@ class ExactResume(Callback):
         return {"random": gather_objects(self._before_validation or random_states(self._device))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until the run is about to go on."""
+        """Store the states of the generators until the run goes on."""
         self._states = state_dict["random"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Continue before the loaders are asked for their order, which a new epoch draws first."""
+        """Restore the generators before the loaders draw the order of a new epoch."""
         self._restore(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Continue inside of an epoch, whose order was drawn long ago."""
+        """Restore the generators inside of an epoch, whose order was drawn before the checkpoint."""
         if compat.resumes_inside_epoch(trainer):
             self._restore(trainer)
             compat.end_finished_epoch(trainer)
@@ -68,15 +68,15 @@ class ExactResume(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A run that is interrupted in the validation to come will begin it anew."""
+        """Store the generators before a validation: a run that is interrupted in it repeats it from its start."""
         self._before_validation = random_states(self._device) if compat.validation_is_due(trainer) else None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checkpoints written from here on follow the validation."""
+        """Drop the states from before the validation; checkpoints written from here on follow it."""
         self._before_validation = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The epoch that was resumed is over."""
+        """Mark the resumed epoch as finished."""
         trainer.fit_loop.epoch_loop.on_iteration_done()
 
     def _restore(self, trainer: pl.Trainer) -> None:

@@ -48,7 +48,7 @@ class _Evaluation(NamedTuple):
 
 
 class FitSummary(Callback):
-    """Prints, when ``fit`` ends, how the readout of a DDCLReadoutModule stands beside simple ones of the same features.
+    """Table at the end of ``fit`` that compares a module's readout with simple readouts of the same features.
 
     The rows are computed in one pass over the validation data (the training data where there is none), on the
     weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the
@@ -81,7 +81,7 @@ class FitSummary(Callback):
         self._before: dict[str, float] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Drop the results of an earlier run of the trainer, unless this one continues it."""
         self.table, self.rows, self.probes = "", {}, {}
         if starts_anew(trainer, stage):
             self._before = None
@@ -99,7 +99,7 @@ class FitSummary(Callback):
                 )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate and print."""
+        """Evaluate the readouts and print the table."""
         if not self._applies(pl_module):
             return
         assert isinstance(pl_module, ReadoutModule)
@@ -223,7 +223,7 @@ class FitSummary(Callback):
         return {"before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the baseline from before training."""
         self._before = state_dict["before"]
 
 
@@ -246,5 +246,5 @@ def _evaluation_loaders(trainer: pl.Trainer) -> list[Iterator[Batch]]:
 
 
 def _first(loader: Iterable[Batch], batches: float) -> Iterator[Batch]:
-    """The first batches of a loader, which is asked for nothing, and draws nothing, before they are."""
+    """The first batches of a loader, whose iterator is created when the first of them is needed."""
     yield from islice(loader, None if math.isinf(batches) else int(batches))

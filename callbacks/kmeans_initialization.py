@@ -14,7 +14,7 @@ from ddcl_lightning.nn.initialization import InitMethod
 
 
 class KMeansInitialization(Callback):
-    """Sets the prototypes of every bank from the tokens that reach it, before the first step (section 7.1).
+    """Callback that starts the prototypes of every bank from the tokens that reach it (section 7.1).
 
     The module's own training step runs over its own training loader, transforms, masks and all, up to the bank;
     a bounded uniform sample of the valid tokens is clustered, head by head, on the first process and sent to the
@@ -58,7 +58,7 @@ class KMeansInitialization(Callback):
         require_banks(pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Initialise the banks that are not."""
+        """Initialise the banks that were not initialised yet."""
         banks = {name: bank for name, bank in find_banks(pl_module).items() if not self._is_frozen(name, bank)}
         if all(bool(bank.initialized) for bank in banks.values()):
             return

@@ -21,7 +21,7 @@ _Shown = tuple[CodebookRecord, Tensor | None, str]  # what a bank saw, an image 
 
 
 class LevelFigures(ValidationFigures):
-    """Draws every ``every_n_epochs`` each bank's prototypes as pictures: the mean of what each is nearest to.
+    """Figures every ``every_n_epochs`` of each bank's prototypes: the mean image of the tokens nearest to each.
 
     A bank that reads one vector per image shows mean images; one that reads the backbone's tokens shows the mean
     pieces that the tokens are of, where the backbone knows them (:class:`~ddcl_lightning.PatchBackbone`, or any with
@@ -44,7 +44,7 @@ class LevelFigures(ValidationFigures):
         self._left_out: set[str] = set()
 
     def require(self, module: pl.LightningModule) -> None:
-        """Only a DDCLReadoutModule says what its tokens are pieces of."""
+        """Raise unless the module is a :class:`~ddcl_lightning.DDCLReadoutModule`."""
         if not isinstance(module, ReadoutModule):
             raise ValueError(
                 f"LevelFigures needs a DDCLReadoutModule; got {type(module).__name__}. Remove the callback, or use "
@@ -52,11 +52,11 @@ class LevelFigures(ValidationFigures):
             )
 
     def forget(self) -> None:
-        """Name anew what is left out."""
+        """Forget which banks were reported as left out."""
         self._left_out = set()
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> dict[str, _Shown]:
-        """What every bank sees of the batch, and the pieces that it is of."""
+        """Records of every bank for the batch, and the parts of images that its tokens stand for."""
         assert isinstance(module, ReadoutModule)
         observations: dict[str, CodebookRecord] = {}
         with record_codebooks(find_banks(module), observations.__setitem__):
@@ -65,7 +65,7 @@ class LevelFigures(ValidationFigures):
         return {name: (observed, *_images(observed, inputs(batch), pieces)) for name, observed in observations.items()}
 
     def draw(self, trainer: pl.Trainer, module: pl.LightningModule, evaluated: dict[str, _Shown]) -> dict[str, Figure]:
-        """The prototypes of every bank that can be shown."""
+        """Figures of the prototypes of every bank that can be drawn."""
         figures: dict[str, Figure] = {}
         for name, (observed, images, tokens) in evaluated.items():
             if images is None:

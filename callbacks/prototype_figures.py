@@ -14,7 +14,7 @@ from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 
 class PrototypeFigures(BankCallback):
-    """Draws every ``every_n_epochs``: signals over time, the bank over the embeddings, and the use of prototypes.
+    """Figures every ``every_n_epochs``: signals over time, the bank over the embeddings, the use of prototypes.
 
     Figures go to TensorBoard; with another logger, or none, they are written as PNG files to the folder ``figures``
     in that of the run.
@@ -38,11 +38,11 @@ class PrototypeFigures(BankCallback):
         self._drawn_at = -1
 
     def forget(self) -> None:
-        """Start new curves."""
+        """Drop the curves of an earlier run."""
         self._history, self._latest, self._drawn_at = {}, {}, -1
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
-        """Remember one point of the curves."""
+        """Add one point to the curves."""
         for name, observed in over_processes(records).items():
             signals = read_signals(observed, self._banks[name].detach_assignments)
             self._latest[name] = (observed, signals)
@@ -54,12 +54,12 @@ class PrototypeFigures(BankCallback):
                     del curve[1::2]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, if this epoch is due."""
+        """Draw the figures if this epoch is to be drawn."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw where it ended, however it ended."""
+        """Draw the figures of the last epoch, however training ended."""
         super().on_train_end(trainer, pl_module)
         if self._drawn_at != trainer.global_step:
             self._draw(trainer)

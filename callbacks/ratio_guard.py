@@ -14,7 +14,7 @@ from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 
 class RatioGuard(Callback):
-    """Checks at every batch that the encoder's rate stays below the prototypes' (Theorem 1), and logs the ratio.
+    """Callback that checks that the encoder's rate stays below the prototypes' (Theorem 1), and logs the ratio.
 
     For modules with one optimizer whose parameter groups separate prototypes from the rest
     (:func:`~ddcl_lightning.two_timescale_groups` makes them), or with two optimizers. Every trainable parameter that is
@@ -48,7 +48,7 @@ class RatioGuard(Callback):
         self._slow: list[nn.Parameter] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell prototypes from encoder."""
+        """Sort the parameters into those of prototypes and of the encoder."""
         self._warned = False
         self._fast = parameter_ids(bank.prototypes for bank in require_banks(pl_module, "RatioGuard").values())
         if isinstance(pl_module, ReadoutModule):
@@ -63,7 +63,7 @@ class RatioGuard(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Check the rates with which this batch will step."""
+        """Check the learning rates that the step of this batch will use."""
         # Which parameters train may change on the way: encoders are unfrozen.
         slow = parameter_ids(parameter for parameter in self._slow if parameter.requires_grad)
         ratio = live_ratio(trainer.optimizers, self._fast, slow)

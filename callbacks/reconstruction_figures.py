@@ -29,7 +29,7 @@ class _Decoded(NamedTuple):
 
 
 class ReconstructionFigures(ValidationFigures):
-    """Draws every ``every_n_epochs`` what an autoencoder makes of its validation data, and how its codes are used.
+    """Figures every ``every_n_epochs`` of an autoencoder's reconstructions and the use of its codes.
 
     * images beside what comes back, always the first ones of the validation data;
     * atoms: what each code stands for. A code is decoded as an image whose every token is the mean of those tokens of
@@ -60,7 +60,7 @@ class ReconstructionFigures(ValidationFigures):
         self._counts: Tensor | None = None
 
     def require(self, module: pl.LightningModule) -> None:
-        """Only a Reconstruction has images to show."""
+        """Raise unless the module's task is a Reconstruction."""
         task = getattr(module, "task", None)
         if not (isinstance(module, ReadoutModule) and isinstance(task, Reconstruction)):
             raise ValueError(
@@ -81,7 +81,7 @@ class ReconstructionFigures(ValidationFigures):
         self._counts = None if codebook_metrics is None else sum_over_processes(codebook_metrics.counts)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember one point of the curves."""
+        """Add one point to the curves."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         values = {name: trainer.callback_metrics.get(f"val/{name}") for name in CURVES}

@@ -45,7 +45,7 @@ class SaveOnSignal(Callback):
         self._began = self._complete = False  # training; whether all that it holds belongs together
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the signals, before Lightning does."""
+        """Install the signal handlers before Lightning does."""
         self._forget()
         if not self.enabled:
             return
@@ -58,7 +58,7 @@ class SaveOnSignal(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """From here on there is something to lose."""
+        """Remember that training has begun, so that a signal writes a checkpoint."""
         self._step_before, self._stepped = trainer.global_step, False
         self._began, INTERRUPTION.deferred = True, self.enabled
 
@@ -80,12 +80,12 @@ class SaveOnSignal(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A validation can be long."""
+        """End the run inside of a validation if a signal has come, since validations can be long."""
         if self._began and trainer.world_size == 1 and self._due():
             self._end()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The weights are final: nothing waits any more."""
+        """Remember that training is over, so that a signal ends the process at once."""
         self._stepped = True
         self._agree(trainer)
         self._complete, INTERRUPTION.deferred = trainer.world_size == 1, False
@@ -107,7 +107,7 @@ class SaveOnSignal(Callback):
         raise Interrupted(INTERRUPTION.received)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write the checkpoint, and say where it is."""
+        """Write the checkpoint of an interrupted run, and print its path."""
         number = INTERRUPTION.received
         INTERRUPTION.deferred = False
         if self.enabled and number is not None and isinstance(exception, SIGTERMException):
@@ -121,7 +121,7 @@ class SaveOnSignal(Callback):
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers from before."""
         self._release()
 
     def _release(self) -> None:

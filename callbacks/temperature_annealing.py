@@ -24,7 +24,7 @@ MAX_TRIED = 100_000  # positions at which a callable is tried before training; b
 
 
 class TemperatureAnnealing(Callback):
-    """Lowers the temperature of every bank from ``start`` to ``end``.
+    """Callback that lowers the temperature of every bank from ``start`` to ``end``.
 
     Numbers are fractions of the critical temperature ``T_c = 4 lambda_max(Cov(z))`` (``2 lambda_max`` with detached
     assignments) of the tokens that reach each bank, head by head: above 1 the bank collapses towards the mean, whatever
@@ -99,11 +99,11 @@ class TemperatureAnnealing(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint: several callbacks have several."""
+        """Key of the state in a checkpoint, different for callbacks with different ``banks``."""
         return super().state_key if self.banks == "*" else self._generate_state_key(banks=self.banks)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Drop the schedule of an earlier run of the trainer, unless this one continues it."""
         if starts_anew(trainer, stage):
             self._forget()
 
@@ -131,7 +131,7 @@ class TemperatureAnnealing(Callback):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the tokens of banks that nobody has started from data, and set the temperature."""
+        """Measure the tokens of banks that were not started from data, and set the temperature."""
         self._fix_length(trainer)
         self._apply(trainer)
         missing = [name for name, bank in self._banks.items() if not bank.temperature_state.is_measured]
@@ -264,7 +264,7 @@ class TemperatureAnnealing(Callback):
         return {"length": self._length, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the length of the run and the steps done."""
         self._length = state_dict["length"]
         self._steps = state_dict["steps"]
 

@@ -21,7 +21,7 @@ from ddcl_lightning.datamodules._splits import SplitDataModule, check_at_least, 
 
 
 class ImageStore(Protocol):
-    """Where the images of a data set are."""
+    """Source of the images of a data set."""
 
     def pixels(self, rows: Tensor) -> Tensor:
         """Images of the rows ``(B,)``: ``(B, C, H, W)`` uint8."""
@@ -95,7 +95,7 @@ class FileStore:
 
 
 class ImageFetch:
-    """Gives images as floats in [0, 1].
+    """Function from row numbers to images as floats in [0, 1].
 
     Args:
         store: The images.

@@ -57,7 +57,7 @@ class Rows(Dataset[Batch]):
 
 
 def as_is(batch: Any) -> Batch:
-    """Collate what :class:`Rows` gives: it is a batch already."""
+    """Collate function for :class:`Rows`, whose items are batches already."""
     return dict(batch)
 
 

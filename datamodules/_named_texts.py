@@ -74,7 +74,7 @@ class NamedTextDataModule(TextSplitDataModule):
         """Download the data set, or raise a ConnectionError."""
 
     def prepare_data(self) -> None:
-        """Download the data set, unless it is here."""
+        """Download the data set, unless it is on this machine already."""
         if self.path is None:
             self.download()
 

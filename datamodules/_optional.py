@@ -45,15 +45,15 @@ def downloading(name: str, remedy: str) -> Iterator[None]:
 
 
 def unavailable(name: str, why: str, remedy: str) -> str:
-    """What to say of a data set that cannot be had."""
+    """Message that a data set cannot be downloaded, and what to do."""
     return f"{name} is not on this machine, and {why}. {remedy}"
 
 
 def reason(error: Exception) -> str:
-    """The last line of what went wrong."""
+    """Last line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def cache_folder() -> Path:
-    """Where downloads go by default: ``~/.cache/ddcl_lightning``, or below ``$XDG_CACHE_HOME``."""
+    """Default folder of downloads: ``~/.cache/ddcl_lightning``, or below ``$XDG_CACHE_HOME``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddcl_lightning"

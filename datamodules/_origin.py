@@ -27,7 +27,7 @@ class Origin(NamedTuple):
 
 
 def listing(numbers: Sequence[int]) -> str:
-    """``"rows 3, 17, 40 and 12 more"``."""
+    """Row numbers in words, such as ``"rows 3, 17, 40 and 12 more"``."""
     shown = ", ".join(map(str, sorted(numbers)[:LISTED]))
     more = f" and {len(numbers) - LISTED:,} more" if len(numbers) > LISTED else ""
     return f"row{'s' * (len(numbers) != 1)} {shown}{more}"
@@ -43,5 +43,5 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def writable(cell: Any) -> Any:
-    """A cell as every file format can hold it: half of a surrogate pair is no text."""
+    """Value of a cell that every file format can hold: lone surrogates are escaped."""
     return cell.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(cell, str) else cell

@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
 
     @property
     def numbers(self) -> Tensor:
-        """What each row is called, ``(N,)`` int64."""
+        """Number of each row, ``(N,)`` int64."""
         return torch.arange(len(self.y)) if self.origin is None else self.origin.numbers
 
 
@@ -55,7 +55,7 @@ class Splits(NamedTuple):
 def partition(
     loaded: Loaded, name: str, *, val_fraction: float, evaluate_on: EvaluateOn, limit: int | None, seed: int
 ) -> Splits:
-    """Which rows each loader runs over.
+    """Rows for each of the loaders.
 
     Args:
         loaded: The whole data set.

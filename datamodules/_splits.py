@@ -50,7 +50,7 @@ class SplitDataModule(pl.LightningDataModule):
       :meth:`left_out` lists them.
 
     ``evaluate_on="held_out"`` validates on the ``val_fraction`` held out of the training split even where there is a
-    validation split, so that settings are chosen on rows which take no part in the final figures. ``"train"`` makes
+    validation split, so that settings are chosen on rows which take no part in the final metrics. ``"train"`` makes
     validation and test run over the training rows (the clustering protocol for data
     sets that have other splits), ``"all"`` over the rows of prediction. Several processes share each epoch; where the
     rows do not divide evenly a few are repeated, in training by :class:`EpochSampler`, in validation by Lightning.
@@ -126,14 +126,14 @@ class SplitDataModule(pl.LightningDataModule):
 
     @abstractmethod
     def example(self, index: int) -> str | npt.NDArray[np.uint8]:
-        """What a person looks at of row ``index``: a text, or an image ``(H, W)`` or ``(H, W, 3)``; after setup."""
+        """Content of row ``index`` for a person: a text, or an image ``(H, W)`` or ``(H, W, 3)``; after setup."""
 
     def transform(self, loaded: Loaded, train_rows: Tensor) -> Loaded:
-        """Change the inputs by what the training rows say; the identity unless overridden."""
+        """Transform the inputs by statistics of the training rows; the identity unless overridden."""
         return loaded
 
     def augmentation(self) -> Augment | None:
-        """What changes training batches at random; nothing unless overridden."""
+        """Random augmentation of training batches; None unless overridden."""
         return None
 
     def lengths(self, loaded: Loaded) -> Tensor | None:
@@ -151,7 +151,7 @@ class SplitDataModule(pl.LightningDataModule):
         return tuple(dict.fromkeys([*(origin.columns if origin else ()), "label", "split"]))
 
     def describe_rows(self, index: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
-        """What is known of rows by number: columns of the user's file, ``label`` (name of the class) and ``split``.
+        """Columns of rows by number: those of the user's file, ``label`` (name of the class) and ``split``.
 
         Args:
             index: Numbers of rows, M of them; those of rows that were dropped too.

@@ -13,7 +13,7 @@ from ddcl_lightning.datamodules._splits import SplitDataModule
 
 
 class Features:
-    """Gives rows of a tensor.
+    """Function from row numbers to rows of a tensor.
 
     Args:
         x: Features, ``(N, ...)``; kept in float32.

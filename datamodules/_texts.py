@@ -38,7 +38,7 @@ class TextRows(NamedTuple):
 
 
 class Texts:
-    """Gives texts of a list.
+    """Function from row numbers to texts of a list.
 
     Args:
         texts: N texts.

@@ -72,10 +72,10 @@ class TorchvisionDataModule(ImageDataModule):
 
     @abstractmethod
     def is_in(self, folder: Path) -> bool:
-        """Whether the data are in a folder."""
+        """True if the data are in a folder."""
 
     def prepare_data(self) -> None:
-        """Download the data, unless they are here."""
+        """Download the data, unless they are on this machine already."""
         if self.path is None and self.download and not self.is_in(self.root):
             dataset = getattr(require("torchvision.datasets", "vision"), self.torchvision_name)
             with downloading(self.torchvision_name, self._remedy()):

@@ -33,7 +33,7 @@ class CIFAR10DataModule(TorchvisionDataModule):
     contents = f"the folder {FOLDER} or an .npz file of JPEG images"
 
     def is_in(self, folder: Path) -> bool:
-        """Whether this is the folder of batches, the one above it, or a file."""
+        """True if ``folder`` is the folder of batches, the one above it, or a file."""
         return folder.is_file() or (self._above(folder) / FOLDER).is_dir()
 
     def load(self) -> Loaded:

@@ -33,13 +33,8 @@ class DebrisDataModule(TensorDataModule):
     synthetic. The populations, the error model and the definitions of the regimes stand, with their sources,
     in ``ddcl_lightning.datamodules._orbits``.
 
-    How the default ``noise`` was chosen: the paper gives neither its unit nor the populations, only what
-    k-means (4 clusters, 10 starts, ``random_state=42``) scores on the standardised features: ACC 0.756, NMI
-    0.751, ARI 0.667. Here k-means spends one cluster on the long tail of the RCS and merges LEO with MEO, so
-    its ACC stays just under 3/4 whatever the noise; NMI and ARI fall with it, and 0.5 meets both. Measured at
-    seed 42: ACC 0.747, NMI 0.751, ARI 0.664. Seeds 0 to 9, mean (lowest to highest): ACC 0.746 (0.738 to
-    0.749), NMI 0.734 (0.685 to 0.754), ARI 0.652 (0.617 to 0.666). None of seeds 0 to 99 leaves that optimum;
-    below a noise of 0.45 some do, and their ACC jumps to 0.97 or more.
+    The paper gives neither the unit of its noise nor the populations; the default ``noise`` is the one at which
+    k-means scores what the paper says of it, see ``docs/measurements.md`` ("Orbital debris").
 
     Args:
         batch_size: Rows per training batch and process, at least 1.

@@ -35,7 +35,7 @@ class MNISTDataModule(TorchvisionDataModule):
     contents = ", ".join(FILES) + " (gzipped or not)"
 
     def is_in(self, folder: Path) -> bool:
-        """Whether a folder has the four files."""
+        """True if a folder has the four files."""
         return self._find(folder) is not None
 
     def load(self) -> Loaded:

@@ -137,7 +137,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         weights_only: bool | None = True,
         **kwargs: Any,
     ) -> "Self":
-        """Lightning's, for files of others too: no pickle runs, and no module is imported because the file names it.
+        """Load a module as Lightning does, safe for files of others: no pickle runs, no module is imported by its name.
 
         Arguments of the class take the place of those in the file. A module that was built from objects, not by the
         command line, has no backbone, head and task in its file: pass them.
@@ -175,7 +175,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         return loss.detach()
 
     def _log_step(self, values: Mapping[str, Tensor], size: int) -> None:
-        """Log a training batch: in several processes the mean over all, on the steps on which somebody reads it."""
+        """Log a training batch: in several processes the mean over all, on the steps at which it is read."""
         logged: Mapping[str, Tensor | float] = {name: value.detach() for name, value in values.items()}
         if world_size() > 1:
             if not compat.is_logging_step(self.trainer):
@@ -208,15 +208,15 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         return {**columns, **self.task.predict(readout, batch)}
 
     def on_train_epoch_end(self) -> None:
-        """Log the training metrics of the task, of what this run has seen of the epoch."""
+        """Log the training metrics of the task, over the batches of the epoch that this run has trained on."""
         self._log_values("train", self._metrics("train"))
 
     def on_validation_epoch_start(self) -> None:
-        """Count anew, and every loader by itself too where there are several."""
+        """Reset the losses and metrics of validation, one set per loader where there are several."""
         self._pass = EvaluationPass(self._metrics("val"), len(self.trainer.num_val_batches))
 
     def on_test_epoch_start(self) -> None:
-        """Likewise."""
+        """Reset the losses and metrics of the test, one set per loader where there are several."""
         self._pass = EvaluationPass(self._metrics("test"), len(self.trainer.num_test_batches))
 
     def on_validation_epoch_end(self) -> None:
@@ -232,14 +232,14 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
     # Set-up -------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run needs: checkpoints from which it goes on exactly."""
+        """Callbacks that every run needs: checkpoints from which it resumes exactly."""
         from ddcl_lightning.callbacks.exact_resume import ExactResume
 
         present = any(isinstance(callback, ExactResume) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if present else [ExactResume()]
 
     def setup(self, stage: str) -> None:
-        """Refuse set-ups under which two manual optimizers do not work."""
+        """Raise for settings under which two manual optimizers do not work."""
         if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise ValueError(
                 f"strategy {type(self.trainer.strategy).__name__} does not work with two manual optimizers; use "
@@ -265,19 +265,19 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
             )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that are NaN or infinite."""
+        """Raise for weights that are NaN or infinite."""
         super().on_load_checkpoint(checkpoint)
         require_finite(checkpoint.get("state_dict", {}), dict(self.named_parameters()))
 
     def on_fit_start(self) -> None:
-        """Let the backbone get ready with the training data: be fitted to it, or encode it ahead."""
+        """Prepare the backbone with the training data: fit it, or encode the data ahead."""
         super().on_fit_start()
         # Assignments far from a prototype underflow into denormal numbers, which a CPU multiplies ten times slower.
         torch.set_flush_denormal(True)
         compat.accept_checkpoints_after_steps()
         if not all(parameter.requires_grad for parameter in self.backbone.parameters()):
             compat.accept_frozen_modules_in_eval_mode()
-        # A resumed run restores the place in the data later on, into loaders that nobody has set up before.
+        # A resumed run restores the place in the data later on, into loaders that were not set up before.
         if self.trainer.ckpt_path is None:
             batches = TrainingBatches(self.trainer)
             self.backbone.prepare(batches)
@@ -285,11 +285,11 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
                 copy.backbone.load_state_dict(self.backbone.state_dict())  # type: ignore[union-attr]
 
     def on_fit_end(self) -> None:
-        """Restore the arithmetic of the process."""
+        """Restore the treatment of denormal numbers of the process."""
         torch.set_flush_denormal(False)
 
     def on_train_start(self) -> None:
-        """Fix the length that the schedule runs over."""
+        """Set the number of steps that the learning rate schedule runs over."""
         self._total_steps = run_length(self.trainer, interval="step")
         self.lr_schedule.require_length(self._total_steps)  # refuse early
         refuse_idle_averages(self.trainer)
@@ -297,7 +297,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
             compat.rebuild_ddp(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Take in parameter groups that a callback has added, before their first backward pass."""
+        """Add parameter groups of callbacks to the schedule, before their first backward pass."""
         if adopt_groups(self.trainer.optimizers, self, self.schedule_factor()):
             compat.rebuild_ddp(self.trainer)
 

@@ -64,7 +64,7 @@ def typed(function: F) -> F:
 
 
 def conform(name: str, value: Any, hint: Any) -> Any:
-    """The value in plain Python, if it is what the annotation says.
+    """Value in plain Python, checked against the annotation.
 
     Args:
         name: Of the argument, for the error.
@@ -117,7 +117,7 @@ def width_per_head(num_heads: int, remedy: str, **width: int) -> int:
 
 
 def is_memory_short(error: BaseException) -> bool:
-    """Whether an error says that something is too large for this machine."""
+    """True if an error says that something is too large for this machine."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 

@@ -81,7 +81,7 @@ class _Automatic:
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
-    """Copies of the module that ``WeightAveraging`` callbacks keep, and put in its place for validation."""
+    """Copies of the module that ``WeightAveraging`` callbacks keep, and use in its place for validation."""
     averages = [callback._average_model for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
     return [average.module for average in averages if average is not None]
 
@@ -98,7 +98,7 @@ def pruned_modules(callback: ModelPruning) -> list[nn.Module]:
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:
-    """Whether what is logged in this training batch is read: by loggers, or at the end of the epoch."""
+    """True if values logged in this training batch are read, by loggers or at the end of the epoch."""
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     steps = trainer.fit_loop.epoch_loop._batches_that_stepped
     due = bool(interval) and (steps + 1) % interval == 0
@@ -119,12 +119,12 @@ def accept_frozen_modules_in_eval_mode() -> None:
 
 
 def recomputing() -> bool:
-    """Whether this runs inside of a backward pass: a forward that checkpointing runs again, which counts no more."""
+    """True inside of a backward pass: activation checkpointing runs a forward again, which must not count twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def given_by_cli() -> bool:
-    """Whether LightningCLI is constructing a module right now, with the config's plain data as hyperparameters."""
+    """True while LightningCLI constructs a module, with the config's plain data as hyperparameters."""
     return _given_hyperparameters.get() is not None
 
 
@@ -238,7 +238,7 @@ def settle_progress(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def validation_is_due(trainer: pl.Trainer) -> bool:
-    """Whether a validation follows the batch that training is at the end of."""
+    """True if a validation follows the current training batch."""
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
@@ -250,7 +250,7 @@ def _complete(progress: dict[str, Any]) -> None:
 
 
 def resumes_inside_epoch(trainer: pl.Trainer) -> bool:
-    """Whether, in ``on_train_start``, the run goes on inside of an epoch that another has begun."""
+    """True in ``on_train_start`` of a run that goes on inside of an epoch of an earlier run."""
     return trainer.fit_loop.restarted_mid_epoch
 
 
@@ -268,7 +268,7 @@ def end_finished_epoch(trainer: pl.Trainer) -> None:
 
 
 def finds_last_checkpoint(trainer: pl.Trainer) -> bool:
-    """Whether Lightning resolves ``ckpt_path="last"`` to a file; where not, it goes on without one."""
+    """True if Lightning resolves ``ckpt_path="last"`` to a file; otherwise it starts without one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that warning
         path = trainer._checkpoint_connector._parse_ckpt_path(

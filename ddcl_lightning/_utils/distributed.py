@@ -60,7 +60,7 @@ def log_sum_over_processes(value: Tensor) -> Tensor:
 
 
 def take_the_last(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """For every row that of the process whose row comes last, the same everywhere, without gradient.
+    """Values of the process whose row comes last, for every row, the same everywhere, without gradient.
 
     Args:
         value: ``(*, d)``.
@@ -75,7 +75,7 @@ def take_the_last(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joint_order(samples: int, tokens: int, call: int, device: torch.device) -> Tensor:
-    """Where tokens ``(samples * tokens,)`` of this process come among those of all, ``int64``, increasing.
+    """Positions of this process's tokens ``(samples * tokens,)`` among those of all, ``int64``, increasing.
 
     Of several processes each has every P-th sample of the joint batch, as the shipped data modules deal them.
 
@@ -171,12 +171,12 @@ def broadcast_object(value: Any) -> Any:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first one. To do something on it alone, use :func:`report`: a branch can hang."""
+    """True on the first process. To do something on it alone, use :func:`report`: a branch can hang."""
     return world_size() == 1 or dist.get_rank() == 0
 
 
 class CollectiveError(RuntimeError):
-    """Work that one process does alone has asked the others for something, who would never answer."""
+    """Error that work of one process alone calls an operation over processes, which would wait for ever."""
 
 
 class _RefuseCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -228,7 +228,7 @@ def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | Non
 
 
 def on_every_process(work: Callable[[], Result]) -> Result:
-    """What each process makes on its own; where it fails on one of them, the error is raised on all.
+    """Result of work on every process; where it fails on one of them, the error is raised on all.
 
     Args:
         work: Must not contain operations over processes; they are refused.
@@ -245,7 +245,7 @@ def on_every_process(work: Callable[[], Result]) -> Result:
 
 
 def from_first_process(compute: Callable[[], Result], failure: str) -> Result:
-    """What the first process computes, on every process.
+    """Result of the first process, on every process.
 
     An error there is one everywhere, or the others would wait for ever; a ValueError's message starts with ``failure``.
     """

@@ -68,7 +68,7 @@ def _refusal(error: OSError, path: str | Path) -> OSError:
 
 
 def refuse_input(path: str | Path, owner: object, argument: str) -> None:
-    """Refuse to write where somebody's data lie.
+    """Raise if a file to write is one that is read.
 
     Args:
         path: What is to be written.

@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode back afterwards."""
+    """Context manager of evaluation mode, after which every module has its own mode back."""
     modes = {module: module.training for root in roots for module in root.modules()}
     for root in roots:
         root.eval()

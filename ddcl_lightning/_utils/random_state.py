@@ -8,7 +8,7 @@ import torch
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """States in this process: of torch, on the CPU and all devices of the kind of ``device``, of numpy and Python."""
+    """States of the random generators of this process: torch (CPU and devices like ``device``), numpy, Python."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - users draw from it
     return {

@@ -9,7 +9,7 @@ from ddcl_lightning._utils.seeding import check_seed
 
 
 class Reservoir:
-    """Keeps a uniform sample of at most ``capacity`` rows (Vitter's algorithm R) of everything it is fed.
+    """Uniform sample of at most ``capacity`` rows of a stream (Vitter's algorithm R).
 
     Args:
         capacity: Rows to keep, over all processes.

@@ -1,4 +1,4 @@
-"""The seed of whatever is random outside of torch's global generator."""
+"""The seed of random choices that do not use torch's global generator."""
 
 import os
 

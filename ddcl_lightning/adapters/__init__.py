@@ -1,4 +1,4 @@
-"""Prototypes inside somebody else's network: inserted after, beside or in the place of its blocks, and distilled."""
+"""Prototypes inside existing networks: inserted after, beside or in the place of its blocks, and distilled."""
 
 from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.adapters.distillation import Distilled, distill_feedforward, initialize_feedforward

@@ -1,4 +1,4 @@
-"""The protocol of prototypes inside somebody else's network."""
+"""The protocol of prototypes inside existing networks."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class PrototypeAdapter(nn.Module):
         raise NotImplementedError
 
     def merge(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """What a block gives out once this stands after it, from its input and output tokens ``(B, T, D)``."""
+        """Output of a block with this adapter, from the block's input and output tokens ``(B, T, D)``."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ WARMUP = 50  # steps
 
 
 class Distilled(NamedTuple):
-    """How well a layer stands in for its MLP; errors are shares of the variance of the MLP's output on held-out tokens.
+    """Result of the distillation of one layer; errors are relative to the variance of the MLP's held-out outputs.
 
     Attributes:
         name: Qualified name of the block's MLP.

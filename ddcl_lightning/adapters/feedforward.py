@@ -72,7 +72,7 @@ class DDCLFeedForward(PrototypeAdapter):
         self.linear = nn.Linear(dim, dim, bias=False) if linear else None
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the block adds.
+        """Tokens that the block adds to its residual stream.
 
         Args:
             tokens: ``(*, D)``, any float dtype.
@@ -103,7 +103,7 @@ class DDCLFeedForward(PrototypeAdapter):
     def start_from(
         self, tokens: Tensor, targets: Tensor | None = None, *, num_restarts: int = 1, seed: int = 0
     ) -> None:
-        """Start from what the layer will see: prototypes by k-means, T from it, the outputs by least squares.
+        """Initialise from tokens and targets: prototypes by k-means, T from it, the output maps by least squares.
 
         Args:
             tokens: ``(N, D)``, valid tokens only.

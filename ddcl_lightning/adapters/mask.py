@@ -9,7 +9,7 @@ from ddcl_lightning.adapters.base import PrototypeAdapter
 
 
 class MaskReader:
-    """The forward pre-hook of a model: hands its mask to what is placed inside."""
+    """Forward pre-hook of a model that hands the model's mask to the adapters inside."""
 
     def __init__(self, argument: str) -> None:
         self.argument = argument

@@ -14,7 +14,7 @@ from ddcl_lightning.adapters.mlp_blocks import Blocks, MLPSite, choose_mlps
 
 
 class FeedForwardReplacement:
-    """What :func:`replace_feedforward` has exchanged; as a context manager it restores at the end of the block.
+    """Layers in the place of MLPs; as a context manager it restores the MLPs at the end of the block.
 
     Attributes:
         model: The model.

@@ -16,8 +16,7 @@ class SerialPrototypes(PrototypeAdapter):
         x = SerialPrototypes(DDCLAttention(64, 16))(block(x))
 
     A mixture alone is a bottleneck of K vectors; with ``residual=True`` the layer adds ``C W_o`` to the tokens instead
-    (eq. 5). Measured on a small transformer on digits: 0.864 after every block and 0.946 after the last against 0.956
-    without; residual ones 0.973, where as many parameters in its hidden layers gave 0.949.
+    (eq. 5). Both are compared on a small task in ``docs/measurements.md``: mixtures after every block cost accuracy.
 
     Args:
         layer: Tokens of dimension D to tokens of dimension D.
@@ -46,7 +45,7 @@ class SerialPrototypes(PrototypeAdapter):
 
 
 def require_same_dim(layer: DDCLAttention) -> None:
-    """Refuse a layer that a block's tokens cannot go through alone."""
+    """Raise if a layer changes the dimension of its tokens or needs a context."""
     if layer.output_dim != layer.embed_dim:
         raise ValueError(
             f"layer must give out tokens of the dimension that it takes, {layer.embed_dim}; got {layer.output_dim}. "

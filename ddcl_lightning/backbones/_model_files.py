@@ -27,7 +27,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def hub_unavailable() -> str | None:
-    """Why the Hugging Face hub cannot be asked now, in a few words; None where it can."""
+    """Reason why the Hugging Face hub cannot be reached now, in a few words; None where it can."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -40,7 +40,7 @@ def hub_unavailable() -> str | None:
 
 
 def from_cache_or_hub(load: Callable[[bool], T], model: str, remedy: str) -> T:
-    """What ``load(local_files_only)`` returns: from the local cache where that has it, else from the hub.
+    """Result of ``load(local_files_only)``, from the local cache if it is there, else from the hub.
 
     The cache goes first, so that a model which was downloaded once needs no network and does not change.
 
@@ -80,7 +80,7 @@ def local_folder(model: str) -> Path | None:
 
 
 def text_instead(file: Path) -> str | None:
-    """What a file that should hold weights says if it is text, as a page of a website or a pointer of Git LFS is."""
+    """Text in a file that should hold weights, such as a web page or a Git LFS pointer; None for other files."""
     with file.open("rb") as opened:
         start = opened.read(60)
     if not start:

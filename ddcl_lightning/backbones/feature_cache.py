@@ -99,7 +99,7 @@ class FeatureCache:
 
     @property
     def writable(self) -> bool:
-        """Whether new samples are kept: False once writing has failed."""
+        """True if new samples are kept: False once writing has failed."""
         return self._pending.writable
 
     def get(self, key: bytes) -> Rows | None:
@@ -146,13 +146,13 @@ class FeatureCache:
         return rounded
 
     def flush(self) -> None:
-        """Write what waits in memory."""
+        """Write the features that wait in memory."""
         name = self._pending.write()
         if name is not None:
             self._open(name)
 
     def rescan(self) -> None:
-        """Take notice of what other processes have written."""
+        """Read the index of segments that other processes have written."""
         for entry in sorted(self.path.glob("segment-*")):
             if entry.name not in self._segments:
                 self._open(entry.name)
@@ -204,7 +204,7 @@ class _Pending:
         self.bytes += values.nbytes
 
     def write(self) -> str | None:
-        """Write what waits as a segment and return its name; None where nothing was written."""
+        """Write the waiting features as a segment and return its name; None where nothing was written."""
         if not self.rows:
             return None
         rows, self.rows, self.bytes = self.rows, {}, 0

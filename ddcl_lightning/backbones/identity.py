@@ -28,7 +28,7 @@ def masked_tokens(batch: Batch, in_features: int) -> Tokens:
 
 
 class IdentityBackbone(Backbone):
-    """Passes precomputed features through: ``x`` of shape ``(B, in_features)`` or ``(B, T, in_features)``.
+    """Backbone of precomputed features: ``x`` of shape ``(B, in_features)`` or ``(B, T, in_features)``.
 
     Padding is told by a boolean ``mask`` ``(B, T)``, True for valid tokens, or a tokenizer's ``attention_mask``.
 

@@ -93,7 +93,7 @@ class PretrainedBackbone(Backbone):
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
-        """Plain data of all that decides the tokens of a sample, other than the weights."""
+        """Settings that decide the tokens of a sample, other than the weights, as plain data."""
 
     # Freezing ------------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ class TransformersBackbone(PretrainedBackbone):
         return Tokens(masked_mean(values, valid, dim=-2).unsqueeze(1))
 
     def spans(self, batch: Batch) -> list[list[tuple[int, int]]]:
-        """Where the tokens of each text stand in it, for ``tokens="all"``.
+        """Character spans of the tokens of each text, for ``tokens="all"``.
 
         Returns:
             For each text and each of its valid tokens ``(start, end)`` in characters; ``(0, 0)`` for special tokens.

@@ -17,7 +17,7 @@ _KEYWORDS = ("best", "last", "hpc", "registry")
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and puts the result in its place.
+    """Checkpoint writer that writes to a temporary file and renames it.
 
     Lightning writes into the folder for temporary files; where that is another file system than the checkpoint's, the
     move is a copy, and a run killed in it leaves a torn file where the last good one was.
@@ -39,12 +39,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def is_keyword(path: str | Path) -> bool:
-    """Whether a ``ckpt_path`` is not a file's: a word that Lightning resolves, or an address."""
+    """True if a ``ckpt_path`` is no file: a word that Lightning resolves, or an address."""
     return str(path) in _KEYWORDS or str(path).startswith("registry:") or "://" in str(path)
 
 
 def read_checkpoint(path: str | Path, to_resume: bool = False) -> dict[str, Any]:
-    """What a checkpoint of ``fit`` holds, its tensors without their values; nothing in it is run.
+    """Content of a checkpoint of ``fit``, its tensors without their values; no code in it is run.
 
     A file is read once, however many ask for it, until it changes.
 
@@ -101,7 +101,7 @@ def _others(file: Path) -> str:
 
 
 def other_model(complaint: str, path: Any = None) -> str | None:
-    """What to say where torch's complaint means that a checkpoint is of another model or optimizer; else None."""
+    """Message for an error of torch that means a checkpoint of another model or optimizer; else None."""
     if not complaint.startswith(("Error(s) in loading state_dict", "loaded state dict")):
         return None
     detail = complaint.partition("\n")[2].partition("\n")[0] or complaint

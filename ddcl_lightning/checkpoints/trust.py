@@ -1,4 +1,4 @@
-"""What a checkpoint may name: its hyperparameters are somebody else's text, and to import a module runs its code."""
+"""Checks of the names in a checkpoint: they are foreign text, and importing a module runs its code."""
 
 import importlib
 import inspect
@@ -37,7 +37,7 @@ _CONTAINERS = (list, tuple, set, frozenset, dict, Sequence, Mapping)
 
 
 class UntrustedName(ValueError):
-    """A checkpoint names something that it may not."""
+    """Error that a checkpoint names something that it may not import."""
 
 
 def check_hyper_parameters(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Decoder(nn.Module, ABC):
-    """Turns a readout's tokens back into what they were made of. Subclass it and write ``build`` and ``forward``.
+    """Base of decoders from a readout's tokens to their inputs. Subclass it and write ``build`` and ``forward``.
 
     Its parameters belong to the task and step at ``lr_task``.
     """

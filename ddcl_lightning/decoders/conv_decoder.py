@@ -19,8 +19,8 @@ class ConvDecoder(Decoder):
 
     Takes what :class:`~ddcl_lightning.ConvBackbone` makes: with the same number of widths, in reverse, an image comes
     back in its own size. A stage is one residual block, normalised in groups, and a transposed convolution; a last
-    convolution makes the pixels of ``widths[-1] / 2`` channels in full size. (With pixels straight from the transposed
-    convolution, errors were half as large again on Fashion-MNIST.)
+    convolution makes the pixels of ``widths[-1] / 2`` channels in full size, which is better than pixels straight from
+    a transposed convolution (``docs/measurements.md``, one-off trials).
 
     Args:
         out_channels: C of the images.

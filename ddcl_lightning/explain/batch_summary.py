@@ -20,7 +20,7 @@ from ddcl_lightning.nn.discovery import find_banks
 
 @dataclass(frozen=True)
 class Look:
-    """What a module makes of a batch; on the CPU but for ``tokens``.
+    """Results of a module on a batch; on the CPU except ``tokens``.
 
     Attributes:
         shares: Mean assignment of each sample, ``(B, H, K)`` float64.
@@ -55,7 +55,7 @@ class Look:
 
 
 class Observer:
-    """Looks at batches through a module in evaluation mode.
+    """Function from batches to :class:`Look`, with a module in evaluation mode.
 
     Args:
         module: Its head's last bank is what counts.
@@ -77,7 +77,7 @@ class Observer:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the bank, without gradients and in evaluation mode; modes are put back."""
+        """Context manager that records the bank, without gradients and in evaluation mode; modes are put back."""
         banks: dict[str, PrototypeBank] = {self._name: self.bank}
         with evaluating(self._module), torch.no_grad(), record_codebooks(banks, self._seen.__setitem__):
             yield

@@ -35,7 +35,7 @@ def collect(
     to_device: Callable[[Batch], Batch] | None = None,
     progress: bool = False,
 ) -> Explanation:
-    """Look at what the prototypes of a trained module stand for.
+    """Explanation of the prototypes of a trained module by the data that belong to them.
 
     Prototypes are described by the training data, in one pass; inputs come from the prediction data (validation, then
     training data, where a data module has none). The same module, data and arguments give the same explanation.
@@ -47,7 +47,7 @@ def collect(
         examples: Nearest samples per prototype, at least 1.
         inputs: Inputs to show, >= 0: a sample that depends on their places alone.
         indices: Places of inputs to show instead.
-        max_samples: Training samples to look at, at least 1; the loader's order decides which.
+        max_samples: Training samples to read, at least 1, in the order of the loader.
         checkpoint: What to call the weights.
         to_device: Moves a batch to the module's device.
         progress: Show bars.
@@ -89,7 +89,7 @@ def collect(
 def _add_batches(
     tally: Tally, observer: Observer, batches: Iterable[Batch], move: Callable[[Batch], Batch], max_samples: int
 ) -> bool:
-    """Add looks at batches to the tally, up to a number of samples; whether those were all."""
+    """Add batches to the tally, up to a number of samples; True if those were all."""
     for batch in batches:
         if tally.samples >= max_samples:
             return False

@@ -16,7 +16,7 @@ class Sample:
 
     Attributes:
         index: Its place in the full data set.
-        content: Text, image ``(H, W)`` or ``(H, W, 3)`` uint8, or None where there is nothing to look at.
+        content: Text, image ``(H, W)`` or ``(H, W, 3)`` uint8, or None where there is nothing to show.
         label: Name of its class, or None.
     """
 
@@ -100,7 +100,7 @@ class PrototypeView:
 
     @property
     def dead(self) -> bool:
-        """Whether no token of the data is nearest to it."""
+        """True if no token of the data is nearest to the prototype."""
         return self.token_share == 0
 
 
@@ -110,13 +110,13 @@ class HeadView:
 
     Attributes:
         temperature: T, in units of squared distance.
-        figures: ``usage``, ``perplexity`` and, with labels, ``acc``, ``nmi``, ``ari``: of the strongest prototype of
+        metrics: ``usage``, ``perplexity`` and, with labels, ``acc``, ``nmi``, ``ari``: of the strongest prototype of
             every sample.
         prototypes: All of them, in order.
     """
 
     temperature: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
     prototypes: list[PrototypeView]
 
 
@@ -147,7 +147,7 @@ class InputView:
 
     @property
     def wrong(self) -> bool:
-        """Whether a class is predicted, the true one is known, and they differ."""
+        """True if a class is predicted, the true one is known, and they differ."""
         return self.predicted is not None and self.sample.label not in (None, self.predicted)
 
 
@@ -159,10 +159,10 @@ class Explanation:
         data: Name of the data set.
         model: Its parts, from backbone to task.
         checkpoint: Name of the checkpoint's file, or None.
-        samples: Training samples that were looked at.
+        samples: Training samples that were read.
         complete: Whether these are all of the training data.
-        tokens: Tokens that were looked at.
-        accuracy: Share of right predictions on the samples looked at, where the task predicts classes.
+        tokens: Tokens that were read.
+        accuracy: Share of right predictions on the samples read, where the task predicts classes.
         heads: One per head of the last bank.
         inputs: Inputs, in order.
     """
@@ -179,9 +179,9 @@ class Explanation:
 
     @property
     def token_level(self) -> bool:
-        """Whether samples have more than one token."""
+        """True if samples have more than one token."""
         return self.tokens > self.samples
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a notebook or a test: the figures of every head."""
-        return {f"head{number}": head.figures for number, head in enumerate(self.heads)}
+        """Metrics of every head as plain numbers, for a notebook or a test."""
+        return {f"head{number}": head.metrics for number, head in enumerate(self.heads)}

@@ -15,7 +15,7 @@ MOST = 0.55  # share from which a prototype is mostly something
 
 
 def percent(share: float) -> str:
-    """A share as a person writes it: ``62 %``, ``<0.1 %``; two figures where one would lose most of it.
+    """Share in percent: ``62 %``, ``<0.1 %``; two digits where one would round most of it away.
 
     The space does not break: a line that starts with "%" reads badly.
     """
@@ -27,8 +27,8 @@ def percent(share: float) -> str:
     return f"{value:.0f}\u00a0%" if value >= 9.95 else f"{value:.1f}\u00a0%"
 
 
-def figure(value: float) -> str:
-    """Three figures, zeros too: beside 2.09, a bare 2.1 looks like another precision."""
+def three_digits(value: float) -> str:
+    """Number with three digits, zeros too: beside 2.09, a bare 2.1 looks like another precision."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
@@ -87,7 +87,7 @@ def picture(sample: Sample) -> str:
 
 
 def says(view: PrototypeView) -> str:
-    """What a prototype stands for, in a few words; empty where nothing is known."""
+    """Description of a prototype in a few words; empty where nothing is known."""
     if view.dead:
         return "dead"
     classes = [] if as_everywhere(view.classes) else view.classes
@@ -101,7 +101,7 @@ def says(view: PrototypeView) -> str:
 
 
 def as_everywhere(classes: Sequence[ClassShare]) -> bool:
-    """Whether the largest classes are as large as in all data, so that naming them would say nothing."""
+    """True if the largest classes are as large as in all data, so that naming them would say nothing."""
     return all(abs(share.share - share.base) < STANDS_OUT for share in classes)
 
 

@@ -11,7 +11,7 @@ TEXT = 2500  # characters of an input
 
 
 def input_card(view: InputView, heads: Sequence[HeadView]) -> str:
-    """One input: what it is made of, what is predicted, and the sample itself."""
+    """Card of one input: its prototypes, its prediction, and the sample itself."""
     sample = view.sample
     elements = [f"<h3>Input #{sample.index}</h3>", _verdict(view)]
     text = sample.content if isinstance(sample.content, str) else None
@@ -30,7 +30,7 @@ def input_card(view: InputView, heads: Sequence[HeadView]) -> str:
 
 
 def all_or_nothing(views: Sequence[InputView]) -> bool:
-    """Whether every input belongs to one prototype alone, as far as percents can say."""
+    """True if every input belongs to one prototype alone, up to rounding in percent."""
     return all(float(shares.max()) >= WHOLE for view in views for shares in view.shares)
 
 

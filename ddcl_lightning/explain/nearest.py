@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Nearest(Generic[T]):
-    """Keeps, for each of M prototypes, the ``size`` candidates at the smallest distance; ties go to the smaller place.
+    """The ``size`` nearest candidates of a stream for each of M prototypes; ties go to the smaller place.
 
     Args:
         prototypes: M.
@@ -56,7 +56,7 @@ class Nearest(Generic[T]):
             self._kept[prototype] = kept
 
     def of(self, prototype: int) -> list[tuple[float, T]]:
-        """Distance and what was kept, nearest first."""
+        """Distances and kept items of a prototype, nearest first."""
         neighbors = []
         for distance, place in zip(self._distance[prototype].tolist(), self._place[prototype].tolist(), strict=True):
             if place in self._kept[prototype]:

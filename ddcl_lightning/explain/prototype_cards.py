@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from html import escape
 
 from ddcl_lightning.explain.explanation import Neighbour, PrototypeView
-from ddcl_lightning.explain.html import anchor, as_everywhere, chip, figure, hue, percent, picture, says
+from ddcl_lightning.explain.html import anchor, as_everywhere, chip, hue, percent, picture, says, three_digits
 
 CONTEXT = 90  # characters either side of a token
 SNIPPET = 320  # characters of a nearest text
 
 
 def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
-    """One prototype.
+    """Card of one prototype.
 
     Args:
         view: The prototype.
@@ -112,7 +112,7 @@ def _who(neighbour: Neighbour, by_share: bool) -> str:
 
 
 def _how(neighbour: Neighbour, by_share: bool) -> str:
-    return percent(neighbour.share) if by_share else f"d {figure(neighbour.distance)}"
+    return percent(neighbour.share) if by_share else f"d {three_digits(neighbour.distance)}"
 
 
 def _quote(neighbour: Neighbour) -> str:

@@ -6,11 +6,11 @@ from html import escape
 from importlib import resources
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
-from ddcl_lightning.explain.html import as_everywhere, bar, figure
+from ddcl_lightning.explain.html import as_everywhere, bar, three_digits
 from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
 from ddcl_lightning.explain.prototype_cards import prototype_card
 
-_FIGURES = {
+_METRICS = {
     "acc": ("ACC", "clusters matched one to one with classes"),
     "nmi": ("NMI", "information shared with the classes"),
     "ari": ("ARI", "agreement of pairs, 0 by chance"),
@@ -25,7 +25,7 @@ _GUIDE = {
     "resembles each of them; they sum to 100 %.",
     "Share of the samples": "How many samples have it as their strongest prototype. The mean share counts the weaker "
     "parts too: it is what the prototype holds of an average sample. A prototype to which no token is nearest is dead: "
-    "it is nothing's first choice. Figures are rounded, so sums can be off by one.",
+    "it is nothing's first choice. Numbers are rounded, so sums can be off by one.",
     "Nearest": "Training samples (or tokens) at the smallest distance d to the prototype, as the prototypes see them; "
     '# is the place in the data. A sample of several tokens stands at their mean; "largest shares" are the samples '
     "that are made of it most.",
@@ -99,7 +99,7 @@ def _header(explanation: Explanation, title: str) -> str:
     )
 
 
-Fact = tuple[str, str, str]  # title, figure, what it means
+Fact = tuple[str, str, str]  # title, value, what it means
 
 
 def _facts(explanation: Explanation) -> list[Fact]:
@@ -118,22 +118,22 @@ def _shared_facts(explanation: Explanation) -> list[Fact]:
 
 
 def _head_facts(head: HeadView) -> list[Fact]:
-    number, figures = len(head.prototypes), head.figures
+    number, metrics = len(head.prototypes), head.metrics
     dead = sum(prototype.dead for prototype in head.prototypes)
-    used = round(figures["usage"] * number)
+    used = round(metrics["usage"] * number)
     alive = f"{dead} dead" if dead else "none is dead"
     facts = [
         ("In use", f"{used} of {number}", f"strongest of a sample; {alive}"),
-        ("Perplexity", figure(figures["perplexity"]), f"{number} if all were equally large"),
-        ("Temperature", figure(head.temperature), "in squared distance"),
+        ("Perplexity", three_digits(metrics["perplexity"]), f"{number} if all were equally large"),
+        ("Temperature", three_digits(head.temperature), "in squared distance"),
     ]
-    return facts + [(name, f"{figures[key]:.3f}", text) for key, (name, text) in _FIGURES.items() if key in figures]
+    return facts + [(name, f"{metrics[key]:.3f}", text) for key, (name, text) in _METRICS.items() if key in metrics]
 
 
 def _fact_list(facts: list[Fact]) -> str:
     cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}<small>{escape(text)}</small></dd></div>"
-        for name, figure, text in facts
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(text)}</small></dd></div>"
+        for name, value, text in facts
     )
     return f'<dl class="facts">{"".join(cells)}</dl>'
 

@@ -1,4 +1,4 @@
-"""From batches to what a person looks at."""
+"""Samples of batches in a form for a person to read."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def take(batch: Batch, row: int) -> Batch:
 
 
 class Album:
-    """Shows samples: the batch's own text, else the data module's ``example``, else an image in the batch.
+    """Source of samples as a person sees them: the batch's text, the data module's ``example`` or an image.
 
     Args:
         datamodule: May offer ``example(index) -> str | uint8 array`` and ``class_names``.

@@ -1,4 +1,4 @@
-"""Running sums over the training data: what each prototype holds."""
+"""Running sums over the training data for each prototype."""
 
 from collections.abc import Sequence
 
@@ -30,7 +30,7 @@ MAX_CLASSES = 10_000  # more are no classes but identities
 
 
 class Tally:
-    """Adds up looks at batches; its memory depends on prototypes, classes and words, not on the number of samples.
+    """Sums over batches; their memory depends on prototypes, classes and words, not on the number of samples.
 
     Args:
         heads: H.
@@ -59,7 +59,7 @@ class Tally:
         self._by_token = False
 
     def add(self, look: Look, batch: Batch) -> None:
-        """Add a look at a batch."""
+        """Add a batch and the module's results for it."""
         prototypes = self._shape[1]
         places, known = positions(batch, self.samples)
         truth = class_labels(batch)
@@ -139,22 +139,22 @@ class Tally:
         return self._right / self._predicted if self._predicted else None
 
     def heads(self, temperatures: Sequence[float]) -> list[HeadView]:
-        """What is known of every head by now."""
+        """Description of every head, from all batches so far."""
         return [
-            HeadView(temperature, self._figures(head), [self._prototype(head, k) for k in range(self._shape[1])])
+            HeadView(temperature, self._metrics(head), [self._prototype(head, k) for k in range(self._shape[1])])
             for head, temperature in enumerate(temperatures)
         ]
 
-    def _figures(self, head: int) -> dict[str, float]:
+    def _metrics(self, head: int) -> dict[str, float]:
         sizes, counts = self._sizes[head], self._counts[head]
-        figures = {"usage": usage(sizes), "perplexity": perplexity(sizes)}
+        values = {"usage": usage(sizes), "perplexity": perplexity(sizes)}
         if counts.sum() > 0:
-            figures |= {
+            values |= {
                 "acc": hungarian_accuracy(counts),
                 "nmi": normalized_mutual_info(counts),
                 "ari": adjusted_rand_index(counts),
             }
-        return {name: float(value) for name, value in figures.items()}
+        return {name: float(value) for name, value in values.items()}
 
     def _prototype(self, head: int, k: int) -> PrototypeView:
         column = head * self._shape[1] + k

@@ -41,7 +41,7 @@ class ExplainingTrainer(pl.Trainer):
             examples: Nearest examples per prototype, at least 1.
             inputs: Inputs to show, spread over the data; 0 shows none.
             indices: Places of inputs to show instead, such as [3, 17]: the column ``index`` of ``ddcl predict``.
-            max_samples: Training samples to look at.
+            max_samples: Training samples to read.
             weights_only: As for :meth:`~lightning.pytorch.Trainer.predict`.
 
         Raises:
@@ -105,7 +105,7 @@ def _announce(output: str, explanation: Explanation) -> None:
 
 
 def check_request(ckpt_path: str | None, output: str) -> None:
-    """Refuse what cannot work before any model or data is built.
+    """Raise for arguments that cannot work, before any model or data is built.
 
     Raises:
         ValueError: If the checkpoint is missing or is none, or the file cannot be written.

@@ -69,7 +69,7 @@ def temperature_like(temperature: float | Tensor, reference: Tensor) -> Tensor:
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """Float32 for half precisions, else the widest of the inputs: sums of squares never run in 8 or 11 bits."""
+    """Dtype of sums: float32 for half precisions, else the widest of the inputs."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

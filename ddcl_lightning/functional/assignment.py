@@ -35,7 +35,7 @@ class Decomposition(NamedTuple):
 
 
 class BankOutput(NamedTuple):
-    """What a bank of prototypes returns for ``(..., N, d)`` tokens.
+    """Output of a bank of prototypes for ``(..., N, d)`` tokens.
 
     Attributes:
         centroids: Soft centroids, ``(..., N, d)``, in the dtype of the tokens; zero at padding.
@@ -60,7 +60,7 @@ class BankOutput(NamedTuple):
     scale: Tensor | float = 1.0
 
     def replaced(self, **changes: Any) -> "BankOutput":
-        """What ``_replace`` returns, which torch 2.6 cannot compile."""
+        """Copy with other values by name, as ``_replace`` makes it, which torch 2.6 cannot compile."""
         values: list[Any] = [changes.get(name, value) for name, value in zip(BankOutput._fields, self, strict=True)]
         return BankOutput(*values)
 

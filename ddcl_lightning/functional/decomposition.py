@@ -1,4 +1,4 @@
-"""The loss decomposition from its definitions in float64: the yardstick for what a layer trained with.
+"""The loss decomposition from its definitions in float64, as a reference for the terms that a layer trained with.
 
 Computing ``V`` as ``L_q - L_OLS`` would make eq. 3 true by construction. Here ``L_q`` comes from pairwise distances,
 ``L_OLS`` from the centroids and ``V`` from the distances of prototypes to centroids, each on its own.
@@ -63,7 +63,7 @@ def decompose(
         prototypes: ``(..., K, d)``.
         temperature: ``T > 0`` in units of squared distance.
         mask: ``(..., N)`` boolean, True for valid tokens.
-        weights: Assignments ``(..., N, K)`` to use instead of the softmax of eq. 2, for checking somebody else's.
+        weights: Assignments ``(..., N, K)`` to use instead of the softmax of eq. 2, to check another layer's.
 
     Returns:
         The three terms, float64, ``(...)`` each.

@@ -19,7 +19,7 @@ HOPELESS = 2.0
 
 
 def hard_phase(points: Tensor, starts: list[Tensor], seed: int) -> tuple[Tensor, float]:
-    """The token-normalised step at T -> 0 (which is Lloyd's) until it settles, and relocations while they pay.
+    """Lloyd's algorithm until it settles, with relocations of prototypes as long as they lower the inertia.
 
     A relocation takes the prototype that is missed least to the neighbourhood of a sample drawn by its squared error
     (compare Lattanzi & Sohler, "A better k-means++ algorithm via local search", ICML 2019), and stays if the inertia is

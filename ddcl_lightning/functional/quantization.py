@@ -158,11 +158,11 @@ class _Problem:
         return (slice(start, start + step) for start in range(0, max(1, self.num_tokens), step))
 
     def fits_in_memory(self) -> bool:
-        """Whether the assignments may be stored from the first sweep to the second."""
+        """True if the assignments may be stored from the first sweep to the second."""
         return self.num_heads * self.num_tokens * self.num_prototypes <= STORED_ELEMENTS
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits less their largest ``(..., n, K)``, that one ``(..., n, 1)``, and where it is ``(..., n)``."""
+        """Logits less their maximum ``(..., n, K)``, the maximum ``(..., n, 1)`` and its index ``(..., n)``."""
         logits = self.query[..., rows, :] @ self.key
         largest, codes = logits.max(-1, keepdim=True)
         return logits.sub_(largest), largest, codes.squeeze(-1)

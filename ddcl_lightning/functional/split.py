@@ -1,4 +1,4 @@
-"""Are the tokens of a prototype two clusters, or one Gaussian that any line would cut as well?
+"""A test of whether the tokens of a prototype are two clusters or one Gaussian.
 
 Two means are found and the share of the variance that they explain is held against that of Gaussian samples of the same
 size and covariance (the cluster index of SigClust; Liu, Hayes, Nobel and Marron, JASA 103, 2008). Two means explain
@@ -39,7 +39,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
     """Test two clusters against one Gaussian.
 
     Args:
-        tokens: ``(N, d)``; an even part of more than 1,024 is looked at, in their 32 leading principal directions.
+        tokens: ``(N, d)``; of more than 1,024 every n-th is used, in their 32 leading principal directions.
         min_tokens: Tokens that each of the two must hold, at least 1, of the N.
         seed: Seed of the Gaussian samples, in [0, 2**32); equal tokens give equal scores.
         num_nulls: Gaussian samples, at least 2.
@@ -79,7 +79,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
     null = torch.cat(nulls)
     score = float((share - null.mean()) / null.std().clamp(min=1e-12))
     centers_in_space = mean + centers[0] @ directions
-    # Their order must not hang on the sign of a direction, which rounding decides.
+    # Their order must not depend on the sign of a direction, which rounding decides.
     fixed = torch.randn(dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return SplitTest(score, centers_in_space[(centers_in_space @ fixed).argsort()].to(tokens))
 

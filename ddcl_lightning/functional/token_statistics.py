@@ -35,7 +35,7 @@ class Cells(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """What each prototype's tokens look like: the additive statistics of any number of tokens.
+    """Additive statistics of the tokens of each prototype, for any number of tokens.
 
     Attributes:
         log_mass: Logarithm of the tokens assigned to each prototype, ``ln sum_n q_nk``, ``(..., K)``; finite where the
@@ -56,14 +56,14 @@ class TokenStatistics(NamedTuple):
         return TokenStatistics(log_mass, torch.lerp(self.mean, later.mean, share), cells)
 
     def finite(self, loss: Tensor) -> "TokenStatistics":
-        """The same; or the statistics of no token, if something in them or the loss of the call is not finite."""
+        """These statistics, or those of no token if a number in them or the loss of the call is not finite."""
         log_mass, mean, cells = self
         # A mass of -inf is that of no token; NaN is not below infinity.
         clean = torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
         if cells is not None:
             clean &= torch.isfinite(cells.distortion).all()
-            sums = (torch.where(clean, value, 0.0) for value in (cells.counts, cells.distortion, cells.token))
-            cells = Cells(*sums, torch.where(clean, cells.place, -1))
+            counts, distortion, token = (torch.where(clean, value, 0.0) for value in cells[:3])
+            cells = Cells(counts, distortion, token, torch.where(clean, cells.place, -1))
         return TokenStatistics(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0), cells)
 
 
@@ -85,7 +85,7 @@ def code_counts(codes: Tensor, num_codes: int, mask: Tensor | None = None) -> Te
 def cells_of(
     tokens: Tensor, prototypes: Tensor, codes: Tensor, mask: Tensor | None = None, order: Tensor | None = None
 ) -> Cells:
-    """What lies in the cell of each prototype.
+    """Statistics of the tokens in the cell of each prototype.
 
     Args:
         tokens: ``(H, N, d)``.

@@ -42,8 +42,8 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     By default the last step is T -> 0: prototypes become the means of the samples nearest to them, those of little use
     are moved to where the error is, and the restart with the smallest inertia wins. Compared to the best of ten runs of
-    ``KMeans``: the inertia is no higher on raw, skewed, duplicated and tiny data as on balanced ones (within 1 % in all
-    of our tables), often a few per cent lower for many clusters, at many times the time. With a number for ``end``
+    ``KMeans`` the inertia is about the same or lower, at many times the cost; tables are in ``docs/measurements.md``
+    ("The estimator"). With a number for ``end``
     the prototypes stay soft: they are the fixed point at that temperature, whose inertia may be far higher where one
     direction of the data, or a few outliers, hold nearly all the variance.
 

@@ -19,7 +19,7 @@ except ImportError as error:
 
 
 class PrototypePooling(Module):
-    """Pools a SentenceTransformer's tokens by any head of this package.
+    """Pooling of a SentenceTransformer's tokens by any head of this package.
 
     Put it after the encoder: ``SentenceTransformer(modules=[Transformer(folder), PrototypePooling(head)])``. A saved
     model loads with ``trust_remote_code=True``, which sentence-transformers asks for every module that is not its own.

@@ -1,6 +1,6 @@
 """Agreement of a hard clustering with labels, and use of the codebook, all from one K x C matrix of counts.
 
-Each figure is a function of the count matrix; :class:`ClusteringMetrics` accumulates that matrix. Its memory
+Each metric is a function of the count matrix; :class:`ClusteringMetrics` accumulates that matrix. Its memory
 does not grow with the number of samples, and the matrices of several processes add up to that of all samples.
 """
 
@@ -161,7 +161,7 @@ def perplexity(counts: Tensor) -> Tensor:
 
 
 class ClusteringMetrics(Metric):
-    """Accumulates clusters against classes and computes all figures of this module at once.
+    """Counts of clusters against classes, from which all metrics of this module are computed at once.
 
     Samples with a negative label count for ``usage`` and ``perplexity`` only.
 
@@ -197,14 +197,14 @@ class ClusteringMetrics(Metric):
         self.add_state("sizes", zeros[:, 0].clone(), dist_reduce_fx="sum")
 
     def resize(self, num_clusters: int) -> None:
-        """Start anew with another K, for a bank whose size has changed."""
+        """Reset the counts, with another K, for a bank whose size has changed."""
         self.num_clusters = num_clusters
         zeros = torch.zeros(num_clusters, self.num_classes, dtype=torch.int64, device=self.counts.device)
         self.add_state("counts", zeros, dist_reduce_fx="sum")
         self.add_state("sizes", zeros[:, 0].clone(), dist_reduce_fx="sum")
 
     def update(self, assignments: Tensor, labels: Tensor) -> None:
-        """Add a batch.
+        """Add the clusters and labels of a batch.
 
         Args:
             assignments: Cluster of each sample, ``(N,)`` integers in [0, K).
@@ -214,7 +214,7 @@ class ClusteringMetrics(Metric):
         self.sizes += torch.bincount(assignments.long(), minlength=self.num_clusters)
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures over all samples since the last reset, over all processes.
+        """Metrics of all samples since the last reset, over all processes.
 
         Returns:
             Scalars ``acc``, ``nmi``, ``ari``, ``purity``, ``usage``, ``perplexity``. The first four are NaN
@@ -235,8 +235,8 @@ class ClusteringMetrics(Metric):
             "ari": adjusted_rand_index,
             "purity": purity,
         }
-        figures = {name: f(self.counts) if undefined is None else undefined for name, f in agreement.items()}
-        return figures | {"usage": usage(self.sizes), "perplexity": perplexity(self.sizes)}
+        values = {name: f(self.counts) if undefined is None else undefined for name, f in agreement.items()}
+        return values | {"usage": usage(self.sizes), "perplexity": perplexity(self.sizes)}
 
 
 def _check_indices(name: str, values: Tensor, size: int, size_name: str, lowest: int | None) -> None:

@@ -58,7 +58,7 @@ def soft_perplexity(mass: Tensor) -> Tensor:
 
 
 class CodebookMetrics(Metric):
-    """Accumulates hard codes, and soft assignments where there are some, and computes how the codebooks are used.
+    """Use of codebooks, from counts of hard codes and, where there are some, sums of soft assignments.
 
     Args:
         num_codes: K, codes per codebook, at least 1.
@@ -91,7 +91,7 @@ class CodebookMetrics(Metric):
         self.add_state("mass", counts.float(), dist_reduce_fx="sum")
 
     def update(self, codes: Tensor, assignments: Tensor | None = None) -> None:
-        """Add a batch.
+        """Add the codes of a batch.
 
         Args:
             codes: ``(B, T, H)`` integers in [0, K), -1 for padding.
@@ -112,7 +112,7 @@ class CodebookMetrics(Metric):
             self.mass += assignments.float().sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures over all tokens since the last reset, over all processes.
+        """Metrics of all tokens since the last reset, over all processes.
 
         Returns:
             Scalars ``usage`` (share of the codes that at least one token has, in (0, 1]), ``perplexity`` (in
@@ -127,13 +127,13 @@ class CodebookMetrics(Metric):
                 "CodebookMetrics must see at least one token before compute(); got none since the last reset. Call "
                 "update(codes) first."
             )
-        books = [self._figures(counts, mass) for counts, mass in zip(self.counts, self.mass, strict=True)]
-        figures = {name: torch.stack([book[name] for book in books]).mean() for name in books[0]}
+        books = [self._of_codebook(counts, mass) for counts, mass in zip(self.counts, self.mass, strict=True)]
+        values = {name: torch.stack([book[name] for book in books]).mean() for name in books[0]}
         if len(books) > 1:
-            figures |= {f"codebook{i}_{name}": value for i, book in enumerate(books) for name, value in book.items()}
-        return figures
+            values |= {f"codebook{i}_{name}": value for i, book in enumerate(books) for name, value in book.items()}
+        return values
 
     @staticmethod
-    def _figures(counts: Tensor, mass: Tensor) -> dict[str, Tensor]:
+    def _of_codebook(counts: Tensor, mass: Tensor) -> dict[str, Tensor]:
         soft = soft_perplexity(mass)  # 0 / 0 is NaN, which is what no assignment means
         return {"usage": usage(counts), "perplexity": perplexity(counts), "soft_perplexity": soft}

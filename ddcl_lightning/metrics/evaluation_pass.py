@@ -11,7 +11,7 @@ from ddcl_lightning.metrics.stages import StageMetrics
 
 
 def suffix(loader: int) -> str:
-    """What Lightning, and so this package, adds to the names of what is logged of one of several loaders."""
+    """Suffix that Lightning, and so this package, adds to names of values of one of several loaders."""
     return f"/dataloader_idx_{loader}"
 
 

@@ -30,7 +30,7 @@ CLUSTERING_METRICS = ("acc", "nmi", "ari", "usage", "perplexity")
 
 @dataclass
 class Readouts:
-    """What a module makes of M samples; rows are samples, on the CPU in float32.
+    """Readouts of a module for M samples; rows are samples, on the CPU in float32.
 
     Attributes:
         pooled: The head's summaries, ``(M, pooled_dim)``.

@@ -19,7 +19,7 @@ def peak_signal_to_noise(mse: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 class ReconstructionMetrics(Metric):
-    """Accumulates mean squared error, PSNR and SSIM.
+    """Mean squared error, PSNR and SSIM over batches and processes.
 
     PSNR is that of the error of all images together, as in torchmetrics, not the mean of the images' own. SSIM is
     torchmetrics' (Wang et al. 2004), averaged over images; its window of 11 x 11 pixels has to fit into them.
@@ -52,7 +52,7 @@ class ReconstructionMetrics(Metric):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch.
+        """Add predictions and targets of a batch.
 
         Args:
             prediction: Images ``(B, C, H, W)`` or vectors ``(B, T, D)``.
@@ -84,7 +84,7 @@ class ReconstructionMetrics(Metric):
             self.compared += len(prediction)
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures over everything since the last reset, over all processes.
+        """Metrics of all batches since the last reset, over all processes.
 
         Returns:
             Scalars ``mse``; ``psnr`` in decibels, NaN for vectors; ``ssim`` in [-1, 1], NaN for vectors and for

@@ -1,4 +1,4 @@
-"""What a task's metrics of one stage come to: named scalars, whatever form each metric computes."""
+"""Metrics of one stage as named scalars, for every form of value that a metric may compute."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Number
@@ -122,7 +122,7 @@ def _has_data(child: nn.Module) -> bool:
 
 
 def check_new(stages: Iterable[StageMetrics]) -> None:
-    """Raise if stages share a metric: what one counts, the other would reset.
+    """Raise if stages share a metric, which each of them would reset.
 
     Raises:
         ValueError: Naming the metric.

@@ -46,7 +46,7 @@ def draw_atoms(
     noun: str = "code",
     tokens: str = "the tokens",
 ) -> Figure:
-    """What each code is decoded to, by falling use; codes without an atom are crossed out.
+    """Decoded image of each code, by falling use; codes without one are crossed out.
 
     Args:
         atoms: ``(K, C, H, W)`` float32 on the CPU; at most 128 of them are drawn.

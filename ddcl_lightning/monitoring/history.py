@@ -1,4 +1,4 @@
-"""What CollapseWarning remembers between its readings."""
+"""State of CollapseWarning between its readings."""
 
 import math
 from collections import deque
@@ -13,7 +13,7 @@ TREND_READINGS = 20
 
 @dataclass
 class PrototypeUse:
-    """How long prototypes have waited for a token; ``(K,)`` each."""
+    """Waiting times of prototypes for a token; ``(K,)`` each."""
 
     hits: Tensor  # tokens nearest to each so far
     idle: Tensor  # tokens seen since the last of them
@@ -22,11 +22,11 @@ class PrototypeUse:
 
     @classmethod
     def none_of(cls, size: int) -> "PrototypeUse":
-        """Before the first token, for K prototypes."""
+        """Waiting times of K prototypes before the first token."""
         return cls(torch.zeros(size), torch.zeros(size), torch.zeros(size))
 
     def add(self, counts: Tensor) -> None:
-        """Take the counts ``(K,)`` of one batch."""
+        """Add the counts ``(K,)`` of one batch."""
         self.num_tokens += int(counts.sum())
         self.hits = self.hits + counts
         hit = counts > 0
@@ -41,7 +41,7 @@ class PrototypeUse:
 
 @dataclass
 class HeadHistory:
-    """What is remembered of one head between readings."""
+    """State of one head between readings."""
 
     use: PrototypeUse
     tokens: deque[Tensor] = field(default_factory=deque)
@@ -53,7 +53,7 @@ class HeadHistory:
     streaks: dict[str, int] = field(default_factory=dict)
 
     def add_tokens(self, tokens: Tensor) -> None:
-        """Take an even part of a batch's ``(N, d)`` tokens, and drop those that newer ones make needless."""
+        """Add every n-th of a batch's ``(N, d)`` tokens, and drop the oldest that are no longer needed."""
         self.tokens = deque(earlier.to(tokens.device) for earlier in self.tokens)  # a resumed run's come from a file
         self.tokens.append(tokens[:: math.ceil(len(tokens) / ENOUGH_TOKENS)].float())
         while sum(map(len, self.tokens)) - len(self.tokens[0]) >= ENOUGH_TOKENS:

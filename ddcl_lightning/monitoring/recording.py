@@ -16,7 +16,7 @@ from ddcl_lightning.nn.observer import BankObserver
 
 @dataclass(frozen=True)
 class CodebookRecord:
-    """What a codebook saw and returned in one call; tensors are detached, codebook and T copied at the call.
+    """Input and output of a codebook in one call; tensors are detached, codebook and T copied at the call.
 
     Attributes:
         tokens: ``(H, N, d)``.
@@ -57,8 +57,8 @@ Receiver = Callable[[str, CodebookRecord], None]
 class record_codebooks(BankObserver):
     """Context manager that hands a record of every call of some banks to a receiver.
 
-    While it is not armed it costs nothing. Calls inside of compiled modules leave no record; copies of a bank are not
-    recorded, and nothing is when this object is gone.
+    While it is not armed it costs nothing. Calls inside of compiled modules leave no record, nor do copies of a bank.
+    Recording ends when this object is deleted.
 
     Args:
         banks: Banks by name, or a module that holds them.
@@ -102,7 +102,7 @@ class record_codebooks(BankObserver):
 def over_processes(records: Mapping[str, CodebookRecord]) -> dict[str, CodebookRecord]:
     """The records of all processes as one per bank, the same everywhere: their valid tokens in rank order.
 
-    Banks that some process has not called are left out. Terms are means over all tokens.
+    A bank that was not called on every process is left out. Terms are means over all tokens.
     """
     if world_size() == 1:
         return dict(records)

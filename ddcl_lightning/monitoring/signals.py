@@ -1,4 +1,4 @@
-"""The signals of a bank's health, read off one look at it."""
+"""Signals of a bank's health, computed from one record of a call."""
 
 import math
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class HeadSignals:
         return float((self.counts > 0).float().mean())
 
     def scalars(self) -> dict[str, float]:
-        """What goes to a logger."""
+        """Numbers for a logger, by name."""
         return {
             "delta_min": self.delta_min,
             "delta_mean": self.delta_mean,
@@ -85,7 +85,7 @@ class HeadSignals:
 def read_signals(
     record: CodebookRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
 ) -> list[HeadSignals]:
-    """Signals of each head from one observation.
+    """Signals of each head from one record.
 
     Args:
         record: What a forward call of the bank read.

@@ -95,7 +95,7 @@ def collect_tokens(
 
     Modules run in evaluation mode (no dropout), except those that normalise by the statistics of the batch, which run
     as they will in training. Weights, buffers, modes, the loaders and the random state stay as they were. A
-    stream of unknown length is read until the sample is full.
+    stream of unknown length is read until the sample is complete.
 
     Args:
         trainer: A trainer inside ``fit``.
@@ -142,7 +142,7 @@ def collect_tokens(
 
 
 def calls_per_step(module: nn.Module, bank: PrototypeBank) -> int:
-    """How many layers inside of ``module`` share a bank, at least 1; what only holds such layers is none of them."""
+    """Number of layers inside of ``module`` that share a bank, at least 1; containers of such layers do not count."""
     parents = [parent for parent in module.modules() if any(child is bank for child in parent.children())]
     layers = [
         candidate
@@ -154,7 +154,7 @@ def calls_per_step(module: nn.Module, bank: PrototypeBank) -> int:
 
 @contextmanager
 def _without_trace(module: pl.LightningModule) -> Iterator[None]:
-    """Let training steps run that are no training: no gradients, no dropout, no logging, everything put back after."""
+    """Context manager for training steps without effect: no gradients, dropout or logging, all state restored after."""
     training = [child for child in module.modules() if child.training]
     trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
     buffers = [

@@ -1,4 +1,4 @@
-"""The bank of prototypes, which heads are built on and callbacks look for."""
+"""The bank of prototypes, which heads are built on and callbacks find."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, BankTemperature, 
 
 
 class PrototypeBank(Codebook, ObservedModule):
-    """K prototypes per head, the temperature that softens the assignment to them, and nothing else.
+    """Bank of K prototypes per head with the temperature of the assignments to them.
 
-    Callbacks look for modules of this class, so whatever is built on one can be annealed, initialised, checked
-    and watched. A bank takes the number of prototypes of the state that it loads.
+    Callbacks find modules of this class, so that every network with a bank inside can be annealed, initialised,
+    checked and monitored. A bank takes the number of prototypes of the state that it loads.
 
     Args:
         num_prototypes: K, prototypes per head, at least 1.
@@ -85,8 +85,8 @@ class PrototypeBank(Codebook, ObservedModule):
             ``(N, H * d)``) or None.
 
         Raises:
-            ValueError: If a shape does not fit, or (in eager mode on a CPU, where looking costs nothing) if no token
-                is valid or the terms are not finite; the message says which input is to blame.
+            ValueError: If a shape does not fit, or (in eager mode on a CPU, where the check costs nothing) if no token
+                is valid or the terms are not finite; the message names the input that is wrong.
         """
         heads, flat_mask = self._begin(tokens, mask)
         attend = prototype_attention_reference if need_weights else prototype_attention
@@ -116,7 +116,7 @@ class PrototypeBank(Codebook, ObservedModule):
         """
         heads, flat_mask = self._begin(tokens, mask)
         prototypes = self.prototypes if self.training else self.prototypes.detach()
-        # What a process evaluates on its own must not wait for the others.
+        # Evaluation of one process alone must not wait for the others.
         total = log_sum_over_processes if self.training else Tensor.detach
         temperature = self.temperature.clone()
         fused = straight_through or not self.training or not torch.is_grad_enabled()
@@ -140,10 +140,10 @@ class PrototypeBank(Codebook, ObservedModule):
         return self._end(tokens, mask, heads, flat_mask, output)
 
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens and mask in the form of the functional API, after whoever watches has seen them."""
+        """Tokens and mask in the form of the functional API; observers are called before."""
         heads, flat_mask = self.split_heads(tokens, mask)
         require_tokens(tokens)
-        for observer in self._watching():
+        for observer in self._active_observers():
             observer.before(self, tokens, mask)
         if self.training:
             if not torch.compiler.is_compiling():
@@ -154,7 +154,7 @@ class PrototypeBank(Codebook, ObservedModule):
     def _end(
         self, tokens: Tensor, mask: Tensor | None, heads: Tensor, flat_mask: Tensor | None, output: BankOutput
     ) -> BankOutput:
-        """The output in the shape of the tokens, through the hands of whoever watches."""
+        """The output in the shape of the tokens, after the observers have read or changed it."""
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
         if self.training and mask is not None:
@@ -168,7 +168,7 @@ class PrototypeBank(Codebook, ObservedModule):
             codes = codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1)
         centroids = output.centroids.transpose(0, 1).reshape(tokens.shape)
         output = output.replaced(centroids=centroids, weights=weights, codes=codes)
-        for observer in self._watching():
+        for observer in self._active_observers():
             output = observer.after(self, tokens, mask, output)
         return output
 
@@ -178,7 +178,7 @@ class PrototypeBank(Codebook, ObservedModule):
         return self.temperature_state.current
 
     def settle(self) -> None:
-        """Let T follow what was measured since the last step; the step of an optimizer does."""
+        """Update T from what was measured since the last step, as the step of an optimizer does."""
         self.temperature_state.settle()
 
     def set_temperature(self, temperature: float | list[float] | Temperature) -> None:
@@ -230,7 +230,7 @@ class PrototypeBank(Codebook, ObservedModule):
         progress: bool = False,
         name: str = "a bank",
     ) -> None:
-        """Start from a sample of tokens: prototypes where they are, and T from their critical temperature.
+        """Initialise prototypes and T from a sample of tokens.
 
         Args:
             tokens: ``(*, H * d)``, valid ones only, the same on every process; the first process clusters them.

@@ -76,7 +76,7 @@ class Codebook(GuardedState):
 
     @torch.no_grad()
     def resize(self, prototypes: Tensor) -> None:
-        """Take ``(H, K', d)`` values in the place of the ``(H, K, d)``; the parameter stays the same object.
+        """Replace the ``(H, K, d)`` values by ``(H, K', d)``; the parameter stays the same object.
 
         Its gradient is dropped, and the state that an optimizer keeps for it has to follow:
         :func:`~ddcl_lightning.optim.resizing.resize_bank` does both.
@@ -102,7 +102,7 @@ class Codebook(GuardedState):
         self.num_prototypes = num_prototypes
 
     def fit_to_state(self, prefix: str, state_dict: dict[str, Any]) -> None:
-        """Make room for a bank that has grown since it was built."""
+        """Resize to the number of prototypes of a state that is about to be loaded."""
         saved = state_dict.get(f"{prefix}prototypes")
         if isinstance(saved, Tensor) and saved.dim() == 3:
             heads, size, dim = saved.shape

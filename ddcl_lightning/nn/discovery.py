@@ -14,7 +14,7 @@ def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
 
 
 def require_banks(module: nn.Module, caller: str, pattern: str = "*") -> dict[str, PrototypeBank]:
-    """Those whose name matches the caller's ``banks`` pattern, with an error that names the caller where there is none.
+    """Banks whose name matches the caller's ``banks`` pattern; an error names the caller where there is none.
 
     A module whose ``banks_optional`` is True may have none: its heads can be swapped, and a callback that has nothing
     to look at then says so and stays idle.

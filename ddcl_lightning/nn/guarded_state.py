@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Rule(NamedTuple):
-    """What the values of an entry have to be.
+    """Condition on the values of an entry of a state.
 
     Attributes:
         says: In words, after "must be".
@@ -46,9 +46,9 @@ DIRECTION = Rule(
 
 
 class GuardedState(nn.Module):
-    """A module whose state is looked at before it is loaded, and whose buffers stay in float32 or wider.
+    """A module whose state is validated before it is loaded, and whose buffers stay in float32 or wider.
 
-    A state that breaks a rule is refused with the name of the entry, and this module keeps what it had. Flags are kept
+    A state that breaks a rule is refused with the name of the entry, and this module keeps its own. Flags are kept
     as numbers, which averages of weights can average; those of older states were boolean.
 
     Attributes:
@@ -98,12 +98,12 @@ class GuardedState(nn.Module):
 
 
 def running_dtype() -> torch.dtype:
-    """Of statistics: the default, but float32 where that is a half precision."""
+    """Dtype of running statistics: the default one, but float32 where that is a half precision."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def keep_unless(usable: Tensor | bool, kept: Tensor, new: Tensor) -> None:
-    """Replace a buffer in place where ``usable``; a tensor is not looked at: nobody waits for the device."""
+    """Replace a buffer in place where ``usable``, without a wait for the device."""
     if isinstance(usable, Tensor):
         new = torch.where(usable, new, kept)
     elif not usable:
@@ -131,11 +131,11 @@ def _is_integer(value: Tensor) -> bool:
 
 
 def require_finite(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Refuse a state whose parameters are damaged.
+    """Raise if parameters in a state are NaN or infinite.
 
     Args:
         state: Tensors by name, of a checkpoint.
-        names: The entries to look at; those that the state lacks are left to whoever loads it.
+        names: The entries to check; entries that the state lacks are skipped.
 
     Raises:
         ValueError: If one of them holds NaN or infinity.

@@ -18,7 +18,7 @@ LEAST = 1e-6  # weight of a token whose prototype is in every sample; where all 
 
 
 class PrototypeIDF(RunningMeans, SettledState):
-    """Weighs tokens by ``ln(1 / share) ** 2``, the share of samples in which their prototype occurs.
+    """Weights ``ln(1 / share) ** 2`` of tokens, by the share of samples in which their prototype occurs.
 
     The logarithm is the inverse document frequency (Sparck Jones 1972); it counts twice, as in the cosine of two
     vectors that are weighted by it. A prototype occurs in a sample as far as the assignments of its tokens sum up to 1.
@@ -68,9 +68,9 @@ class PrototypeIDF(RunningMeans, SettledState):
         return weights if mask is None else weights.masked_fill(~mask, 0.0)
 
     def take_over(self, where: Tensor | bool = True) -> None:
-        """Weigh by the share as measured."""
+        """Use the latest measured share for the weights."""
         keep_unless(where, self.current, self.share)
 
     def begin_from_state(self) -> None:
-        """Weigh by the share that was loaded."""
+        """Use the loaded share for the weights."""
         self.current = self.share.clone()

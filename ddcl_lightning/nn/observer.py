@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class BankObserver:
-    """Is shown the calls of banks that it was added to; both methods do nothing here.
+    """Base of observers of the calls of banks; both methods do nothing here.
 
     Attributes:
         breaks_graphs: Whether it is shown calls from inside of compiled modules, whose graphs break there.
@@ -22,15 +22,15 @@ class BankObserver:
     breaks_graphs: bool = False
 
     def before(self, bank: "PrototypeBank", tokens: Tensor, mask: Tensor | None) -> None:
-        """See the tokens ``(*, H * d)`` and the mask ``(*)`` of a call that is about to be computed."""
+        """Read the tokens ``(*, H * d)`` and the mask ``(*)`` of a call before it is computed."""
 
     def after(self, bank: "PrototypeBank", tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
-        """See a call that was computed, and return what it returns."""
+        """Read a call after it was computed, and return its output, changed or not."""
         return output
 
 
 class ObservedModule(nn.Module):
-    """A module that shows its calls to observers, which it does not keep alive; copies of it have none."""
+    """A module that shows its calls to observers. It holds weak references to them; copies of it have none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,22 +38,22 @@ class ObservedModule(nn.Module):
         self._breaks_graphs = False
 
     def add_observer(self, observer: BankObserver) -> None:
-        """Show every call to an observer for as long as somebody else holds it."""
+        """Show every call to an observer, as long as a reference to it exists elsewhere."""
         self._observers = [reference for reference in self._observers if reference() is not None]
         self._observers.append(weakref.ref(observer))
         self._breaks_graphs |= observer.breaks_graphs
 
     def remove_observer(self, observer: BankObserver) -> None:
-        """Show it no further calls; nothing happens if it was not shown any."""
+        """Show no further calls to an observer; no effect if it was not added."""
         self._observers = [reference for reference in self._observers if reference() not in (None, observer)]
 
-    def _watching(self) -> list[BankObserver]:
+    def _active_observers(self) -> list[BankObserver]:
         if torch.compiler.is_compiling():
-            return self._living(breaks_graphs=True) if self._breaks_graphs else []
-        return self._living() if self._observers else []
+            return self._existing(breaks_graphs=True) if self._breaks_graphs else []
+        return self._existing() if self._observers else []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _living(self, breaks_graphs: bool = False) -> list[BankObserver]:
+    def _existing(self, breaks_graphs: bool = False) -> list[BankObserver]:
         observers = [reference() for reference in self._observers]
         return [
             observer for observer in observers if observer is not None and (observer.breaks_graphs or not breaks_graphs)

@@ -35,7 +35,7 @@ class SoftVectorQuantizer(Quantizer):
 
     Its claim that no straight-through estimator is needed fails in the same place: the derivative of ``c_n`` vanishes
     for tokens that are well inside of a code's cell. So the default passes the decoder's gradient straight
-    through, ``z_n + sg[p_n - z_n]``; ``gradient="soft"`` is the paper's. See docs/measurements.md for figures.
+    through, ``z_n + sg[p_n - z_n]``; ``gradient="soft"`` is the paper's. Both are compared in ``docs/measurements.md``.
 
     Evaluation mode moves nothing: no code, temperature or statistic, and no gradient for the codes, while gradients
     pass straight through to the tokens. So ``vq.eval()`` is how an encoder is trained against a finished codebook.
@@ -56,7 +56,7 @@ class SoftVectorQuantizer(Quantizer):
         commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens, so that it is free of their
             scale, but not of that of the decoder's loss: about a tenth of the variance of what is reconstructed (0.01
             for pixels in [0, 1]). Too low: tokens run away from their codes. Too high: the encoder serves the codes,
-            not the decoder (ten times as much: errors up by 15 to 70 %).
+            not the decoder.
         entropy_weight: Weight >= 0 of the bonus on the entropy (nats) of the mean assignment. Too low: codes
             share the work unevenly. Too high: tokens are sent to codes that are not theirs. It pulls at a token by
             1 / T: lower it with the temperature.
@@ -65,10 +65,9 @@ class SoftVectorQuantizer(Quantizer):
             too high a temperature at the end leaves a gap to the hard codes.
         embedding_scale: A bound on the scale of what is quantised, see :class:`~ddcl_lightning.EmbeddingScale`.
             ``"none"`` suits tokens of an encoder that stays as it is. Those of one that learns here tend to keep nearly
-            all of their variance in one direction; ``"per_dimension"`` works against that, and codes that are then
-            bound more tightly (a commitment of a quarter of the variance) took 5 % off the error on CIFAR-10, none on
-            Fashion-MNIST. Codes are in the scaled space; statistics are those of the batch in training, running ones
-            in evaluation and in :meth:`encode`.
+            all of their variance in one direction; ``"per_dimension"`` works against that, and allows a larger
+            commitment. Codes are in the scaled space; statistics are those of the batch in training, running ones in
+            evaluation and in :meth:`encode`.
 
     Attributes:
         bank: The codes, a :class:`~ddcl_lightning.PrototypeBank` that callbacks find.
@@ -161,7 +160,7 @@ class SoftVectorQuantizer(Quantizer):
         return self._squeeze(codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1), z)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """What a decoder reads for hard codes.
+        """Tokens or feature maps of hard codes, as a decoder reads them.
 
         Args:
             indices: ``(B, T)`` or ``(B, H, W)`` int64, with a last dimension of heads if there are several; -1 for
@@ -212,7 +211,7 @@ class SoftVectorQuantizer(Quantizer):
         return [] if self.input_projection is None else list(self.input_projection.parameters())
 
     def extra_repr(self) -> str:
-        """What ``print`` shows beside the parts."""
+        """Dimension and modes, for ``print``."""
         return f"dim={self.dim}, gradient={self.gradient!r}, training_output={self.training_output!r}"
 
     def _tokens(self, z: Tensor, mask: Tensor | None) -> Tensor:

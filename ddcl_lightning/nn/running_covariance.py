@@ -57,7 +57,7 @@ class RunningCovariance(RunningMeans):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> None:
-        """Take in ``(H, N, d)`` tokens with mask ``(H, N)``."""
+        """Add a batch of ``(H, N, d)`` tokens with mask ``(H, N)``."""
         if recomputing():
             return
         with torch.autocast(tokens.device.type, enabled=False):
@@ -79,7 +79,7 @@ class RunningCovariance(RunningMeans):
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> None:
-        """Begin anew from a sample ``(H, N, d)``, the same on every process; later batches get their least weight."""
+        """Restart from a sample ``(H, N, d)``, the same on every process; later batches get weight ``momentum``."""
         z = tokens.to(self.covariance.device, torch.float64)
         centred = z - z.mean(-2, keepdim=True)
         values, vectors = torch.linalg.eigh(centred.mT @ centred / z.shape[-2])

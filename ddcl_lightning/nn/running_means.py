@@ -32,7 +32,7 @@ class RunningMeans(GuardedState):
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.int64))
 
     def averaged(self, name: str, latest: Tensor) -> Tensor:
-        """What the buffer ``name`` will be with the ``latest`` batch; :meth:`take_in` stores it."""
+        """Mean ``name`` with the ``latest`` batch added; :meth:`take_in` stores it."""
         mean: Tensor = getattr(self, name)
         weight = (1.0 / (self.num_batches + 1)).clamp(min=self.momentum)
         return mean.lerp(latest.to(mean.dtype), weight.to(mean.dtype))

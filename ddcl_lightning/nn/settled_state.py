@@ -15,11 +15,11 @@ _hooked = False
 
 
 class SettledState(GuardedState):
-    """A module that measures in its calls, and takes over what it has measured after the step of an optimizer.
+    """A module that measures in its calls, and uses what it has measured from the next optimizer step on.
 
-    Calls between two steps read the same then, so that calling twice gives the same twice, batches whose gradients add
-    up are treated alike, and a call that checkpointing runs again sees what it saw at first. The very first call,
-    before which nothing is known, reads what it measures itself. The step of any optimizer of torch counts.
+    All calls between two steps read the same state: calling twice gives the same output twice, batches of accumulated
+    gradients are treated alike, and a call that activation checkpointing repeats reads what it read at first. The very
+    first call reads what it measures itself. The step of any optimizer of torch counts.
     """
 
     def __init__(self) -> None:
@@ -34,27 +34,27 @@ class SettledState(GuardedState):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Take over what was measured since the last time; for loops in which no optimizer of torch steps."""
+        """Apply what was measured since the last time; for loops in which no optimizer of torch steps."""
         if self._measured:
             self._measured = False
             self.take_over()
 
     def measured(self, first: Tensor) -> None:
-        """Note that a call has measured, to be taken over at once where it is the ``first`` (booleans)."""
+        """Mark that a call has measured; where it is the ``first`` (booleans), apply it at once."""
         self._measured = True
         self.take_over(first)
 
     def take_over(self, where: Tensor | bool = True) -> None:
-        """Move what calls read to what was measured, ``where`` that is True."""
+        """Set what calls read to what was measured, ``where`` that is True."""
         raise NotImplementedError
 
     def begin_from_state(self) -> None:
-        """Read from now on what was loaded."""
+        """Set what calls read to what was loaded."""
         raise NotImplementedError
 
 
 def settle(module: nn.Module) -> None:
-    """Let everything in a module take over what it has measured, as after a step."""
+    """Apply the measurements of every :class:`SettledState` in a module, as an optimizer step does."""
     for child in module.modules():
         if isinstance(child, SettledState):
             child.settle()

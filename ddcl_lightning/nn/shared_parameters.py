@@ -14,7 +14,7 @@ _hooked = False
 
 
 def follow_alone(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse the step of any other optimizer that has one of these parameters, for as long as this one follows them.
+    """Make steps of other optimizers with these parameters an error, as long as this one follows them.
 
     An optimizer that followed one of them before gives way.
     """
@@ -27,12 +27,12 @@ def follow_alone(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None
 
 
 def release(optimizer: Optimizer) -> None:
-    """Let others have what an optimizer followed."""
+    """Allow other optimizers the parameters that an optimizer followed."""
     _FOLLOWED.pop(optimizer, None)
 
 
 def note_prototypes(parameter: Tensor) -> None:
-    """Check at the step of every optimizer that what it keeps for these prototypes has their number."""
+    """Have every optimizer check at its step that its state of these prototypes has their number of rows."""
     if id(parameter) not in _PROTOTYPES:
         _hook()
         _PROTOTYPES[id(parameter)] = parameter

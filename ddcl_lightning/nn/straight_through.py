@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def straight_through(value: Tensor, carrier: Tensor, anchor: Tensor | None) -> Tensor:
-    """``value`` to the last bit, with a gradient that goes to ``carrier`` unchanged.
+    """Exactly ``value``, with a gradient that goes to ``carrier`` unchanged.
 
     Args:
         value: What is read, any shape.

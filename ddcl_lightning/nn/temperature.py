@@ -29,7 +29,7 @@ def _plain(value: Any) -> float | list[float]:
 
 @dataclass(frozen=True)
 class Temperature:
-    """A temperature T and what its value is relative to.
+    """Temperature T: a value and the unit that it is relative to.
 
     Wherever a class takes ``temperature``, a plain number is ``Temperature(number)``: a fraction of the critical
     temperature of the tokens, above which all prototypes are drawn to one point. It means the same at every scale.
@@ -171,11 +171,11 @@ class BankTemperature(SettledState):
 
     @property
     def is_measured(self) -> bool:
-        """Whether T stands in its relation to tokens; an absolute one needs none."""
+        """True if T was set from tokens; an absolute one needs none."""
         return self.unit == "absolute" or bool((self.reference() > 0).all())
 
     def reference(self) -> Tensor:
-        """What the value is a fraction of, ``(H,)``: the critical temperature as measured, or 1."""
+        """Unit of the value, ``(H,)``: the measured critical temperature, or 1."""
         if self.covariance is None or self.unit == "absolute":
             return torch.ones_like(self.value)
         return self.factor * self.covariance.lambda_max
@@ -188,7 +188,7 @@ class BankTemperature(SettledState):
             keep_unless(where, self.variance, self.covariance.total_variance())
 
     def begin_from_state(self) -> None:
-        """Take the variance of what was loaded; T was loaded itself."""
+        """Set the variance from the loaded covariance; T was loaded itself."""
         if self.covariance is not None:
             self.variance = self.covariance.total_variance()
             self._fixed = bool((self.covariance.lambda_max > 0).all())

@@ -1,4 +1,4 @@
-"""Parameter groups that somebody adds to the optimizers during training, as callbacks for fine-tuning do."""
+"""Parameter groups that callbacks for fine-tuning add to the optimizers during training."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def adopt_groups(optimizers: Sequence[Optimizer], module: "DDCLReadoutModule", factor: float) -> bool:
-    """Let the module's schedule move new groups too.
+    """Add new parameter groups to the module's schedule.
 
     A group starts at the rate with which it came, and is named after the role of its parameters.
 

@@ -20,7 +20,7 @@ MIN_TOKENS = 8  # of the sample, in each half of a split
 
 @dataclass(frozen=True)
 class SizeRules:
-    """When the number of prototypes changes.
+    """Rules of when the number of prototypes changes.
 
     Attributes:
         min_prototypes: Smallest K, at least 1.
@@ -66,7 +66,7 @@ class SizeRules:
 
 
 class Resize(NamedTuple):
-    """A bank's next prototypes.
+    """Plan of a bank's next prototypes.
 
     Attributes:
         prototypes: ``(K', d)``, in the order of their predecessors, second halves of splits last.
@@ -183,7 +183,7 @@ def _split(
 
 
 def resize_bank(bank: PrototypeBank, plan: Resize, optimizers: Iterable[Optimizer] = ()) -> None:
-    """Give a bank of one head its next prototypes; the optimizers' state goes with the rows.
+    """Replace the prototypes of a bank of one head by those of a plan, and the rows of the optimizers' state.
 
     The parameter stays the same object, so parameter groups need no change. A row's state is that of its parent, for
     both halves of a split. Gradients are dropped: do this right after an optimizer step.

@@ -12,7 +12,7 @@ from ddcl_lightning.optim.token_normalized import TokenNormalized
 
 @torch.no_grad()
 def resize_state(optimizers: Iterable[Optimizer], prototypes: Tensor, parents: Tensor) -> None:
-    """Give optimizers the state of a parameter whose rows are about to change, each row that of its parent.
+    """Resize the optimizers' state of a parameter whose rows are about to change; each row takes that of its parent.
 
     Args:
         optimizers: All of them; those without the parameter stay as they are.

@@ -1,4 +1,4 @@
-"""Which tokens belong to the step that an optimizer makes: those of calls that a backward pass has gone through."""
+"""Statistics of the tokens that belong to an optimizer step: those of calls that a backward pass went through."""
 
 import itertools
 import weakref
@@ -25,19 +25,18 @@ class _Call(NamedTuple):
 
 
 class StepStatistics(BankObserver):
-    """Adds up what banks see between two steps, for an optimizer that moves prototypes by their tokens.
+    """Statistics of the tokens of banks between two steps, for an optimizer that moves prototypes by them.
 
-    The rules are those of gradients. A call counts when a backward pass goes through what it returned or through the
-    tokens that it read: once, however often that happens and however often checkpointing runs the call. Calls add up
-    until a step takes them or they are dropped; gradients that were set to None (``module.zero_grad()``) take what
-    belongs to them along. Where no backward pass comes at all, a loop without a loss, all calls since the last step
-    count instead. Calls in evaluation mode, without gradients (``torch.no_grad``), of a frozen bank or of a copy of it
-    never do. A call whose loss is not finite (a NaN or an overflow in a valid token, or no such token) adds nothing,
-    and nobody waits for the device to find out.
+    Calls count as gradients do. A call counts when a backward pass goes through its output or through its tokens: once,
+    even if several backward passes do, or activation checkpointing runs the call again. Calls add up until a step takes
+    them or they are dropped. Setting gradients to None (``module.zero_grad()``) drops the calls of these gradients too.
+    In a loop without any backward pass, all calls since the last step count instead. Calls in evaluation mode, without
+    gradients (``torch.no_grad``), of a frozen bank or of a copy of it never count. A call whose loss is not finite (a
+    NaN or an overflow in a valid token, or no valid token) adds nothing; this check does not wait for the device.
 
     Args:
         banks: The banks by name.
-        need_cells: Whether to look into the cells, asked at every call.
+        need_cells: Called at every call: whether statistics of the cells are needed.
     """
 
     breaks_graphs = True
@@ -58,7 +57,7 @@ class StepStatistics(BankObserver):
         self._close.atexit = False
 
     def take(self, prototypes: Tensor) -> TokenStatistics | None:
-        """What belongs to the step of these prototypes, which starts anew; None where it was dropped on purpose.
+        """Statistics for the step of these prototypes, which are then reset; None where they were dropped on purpose.
 
         Raises:
             RuntimeError: If the bank was not called at all.
@@ -77,21 +76,21 @@ class StepStatistics(BankObserver):
         return call.statistics
 
     def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
-        """Forget the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
+        """Drop the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
         for kept in (self._called, self._passed, self._numbers):
             kept.pop(prototypes, None)
         self._graded.discard(prototypes)
         (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
 
     def close(self) -> None:
-        """Follow no further calls, which goes without saying when this is gone."""
+        """Follow no further calls; an object that no longer exists follows none either."""
         for bank in self._banks:
             bank.remove_observer(self)
         self._close()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
-        """Note a call in training mode, and follow the backward pass through it."""
+        """Read a call in training mode, and count it when a backward pass goes through it."""
         prototypes = bank.prototypes
         if not (bank.training and torch.is_grad_enabled() and prototypes.requires_grad):
             return output
@@ -151,7 +150,7 @@ class StepStatistics(BankObserver):
             self._graded.add(prototypes)
 
     def _reset(self, prototypes: Tensor) -> bool:
-        """Whether somebody has set the gradient to None that came with what has passed."""
+        """True if the gradient of the counted calls was set to None since."""
         return prototypes in self._graded and prototypes.grad is None
 
 
@@ -170,6 +169,6 @@ def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
 
 
 def _call(method: "weakref.WeakMethod[Any]", prototypes: Tensor) -> None:
-    alive = method()
-    if alive is not None:
-        alive(prototypes)
+    bound = method()
+    if bound is not None:
+        bound(prototypes)

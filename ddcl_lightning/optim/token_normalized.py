@@ -17,7 +17,7 @@ from ddcl_lightning.optim.step_statistics import StepStatistics
 
 
 class TokenNormalized(Optimizer):
-    """Moves every prototype towards its own tokens with one time constant, however little mass it holds.
+    """Optimizer that moves every prototype towards its own tokens with one time constant, whatever its mass.
 
     A gradient step moves a prototype in proportion to the mass of tokens assigned to it, so one that the encoder
     leaves behind stops moving: a dead code. Here responsibilities are normalised over *tokens*,
@@ -85,7 +85,7 @@ class TokenNormalized(Optimizer):
         return self
 
     def close(self) -> None:
-        """Stop to follow the banks, so that another optimizer may have their prototypes."""
+        """Stop following the banks, so that another optimizer may have their prototypes."""
         release(self)
         if self._statistics is not None:
             self._statistics.close()
@@ -95,7 +95,7 @@ class TokenNormalized(Optimizer):
         return any(group["relocation_threshold"] > 0 for group in self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore rates and memory, after a look at them.
+        """Load rates and state, after a check of their values.
 
         Raises:
             ValueError: If a value is out of its range.
@@ -119,20 +119,20 @@ class TokenNormalized(Optimizer):
                 self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients, and with them what was seen since the last step."""
+        """Drop gradients, and the statistics of tokens since the last step with them."""
         super().zero_grad(set_to_none)
         if self._statistics is not None:
             for bank in self._banks.values():
                 self._statistics.drop(bank.prototypes)
 
     def forget(self, prototypes: Tensor) -> None:
-        """Drop what was seen of a bank since the last step; a step before anything new leaves it as it is."""
+        """Drop the statistics of a bank since the last step; a step without new ones leaves it as it is."""
         if self._statistics is not None:
             self._statistics.drop(prototypes, on_purpose=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move the prototypes; see the class."""
+        """Move the prototypes by the statistics of their tokens."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -140,7 +140,7 @@ class TokenNormalized(Optimizer):
         if self._statistics is None:
             raise RuntimeError("TokenNormalized sees no tokens. Call optimizer.watch(module) after creating it.")
         for group in self.param_groups:
-            if not 0 <= group["lr"] <= 1:  # somebody has set it since
+            if not 0 <= group["lr"] <= 1:  # it was set since
                 raise ValueError(
                     f"lr of TokenNormalized must be in [0, 1], a step size; a group has {group['lr']}. Correct "
                     "what sets it, a schedule perhaps."

@@ -141,7 +141,7 @@ class TwoOptimizerModule(pl.LightningModule):
         return self.lr_schedule.factor(self.trainer.global_step, self._total_steps)
 
     def prototypes_held(self) -> bool:
-        """Whether this is one of the first steps, in which prototypes stay where they are."""
+        """True in the first steps, in which prototypes stay where they are."""
         return self.trainer.global_step < self.freeze_prototypes_steps
 
     def _hold_prototypes(self, optimizers: list[LightningOptimizer]) -> None:
@@ -167,7 +167,7 @@ class TwoOptimizerModule(pl.LightningModule):
                     )
 
     def _require_ratio(self, optimizers: list[LightningOptimizer]) -> None:
-        """Check the ratio of the rates as they stand, whoever set them."""
+        """Check the ratio of the current rates, which callbacks may have changed."""
         groups = self.parameter_groups()
         fast, slow = parameter_ids(groups["prototypes"]), parameter_ids(groups["encoder"])
         ratio = live_ratio([optimizer.optimizer for optimizer in optimizers], fast, slow)
@@ -187,7 +187,7 @@ class TwoOptimizerModule(pl.LightningModule):
             follows = not isinstance(optimizer.optimizer, TokenNormalized)
             for group in optimizer.param_groups:
                 if group["lr"] != group["set_lr"] and group["set_lr"] > 0:
-                    group["base_lr"] *= group["lr"] / group["set_lr"]  # somebody rescaled it: keep their factor
+                    group["base_lr"] *= group["lr"] / group["set_lr"]  # it was rescaled: keep the factor
                 group["lr"] = group["set_lr"] = group["base_lr"] * (factor if follows else 1.0)
                 self.log(f"lr/{group['name']}", group["lr"])
 

@@ -13,7 +13,7 @@ from ddcl_lightning.nn.discovery import find_banks
 
 
 class Task(nn.Module, ABC):
-    """What the readout is for. Subclass it and write ``losses``; metrics and extra predictions are optional.
+    """Base of tasks. Subclass it and write ``losses``; metrics and extra predictions are optional.
 
     Attributes:
         unsupervised: Whether the only loss is the quantisation loss, under which a trainable encoder shrinks its
@@ -41,10 +41,10 @@ class Task(nn.Module, ABC):
     def update_metrics(
         self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
     ) -> None:
-        """Feed the metrics with one batch."""
+        """Update the metrics with one batch."""
 
     def train_metrics(self) -> Mapping[str, Metric | MetricCollection]:
-        """New metrics of the training batches, logged once per epoch: for figures that cost no second pass.
+        """New metrics of the training batches, logged once per epoch: for values that cost no second pass.
 
         Their state is not saved: a run resumed in the middle of an epoch counts from there on.
         """
@@ -53,7 +53,7 @@ class Task(nn.Module, ABC):
     def update_train_metrics(
         self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
     ) -> None:
-        """Feed the training metrics with one batch; the readout is that of training, without assignments."""
+        """Update the training metrics with one batch; the readout is that of training, without assignments."""
 
     def predict(self, readout: ReadoutOutput, batch: Batch) -> dict[str, Tensor]:
         """Columns ``(B,)`` that ``predict`` adds to the assignments."""
@@ -61,7 +61,7 @@ class Task(nn.Module, ABC):
 
 
 def note_unused_weight(head: Head, quantization_weight: float) -> None:
-    """Say that a head has no ``L_q`` where the task has a weight for it."""
+    """Warn that a head has no ``L_q`` where the task has a weight for it."""
     if quantization_weight > 0 and not find_banks(head):
         rank_zero_info(f"{type(head).__name__} has no prototypes: quantization_weight is not used.")
 

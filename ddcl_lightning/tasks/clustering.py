@@ -15,7 +15,7 @@ from ddcl_lightning.tasks.base import Task
 
 
 class Clustering(Task):
-    """Pure ``L_q``: each sample belongs to the prototype with its largest mean assignment.
+    """Clustering by ``L_q`` alone: each sample belongs to the prototype with its largest mean assignment.
 
     Labels, where the batch has them, are used for metrics only.
 

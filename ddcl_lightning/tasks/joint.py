@@ -54,7 +54,7 @@ class ClassificationAndClustering(Classification):
             self.clustering.build(head)
 
     def metrics(self) -> Mapping[str, Metric | MetricCollection]:
-        """Those of the classifier, and those of the prototypes under ``cluster_``."""
+        """Metrics of the classifier, and those of the prototypes under ``cluster_``."""
         clustering = {} if self.clustering is None else self.clustering.metrics()
         clusters = {PREFIX + name: metric for name, metric in clustering.items()}
         return {**super().metrics(), **clusters}

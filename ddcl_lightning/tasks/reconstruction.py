@@ -83,7 +83,7 @@ class Reconstruction(Task):
         return decoded.to(accumulation_dtype(decoded))
 
     def compared(self, readout: ReadoutOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What came back, what should have, and for sequences the mask ``(B, T)`` of the vectors that count."""
+        """Decoded output, its target, and for sequences the mask ``(B, T)`` of the vectors that count."""
         decoded, target = self.decode(readout.tokens, readout.mask), self._target(readout, batch)
         if target.dim() == 2 and target.shape[1] == decoded[0].numel():
             target = target.reshape(decoded.shape)
@@ -125,7 +125,7 @@ class Reconstruction(Task):
         )
 
     def train_metrics(self) -> Mapping[str, Metric | MetricCollection]:
-        """The use of the codes, which training has found anyway."""
+        """Metrics of the use of the codes, which training computes anyway."""
         return {} if self._codebooks is None else {"": CodebookMetrics(*self._codebooks)}
 
     def update_train_metrics(

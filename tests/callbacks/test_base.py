@@ -51,7 +51,7 @@ def test_every_callback_attaches_to_any_project(name, tmp_path):
     logged = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("ddcl/")}
     assert {"temperature", "delta_min", "delta_relative", "delta_trend", "temperature_ratio", "entropy"} <= logged
     # Nothing stays behind.
-    assert not any(bank._watching() for bank in banks.values())
+    assert not any(bank._active_observers() for bank in banks.values())
 
 
 def test_only_due_batches_are_observed_and_validation_never_is():
@@ -126,7 +126,7 @@ def test_a_second_run_starts_anew_and_a_failed_one_leaves_no_hook():
     module = Failing()
     with pytest.raises(RuntimeError, match="boom"):
         fit(module, Spy())
-    assert not module.layer.bank._watching()
+    assert not module.layer.bank._active_observers()
 
 
 @pytest.mark.parametrize("every", [0, -1])

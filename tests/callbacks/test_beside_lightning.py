@@ -95,7 +95,7 @@ def test_prototypes_start_and_temperatures_fall_beside_them(
     falling, expected = bank.temperature_state, alone.layer.bank.temperature_state
     torch.testing.assert_close(falling.value, expected.value, rtol=1e-4, atol=0)
     torch.testing.assert_close(falling.current, expected.current, rtol=0.05, atol=0)  # it follows the encoder
-    assert not bank._watching()
+    assert not bank._active_observers()
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])

@@ -60,9 +60,9 @@ def test_report_of_a_checkpoint_is_written_twice_the_same(checkpoint: str, tmp_p
     assert "1,797 training samples" in page
     # It is the model of the checkpoint that is told about.
     module = DDCLReadoutModule.load_from_checkpoint(checkpoint, weights_only=True)
-    figures = collect(module, DigitsDataModule(seed=42), inputs=0).heads[0].figures
-    assert f"<dd>{figures['acc']:.3f}<small>" in page
-    assert f"<dd>{figures['nmi']:.3f}<small>" in page
+    metrics = collect(module, DigitsDataModule(seed=42), inputs=0).heads[0].metrics
+    assert f"<dd>{metrics['acc']:.3f}<small>" in page
+    assert f"<dd>{metrics['nmi']:.3f}<small>" in page
 
 
 def test_options_of_the_report(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_nearest_samples_shares_and_classes() -> None:
     assert low.weight == pytest.approx(0.5)
     assert [(c.name, c.share, c.base) for c in low.classes] == [("low", 1.0, 0.5)]
     assert [c.name for c in high.classes] == ["<i>high</i>"]
-    assert explanation.heads[0].figures == {"usage": 1.0, "perplexity": 2.0, "acc": 1.0, "nmi": 1.0, "ari": 1.0}
+    assert explanation.heads[0].metrics == {"usage": 1.0, "perplexity": 2.0, "acc": 1.0, "nmi": 1.0, "ari": 1.0}
     assert explanation.heads[0].temperature == 1.0
     assert (explanation.data, explanation.samples, explanation.tokens, explanation.complete) == ("Points", 12, 12, True)
     assert explanation.model == ["IdentityBackbone", "DDCLReadout", "Clustering"]
@@ -176,7 +176,7 @@ def test_modes_weights_and_the_random_state_stay() -> None:
     assert module.training
     assert not module.backbone.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert not module.head.attention.bank._watching()  # type: ignore[union-attr]
+    assert not module.head.attention.bank._active_observers()  # type: ignore[union-attr]
 
 
 def test_part_of_the_data() -> None:
@@ -194,7 +194,7 @@ def test_data_without_labels_places_or_pictures() -> None:
         predict_dataloader = train_dataloader
 
     explanation = collect(points_module(Clustering()), Bare(PointsDataModule().rows.content, []), inputs=2)
-    assert set(explanation.heads[0].figures) == {"usage", "perplexity"}
+    assert set(explanation.heads[0].metrics) == {"usage", "perplexity"}
     assert explanation.heads[0].prototypes[0].nearest[0].sample.index == 1
     assert explanation.heads[0].prototypes[0].nearest[0].sample.content is None
     assert all(view.sample.label is None for view in explanation.inputs)

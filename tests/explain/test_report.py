@@ -15,7 +15,7 @@ from explain_toys import PointsDataModule, points_module, text_data, texts_modul
 
 from ddcl_lightning.explain import Explanation, collect, render
 from ddcl_lightning.explain.explanation import ClassShare, Neighbour, PrototypeView, Sample, TokenView, WordShare
-from ddcl_lightning.explain.html import bar, figure, hue, percent, says, sentence
+from ddcl_lightning.explain.html import bar, hue, percent, says, sentence, three_digits
 from ddcl_lightning.explain.prototype_cards import prototype_card
 
 VOID = {"meta", "img", "br", "input", "link"}
@@ -237,7 +237,7 @@ def test_shares_in_words() -> None:
 def test_numbers_are_rounded_alike_and_kept_with_their_sign() -> None:
     texts = [percent(share) for share in (0.0, 0.0002, 0.004, 0.0994, 0.0996, 0.5, 1.0)]
     assert texts == ["0\u00a0%", "<0.1\u00a0%", "0.4\u00a0%", "9.9\u00a0%", "10\u00a0%", "50\u00a0%", "100\u00a0%"]
-    assert [figure(value) for value in (2.0, 2.09, 2.1, 0.0202, 99.96, 104.2, 1234.5)] == [
+    assert [three_digits(value) for value in (2.0, 2.09, 2.1, 0.0202, 99.96, 104.2, 1234.5)] == [
         *["2.00", "2.09", "2.10", "0.0202", "100", "104", "1,234"]
     ]
     words = [WordShare("a", 3.0), WordShare("b", 3.31), WordShare("c", 14.2)]

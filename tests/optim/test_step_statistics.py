@@ -326,7 +326,7 @@ def test_an_optimizer_that_is_gone_leaves_nothing_behind() -> None:
     bank(torch.randn(5, 4)).terms.loss.sum().backward()
     del codes
     gc.collect()
-    assert not bank._watching()
+    assert not bank._active_observers()
     assert isinstance(bank(torch.randn(5, 4)), BankOutput)
 
 
