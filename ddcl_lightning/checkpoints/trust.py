@@ -23,8 +23,8 @@ from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
 from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.heads.base import Head
-from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.nn.quantizer_base import Quantizer
+from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.tasks.base import Task
 
 PLUGINS = (Backbone, Head, Task, Decoder, Quantizer, pl.LightningModule, pl.LightningDataModule)
