@@ -1,35 +1,31 @@
 """What a temperature is relative to: the same number means the same everywhere, at every scale of the tokens."""
 
 import copy
-import importlib
+import functools
 import inspect
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from registry import DIM, classes, make
 from tiny import LinearBackbone, absolute, loader, quiet_trainer
 from torch import Tensor, nn
 
-import ddcl_lightning
 from ddcl_lightning import (
     Classification,
     DDCLAttention,
-    DDCLFeedForward,
     DDCLReadout,
     DDCLReadoutModule,
-    HierarchicalReadout,
+    Head,
     PrototypeBank,
     PrototypeNorm,
-    SoftVectorQuantizer,
     Temperature,
     find_banks,
 )
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.functional import critical_temperature, soft_assign
-from ddcl_lightning.heads.soft_vq import SoftVQ
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE
 
@@ -52,35 +48,29 @@ def critical(bank: PrototypeBank, tokens: Tensor) -> Tensor:
 
 # One meaning -------------------------------------------------------------------------------------
 
-CLASSES: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    PrototypeBank: lambda **kwargs: PrototypeBank(3, 4, num_heads=2, **kwargs),
-    DDCLAttention: lambda **kwargs: DDCLAttention(8, 3, num_heads=2, **kwargs),
-    SoftVectorQuantizer: lambda **kwargs: SoftVectorQuantizer(8, 3, **kwargs),
-    DDCLReadout: lambda **kwargs: DDCLReadout(3, embed_dim=8, **kwargs),
-    HierarchicalReadout: lambda **kwargs: HierarchicalReadout([4, 3], tokens=["all", "all"], embed_dim=8, **kwargs),
-    SoftVQ: lambda **kwargs: SoftVQ(3, embed_dim=8, **kwargs),
-    DDCLFeedForward: lambda **kwargs: DDCLFeedForward(8, 3, **kwargs),
-    PrototypeNorm: lambda **kwargs: PrototypeNorm(8, 3, **kwargs),
-}
-BUILDS = [pytest.param(build, id=kind.__name__) for kind, build in CLASSES.items()]
+# Every public one whose constructor takes a number or a Temperature.
+CLASSES = [
+    kind
+    for kind in classes(nn.Module)
+    if "float" in str(getattr(inspect.signature(kind).parameters.get("temperature"), "annotation", ""))
+]
+# Means of five samples are too few tokens for a level.
+OPTIONS: dict[str, dict[str, Any]] = {"HierarchicalReadout": {"tokens": ["all", "all"]}}
 
 
-def classes_with_a_temperature() -> set[type]:
-    """Public ones whose constructor takes a number or a Temperature."""
-    classes = set()
-    for module in pkgutil.walk_packages(ddcl_lightning.__path__, "ddcl_lightning."):
-        if "__main__" in module.name:
-            continue
-        for name, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if kind.__module__ == module.name and issubclass(kind, nn.Module) and not name.startswith("_"):
-                parameter = inspect.signature(kind).parameters.get("temperature")
-                if parameter is not None and "float" in str(parameter.annotation):
-                    classes.add(kind)
-    return classes
+def build(kind: type[nn.Module], **options: Any) -> nn.Module:
+    module: nn.Module = make(kind, **OPTIONS.get(kind.__name__, {}), **options)
+    if isinstance(module, Head):
+        module.build(DIM)
+    return module
 
 
-def test_the_classes_below_are_all_that_take_a_temperature() -> None:
-    assert classes_with_a_temperature() == set(CLASSES)
+BUILDS = [pytest.param(functools.partial(build, kind), id=kind.__name__) for kind in CLASSES]
+
+
+def test_the_classes_with_a_temperature_are_found() -> None:
+    names = {kind.__name__ for kind in CLASSES}
+    assert names >= {"DDCLAttention", "DDCLReadout", "HierarchicalReadout", "PrototypeBank", "SoftVQ", "PrototypeNorm"}
 
 
 def test_a_temperature_defaults_to_one_number() -> None:
