@@ -224,13 +224,13 @@ def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
         "parameters": sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad),
         "changed": changed,
     }
-    openings: list[Tensor] = []
+    gate_values: list[Tensor] = []
     for adapter in placed:
         if isinstance(adapter, GatedPrototypes):
-            adapter.gate.register_forward_hook(lambda *call: openings.append(torch.tanh(call[2])))
+            adapter.gate.register_forward_hook(lambda *call: gate_values.append(torch.tanh(call[2])))
     accuracy(net, test_x, test_y)
-    if openings:
-        result["opening"] = float(torch.cat(openings).abs().mean())
+    if gate_values:
+        result["gate_value"] = float(torch.cat(gate_values).abs().mean())
     return result
 
 
@@ -302,7 +302,7 @@ COLUMNS = {
     "trained parameters": same("parameters", ","),
     "seconds": mean("seconds", ".1f", deviation=False),
     "change of the outputs": extreme(max, "changed", ".2g"),
-    "mean gate": mean("opening", ".2f", deviation=False),
+    "mean gate": mean("gate_value", ".2f", deviation=False),
 }
 NETWORK = ("accuracy", "noisy", "H / ln K", "usage", "parameters", "seconds")
 

@@ -42,6 +42,8 @@ CODE_FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 LONG = {"ddcl_lightning/module.py": ["__init__"]}  # a file, and its functions of more than 60 lines
+# First lines that say nothing without their context.
+UNNAMED = re.compile(r"(Whether|What|Why|How|Where|Likewise|See|The same|Those|Restore (it|them))\b")
 # Names that fit any test.
 VAGUE = re.compile("^(refusals?|refuses|arguments|errors?|it_works|works|bad_arguments_are_refused)$|^refuses_what")
 
@@ -105,3 +107,11 @@ def test_files_and_functions_are_short_enough_to_read(path: Path) -> None:
     )
     long = [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 60]
     assert long == LONG.get(str(path), [])
+
+
+@pytest.mark.parametrize("path", CODE_FILES, ids=str)
+def test_first_lines_of_docstrings_name_their_object(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    documented = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    lines = {node.name: (ast.get_docstring(node) or "").splitlines()[:1] for node in documented}
+    assert {name: line for name, line in lines.items() if line and UNNAMED.match(line[0])} == {}

@@ -43,11 +43,11 @@ class Backbone(nn.Module, ABC):
         """Tokens ``(B, T, embed_dim)`` and mask of a batch as the data loader yields it."""
 
     def pieces(self, batch: Batch) -> Tensor | None:
-        """What the tokens are of, as images ``(B, T, C, H, W)``, to draw prototypes with; None where there are none."""
+        """Image parts that the tokens stand for, ``(B, T, C, H, W)``, to draw prototypes; None without images."""
         return None
 
     def needs_fit(self) -> bool:
-        """Whether ``fit`` must be called before ``forward``."""
+        """True if ``fit`` must be called before ``forward``."""
         return False
 
     def fit(self, x: Tensor) -> None:
@@ -57,7 +57,7 @@ class Backbone(nn.Module, ABC):
         """
 
     def needs_data(self) -> bool:
-        """Whether ``prepare`` must be called before training: by default where ``fit`` must."""
+        """True if ``prepare`` must be called before training: by default where ``fit`` must."""
         return self.needs_fit()
 
     def prepare(self, batches: Iterable[Batch], total: float) -> None:

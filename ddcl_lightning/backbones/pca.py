@@ -52,7 +52,7 @@ class PCABackbone(GuardedState, Backbone):
         self.register_buffer("explained_variance_ratio", torch.zeros((), dtype=running_dtype()))
 
     def needs_fit(self) -> bool:
-        """Whether the components are still missing."""
+        """True if the components are still missing."""
         return not bool(self.fitted)
 
     @torch.no_grad()
