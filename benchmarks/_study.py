@@ -37,7 +37,7 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What ``run`` may read of the command line: ``--quick``, and the files of :data:`PATHS`, None where not given."""
+    """Options of the command line for ``run``: ``--quick``, and the files of :data:`PATHS`, None where not given."""
 
     quick: bool
     encoder: Path | None = None

@@ -68,7 +68,7 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Step:
 
 
 def prepare_autoencoder(batch_size: int) -> Step:
-    """What the quantiser stands beside, on images of 32 x 32 pixels."""
+    """Training step of the encoder and decoder around the quantiser, for images of 32 x 32 pixels."""
     encoder, decoder = ConvBackbone(1, DIM, (32, 64)), ConvDecoder(1, (64, 32))
     images = torch.rand(batch_size, 1, 32, 32)
     decoder.build(DIM)

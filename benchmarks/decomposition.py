@@ -45,7 +45,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def solve(p: Problems) -> Decomposition:
-    """What the layer trains with."""
+    """Loss terms of the fused layer."""
     return prototype_attention(p.tokens, p.prototypes, p.temperature, p.mask).terms
 
 

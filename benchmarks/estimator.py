@@ -63,7 +63,7 @@ def load(name: str) -> Any:
 
 @cache
 def tables() -> dict[str, Any]:
-    """What scikit-learn brings along."""
+    """Data sets that come with scikit-learn."""
     linnerud = datasets.load_linnerud()
     loaders = ("iris", "wine", "breast_cancer", "digits", "diabetes")
     return {

@@ -102,7 +102,7 @@ def _assign(layer: nn.Linear, features: Tensor, targets: Tensor) -> None:
 
 
 def creator(config: Config) -> Callable[[int], nn.Module]:
-    """What makes a layer for D."""
+    """Function that creates a layer for D."""
     if config["layer"] == "linear":
         return lambda dim: Linear(dim, dim)
     if config["layer"] == "mlp":

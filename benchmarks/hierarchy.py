@@ -119,7 +119,7 @@ class Features:
         return torch.cat([mean_token(batch["x"] * batch["mask"].unsqueeze(-1), batch["mask"]) for batch in batches])
 
     def reduced(self, dim: int) -> "Features":
-        """The same in the first right singular directions of the tokens."""
+        """Tokens in their first right singular directions."""
         sample = self.sample(65_536).double()
         basis = torch.linalg.eigh(sample.mT @ sample).eigenvectors[:, -dim:].flip(1).float()
         reduced = [(batch["x"] @ basis).half() for batch in self.loader(shuffle=False)]

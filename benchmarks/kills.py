@@ -137,7 +137,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def differences(left: Any, right: Any, where: str = "") -> Iterator[str]:
-    """Where two nested states differ."""
+    """Differences of two nested states."""
     if torch.is_tensor(left) and torch.is_tensor(right):
         if left.shape != right.shape or not torch.equal(left.nan_to_num(), right.nan_to_num()):
             yield where

@@ -28,7 +28,7 @@ CASES = {
 
 
 def run(config: Config, seed: int, options: Options) -> Run:
-    """How far the ends of that recipe are apart."""
+    """Differences between the results of the recipe with one and several processes."""
     recipe = config["recipe"]
     codes = [] if "TokenNormalized" in recipe_paths()[recipe].read_text(encoding="utf-8") else CODES
     with tempfile.TemporaryDirectory() as name:

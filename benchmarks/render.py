@@ -45,7 +45,7 @@ def render(text: str, tables: dict[str, str]) -> str:
 
 
 def problems(pages: dict[Path, str], tables: dict[str, str]) -> list[str]:
-    """What keeps the pages from being what the results say: bad markers, unknown tables, tables shown nowhere."""
+    """Problems of the pages: bad markers, unknown tables, tables shown nowhere."""
     named = {page: MARKER.findall(text) for page, text in pages.items()}
     shown = [name for names in named.values() for name in names]
     messages = [

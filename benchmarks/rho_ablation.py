@@ -138,7 +138,7 @@ def kmeans(features: str, seed: int) -> Run:
 
 
 def warning(runs: list[Run]) -> str:
-    """How many runs were warned of, and when first."""
+    """Number of runs with a warning, and the step of the first one."""
     steps = read(runs, "first_warning_step")
     if not steps:
         return "none"

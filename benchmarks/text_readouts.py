@@ -125,7 +125,7 @@ def create_backbone(config: Config, options: Options) -> TransformersBackbone:
 
 
 def encoder_settings(options: Options) -> Config:
-    """What the encoder says of itself."""
+    """Settings of the encoder."""
     config = json.loads((Path(options.encoder) / "config.json").read_text(encoding="utf-8"))
     return {key: config[key] for key in ("architectures", "num_hidden_layers", "hidden_size", "vocab_size")}
 

@@ -24,7 +24,7 @@ class DecompositionViolationError(RuntimeError):
 
 
 class _Check(NamedTuple):
-    """What one process has checked of one bank."""
+    """Result of the check of one bank on one process."""
 
     failures: list[str]
     error: float  # of the identity and of L_q, relative to the energy

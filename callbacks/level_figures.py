@@ -52,7 +52,7 @@ class LevelFigures(ValidationFigures):
             )
 
     def forget(self) -> None:
-        """Forget which banks were reported as left out."""
+        """Clear the list of banks that were reported as left out."""
         self._left_out = set()
 
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> dict[str, _Shown]:

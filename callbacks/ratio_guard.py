@@ -1,4 +1,4 @@
-"""rho < 1 for projects that bring their own optimizers."""
+"""Check of rho < 1 for modules with optimizers of their own."""
 
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ class RatioGuard(Callback):
 
     For modules with one optimizer whose parameter groups separate prototypes from the rest
     (:func:`~ddcl_lightning.two_timescale_groups` makes them), or with two optimizers. Every trainable parameter that is
-    no prototype counts as encoder unless ``ignore`` names it; a :class:`~ddcl_lightning.DDCLReadoutModule`, which
-    checks itself, knows which of its parameters are.
+    no prototype counts as encoder unless ``ignore`` names it. A :class:`~ddcl_lightning.DDCLReadoutModule` checks rho
+    itself, and gives this callback the parameters of its encoder.
 
     Args:
         max_ratio: Largest ``rho = lr_encoder / lr_prototypes``, in (0, 1]; rho must stay below it.
@@ -64,7 +64,7 @@ class RatioGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Check the learning rates that the step of this batch will use."""
-        # Which parameters train may change on the way: encoders are unfrozen.
+        # Encoders may be unfrozen during training.
         slow = parameter_ids(parameter for parameter in self._slow if parameter.requires_grad)
         ratio = live_ratio(trainer.optimizers, self._fast, slow)
         if ratio is None:

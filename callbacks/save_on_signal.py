@@ -18,18 +18,18 @@ NAME = "interrupted.ckpt"
 
 
 class SaveOnSignal(Callback):
-    """On SIGTERM (a scheduler's preemption) or Ctrl-C, writes a checkpoint and ends the run, with exit code 143 or 130.
+    """Callback that writes a checkpoint at SIGTERM or Ctrl-C and ends the run, with exit code 143 or 130.
 
-    Training ends after the step in progress, or inside a validation, which the resumed run does anew. Where no training
-    is under way the run ends at once, and so it does at a later signal. Of several processes any may get the signal:
-    they agree on the step after which all end; a validation that has begun is finished then. The checkpoint goes where
-    those of ``ModelCheckpoint`` go; with ``ExactResume``, which ``DDCLReadoutModule`` brings along, the run resumed
-    from it repeats the uninterrupted one. SIGUSR1 and Lightning's requeueing on SLURM stay as they are.
+    Training ends after the current step, or inside a validation, which the resumed run repeats. The run ends at once
+    where no training is in progress, and at a second signal. With several processes any of them may get the signal:
+    they agree on the step after which all end, and a validation that has begun is finished first. The checkpoint goes
+    into the folder of ``ModelCheckpoint``; with ``ExactResume``, which ``DDCLReadoutModule`` adds, the run resumed from
+    it repeats the uninterrupted one. SIGUSR1 and Lightning's requeueing on SLURM stay as they are.
 
-    The command line has it; add it to a trainer of your own.
+    The command line adds this callback; add it yourself to a trainer in Python.
 
     Args:
-        enabled: Whether to do anything; else Lightning takes SIGTERM its way.
+        enabled: False leaves SIGTERM to Lightning.
         dirpath: Folder for ``interrupted.ckpt``; by default that of ``ModelCheckpoint``, else ``checkpoints`` in the
             logger's folder.
     """

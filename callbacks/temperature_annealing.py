@@ -38,7 +38,7 @@ class TemperatureAnnealing(Callback):
     Args:
         start: First temperature, a number > 0, a list with one per head, or a :class:`~ddcl_lightning.Temperature` for
             banks whose temperature is absolute; not used by a callable.
-        end: Last temperature, likewise, at most ``start``; the floor ``T_min`` of the exponential schedule.
+        end: Last temperature, in the same unit, at most ``start``; ``T_min`` of the exponential schedule.
         schedule: ``"exponential"`` (``max(end, start exp(-e / tau))``, the paper's), ``"linear"``, ``"cosine"``, or a
             callable from the position e to a temperature in the same unit, which must not increase.
         interval: Count e in epochs (``"epoch"``) or in optimizer steps (``"step"``; a batch after which several

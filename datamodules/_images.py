@@ -43,7 +43,7 @@ class PixelStore:
 
 
 class JpegStore:
-    """Encoded colour images of one size in memory, each decoded when it is first asked for.
+    """Encoded colour images of one size in memory, each decoded when it is first needed.
 
     Args:
         encoded: All files one after the other, uint8.
@@ -72,7 +72,7 @@ class JpegStore:
 
 
 class FileStore:
-    """Image files, decoded whenever they are asked for; resized to the shorter side, then cropped at the centre.
+    """Image files, decoded at every access; resized to the shorter side, then cropped at the centre.
 
     Args:
         paths: N files.
@@ -117,20 +117,20 @@ class ImageFetch:
 class ImageDataModule(SplitDataModule):
     """Data module of images: variants load an :class:`ImageFetch`, this class and its base do the rest.
 
-    Batches hold ``x`` ``(B, C, H, W)`` float32 in [0, 1], not normalised: that is the backbone's business.
+    Batches hold ``x`` ``(B, C, H, W)`` float32 in [0, 1]; normalisation is left to the backbone.
 
     Args:
         image_size: Height and width of ``x``, at least 1; None keeps those of the images.
         augment: What happens to training images: nothing, ``"flip"`` (mirrored left to right in half of the draws) or
-            ``"crop_flip"`` (also moved by up to an eighth of the side, black coming in). Drawn for each image from
+            ``"crop_flip"`` (also moved by up to an eighth of the side, filled with black). Drawn for each image from
             seed, epoch and index, so a resumed run sees the same ones.
-        batch_size: This and the following as in :class:`~ddcl_lightning.datamodules.SplitDataModule`.
-        eval_batch_size: See there.
-        val_fraction: See there.
-        evaluate_on: See there.
-        limit: See there.
-        seed: See there.
-        num_workers: See there.
+        batch_size: Rows per training batch and process, at least 1.
+        eval_batch_size: Rows per batch of all other loaders; by default ``batch_size``.
+        val_fraction: Part of each class that is held out of the training split for validation, in [0, 1).
+        evaluate_on: Rows of validation and test, see :class:`~ddcl_lightning.datamodules.SplitDataModule`.
+        limit: Train on at most this many rows, every class keeping its share; None takes all.
+        seed: Seed of split, limit, order and augmentation; None takes that of ``seed_everything``.
+        num_workers: Worker processes per loader, at least 0.
     """
 
     @typed
@@ -163,7 +163,7 @@ class ImageDataModule(SplitDataModule):
         self.augment = augment
 
     def augmentation(self) -> Augment | None:
-        """Random flips and crops, if asked for."""
+        """Random flips and crops, or None with ``augment="none"``."""
         return None if self.augment == "none" else RandomImages(self.seed, crop=self.augment == "crop_flip")
 
     def example(self, index: int) -> npt.NDArray[np.uint8]:

@@ -60,13 +60,13 @@ class TextSplitDataModule(SplitDataModule):
 
     Args:
         drop_empty: Leave out texts of white space, which have no tokens of meaning, with a warning that lists them.
-        batch_size: This and the following as in :class:`~ddcl_lightning.datamodules.SplitDataModule`.
-        eval_batch_size: See there.
-        val_fraction: See there.
-        evaluate_on: See there.
-        limit: See there.
-        seed: See there.
-        num_workers: See there.
+        batch_size: Rows per training batch and process, at least 1.
+        eval_batch_size: Rows per batch of all other loaders; by default ``batch_size``.
+        val_fraction: Part of each class that is held out of the training split for validation, in [0, 1).
+        evaluate_on: Rows of validation and test, see :class:`~ddcl_lightning.datamodules.SplitDataModule`.
+        limit: Train on at most this many rows, every class keeping its share; None takes all.
+        seed: Seed of split, limit, and order; None takes that of ``seed_everything``.
+        num_workers: Worker processes per loader, at least 0.
     """
 
     known_classes: ClassVar[tuple[str, ...] | None] = None  # where the data do not decide

@@ -13,13 +13,13 @@ class TextDataModule(TextSplitDataModule):
 
     Batches hold ``text``, a list of B strings. The splits come from ``val_path`` and ``test_path``, or else from a
     column of ``path`` with the values train, validation (val, valid, dev) and test; without either all rows are
-    training rows. What is validated on then is told by :class:`~ddcl_lightning.datamodules.SplitDataModule`.
+    training rows. For the rows of validation and test see :class:`~ddcl_lightning.datamodules.SplitDataModule`.
 
-    Labels are integers or names; the classes are the different ones, integers in their order and names alphabetically,
-    the same in all splits. A row whose label is empty, null or -1 has ``y`` -1.
+    Labels are integers or names. Classes are numbered in the order of the integers or of the alphabet, the same in all
+    splits. A row whose label is empty, null or -1 has ``y`` -1.
 
     ``index`` is the row's number in its file, from 0, blank lines not counted. With ``val_path`` or ``test_path``
-    it counts on from file to file, and predictions say ``file`` and ``row`` (its number in that file) besides.
+    it counts on from file to file, and predictions have the columns ``file`` and ``row`` (the number in that file) too.
 
     Args:
         path: File that ends in .csv, .tsv, .jsonl, .csv.gz, .tsv.gz, .jsonl.gz or .parquet, in UTF-8, with a header
@@ -28,8 +28,8 @@ class TextDataModule(TextSplitDataModule):
         label: Column of the labels; None for unlabelled texts, of which all have ``y`` -1.
         split: Column of the splits, which need not be there; None ignores it.
         val_path: File of the validation split, with the same columns; then no column ``split`` is read.
-        test_path: File of the test split, likewise.
-        drop_empty: Leave out texts of white space, which have no tokens of meaning, with a warning that lists them;
+        test_path: File of the test split, with the same columns; then no column ``split`` is read.
+        drop_empty: Leave out texts that are empty or white space, with a warning that lists them;
             the others keep their number (``index``).
         batch_size: Rows per training batch and process, at least 1.
         eval_batch_size: The same for all other loaders; by default ``batch_size``.
@@ -108,7 +108,7 @@ def read_one_file(path: str | Path, text: str, label: str | None, split: str | N
 
 
 def _with_file(rows: TextRows, file: str | Path) -> TextRows:
-    """Rows that say, besides, which file and which row of it they are, unless it has such columns itself."""
+    """Rows with the columns ``file`` and ``row`` added, unless the file has such columns itself."""
     return rows._replace(
         columns={"file": [str(file)] * len(rows.texts), "row": list(range(len(rows.texts))), **rows.columns}
     )

@@ -66,18 +66,18 @@ def run_processes(
     """
     running = start_processes(folder, target, *args, processes=processes)
     end = time.monotonic() + limit
-    for one in running:
-        one.process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, one in enumerate(running) if one.process.is_alive()]
+    for started in running:
+        started.process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, started in enumerate(running) if started.process.is_alive()]
     if hung:
-        for one in running:
-            if one.process.is_alive():
-                _show_stacks(one.process.pid)
+        for started in running:
+            if started.process.is_alive():
+                _show_stacks(started.process.pid)
         time.sleep(1.0)
-        for one in running:
-            one.process.kill()
-            one.process.join()
-    outcomes = [one.outcome() for one in running]
+        for started in running:
+            started.process.kill()
+            started.process.join()
+    outcomes = [started.outcome() for started in running]
     if hung:
         pytest.fail(f"processes {hung} hang:\n" + "\n".join(outcome.output[-6000:] for outcome in outcomes))
     return outcomes

@@ -29,13 +29,12 @@ TESTS_OF_SEVERAL_MODULES = {
     "backbones/test_offline.py": "loading without a network",
     "callbacks/test_beside_lightning.py": "our callbacks beside Lightning's",
     "callbacks/test_row_numbers.py": "rows of files from data modules to predictions",
+    "cli/test_killed.py": "commands that are ended or killed in the middle",
     "cli/test_cli.py": "commands as a user runs them",
     "cli/test_cli_configs.py": "what commands write and read again",
     "cli/test_cli_refusals.py": "commands that are refused",
-    "datamodules/test_exports.py": "what the package offers",
     "explain/test_cli_explain.py": "the command `ddcl explain`",
     "heads/test_ddcl_tokens.py": "a readout of pooled tokens",
-    "heads/test_head_contract.py": "what every head is held to",
     "heads/test_token_order.py": "heads under permuted tokens",
     "nn/test_frozen.py": "frozen prototypes in modules, optimizers and callbacks",
 }
@@ -45,6 +44,8 @@ CODE_FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 LONG: dict[str, list[str]] = {}  # a file, and its functions of more than 60 lines
+# First lines that say nothing without their context.
+UNNAMED = re.compile(r"(Whether|What|Why|How|Where|Likewise|See|The same|Those|Restore (it|them))\b")
 # Names that fit any test.
 VAGUE = re.compile("^(refusals?|refuses|arguments|errors?|it_works|works|bad_arguments_are_refused)$|^refuses_what")
 
@@ -86,7 +87,8 @@ def test_test_files_are_named_after_the_module_that_they_test(path: Path) -> Non
     """Those of several modules together are listed, with what they are about."""
     package = PACKAGES.get(path.parts[0], f"ddcl_lightning/{path.parts[0]}")
     modules = {module.stem.strip("_") for module in (ROOT / package).glob("*.py")}
-    assert path.stem.removeprefix("test_") in modules or str(path) in TESTS_OF_SEVERAL_MODULES
+    contract = path.stem.endswith("_contract")  # that of every class of a folder
+    assert path.stem.removeprefix("test_") in modules or contract or str(path) in TESTS_OF_SEVERAL_MODULES
 
 
 def test_files_that_test_several_modules_are_there() -> None:
@@ -129,3 +131,11 @@ def test_a_class_that_the_tests_cannot_make_says_where_to_say_how() -> None:
 
     with pytest.raises(LookupError, match=r"Odd needs 'number_of_horns'.*add what Odd needs to NEEDED"):
         needed(Odd)
+
+
+@pytest.mark.parametrize("path", CODE_FILES, ids=str)
+def test_first_lines_of_docstrings_name_their_object(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    documented = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    lines = {node.name: (ast.get_docstring(node) or "").splitlines()[:1] for node in documented}
+    assert {name: line for name, line in lines.items() if line and UNNAMED.match(line[0])} == {}

@@ -18,7 +18,7 @@ NAMES = {signal.SIGTERM: b"SIGTERM", signal.SIGINT: b"Ctrl-C"}
 
 
 def is_command() -> bool:
-    """Whether this process was started as ``ddcl`` or ``python -m ddcl_lightning``.
+    """True if this process was started as ``ddcl`` or ``python -m ddcl_lightning``.
 
     It asks what the interpreter was given: processes that multiprocessing spawns carry their parent's ``sys.argv``.
     """

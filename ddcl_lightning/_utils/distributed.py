@@ -202,7 +202,7 @@ def no_collectives() -> Iterator[None]:
 
 
 class _Failure(NamedTuple):
-    """What the other processes are told of an error; exceptions themselves need not survive pickling."""
+    """Description of an error for the other processes, since exceptions need not survive pickling."""
 
     rank: int
     kind: str

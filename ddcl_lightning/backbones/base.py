@@ -41,7 +41,7 @@ class Backbone(nn.Module, ABC):
         """Tokens ``(B, T, embed_dim)`` and mask of a batch as the data loader yields it."""
 
     def pieces(self, batch: Batch) -> Tensor | None:
-        """What the tokens are of, as images ``(B, T, C, H, W)``, to draw prototypes with; None where there are none."""
+        """Image parts that the tokens stand for, ``(B, T, C, H, W)``, to draw prototypes; None without images."""
         return None
 
     def prepare(self, batches: Iterable[Batch]) -> None:

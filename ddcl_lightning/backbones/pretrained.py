@@ -268,7 +268,7 @@ def gradient_reaches(run: Callable[[], Tensor], module: nn.Module) -> list[nn.Pa
 
 
 def _close_cache(backbone: nn.Module, _: object = None) -> None:
-    """Forget a cache that belongs to other weights."""
+    """Close a cache that belongs to other weights."""
     assert isinstance(backbone, PretrainedBackbone)
     if backbone._cache is not None:
         backbone._cache.flush()

@@ -271,7 +271,7 @@ def _load_checkpoint(timm: Any, encoder: nn.Module, model: str, checkpoint: str)
 
 
 def _remedy(encoder: nn.Module, model: str, state: dict[str, Any]) -> str:
-    """What to do about a checkpoint with other names."""
+    """Remedy for a checkpoint with other names."""
     shapes = [tuple(value.shape) for value in encoder.state_dict().values()]
     if [tuple(getattr(value, "shape", ())) for value in state.values()][: len(shapes)] != shapes:
         return "Name the model that it was saved from."

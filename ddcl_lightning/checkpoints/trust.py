@@ -223,7 +223,7 @@ def _element(kind: Any) -> Any:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether text given for this type stays text or becomes numbers."""
+    """True if text given for this type stays text or becomes numbers."""
     if kind is Any or kind in _PLAIN or get_origin(kind) is Literal:
         return True
     return get_origin(kind) in _CONTAINERS and all(
@@ -232,7 +232,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _is_structure(text: str) -> bool:
-    """Whether text is a list or mapping written out, which may hide a class path."""
+    """True if text is a list or mapping in YAML, which may contain a class path."""
     try:
         return isinstance(yaml.safe_load(text), (dict, list))
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -245,7 +245,7 @@ def _imported_subclasses(base: type) -> list[type]:
 
 
 def _resolve(name: str, may_import: Any) -> Any:
-    """What a dotted name stands for, without an import that is not allowed; None where that cannot be said."""
+    """Object of a dotted name, without an import that is not allowed; None where it cannot be found so."""
     names = name.split(".")
     if not all(segment.isidentifier() for segment in names):
         return None
@@ -265,7 +265,7 @@ def _resolve(name: str, may_import: Any) -> Any:
 
 
 def _depends(module: str, on: set[str]) -> bool:
-    """Whether a module is a file of an installed distribution that is, or requires, one of others; imports nothing."""
+    """True if a module is of an installed distribution that is, or requires, one of others; imports nothing."""
     top = module.partition(".")[0]
     file = _origin(module)
     if file is None:
@@ -292,7 +292,7 @@ def _origin(module: str) -> Path | None:
 
 
 def _holds(dist: metadata.Distribution, file: Path) -> bool:
-    """Whether a file lies where a distribution is installed, or in the project of an editable one."""
+    """True if a file lies where a distribution is installed, or in the project of an editable one."""
     roots = [Path(str(dist.locate_file(""))).resolve()]
     editable = re.search(r'"url"\s*:\s*"(file:[^"]+)"', dist.read_text("direct_url.json") or "")
     if editable:

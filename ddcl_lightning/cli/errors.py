@@ -80,7 +80,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
 
 
 def lost_process(error: BaseException) -> str | None:
-    """What to say where a process stops because another one of the run has ended; None for any other error."""
+    """Message for a process that stops because another one of the run has ended; None for any other error."""
     if not isinstance(error, RuntimeError) or not _LOST_PROCESS.search(str(error)):
         return None
     return (
@@ -90,7 +90,7 @@ def lost_process(error: BaseException) -> str | None:
 
 
 def unwritable(error: BaseException) -> str | None:
-    """What to say where something cannot be written, or memory is short; None for any other error."""
+    """Message for a file that cannot be written, or too little memory; None for any other error."""
     if is_memory_short(error):
         return "there is not enough memory for sizes like these. Lower the number of prototypes, widths or batch sizes."
     if type(error).__name__ == "PathError" and "writable" in str(error):
@@ -101,7 +101,7 @@ def unwritable(error: BaseException) -> str | None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error of a run is a check of this package that says all there is to say.
+    """True if an error of a run is a check of this package, whose message suffices without a traceback.
 
     It is where this package raised it on purpose (by a ``raise`` statement), or asked the standard library for a file
     or package that is missing, and no code of the user's lies between: then the place in their code matters.
@@ -123,7 +123,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """What an error says, without an error number."""
+    """Message of an error, without an error number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     for pattern, remedy in _REMEDIES.items():
@@ -143,7 +143,7 @@ def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:
 
 
 def _raised_here(frame: TracebackType) -> bool:
-    """Whether the frame stopped at a ``raise`` statement, and not at an operation that failed: that is a bug."""
+    """True if the frame stopped at a ``raise`` statement, not at an operation that failed, which is a bug."""
     return frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 

@@ -54,7 +54,7 @@ def collect(
 
     Raises:
         ValueError: If an argument is out of its range, there is no bank or no data, an index is not in the data, or
-            the data has other classes than those that the module was trained on.
+            the data has other classes than the training data.
     """
     check_arguments(examples, inputs, indices, max_samples)
     observer = Observer(module)
@@ -71,10 +71,10 @@ def collect(
         batches = tqdm(loader, desc="explain: training data", disable=not progress, leave=False)
         complete = _add_batches(tally, observer, batches, move, max_samples)
         chosen = choose_inputs(_input_loader(datamodule), inputs, indices, max_samples)
-        chosen_bar = tqdm(chosen, desc="explain: inputs", disable=not progress, leave=False)
-        views = [_input_view(observer(move(batch)), batch, place, known, album) for place, known, batch in chosen_bar]
+        chosen = tqdm(chosen, desc="explain: inputs", disable=not progress, leave=False)
+        views = [_input_view(observer(move(batch)), batch, place, known, album) for place, known, batch in chosen]
     return Explanation(
-        data=type(datamodule).__name__.removesuffix("DataModule") or type(datamodule).__name__,
+        data=_name(datamodule),
         model=[type(stage).__name__ for stage in (module.backbone, module.head, module.task)],
         checkpoint=checkpoint,
         samples=tally.samples,
@@ -181,6 +181,10 @@ def check_arguments(examples: int, inputs: int, indices: Sequence[int] | None, m
             raise ValueError(f"{name} must be at least {minimum}; got {value}.")
     if indices is not None and any(place < 0 for place in indices):
         raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}.")
+
+
+def _name(datamodule: pl.LightningDataModule) -> str:
+    return type(datamodule).__name__.removesuffix("DataModule") or type(datamodule).__name__
 
 
 def _input_loader(datamodule: pl.LightningDataModule) -> "Iterable[Batch]":

@@ -43,7 +43,7 @@ class BankOutput(NamedTuple):
         weights: Soft assignments ``(..., N, K)``, zero at padding, or None where they were not asked for.
         entropy: Mean over valid tokens of ``sum_k q_nk s_k`` with the surprisal s, ``(...)``, or None without one.
         codes: Hard codes, where a :class:`~ddcl_lightning.PrototypeBank` was asked for them.
-        statistics: Mass and mean token of each prototype, likewise.
+        statistics: Mass and mean token of each prototype, where codes were asked for.
         anchor: A zero on which gradients hang that are passed around such a call of a bank, or None unless an optimizer
             follows it.
         scale: What the terms and the entropy are multiplied by beyond being means over these tokens, for the mean over
@@ -169,7 +169,7 @@ def prototype_attention_reference(
     detach_assignments: bool = False,
     surprisal: Tensor | None = None,
 ) -> BankOutput:
-    """The same as :func:`prototype_attention`, written out plainly and with the assignments returned.
+    """Reference of :func:`prototype_attention`, written out plainly and with the assignments returned.
 
     Every term is computed from its own definition. It stores the ``N x K`` assignments, so it serves
     ``need_weights=True`` and the tests of the fused call.
@@ -180,7 +180,7 @@ def prototype_attention_reference(
         temperature: ``T > 0`` in units of squared distance.
         mask: ``(..., N)`` boolean, True for valid tokens.
         detach_assignments: Hold ``q`` constant in the backward pass (eq. 10).
-        surprisal: ``(..., K)``, see there.
+        surprisal: ``(..., K)``, see :func:`prototype_attention`.
 
     Returns:
         Centroids, terms, weights and entropy.

@@ -1,4 +1,4 @@
-"""The end of an annealing: T -> 0, and prototypes of little use moved to where the error is."""
+"""The last phase of annealing at T -> 0, in which prototypes of little use are moved to where the error is."""
 
 import warnings
 
@@ -14,22 +14,22 @@ from ddcl_lightning.functional._common import token_chunks
 
 PATIENCE = 20  # relocations in a row that gain nothing end the search
 GAIN = 1e-4  # smallest share of the inertia that counts as one
-# Before the others have followed, a good relocation may look bad, but not as bad as this multiple of the inertia.
+# Until the other prototypes have settled, a good relocation may raise the inertia, but not by more than this factor.
 HOPELESS = 2.0
 
 
 def hard_phase(points: Tensor, starts: list[Tensor], seed: int) -> tuple[Tensor, float]:
     """Lloyd's algorithm until it settles, with relocations of prototypes as long as they lower the inertia.
 
-    A relocation takes the prototype that is missed least to the neighbourhood of a sample drawn by its squared error
-    (compare Lattanzi & Sohler, "A better k-means++ algorithm via local search", ICML 2019), and stays if the inertia is
-    smaller once all prototypes have settled. Annealing alone would need this where one direction or a few outliers hold
-    nearly all the variance: there, its temperatures end before the rest of the data has come apart.
+    A relocation moves the prototype whose removal costs least to the neighbourhood of a sample that is drawn with a
+    probability proportional to its squared error (compare Lattanzi & Sohler, "A better k-means++ algorithm via local
+    search", ICML 2019). It is kept if the inertia is smaller once all prototypes have settled. This is needed where one
+    direction or a few outliers hold nearly all the variance: annealing ends before the other prototypes have separated.
 
     Args:
         points: ``(N, d)`` in float64, at least K of them distinct.
         starts: Prototypes ``(K, d)`` each; the search goes on from the best.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         Prototypes ``(K, d)``, each the mean of the points that are nearest to it, and their inertia.
@@ -45,16 +45,16 @@ def hard_phase(points: Tensor, starts: list[Tensor], seed: int) -> tuple[Tensor,
             place = points[min(drawn, len(points) - 1)]
             followers = _squared(points, place) < first
             place = points[followers].mean(0) if bool(followers.any()) else place
-            there = _squared(points, place)
+            to_place = _squared(points, place)
             # Without prototype k its points go to their second prototype, or to the new place.
-            best = torch.minimum(first, there)
-            without = best.sum() + p.new_zeros(len(p)).index_add_(0, owner, torch.minimum(second, there) - best)
-            missed_least = int(without.argmin())
+            best = torch.minimum(first, to_place)
+            without = best.sum() + p.new_zeros(len(p)).index_add_(0, owner, torch.minimum(second, to_place) - best)
+            cheapest = int(without.argmin())
             failures += 1
-            if float(without[missed_least]) > HOPELESS * inertia:
+            if float(without[cheapest]) > HOPELESS * inertia:
                 continue
             moved = p.clone()
-            moved[missed_least] = place
+            moved[cheapest] = place
             moved, lower = _settle(points, moved)
             if lower < inertia * (1 - GAIN):
                 p, inertia, failures = moved, lower, 0

@@ -103,7 +103,7 @@ def _weighted_lambda_max(tokens: Tensor, weights: Tensor) -> Tensor:
 
 
 def _power_iteration(tokens: Tensor, weights: Tensor, mean: Tensor, iterations: int = 200) -> Tensor:
-    """The same without the covariance: every iteration is two products with the tokens."""
+    """Largest eigenvalue without the covariance: every iteration is two products with the tokens."""
     generator = torch.Generator(device="cpu").manual_seed(0)  # a diagnostic must not move the global random state
     vector = torch.randn(mean.shape, generator=generator, dtype=tokens.dtype).to(tokens.device)
     vector /= torch.linalg.vector_norm(vector, dim=-1, keepdim=True)

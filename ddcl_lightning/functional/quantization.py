@@ -169,7 +169,7 @@ class _Problem:
 
 
 class _Sums(NamedTuple):
-    """What the first sweep adds up; ``q = weights / weight_sums``.
+    """Sums of the first sweep; ``q = weights / weight_sums``.
 
     Attributes:
         codes: Nearest prototype, ``(..., N)``.
@@ -180,7 +180,7 @@ class _Sums(NamedTuple):
         log_sums: Logarithm of the sums before the largest logit was taken out, ``(..., N, 1)``.
         tokens: ``[sum_n q_nk z_n, sum_n q_nk]``, ``(..., K, d + 1)``.
         sloped_tokens: The same weighted by ``b_n``, zero without gradients through q.
-        logged_tokens: The same weighted by ``l_nk``, likewise.
+        logged_tokens: The same weighted by ``l_nk``, zero without gradients through q.
         weights: Those of every block, where they are stored.
     """
 

@@ -19,7 +19,7 @@ AnyHead = TypeVar("AnyHead", bound="Head")
 
 @dataclass(frozen=True)
 class ReadoutOutput:
-    """What a head makes of ``(B, T, embed_dim)`` tokens.
+    """Output of a head for ``(B, T, embed_dim)`` tokens.
 
     Attributes:
         tokens: One vector per token, ``(B, T, *)``.
@@ -100,7 +100,7 @@ class Head(nn.Module, ABC):
         """Read out ``(B, T, embed_dim)`` tokens with mask ``(B, T)``, True for valid tokens."""
 
     def fixed_bank_size(self) -> str | None:
-        """Why the number of prototypes must stay as built, or None where nothing depends on it.
+        """Reason why the number of prototypes must stay as built, or None where nothing depends on it.
 
         A head whose shapes are free of it overrides this, for :class:`~ddcl_lightning.callbacks.AdaptiveBankSize`.
         """
@@ -214,7 +214,7 @@ class Head(nn.Module, ABC):
 
 
 def check_rebuild(head: Head, embed_dim: int) -> bool:
-    """Whether a head is built already; raises if that was for another ``embed_dim``, or it is none."""
+    """True if a head is built already; raises if that was for another ``embed_dim``, or ``embed_dim`` is none."""
     require_at_least(1, embed_dim=embed_dim)
     if head.input_dim is not None and head.input_dim != embed_dim:
         raise ValueError(

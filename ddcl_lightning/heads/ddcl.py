@@ -148,7 +148,7 @@ class DDCLReadout(Head):
         return self.attention.output_dim
 
     def fixed_bank_size(self) -> str | None:
-        """Whatever reads more than centroids has a width that depends on K."""
+        """Reason why K must stay: all but the pooling of centroids has a width that depends on it."""
         if self.pooling != "centroid":
             return f"pooling={self.pooling!r} has a width that depends on it (pooling='centroid' has not)"
         return None

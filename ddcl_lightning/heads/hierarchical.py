@@ -292,7 +292,7 @@ class HierarchicalReadout(Head):
     def _read(
         self, level: int, tokens: Tensor, mask: Tensor | None, below: DDCLAttentionOutput | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What a level reads of tokens ``(B, T, D)``, and the mask of that."""
+        """Input of a level, of tokens ``(B, T, D)``, and its mask."""
         reads = self._reads[level]
         if reads == "all":
             return tokens, mask

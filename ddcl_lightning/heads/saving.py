@@ -45,7 +45,7 @@ def stored_arguments(head: Head) -> dict[str, Any]:
 
 
 def describe(head: Head) -> dict[str, Any]:
-    """What :func:`create` needs: class, ``embed_dim`` and arguments, as plain data.
+    """Plain data for :func:`create`: class, ``embed_dim`` and arguments.
 
     Raises:
         TypeError: If an argument is kept nowhere or is not plain data.

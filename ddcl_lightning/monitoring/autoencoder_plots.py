@@ -20,7 +20,7 @@ def draw_images(originals: Tensor, decoded: Tensor, title: str) -> Figure:
 
     Args:
         originals: ``(N, C, H, W)`` float32 on the CPU; C = 1 is shown in grey, C = 3 in colour, of others the mean.
-        decoded: Likewise; values beyond the range of the originals are shown as its ends.
+        decoded: Reconstructions of the same shape; values beyond the range of the originals are shown as its ends.
         title: What is shown.
     """
     low, high = (float(value) for value in originals.aminmax())

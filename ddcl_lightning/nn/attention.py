@@ -179,7 +179,7 @@ class DDCLAttention(nn.Module):
         return zero_padding(drawn.to(embedded.dtype), mask)
 
     def _shift(self, tokens: Tensor, context: Tensor | None) -> Tensor | None:
-        """How far the context of each sample moves its prototypes, ``(B, 1, num_heads * d)``."""
+        """Shift of a sample's prototypes by its context, ``(B, 1, num_heads * d)``; None without a context."""
         if self.context_projection is None:
             if context is not None:
                 raise ValueError(

@@ -33,7 +33,7 @@ def joint_covariance(
         tokens: ``(..., N, d)``.
         mask: ``(..., N)`` boolean, True for valid tokens, or None.
         mean: ``(..., d)``, as :func:`joint_mean` returns it.
-        number: ``(..., 1)``, likewise.
+        number: ``(..., 1)``, as :func:`joint_mean` returns it.
         diagonal: Return the variances.
     """
     with torch.autocast(tokens.device.type, enabled=False):

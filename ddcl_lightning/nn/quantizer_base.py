@@ -12,7 +12,7 @@ from ddcl_lightning.nn.discovery import find_banks
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer makes of ``(B, T, D)`` tokens.
+    """Codes, vectors and loss of ``(B, T, D)`` tokens in a quantizer.
 
     Attributes:
         quantized: Codes in place of the tokens, ``(B, T, output_dim)``, zero at padding.

@@ -161,7 +161,7 @@ class TokenNormalized(Optimizer):
         return loss
 
     def _precise(self, prototypes: Tensor) -> Tensor:
-        """Where the prototypes are, in float32 or wider."""
+        """Prototypes in float32 or wider."""
         if prototypes.dtype.itemsize >= 4:
             return prototypes
         state = self.state[prototypes]

@@ -109,7 +109,7 @@ class TwoOptimizerModule(pl.LightningModule):
         return optimizers
 
     def steps_after(self, batch_idx: int) -> bool:
-        """Whether the optimizers step after a batch: the last one of its accumulation window or of the epoch."""
+        """True if the optimizers step after a batch: the last one of its accumulation window or of the epoch."""
         return (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def window_size(self, batch_idx: int) -> int:

@@ -63,11 +63,11 @@ class ClassNames(ReadoutModule):
         self.refuse_other_classes(compat.current_datamodule(self.trainer))
 
     def on_test_start(self) -> None:
-        """Likewise."""
+        """Refuse data with other classes."""
         self.refuse_other_classes(compat.current_datamodule(self.trainer))
 
     def on_predict_start(self) -> None:
-        """Likewise."""
+        """Refuse data with other classes."""
         self.refuse_other_classes(compat.current_datamodule(self.trainer))
 
     def refuse_other_classes(self, data: Any) -> None:
@@ -96,7 +96,7 @@ class ClassNames(ReadoutModule):
     def _refuse_more_classes(self, data: Any) -> None:
         """Say at once, and in the data's own names, that there are more classes than the task knows of."""
         given, known = classes_of(data), getattr(self.task, "num_classes", None)
-        if given is not None and _is_count(known) and _count(given) > known:
+        if given is not None and _is_count(known) and _count(given) > int(known or 0):
             raise ValueError(
                 f"num_classes of the task must be at least that of the data, {_listing(given)}; got {known}. Set it "
                 "(--model.task.init_args.num_classes), or correct the labels."
@@ -126,7 +126,7 @@ def _listing(classes: Classes) -> str:
 
 
 def _first_difference(trained: Classes, given: Classes) -> str:
-    """Where two lists differ beyond what is listed of them."""
+    """Phrase about the first place in which two lists differ beyond what is listed of them."""
     if isinstance(trained, int) or isinstance(given, int) or trained[:_LISTED] != given[:_LISTED]:
         return ""
     pairs = enumerate(zip(trained, given, strict=False))

@@ -121,7 +121,7 @@ def test_a_mask_selects_the_tokens(name: str) -> None:
 
 
 @each_head
-def test_one_token(name: str) -> None:
+def test_heads_read_a_single_token(name: str) -> None:
     head = built(name)
     tokens = torch.randn(7, 1, DIM)
     for training in (True, False):
@@ -169,7 +169,7 @@ def test_a_call_in_training_mode_changes_nothing_for_the_next(name: str) -> None
 
 
 @each_head
-def test_half_precision(name: str) -> None:
+def test_heads_in_half_precision_agree_with_float32(name: str) -> None:
     head = built(name).eval()
     tokens, mask = batch()
     exact = head(tokens, mask).pooled.detach()

@@ -28,7 +28,8 @@ from ddcl_lightning import (
 from ddcl_lightning._utils.arguments import conform, typed
 from ddcl_lightning.integrations import vector_quantize
 
-# Estimators check in fit, as scikit-learn wants it (tests/integrations/test_scikit_learn.py); these take no number of the user's.
+# Estimators check in fit, as scikit-learn wants it (tests/integrations/test_scikit_learn.py); these take no number of
+# the user's.
 LEFT_OUT = {"DDCLClustering", "PrototypePooling", "TransformersBackbone"}
 # Where -1 means something.
 NEGATIVE = {("TransformersBackbone", "layer")}
