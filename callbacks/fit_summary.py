@@ -51,16 +51,16 @@ class FitSummary(Callback):
     """Table at the end of ``fit`` that compares a module's readout with simple readouts of the same features.
 
     The rows are computed in one pass over the validation data (the training data where there is none), on the
-    weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the
-    prototypes see it now (*bank inputs*), and, where that is something else, as the backbone gives it, before training
-    where the encoder was trained. So a gain of the embedding and a gain of the prototypes can be told apart.
-    In the rows a sample counts once, for its strongest prototype; an autoencoder's line below them counts tokens.
-    Whatever goes wrong here is a warning: it never costs a run.
+    weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the prototypes
+    see it at the end (*bank inputs*), and, where that differs, as the backbone gives it, before training if the encoder
+    was trained. This separates a gain of the embedding from a gain of the prototypes. In the rows a sample counts once,
+    for its strongest prototype; an autoencoder's line below them counts tokens. An error in the summary is a warning
+    and does not end the run.
 
     Args:
         enabled: Whether to run at all.
         num_restarts: Restarts of the k-means baseline.
-        compare: Also judge the head's pooled output from outside, by k-means and a linear probe (logistic regression
+        compare: Evaluate the head's pooled output too, by k-means and a linear probe (logistic regression
             fitted on the training data), beside linear probes on the mean token and on the first one (CLS). Costs a
             pass over the training data, up to 65,536 samples of it.
 

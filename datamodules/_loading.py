@@ -22,15 +22,15 @@ GROUPED_BATCHES = 50  # wide enough for little padding, narrow enough that batch
 class Rows(Dataset[Batch]):
     """Some rows of a data set, fetched a whole batch at a time; loaders take :func:`as_is` to collate it.
 
-    A row is asked for by a number that counts on through the epochs, ``epoch * len(self) + place``: what is drawn
-    for a training row is then a function of its number alone, in any worker process and after any restart.
+    The number of a row counts on through the epochs, ``epoch * len(self) + place``: the random augmentation of a
+    training row is then a function of this number alone, in any worker process and after any restart.
 
     Args:
         fetch: Gives the inputs of rows of the whole data set.
         y: Labels of the whole data set, ``(N,)`` int64.
         rows: The rows that belong to this part, ``(M,)`` int64.
-        augment: Changes a batch at random; None leaves it.
-        numbers: What to call each row of the whole data set, ``(N,)`` int64; by default its place.
+        augment: Random augmentation of a batch, or None.
+        numbers: Number of each row of the whole data set, ``(N,)`` int64; by default its place.
     """
 
     def __init__(
@@ -165,9 +165,9 @@ class InOrderSampler(DistributedSampler[int]):
 
 
 def even_batch_size(rows: int, batch_size: int, processes: int) -> int:
-    """Largest batch size, at most the one asked for, at which all processes have as many batches and no row twice.
+    """Largest batch size up to ``batch_size`` at which all processes have equally many batches and no row repeats.
 
-    The one asked for where there is none (fewer rows than processes, or batches of a row or two): rows repeat then.
+    It is ``batch_size`` if there is no such size (fewer rows than processes, or batches of a row or two).
     """
     for size in range(batch_size, 0, -1):
         if not 0 < rows % (size * processes) < processes:
@@ -178,14 +178,14 @@ def even_batch_size(rows: int, batch_size: int, processes: int) -> int:
 class ResumableDataLoader(DataLoader[Batch]):
     """Data loader that continues where its ``state_dict`` was taken, without loading the batches before.
 
-    Its state is the epoch and the number of batches handed out, so batches that workers have fetched ahead do
+    Its state is the epoch and the number of batches returned, so that batches which workers have fetched ahead do
     not count. ``len()`` stays that of a full epoch, which is how Lightning finds the end of a resumed one.
     Takes the arguments of :class:`~torch.utils.data.DataLoader`; resumes if ``sampler`` is an
     :class:`EpochSampler`.
     """
 
     # On the class: Lightning may rebuild a loader from the arguments of DataLoader alone.
-    _progress = (0, 0)  # epoch, batches handed out in that epoch
+    _progress = (0, 0)  # epoch, batches returned in that epoch
     _resume: dict[str, Any] | None = None
     _own_generator = False
 
@@ -200,11 +200,11 @@ class ResumableDataLoader(DataLoader[Batch]):
         self._progress = (state_dict["epoch"], state_dict["batches"])
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator on purpose: nothing below runs before the first batch is asked for. On a restart
+        # A generator on purpose: nothing below runs before the first batch is needed. On a restart
         # Lightning calls iter() before it sets the epoch, when workers would already fetch in the order of
         # epoch 0.
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # Trainer(overfit_batches=...) puts another in its place
+        if not isinstance(sampler, EpochSampler):  # Trainer(overfit_batches=...) uses another one
             yield from super().__iter__()
             return
         first = self._take_first_batch(sampler.epoch)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import os
 import tempfile
@@ -9,14 +9,14 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
-    """A file to write in the same folder, which takes the place of ``path`` when the block ends without an error.
+    """Context manager of a temporary file in the same folder, which is renamed to ``path`` if no error occurs.
 
-    Until then ``path`` stays as it was; after an error, an interruption or a kill too.
+    ``path`` stays as it was until then, and after an error, an interruption or a kill.
 
     Args:
         path: File to write; its folder must exist. A symbolic link is followed.
-        suffix: What the name to write to ends with, by default as that of ``path``, from which some tell the format.
-            A kill leaves that file behind: give it one under which nobody looks for whole files.
+        suffix: End of the name of the temporary file, by default that of ``path``, which some writers need to choose
+            a format. A kill leaves the temporary file: choose a suffix that is not taken for a complete file.
 
     Raises:
         OSError: If it cannot be written, with the file, the reason and what to do; nothing is left behind.
@@ -71,8 +71,8 @@ def refuse_input(path: str | Path, owner: object, argument: str) -> None:
     """Raise if a file to write is one that is read.
 
     Args:
-        path: What is to be written.
-        owner: A data module, whose attributes name what it reads; None knows of nothing.
+        path: File to write.
+        owner: A data module, whose attributes name the files that it reads, or None.
         argument: Name of the argument that gave the path.
 
     Raises:

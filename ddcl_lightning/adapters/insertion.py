@@ -18,12 +18,12 @@ CHILD = "prototypes"  # the name under which a block holds what was inserted aft
 def quantization_loss(module: nn.Module) -> Tensor:
     """``L_q`` of the last call of all prototype adapters inside of ``module``, summed over them and their heads.
 
-    Terms are handed out once: add the result to the loss of the same step. Without it the prototypes learn from
-    the task alone; with too much of it an encoder shrinks its tokens.
+    The terms of a call can be read once: add the result to the loss of the same step. Without it the prototypes learn
+    from the task alone; with a large weight an encoder shrinks its tokens.
 
     Raises:
-        ValueError: If nothing is placed inside of the module.
-        RuntimeError: If nothing of it was called since.
+        ValueError: If the module holds no adapter.
+        RuntimeError: If no adapter was called since the last time.
     """
     placed = [adapter for adapter in module.modules() if isinstance(adapter, PrototypeAdapter)]
     if not placed:
@@ -33,9 +33,7 @@ def quantization_loss(module: nn.Module) -> Tensor:
         )
     losses = [adapter.terms.loss.sum() for adapter in placed if adapter.terms is not None]
     if not losses:
-        raise RuntimeError(
-            "the prototype adapters have no loss terms to hand out. Call the network once for each loss."
-        )
+        raise RuntimeError("the prototype adapters have no loss terms to read. Call the network once for each loss.")
     for adapter in placed:
         adapter.terms = None
     return torch.stack(losses).sum()
@@ -44,21 +42,21 @@ def quantization_loss(module: nn.Module) -> Tensor:
 def insert_prototypes(
     model: nn.Module, blocks: Iterable[str], create: Callable[[], PrototypeAdapter], *, mask: str | None = None
 ) -> list[PrototypeAdapter]:
-    """Place prototypes after (or beside) blocks of a model that exists, a Hugging Face or timm one say.
+    """Insert prototypes after (or beside) blocks of an existing model, such as one of Hugging Face or timm.
 
-    What is created becomes a child of its block, under the name ``prototypes``: it is trained, moved, saved and found
-    by callbacks with the model, whose other names stay as they are. A copy of the model works on its own.
+    Each adapter becomes a child of its block, under the name ``prototypes``: it is trained, moved, saved and found by
+    callbacks with the model, whose other names stay as they are. A copy of the model has adapters of its own.
 
     Args:
         model: Holds the blocks; changed in place, until :func:`remove_prototypes`.
-        blocks: Qualified names, ``[f"encoder.layer.{i}" for i in range(12)]`` say. A block takes tokens ``(B, T, D)``
-            first and returns tokens, or a tuple that starts with them.
+        blocks: Qualified names, such as ``[f"encoder.layer.{i}" for i in range(12)]``. The first input of a block is
+            tokens ``(B, T, D)``; its output is tokens, or a tuple that starts with them.
         create: Called once per block. To share prototypes, give the layers one bank.
         mask: Name of the argument of ``model.forward`` that is a ``(B, T)`` mask, not zero for valid tokens
             (``"attention_mask"``); None if all tokens are valid.
 
     Returns:
-        What was created, in the order of the blocks.
+        The adapters, in the order of the blocks.
 
     Raises:
         ValueError: If a name is unknown or its block is taken, a container or a repeated one, ``mask`` names no
@@ -96,7 +94,7 @@ def insert_prototypes(
 
 
 def remove_prototypes(model: nn.Module) -> list[PrototypeAdapter]:
-    """Undo every :func:`insert_prototypes` on a model: hooks, parameters and names go; returns what was inserted."""
+    """Undo every :func:`insert_prototypes` on a model: remove and return the adapters and their hooks."""
     removed = []
     for block in list(model.modules()):
         adapter = getattr(block, CHILD, None)

@@ -16,14 +16,14 @@ CHUNK = 4096  # tokens that go through an MLP at a time
 
 @dataclass(frozen=True)
 class MLPSite:
-    """An MLP: the modules that it consists of by name, in the order in which tokens pass them, and D."""
+    """An MLP: its modules by name, in the order in which tokens pass them, and D."""
 
     places: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     dim: int
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The MLP on tokens ``(N, D)``, in evaluation mode and its own dtype; float32 comes out."""
+        """Outputs of the MLP for tokens ``(N, D)``, in evaluation mode and its own dtype, as float32."""
         like = next(self.modules[0].parameters())
         outputs = []
         with evaluating(*self.modules):
@@ -36,7 +36,7 @@ class MLPSite:
 
 
 def choose_mlps(model: nn.Module, blocks: Blocks) -> list[MLPSite]:
-    """The MLPs that were asked for."""
+    """The MLPs of the chosen blocks."""
     if isinstance(blocks, str) and blocks != "all":
         raise ValueError(f"blocks must be 'all', or a list of numbers or names; got {blocks!r}. Put it in a list.")
     chosen: list[int | str] | None = None if isinstance(blocks, str) else list(blocks)

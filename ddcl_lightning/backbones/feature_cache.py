@@ -1,4 +1,4 @@
-"""Token features of samples on disk, found again by the content of the sample."""
+"""Token features of samples on disk, by the content of the sample."""
 
 import json
 import os
@@ -54,14 +54,14 @@ class FeatureCache:
 
     Samples are kept in segments, folders with ``values.npy`` (all tokens of its samples, ``(sum T, D)``) and
     ``index.npz`` (their keys, lengths and check sums). A segment is written under a temporary name and renamed
-    when it is complete, so that a process killed at any moment leaves whole segments only; a key that two processes
-    have computed lies there twice, with equal values. A segment that is found damaged is deleted, with a warning;
-    one that the system does not let us read is left where it is.
+    when it is complete, so that a process killed at any moment leaves complete segments only; a key that two processes
+    have computed is stored twice, with equal values. A damaged segment is deleted, with a warning; one without the
+    permission to read is left where it is.
 
-    Where writing fails (a full disk), it warns once and keeps nothing more: a cache must not end a run.
+    Where writing fails (a full disk), it warns once and stores nothing more: a cache must not end a run.
 
     Args:
-        folder: Where caches lie; each has a folder of its own in it.
+        folder: Folder of all caches; each has a folder of its own in it.
         recipe: Everything that decides the features, as plain data: features of another recipe are never returned.
         dim: D.
         dtype: Of the stored values; 16 bits halve the space.

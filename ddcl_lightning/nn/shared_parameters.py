@@ -16,7 +16,7 @@ _hooked = False
 def follow_alone(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
     """Make steps of other optimizers with these parameters an error, as long as this one follows them.
 
-    An optimizer that followed one of them before gives way.
+    An optimizer that followed one of them before no longer does.
     """
     _hook()
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -39,14 +39,14 @@ def note_prototypes(parameter: Tensor) -> None:
 
 
 def check_state(optimizer: Optimizer, prototypes: Tensor) -> None:
-    """Raise if an optimizer keeps rows of another number of prototypes.
+    """Check the number of rows in an optimizer's state of prototypes.
 
     Raises:
-        RuntimeError: If so.
+        RuntimeError: If it is not the number of prototypes.
     """
     held: Mapping[str, Any] = optimizer.state.get(prototypes, {})
     for name, value in held.items():
-        # A single number, or what a class reshapes as it likes, is no matter of rows.
+        # Other states are single numbers, or of a shape that their class chooses.
         if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] != prototypes.shape[:2]:
             raise RuntimeError(
                 f"{type(optimizer).__name__} keeps {name!r} of {value.shape[1]} prototypes per head, of which there "

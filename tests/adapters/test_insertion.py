@@ -262,13 +262,13 @@ def test_hugging_face_and_timm_models() -> None:
         assert torch.equal(call(), before)
 
 
-def test_loss_terms_are_handed_out_once() -> None:
+def test_loss_terms_of_a_call_can_be_read_once() -> None:
     net, x = Net(), torch.randn(2, 6, DIM)
     placed = insert_prototypes(net, NAMES, gated)
     net(x)
     expected = sum(layer.terms.loss.sum() for layer in placed)
     torch.testing.assert_close(quantization_loss(net), expected)
-    with pytest.raises(RuntimeError, match="no loss terms to hand out"):
+    with pytest.raises(RuntimeError, match="no loss terms to read"):
         quantization_loss(net)
     with pytest.raises(ValueError, match="found none in Linear"):
         quantization_loss(nn.Linear(2, 2))
