@@ -68,10 +68,8 @@ def collect(
         torch.manual_seed(0)  # a loader that shuffles by the global generator
         loader = _single_loader(datamodule.train_dataloader(), "train_dataloader")
         tally = Tally(observer.bank.num_heads, observer.bank.num_prototypes, examples, album)
-        batches = tqdm(loader, desc="explain: training data", disable=not progress, leave=False)
-        complete = _add_batches(tally, observer, batches, move, max_samples)
-        chosen = choose_inputs(_input_loader(datamodule), inputs, indices, max_samples)
-        chosen = tqdm(chosen, desc="explain: inputs", disable=not progress, leave=False)
+        complete = _add_batches(tally, observer, _bar(loader, "training data", progress), move, max_samples)
+        chosen = _bar(choose_inputs(_input_loader(datamodule), inputs, indices, max_samples), "inputs", progress)
         views = [_input_view(observer(move(batch)), batch, place, known, album) for place, known, batch in chosen]
     return Explanation(
         data=_name(datamodule),
@@ -181,6 +179,11 @@ def check_arguments(examples: int, inputs: int, indices: Sequence[int] | None, m
             raise ValueError(f"{name} must be at least {minimum}; got {value}.")
     if indices is not None and any(place < 0 for place in indices):
         raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}.")
+
+
+def _bar(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
+    bar: Iterable[Any] = tqdm(items, desc=f"explain: {what}", disable=not progress, leave=False)
+    return bar
 
 
 def _name(datamodule: pl.LightningDataModule) -> str:
