@@ -1,13 +1,13 @@
 """Two gloo processes train as one process does on the same global batches."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from ddcl_lightning import (
     Clustering,
@@ -22,6 +22,7 @@ from ddcl_lightning import (
 from ddcl_lightning.callbacks import CollapseWarning, DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DebrisDataModule
 from ddcl_lightning.heads import HierarchicalReadout, SoftVQ
+from tests.processes import succeed_in_processes
 from tests.tiny import quiet_trainer
 
 # Centred embeddings give the bias of the encoder a gradient of zero, whose rounding Adam would blow up to whole steps.
@@ -55,7 +56,7 @@ def hierarchy() -> tuple[Head, Task]:
     return head, Clustering(4)
 
 
-def train(folder: Path, processes: int, create: Callable[[], tuple[Head, Task]], **kwargs: Any) -> list[dict[str, Any]]:
+def train(folder: Path, processes: int, create: Callable[[], tuple[Head, Task]], **kwargs: Any) -> None:
     torch.manual_seed(0)
     module = DDCLReadoutModule(PCABackbone(6, 4, trainable=True), *create(), **ENCODER, **kwargs)
     callbacks = [
@@ -65,17 +66,13 @@ def train(folder: Path, processes: int, create: Callable[[], tuple[Head, Task]],
         CollapseWarning(every_n_batches=1, max_drop=1.0, min_separation=0.0),
         SaveState(folder),
     ]
-    parallel: dict[str, Any] = (
-        {} if processes == 1 else {"strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo")}
-    )
-    trainer = quiet_trainer(max_epochs=3, devices=processes, callbacks=callbacks, limit_val_batches=0, **parallel)
+    settings: dict[str, Any] = {"devices": processes, "strategy": "ddp" if processes > 1 else "auto"}
+    trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, limit_val_batches=0, **settings)
     # 64 rows in batches of 32, or of 2 x 16: the sampler deals the same global batches.
     trainer.fit(module, datamodule=DebrisDataModule(batch_size=32 // processes, num_per_class=16, seed=1))
-    return [torch.load(folder / f"{processes}-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
 @pytest.mark.parametrize(
     ("create", "kwargs"),
     [
@@ -89,8 +86,9 @@ def train(folder: Path, processes: int, create: Callable[[], tuple[Head, Task]],
 def test_two_processes_equal_one(
     tmp_path: Path, create: Callable[[], tuple[Head, Task]], kwargs: dict[str, Any]
 ) -> None:
-    (alone,) = train(tmp_path, 1, create, **kwargs)
-    first, second = train(tmp_path, 2, create, **kwargs)
+    train(tmp_path, 1, create, **kwargs)
+    succeed_in_processes(tmp_path, partial(train, tmp_path, 2, create, **kwargs))
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert alone["global_step"] == first["global_step"] == 6
     for name, value in alone.items():
         if name.endswith(".covariance.direction"):

@@ -14,7 +14,6 @@ import lightning.pytorch.callbacks as builtin
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,6 +28,7 @@ from ddcl_lightning import (
     PCABackbone,
 )
 from ddcl_lightning.callbacks import AdaptiveBankSize, KMeansInitialization, TemperatureAnnealing
+from tests.processes import succeed_in_processes
 from tests.tiny import Blobs, absolute, clustering_module, quiet_trainer
 
 DOCS = Path(__file__).parents[1] / "docs" / "lightning-callbacks.md"
@@ -508,14 +508,17 @@ class KeepEncoder(pl.Callback):
         torch.save(pl_module.backbone.linear.weight.detach(), self.folder / f"{trainer.global_rank}.pt")
 
 
+def unfreeze(folder: Path) -> None:
+    torch.manual_seed(0)
+    fit(Unfreezing(-1), KeepEncoder(folder), module=classifier(), strategy="ddp", devices=2, limit_val_batches=0)
+
+
 @row("BaseFinetuning")
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # spawned processes warn about themselves
 def test_an_encoder_unfrozen_under_ddp_stays_the_same_on_all_processes(tmp_path: Path) -> None:
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-    module = classifier()
-    start = module.backbone.linear.weight.detach().clone()
-    fit(Unfreezing(-1), KeepEncoder(tmp_path), module=module, strategy=strategy, devices=2, limit_val_batches=0)
+    succeed_in_processes(tmp_path, unfreeze, tmp_path)
+    torch.manual_seed(0)
+    start = classifier().backbone.linear.weight.detach()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, start)

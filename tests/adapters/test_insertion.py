@@ -3,13 +3,13 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,6 +29,7 @@ from ddcl_lightning import (
 from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.callbacks import DecompositionCheck, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from tests.processes import succeed_in_processes
 from tests.tiny import absolute, quiet_trainer
 
 DIM = 8
@@ -396,15 +397,18 @@ def test_shared_bank_starts_from_the_tokens_of_all_its_layers() -> None:
     assert [bool(((places - 5 - 50 * layer).abs() < 5).any()) for layer in (1, 2, 3)] == [True] * 3
 
 
+def train_shared(folder: Path, **options: Any) -> None:
+    torch.manual_seed(0)
+    net, _ = sharing()
+    insert_prototypes(net, [f"{name}.linear" for name in NAMES], gated)
+    fit(net, [KMeansInitialization(num_restarts=1, progress=False), SaveState(folder)], **options)
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Plain DDP, which refuses parameters that are not used: a bank of three layers, and gates that start closed."""
-    parallel = {"devices": 2, "strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo")}
-    for options in ({}, parallel):
-        torch.manual_seed(0)
-        net, _ = sharing()
-        insert_prototypes(net, [f"{name}.linear" for name in NAMES], gated)
-        fit(net, [KMeansInitialization(num_restarts=1, progress=False), SaveState(tmp_path)], **options)
+    train_shared(tmp_path)
+    succeed_in_processes(tmp_path, partial(train_shared, tmp_path, devices=2, strategy="ddp"))
     alone, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
     assert len([name for name in alone if name.endswith("bank.prototypes")]) == 6  # one of them under three names
     for name, value in alone.items():

@@ -1,11 +1,8 @@
-"""A pretrained backbone without a model, and a process that fills its cache and waits to be killed on the way.
+"""A pretrained backbone without a model, and a process that fills its cache and waits to be killed on the way."""
 
-python -m tests.cache_filler CACHE_DIR FIRST LAST [hang_in_encoder | hang_in_write]
-"""
-
-import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -57,12 +54,13 @@ def batches(first: int, last: int, size: int = 4) -> list[dict[str, list[str]]]:
     return [{"text": [text(i) for i in range(start, min(start + size, last))]} for start in range(first, last, size)]
 
 
-def hang() -> None:
-    print("ready to be killed", flush=True)
-    time.sleep(600)
+def fill(cache_dir: str, first: int, last: int, hang_in: str, connection: Connection) -> None:
+    """Fill a cache when told to; ``hang_in`` is ``"hang_in_encoder"``, ``"hang_in_write"`` or nothing."""
 
+    def hang() -> None:
+        connection.send("ready to be killed")
+        time.sleep(600)
 
-def main(cache_dir: str, first: int, last: int, hang_in: str) -> None:
     feature_cache.SEGMENT_SAMPLES = 6
     backbone = Letters(cache_dir)
     if hang_in == "hang_in_encoder":
@@ -78,10 +76,6 @@ def main(cache_dir: str, first: int, last: int, hang_in: str) -> None:
                 hang()
 
         feature_cache._write = write_half
-    print("ready", flush=True)
-    sys.stdin.readline()
-    print(backbone.fill_cache(batches(first, last), progress=False), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "")
+    connection.send("ready")
+    connection.recv()
+    backbone.fill_cache(batches(first, last), progress=False)

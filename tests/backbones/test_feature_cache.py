@@ -4,9 +4,8 @@ import copy
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule, Tokens
 from ddcl_lightning.backbones import feature_cache
 from ddcl_lightning.backbones.feature_cache import FeatureCache, content_key
-from tests.backbones.cache_filler import Letters, batches, text
+from tests.backbones.cache_filler import Letters, batches, fill, text
+from tests.processes import LIMIT, Running, fork_server, start_processes, succeed_in_processes
 from tests.tiny import quiet_trainer
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
@@ -201,38 +200,27 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 # Other processes ------------------------------------------------------------------------------------
 
 
-def filler(folder: Path, *arguments: Any, wait: bool = True) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.backbones.cache_filler", str(folder), *map(str, arguments)],
-        cwd=Path(__file__).parents[2],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if wait:
-        wait_for(process, "ready")
-    return process
+def filler(folder: Path, *arguments: Any) -> tuple[Running, Connection]:
+    """A process that is about to fill a cache, and what it is talked to by."""
+    own, other = fork_server().Pipe()
+    (running,) = start_processes(folder, fill, str(folder), *arguments, other)
+    wait_for(own, "ready")
+    return running, own
 
 
-def wait_for(process: "subprocess.Popen[str]", line: str) -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline() == line + "\n"
-
-
-def start(process: "subprocess.Popen[str]") -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
+def wait_for(connection: Connection, word: str) -> None:
+    assert connection.poll(LIMIT)
+    assert connection.recv() == word
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["hang_in_encoder", "hang_in_write"])
 def test_a_killed_fill_goes_on_where_it_stopped(tmp_path: Path, where: str) -> None:
-    process = filler(tmp_path, 0, 40, where)
-    start(process)
-    wait_for(process, "ready to be killed")
-    process.kill()  # SIGKILL: nothing is cleaned up
-    process.communicate()
+    running, connection = filler(tmp_path, 0, 40, where)
+    connection.send("start")
+    wait_for(connection, "ready to be killed")
+    running.process.kill()  # SIGKILL: nothing is cleaned up
+    running.process.join(LIMIT)
     unfinished = list(tmp_path.glob("*/tmp-*"))
     assert len(unfinished) == (where == "hang_in_write")
 
@@ -255,16 +243,14 @@ def test_a_killed_fill_goes_on_where_it_stopped(tmp_path: Path, where: str) -> N
 @pytest.mark.slow
 def test_processes_fill_the_same_cache_at_once(tmp_path: Path) -> None:
     ranges = [(0, 60), (20, 80)]
-    processes = [filler(tmp_path, *bounds, wait=False) for bounds in ranges]
+    fillers = [filler(tmp_path, *bounds, "") for bounds in ranges]
     backbone = Letters(str(tmp_path))
     backbone._open_cache()
-    for process in processes:
-        wait_for(process, "ready")
-    for process in processes:
-        start(process)
-    for process in processes:
-        assert process.wait(60) == 0
-        process.communicate()
+    for _, connection in fillers:
+        connection.send("start")
+    for running, _ in fillers:
+        running.process.join(LIMIT)
+        assert running.outcome().code == 0, running.outcome()
     backbone._open_cache().rescan()
     assert backbone.fill_cache(batches(0, 80), progress=False) == 0
     assert assert_exact(tmp_path, 0, 80).encoded == []
@@ -476,14 +462,12 @@ def test_a_resumed_run_keeps_its_place_in_the_data(tmp_path: Path) -> None:
 
 def ddp(folder: Path) -> None:
     module = module_of(Letters(str(folder)))
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-    quiet_trainer(max_epochs=3, devices=2, strategy=strategy).fit(module, loader(0, 40, shuffle=True))
+    quiet_trainer(max_epochs=3, devices=2, strategy="ddp").fit(module, loader(0, 40, shuffle=True))
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
 def test_processes_share_the_work(tmp_path: Path) -> None:
-    ddp(tmp_path)
+    succeed_in_processes(tmp_path, ddp, tmp_path)
     # Each process encoded its half, and later found the other half, which the shuffled epochs brought it.
     assert sum(len(np.load(segment / "index.npz")["keys"]) for segment in segments(tmp_path)) == 40
     assert assert_exact(tmp_path, 0, 40).encoded == []

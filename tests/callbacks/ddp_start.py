@@ -1,6 +1,5 @@
-"""Trains the two-level toy on 1 or 2 processes, saves the prototypes it starts and ends with, and predicts."""
+"""Trains the two-level toy as one of 1 or 2 processes, saves the prototypes at start and end, and predicts."""
 
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -53,7 +52,7 @@ def main(folder: str, devices: int) -> None:
     kwargs = {
         **QUIET,
         "devices": devices,
-        "strategy": "ddp_fork" if devices > 1 else "auto",
+        "strategy": "ddp" if devices > 1 else "auto",
         "default_root_dir": folder,
     }
     pl.Trainer(callbacks=callbacks, max_epochs=2, **kwargs).fit(module, loader(batch_size=16 // devices))
@@ -62,7 +61,3 @@ def main(folder: str, devices: int) -> None:
     data = DataLoader(TensorDataset(*blobs(size=41)), batch_size=8)  # does not divide by two
     trainer = pl.Trainer(callbacks=[writer], **kwargs)
     trainer.predict(module, data, return_predictions=False)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

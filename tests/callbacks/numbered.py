@@ -1,6 +1,5 @@
-"""Rows that say which row of the user's file they are, predicted on one or two processes (as a script: two)."""
+"""Rows that say which row of the user's file they are, predicted on one or two processes."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ def predict(data: pl.LightningDataModule, path: Path, devices: int = 1, **option
     trainer.predict(Reader(), datamodule=data, return_predictions=False)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def predict_on_two(folder: Path) -> None:
+    """What one of the two processes does."""
     predict(
         TextDataModule(folder / "a.csv", batch_size=3, val_fraction=0.0),
         folder / "two.csv",

@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from toys import Project, TwoLevels, TwoOptimizers, blobs, fit, loader
 
 from ddcl_lightning import (
@@ -33,6 +32,7 @@ from ddcl_lightning.callbacks import (
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.tasks import Classification, Reconstruction
+from tests.processes import succeed_in_processes
 from tests.tiny import absolute, quiet_trainer
 from tests.tiny import loader as tiny_loader
 
@@ -314,26 +314,25 @@ class SaveState(pl.Callback):
         torch.save(state, self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
 
 
+def grow(folder: Path, kind: str, processes: int) -> None:
+    torch.manual_seed(0)
+    callbacks = [*watchers()[:4], AdaptiveBankSize(seed=0), SaveState(folder)]
+    settings: dict[str, Any] = {"devices": processes, "strategy": "ddp" if processes > 1 else "auto"}
+    trainer = quiet_trainer(max_epochs=6, callbacks=callbacks, limit_val_batches=0, **settings)
+    if kind == "manual":
+        data: dict[str, Any] = {"datamodule": DigitsDataModule(limit=400, batch_size=100 // processes, seed=0)}
+        trainer.fit(readout(encoder_optimizer="SGD"), **data)
+    else:
+        # The whole data in one batch: processes share it in whatever order.
+        trainer.fit(Momentum(num_prototypes=2), loader(size=96, batch_size=96 // processes, shuffle=False))
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # spawned processes and their process groups warn about themselves
 @pytest.mark.parametrize("kind", ["manual", "automatic"])
 def test_two_processes_grow_as_one_does(tmp_path: Path, kind: str) -> None:
-    states = {}
-    for processes in (1, 2):
-        torch.manual_seed(0)
-        callbacks = [*watchers()[:4], AdaptiveBankSize(seed=0), SaveState(tmp_path)]
-        parallel: dict[str, Any] = (
-            {} if processes == 1 else {"strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo")}
-        )
-        trainer = quiet_trainer(max_epochs=6, devices=processes, callbacks=callbacks, limit_val_batches=0, **parallel)
-        if kind == "manual":
-            data: dict[str, Any] = {"datamodule": DigitsDataModule(limit=400, batch_size=100 // processes, seed=0)}
-            trainer.fit(readout(encoder_optimizer="SGD"), **data)
-        else:
-            # The whole data in one batch: processes share it in whatever order.
-            trainer.fit(Momentum(num_prototypes=2), loader(size=96, batch_size=96 // processes, shuffle=False))
-        states[processes] = [torch.load(tmp_path / f"{processes}-{rank}.pt") for rank in range(processes)]
-    (alone,), (first, second) = states[1], states[2]
+    grow(tmp_path, kind, 1)
+    succeed_in_processes(tmp_path, grow, tmp_path, kind, 2)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert alone["history"] == first["history"] == second["history"]
     assert len(next(iter(alone["history"].values()))) > 1
     torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)

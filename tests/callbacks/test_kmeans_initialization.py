@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import lightning.pytorch as pl
 import pandas as pd
 import pytest
@@ -16,6 +11,7 @@ from toys import Masked, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, 
 from ddcl_lightning import DDCLAttention
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.functional import critical_temperature
+from tests.processes import succeed_in_processes
 
 
 class Start(pl.Callback):
@@ -369,10 +365,8 @@ def test_kmeans_initialization_refuses_arguments_out_of_range(kwargs, message):
 
 @pytest.mark.slow
 def test_two_processes_start_from_the_bank_of_one(tmp_path):
-    script = Path(__file__).with_name("ddp_start.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     main(str(tmp_path), 1)
-    subprocess.run([sys.executable, str(script), str(tmp_path), "2"], check=True, env=environment, timeout=240)
+    succeed_in_processes(tmp_path, main, str(tmp_path), 2)
     alone, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
     assert set(alone) == {"layer.bank.prototypes", "top.bank.prototypes"}
     for key, value in alone.items():

@@ -1,14 +1,12 @@
 """The index of a prediction is the number of the row in the user's file."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from numbered import Reader, numbered_table, predict
+from numbered import Reader, numbered_table, predict, predict_on_two
 from torch.utils.data import DataLoader
 from toys import QUIET
 
@@ -22,6 +20,7 @@ from ddcl_lightning.datamodules import (
     TextDataModule,
 )
 from ddcl_lightning.datamodules._orbits import FEATURE_NAMES
+from tests.processes import succeed_in_processes
 from tests.tiny_data import idx_folder, jpeg_file
 
 GAPS = (0, 7, 8, 39)
@@ -190,6 +189,5 @@ def test_unknown_columns_are_refused_before_the_work(tmp_path: Path) -> None:
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     data = TextDataModule(written(tmp_path, "csv"), batch_size=3)
     predict(data, tmp_path / "one.csv", columns=["key", "label"], dropped=True)
-    script = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "numbered.py"), str(tmp_path)]
-    subprocess.run(script, check=True, capture_output=True, timeout=240)
+    succeed_in_processes(tmp_path, predict_on_two, tmp_path)
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()

@@ -111,7 +111,7 @@ NULL_FILES: dict[str, str] = {
         "model.head.init_args must hold arguments by name; got null."
     ),
     f"{MODEL}  head: {{init_args: {{num_prototypes: 4}}}}\ndata: DigitsDataModule": (
-        "model.head must be the name of a Head; got "
+        "model.head must be the name of a Head; got {'init_args'"
     ),
     f"{MODEL}  head: null\ndata: DigitsDataModule": "model.head must be given; got null. Pass --model.head CLASS",
     "model: null\ndata: DigitsDataModule": "model.backbone and model.head and model.task must be given; got null.",

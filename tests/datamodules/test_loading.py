@@ -1,5 +1,6 @@
 """The order of training batches: a function of seed and epoch, and unchanged by a restart anywhere."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ddcl_lightning.datamodules._loading import EpochSampler, ResumableDataLoader, Rows, as_is
 from ddcl_lightning.datamodules._tensors import Features, TensorDataModule
+from tests.processes import succeed_in_processes
 
 ROWS, BATCH_SIZE, EPOCHS = 22, 6, 3
 BATCHES = 4  # per epoch, the last one of 4 rows
@@ -236,7 +238,7 @@ def test_loaders_before_setup_are_refused() -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_every_epoch(tmp_path: Path) -> None:
-    fit([], folder=tmp_path, strategy="ddp_spawn", devices=2)
+    succeed_in_processes(tmp_path, partial(fit, [], folder=tmp_path, strategy="ddp", devices=2))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for epoch in range(EPOCHS):
         own, other = rows_of(first, epoch), rows_of(second, epoch)

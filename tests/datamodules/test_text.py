@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from ddcl_lightning._utils.batch import index, labels, size, texts
 from ddcl_lightning.datamodules import TextDataModule
 from tests.datamodules.runs import indices, run, same
+from tests.processes import succeed_in_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 
@@ -152,7 +154,8 @@ def test_resuming_in_the_middle_of_an_epoch_repeats_the_run(long_file: Path, tmp
 @pytest.mark.slow
 def test_two_processes_share_training_and_validation(long_file: Path, tmp_path: Path) -> None:
     data = TextDataModule(long_file, batch_size=3, val_fraction=0.3)
-    run(data, record=tmp_path, strategy="ddp_spawn", devices=2, limit_val_batches=1.0, max_epochs=1)
+    settings = {"strategy": "ddp", "devices": 2, "limit_val_batches": 1.0, "max_epochs": 1}
+    succeed_in_processes(tmp_path, partial(run, data, record=tmp_path, **settings))
     by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     texts = {
         split: [text for rank in by_rank for batch in rank[split] for text in batch["text"]]
