@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from ddcl_lightning._utils.distributed import broadcast_object
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.monitoring.history import TREND_READINGS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.monitoring.recording import CodebookRecord, over_processes
-from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
+from ddcl_lightning.monitoring.signals import HeadSignals, Signal, read_signals
 
 NOT_FINITE = "tokens or prototypes are NaN or infinite. Lower the learning rates or clip the gradients."
 
@@ -49,6 +50,8 @@ class CollapseWarning(BankCallback):
         max_entropy: Largest H / ln K.
         min_dimension: Smallest effective dimension of the embeddings relative to its highest value.
         patience: Readings for which a sign must hold.
+        additional: Signals of your own (:class:`~ddcl_lightning.Signal`), which are logged, and reported where they
+            give a sign.
 
     Attributes:
         signals: The latest signals, by bank, one entry per head.
@@ -69,6 +72,7 @@ class CollapseWarning(BankCallback):
         max_entropy: float = 0.98,
         min_dimension: float = 0.25,
         patience: int = 3,
+        additional: list[Signal] | None = None,
     ) -> None:
         super().__init__(every_n_batches)
         if on_collapse not in ("warn", "stop", "raise"):
@@ -82,6 +86,7 @@ class CollapseWarning(BankCallback):
             raise ValueError(f"patience must be at least 1 reading; got {patience}.")
         self.on_collapse, self.min_separation, self.max_drop = on_collapse, min_separation, max_drop
         self.max_entropy, self.min_dimension, self.patience = max_entropy, min_dimension, patience
+        self.additional = list(additional or [])
         self.signals: dict[str, list[HeadSignals]] = {}
         self.reported: list[str] = []
         self._watches: dict[tuple[str, int], HeadHistory] = {}
@@ -116,33 +121,48 @@ class CollapseWarning(BankCallback):
             watch.add_tokens(values)
         recent = torch.stack([torch.cat(list(watch.tokens)) for watch in watches])
         self.signals[name] = read_signals(record, bank.detach_assignments, recent)
+        others = {signal.name: signal.read(record).tolist() for signal in self.additional}
         messages = []
         for head, (watch, now) in enumerate(zip(watches, self.signals[name], strict=True)):
             where = head_name(name, head, bank.num_heads)
-            due = self._judge(watch, now, from_data=bool(bank.initialized))
+            added = {signal_name: values[head] for signal_name, values in others.items()}
+            due = self._judge(watch, now, bool(bank.initialized), added)
             messages += [f"{sign} in {where} at step {trainer.global_step}: {text}" for sign, text in due.items()]
             dead = len(watch.use.dead()) / now.num_prototypes
-            values = {**now.scalars(), "delta_trend": trend(watch.log_delta), "dead_prototypes": dead}
+            values = {**added, **now.scalars(), "delta_trend": trend(watch.log_delta), "dead_prototypes": dead}
             module.log_dict({log_name(where, key): value for key, value in values.items()})
         return messages
 
-    def _judge(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
+    def _judge(
+        self, watch: HeadHistory, now: HeadSignals, from_data: bool, added: Mapping[str, float]
+    ) -> dict[str, str]:
         """Update what is remembered and return the messages of signs that have just become due."""
         watch.readings += 1
         watch.use.add(now.counts)
-        if now.num_prototypes == 1:
-            return {}
+        signs = self._signs_of_additional(watch, added)
+        if now.num_prototypes > 1:
+            signs |= self._signs_of_several(watch, now, from_data)
+        due = {}
+        for sign, message in signs.items():
+            watch.streaks[sign] = watch.streaks.get(sign, 0) + 1 if message else 0
+            if message and watch.streaks[sign] == (1 if sign == "dead" else self.patience):
+                due[sign] = message
+        return due
+
+    def _signs_of_additional(self, watch: HeadHistory, added: Mapping[str, float]) -> dict[str, str]:
+        return {
+            signal.name: signal.sign(added[signal.name], watch.add_value(signal.name, added[signal.name])) or ""
+            for signal in self.additional
+        }
+
+    def _signs_of_several(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
+        """Signs of a bank with several prototypes, whose separation is remembered."""
         if now.delta_min > watch.peak_delta and (from_data or watch.readings > TREND_READINGS):
             watch.peak_delta, watch.scale_at_peak = now.delta_min, now.scale
         if now.dimension > watch.peak_dimension:
             watch.peak_dimension = now.dimension
         watch.log_delta.append(math.log(max(now.delta_min, 1e-300)))
-        due = {}
-        for sign, message in self._signs(watch, now, from_data).items():
-            watch.streaks[sign] = watch.streaks.get(sign, 0) + 1 if message else 0
-            if message and watch.streaks[sign] == (1 if sign == "dead" else self.patience):
-                due[sign] = message
-        return due
+        return self._signs(watch, now, from_data)
 
     def _signs(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
         """A message for each sign that is present, an empty string for each that is not."""
@@ -213,6 +233,7 @@ class CollapseWarning(BankCallback):
                 "peak_dimension": watch.peak_dimension,
                 "use": dict(vars(watch.use)),
                 "streaks": dict(watch.streaks),
+                "values": dict(watch.values),
             }
             for (name, head), watch in self._watches.items()
         }
@@ -225,7 +246,7 @@ class CollapseWarning(BankCallback):
         for key, saved in state_dict["heads"].items():
             name, head = key.split("\n")
             self._watches[name, int(head)] = HeadHistory(
-                tokens=deque(saved.get("tokens", ())),  # not in checkpoints of 0.1
+                tokens=deque(saved["tokens"]),
                 readings=saved["readings"],
                 log_delta=deque(saved["log_delta"], maxlen=TREND_READINGS),
                 peak_delta=saved["peak_delta"],
@@ -233,4 +254,5 @@ class CollapseWarning(BankCallback):
                 peak_dimension=saved["peak_dimension"],
                 use=PrototypeUse(**saved["use"]),
                 streaks=dict(saved["streaks"]),
+                values=dict(saved["values"]),
             )

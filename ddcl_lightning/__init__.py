@@ -97,6 +97,7 @@ from ddcl_lightning.heads import (
 from ddcl_lightning.integrations.scikit_learn import DDCLClustering
 from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics
 from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.monitoring import CodebookRecord, Signal, record_codebooks
 from ddcl_lightning.nn import (
     DDCLAttention,
     DDCLAttentionOutput,
@@ -128,6 +129,7 @@ __all__ = [
     "ClusteringMetrics",
     "CodebookHead",
     "CodebookMetrics",
+    "CodebookRecord",
     "CollapseError",
     "CollapseWarning",
     "ConvBackbone",
@@ -186,6 +188,7 @@ __all__ = [
     "SaveOnSignal",
     "SequenceDecoder",
     "SerialPrototypes",
+    "Signal",
     "SizeRules",
     "SlotAttentionPooling",
     "SoftVQ",
@@ -209,6 +212,7 @@ __all__ = [
     "input_sample",
     "insert_prototypes",
     "quantization_loss",
+    "record_codebooks",
     "remove_prototypes",
     "replace_feedforward",
     "two_timescale_groups",

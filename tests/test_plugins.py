@@ -1,13 +1,14 @@
 """Everything that can be plugged in, from somebody else's package: named in YAML and nowhere else."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from registry import PLUGIN, classes
 
-from ddcl_lightning import Backbone, DDCLReadoutModule, Decoder, Head, Quantizer, SplitDataModule, Task
+from ddcl_lightning import Backbone, DDCLReadoutModule, Decoder, Head, Quantizer, Signal, SplitDataModule, Task
 from ddcl_lightning.cli.commands import main
 
 FOLDER = Path(__file__).parent / "plugin" / PLUGIN
@@ -30,6 +31,9 @@ data: {{class_path: {PLUGIN}.StripedDataModule}}
     - class_path: ddcl_lightning.callbacks.KMeansInitialization
     - class_path: ddcl_lightning.callbacks.DecompositionCheck
     - class_path: ddcl_lightning.callbacks.CollapseWarning
+      init_args:
+        every_n_batches: 1
+        additional: [{{class_path: {PLUGIN}.LargestShare, init_args: {{limit: 0.1}}}}]
 """
 AUTOENCODER = f"""
 model:
@@ -58,7 +62,7 @@ data: {{class_path: {PLUGIN}.StripedDataModule}}
 
 def test_each_thing_that_plugs_in_is_one_file() -> None:
     """A file of its own that imports nothing of the package but names that it exports."""
-    for base in (Backbone, Decoder, Head, Quantizer, SplitDataModule, Task):
+    for base in (Backbone, Decoder, Head, Quantizer, Signal, SplitDataModule, Task):
         ours = [kind for kind in classes(base) if kind.__module__.startswith(PLUGIN)]
         assert ours, f"no {base.__name__} in the plug-in"
         for kind in ours:
@@ -78,7 +82,10 @@ def fitted(recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
 def test_prototypes_a_task_and_a_metric_are_trained_watched_and_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, checkpoint = fitted(PROTOTYPES, tmp_path, monkeypatch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module, checkpoint = fitted(PROTOTYPES, tmp_path, monkeypatch)
+    assert any("largest_share in head.bank at step" in str(warning.message) for warning in caught)
     printed = capsys.readouterr().out
     assert "prototypes (last step)" in printed
     assert " 0 violations" in printed

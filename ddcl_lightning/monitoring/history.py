@@ -51,6 +51,13 @@ class HeadHistory:
     scale_at_peak: float = math.nan
     peak_dimension: float = 0.0
     streaks: dict[str, int] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)  # the latest of additional signals, by name
+
+    def add_value(self, name: str, value: float) -> list[float]:
+        """Keep the value of a signal; those before it, at most 20."""
+        earlier = self.values.get(name, [])
+        self.values[name] = [*earlier, value][-TREND_READINGS:]
+        return earlier
 
     def add_tokens(self, tokens: Tensor) -> None:
         """Add every n-th of a batch's ``(N, d)`` tokens, and drop the oldest that are no longer needed."""

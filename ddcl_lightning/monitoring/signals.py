@@ -1,6 +1,8 @@
 """Signals of a bank's health, computed from one record of a call."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,31 @@ from ddcl_lightning.functional import (
     total_variance,
 )
 from ddcl_lightning.monitoring.recording import CodebookRecord
+
+
+class Signal(ABC):
+    """A number that tells of a codebook's health, for :class:`~ddcl_lightning.CollapseWarning` to log and to judge.
+
+    Subclass it, name it and write ``read``; ``sign`` too where some values call for a warning.
+
+    Attributes:
+        name: Under which it is logged, and reported.
+    """
+
+    name: str
+
+    @abstractmethod
+    def read(self, record: CodebookRecord) -> Tensor:
+        """The signal of each head, ``(H,)``, from one batch of all processes together."""
+
+    def sign(self, value: float, earlier: Sequence[float]) -> str | None:
+        """A sentence with the value and the remedy where it speaks of a collapse, else None.
+
+        Args:
+            value: The latest value of one head.
+            earlier: Its values before, up to 20, the oldest first.
+        """
+        return None
 
 
 @dataclass(frozen=True)

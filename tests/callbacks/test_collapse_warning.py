@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from toys import QUIET, Project, blobs, fit, loader
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, PrototypeBank
+from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, PrototypeBank, Signal
 from ddcl_lightning.callbacks import CollapseError, CollapseWarning, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from ddcl_lightning.monitoring.history import ENOUGH_TOKENS, HeadHistory, PrototypeUse, trend
@@ -256,8 +256,32 @@ def test_a_fall_counts_from_the_start_only_where_the_start_was_data(from_data):
     # It travels for 15 readings, rests for 10, and falls.
     for delta in [5.0 - 0.3 * reading for reading in range(15)] + [0.8] * 10 + [0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]:
         now = HeadSignals(delta, delta, (0, 1), 1.0, 2.0, 0.1, 1.0, 0.1, 2, torch.ones(2) / 2, torch.tensor([50, 50]))
-        falls.append("falling" in watch._judge(history, now, from_data))
+        falls.append("falling" in watch._judge(history, now, from_data, {}))
     assert falls.index(True) == (11 if from_data else 31)
+
+
+class Falling(Signal):
+    """The negative number of its readings, and a sign once the mean of three has passed -3."""
+
+    name = "falling_number"
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    def read(self, record):
+        self.readings -= 1
+        return torch.full((len(record.codebook),), float(self.readings))
+
+    def sign(self, value, earlier):
+        return "see a doctor." if sum([value, *earlier[-2:]]) / 3 < -3 else None
+
+
+def test_a_signal_of_the_users_is_logged_and_reported_once():
+    watch = CollapseWarning(every_n_batches=1, patience=2, additional=[Falling()])
+    with pytest.warns(UserWarning, match=r"falling_number in layer.bank at step 6: see a doctor"):
+        trainer = fit(Project(), KMeansInitialization(), TemperatureAnnealing(), watch)
+    assert [message.split()[0] for message in watch.reported] == ["falling_number"]
+    assert float(trainer.callback_metrics["ddcl/falling_number/layer.bank"]) < -6
 
 
 def test_flat_embeddings_are_noticed_before_delta_falls():

@@ -7,11 +7,13 @@ from acme_readouts.head import FurthestToken
 from acme_readouts.metric import WithinOne
 from acme_readouts.pooling import NormPooling
 from acme_readouts.quantizer import SignQuantizer
+from acme_readouts.signal import LargestShare
 from acme_readouts.task import DigitRegression
 
 __all__ = [
     "DigitRegression",
     "FurthestToken",
+    "LargestShare",
     "NormPooling",
     "SignQuantizer",
     "StripDecoder",
