@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional import TokenStatistics, cells_of, code_counts, nearest_prototype, token_means
+from ddcl_lightning.functional import (
+    TokenStatistics,
+    cells_of,
+    code_counts,
+    nearest_prototype,
+    soft_assign,
+    token_means,
+)
 
 TOKENS = torch.randn(2, 90, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PROTOTYPES = 2 * torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -34,6 +41,14 @@ def test_token_statistics_of_batches_merge_to_those_of_all_tokens(cuts: list[int
         total = total.merge(batch)
     for merged, whole in zip(flat(total), flat(statistics(slice(0, 90))), strict=True):
         torch.testing.assert_close(merged, whole)
+
+
+def test_token_statistics_are_those_of_the_definition() -> None:
+    weights = soft_assign(TOKENS, PROTOTYPES, 0.5) * MASK.unsqueeze(-1)
+    mass = weights.sum(1)
+    whole = statistics(slice(0, 90))
+    torch.testing.assert_close(whole.log_mass, mass.log())
+    torch.testing.assert_close(whole.mean, weights.mT @ TOKENS / mass.unsqueeze(-1))
 
 
 def test_token_statistics_without_cells_merge_to_none() -> None:
