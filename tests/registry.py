@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import tiny_bert
 
@@ -28,8 +29,8 @@ from ddcl_lightning import (
 
 PLUGIN = "acme_readouts"
 DIM = 8  # of tokens
-# What is optional, by the library that it needs.
-OPTIONAL = ("vector_quantize_pytorch", "sentence_transformers")
+# Libraries without which some classes are left out.
+OPTIONAL = ("sentence_transformers", "timm", "torchvision", "transformers", "vector_quantize_pytorch")
 
 # What an argument without a default is given, by its name.
 ARGUMENTS: dict[str, Any] = {
@@ -79,8 +80,7 @@ def modules() -> Iterator[ModuleType]:
                 try:
                     yield importlib.import_module(module.name)
                 except ImportError as error:
-                    cause = error.__cause__ if error.__cause__ is not None else error
-                    if getattr(cause, "name", None) not in OPTIONAL:
+                    if not _is_optional(error):
                         raise
 
 
@@ -126,7 +126,18 @@ def make(kind: type, **options: Any) -> Any:
     """An instance, from its defaults and what it needs; every time with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind(**{**needed(kind), **options})
+        try:
+            return kind(**{**needed(kind), **options})
+        except ImportError as error:
+            if not _is_optional(error):
+                raise
+            pytest.skip(str(error))
+
+
+def _is_optional(error: ImportError) -> bool:
+    """Whether an optional library is missing, or what says so."""
+    missing = error.__context__ if isinstance(error.__context__, ImportError) else error
+    return (missing.name or "").partition(".")[0] in OPTIONAL
 
 
 def _bert() -> str:

@@ -25,7 +25,7 @@ class Look:
     Attributes:
         shares: Mean assignment of each sample, ``(B, H, K)`` float64.
         means: Mean valid token of each sample as the bank sees it, ``(B, H, d)`` float64.
-        codes: Nearest prototype of each token, ``(H, B, T)``.
+        codes: Nearest prototype of each token, ``(H, B, T)``, -1 at padding.
         mask: ``(B, T)``, True for valid tokens.
         tokens: ``(H, B, T, d)``, as the bank saw them.
         prototypes: ``(H, K, d)``.
@@ -105,7 +105,10 @@ class Observer:
         return Look(
             shares=self._shares(previous, readout.assignments, mask).double().cpu(),
             means=masked_mean(heads.movedim(0, 1), mask, dim=-2).double().cpu(),
-            codes=nearest_prototype(previous.tokens, previous.codebook).reshape(heads.shape[:-1]).cpu(),
+            codes=nearest_prototype(previous.tokens, previous.codebook)
+            .reshape(heads.shape[:-1])
+            .masked_fill(~mask, -1)
+            .cpu(),
             mask=mask.cpu(),
             tokens=heads,
             prototypes=previous.codebook,
