@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+PRELOAD = "tests.preload"
 LIMIT = 120.0  # seconds; far above what any of the runs takes on a busy machine
 
 
@@ -42,7 +44,7 @@ class Running:
 def start_processes(folder: Path, target: Callable[..., Any], *args: Any, processes: int = 1) -> list[Running]:
     """Call ``target(*args)`` in processes that see themselves as the ranks of one run.
 
-    They work in a folder of their own inside of ``folder``, with one thread and without warnings.
+    They work in a folder of their own inside of ``folder``, with one thread each.
     """
     port, folder = _free_port(), folder / "processes"
     folder.mkdir(exist_ok=True)
@@ -112,7 +114,13 @@ def _save_result(target: Callable[[int], Any], stem: str) -> None:
 def fork_server() -> ForkServerContext:
     """Starts processes by forking a server that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context.set_forkserver_preload([PRELOAD])
+    folder = os.getcwd()
+    os.chdir(Path(__file__).parents[1])  # the server looks nowhere else, and passes over what it does not find
+    try:
+        ensure_running()
+    finally:
+        os.chdir(folder)
     return context
 
 
@@ -134,13 +142,12 @@ def _run(
     rank: int, processes: int, port: int, folder: str, log: str, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     import signal
-    import warnings
 
-    warnings.simplefilter("ignore")
     multiprocessing.set_start_method(None, force=True)  # further processes start as they do elsewhere
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    assert PRELOAD in sys.modules, "the server has imported nothing, and every process would take seconds to do so"
     faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
     os.chdir(folder)
     os.environ |= {

@@ -5,7 +5,7 @@ any others and are wrong.
 """
 
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def _classes(value: Any) -> Classes | None:
     return int(value) if _is_count(value) and value > 0 else None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

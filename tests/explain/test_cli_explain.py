@@ -1,8 +1,6 @@
 """``ddcl explain`` as a user would run it, and which errors of a run end in a sentence."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from ddcl_lightning.cli.commands import main
 from ddcl_lightning.cli.errors import is_refusal, sentence
 from ddcl_lightning.datamodules import DigitsDataModule
 from ddcl_lightning.explain import collect
+from tests.processes import run_processes
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -215,12 +214,10 @@ def test_sentences_have_no_error_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_a_refusal_ends_the_process_with_two() -> None:
+def test_a_refusal_ends_the_process_with_two(tmp_path: Path) -> None:
     words = ["fit", "--config", "debris", *QUICK, "--data.init_args.catalogue=nowhere.csv"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "ddcl_lightning", *words], capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 2
-    assert "Traceback" not in finished.stderr
-    assert "error: " in finished.stderr
-    assert "DDCL_TRACEBACK=1" in finished.stderr
+    (finished,) = run_processes(tmp_path, main, words, processes=1)
+    assert finished.code == 2
+    assert "Traceback" not in finished.output
+    assert "error: " in finished.output
+    assert "DDCL_TRACEBACK=1" in finished.output
