@@ -63,7 +63,9 @@ class Head(nn.Module, ABC):
     """Turns tokens into a readout. Subclass it, write ``forward``, and set ``pooled_dim`` by the end of ``build``.
 
     A head that keeps every argument of its ``__init__`` in an attribute of the same name, and calls
-    ``super().build(embed_dim)``, can be saved and loaded by ``save_pretrained`` and ``from_pretrained``.
+    ``super().build(embed_dim)``, can be saved and loaded by ``save_pretrained`` and ``from_pretrained``. A head without
+    prototypes is easier as a :class:`~ddcl_lightning.PoolingHead`, one of hard codes as a
+    :class:`~ddcl_lightning.Quantizer`.
 
     Attributes:
         pooled_dim: Dimension of ``pooled``.
