@@ -68,18 +68,19 @@ def run_processes(
     """
     running = start_processes(folder, target, *args, processes=processes)
     end = time.monotonic() + limit
-    for one in running:
-        one.process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, one in enumerate(running) if one.process.is_alive()]
+    started = [each.process for each in running]
+    for process in started:
+        process.join(max(0.0, end - time.monotonic()))
+    hung = [rank for rank, process in enumerate(started) if process.is_alive()]
     if hung:
-        for one in running:
-            if one.process.is_alive():
-                _show_stacks(one.process.pid)
+        for process in started:
+            if process.is_alive():
+                _show_stacks(process.pid)
         time.sleep(1.0)
-        for one in running:
-            one.process.kill()
-            one.process.join()
-    outcomes = [one.outcome() for one in running]
+        for process in started:
+            process.kill()
+            process.join()
+    outcomes = [each.outcome() for each in running]
     if hung:
         pytest.fail(f"processes {hung} hang:\n" + "\n".join(outcome.output[-6000:] for outcome in outcomes))
     return outcomes

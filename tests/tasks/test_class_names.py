@@ -58,7 +58,7 @@ def save(path: Path, data: pl.LightningDataModule, task: Task | None = None) -> 
     return path
 
 
-def parts() -> dict[str, Any]:
+def modules() -> dict[str, Any]:
     return {"backbone": LinearBackbone(), "head": DDCLReadout(4), "task": Classification(4)}
 
 
@@ -80,7 +80,7 @@ def run(stage: str, module: DDCLReadoutModule, data: Any, path: Path | None = No
     ids=["names", "order", "fewer", "more"],
 )
 def test_other_classes_are_refused(stage: str, by_trainer: bool, names: Any, got: str, checkpoint: Path) -> None:
-    module = build() if by_trainer else DDCLReadoutModule.load_from_checkpoint(checkpoint, **parts())
+    module = build() if by_trainer else DDCLReadoutModule.load_from_checkpoint(checkpoint, **modules())
     with pytest.raises(ValueError, match=REFUSED + got + r"\. A label is a place in that list"):
         run(stage, module, Named(names), checkpoint if by_trainer else None)
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_that_says_nothing_of_classes_loads(value: Any, checkpoint:
 
 
 def test_explain_refuses_other_classes(checkpoint: Path) -> None:
-    module = DDCLReadoutModule.load_from_checkpoint(checkpoint, **parts())
+    module = DDCLReadoutModule.load_from_checkpoint(checkpoint, **modules())
     collect(module, Named(ANIMALS), inputs=1)
     with pytest.raises(ValueError, match=REFUSED):
         collect(module, Named(FRUIT), inputs=1)
