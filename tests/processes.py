@@ -68,20 +68,6 @@ def run_processes(
     """
     running = start_processes(folder, target, *args, processes=processes)
     end = time.monotonic() + limit
-<<<<<<< HEAD
-    for started in running:
-        started.process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, started in enumerate(running) if started.process.is_alive()]
-    if hung:
-        for started in running:
-            if started.process.is_alive():
-                _show_stacks(started.process.pid)
-        time.sleep(1.0)
-        for started in running:
-            started.process.kill()
-            started.process.join()
-    outcomes = [started.outcome() for started in running]
-=======
     started = [each.process for each in running]
     for process in started:
         process.join(max(0.0, end - time.monotonic()))
@@ -95,7 +81,6 @@ def run_processes(
             process.kill()
             process.join()
     outcomes = [each.outcome() for each in running]
->>>>>>> a
     if hung:
         pytest.fail(f"processes {hung} hang:\n" + "\n".join(outcome.output[-6000:] for outcome in outcomes))
     return outcomes
