@@ -10,8 +10,7 @@ from tiny import absolute
 from torch import Tensor
 
 from ddcl_lightning import PrototypeBank, Temperature
-from ddcl_lightning.functional import BankOutput, critical_temperature, prototype_attention
-from ddcl_lightning.functional.cell_statistics import cells
+from ddcl_lightning.functional import BankOutput, cells_of, critical_temperature, prototype_attention
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.initialization import InitMethod
 from ddcl_lightning.nn.observer import BankObserver
@@ -298,9 +297,9 @@ def test_padding_has_the_code_minus_one_which_is_decoded_to_zero(straight: bool)
 def test_cells_hold_no_padding_whether_a_mask_tells_or_the_codes() -> None:
     bank, tokens, mask = PrototypeBank(6, 8), torch.randn(3, 5, 8), torch.rand(3, 5) < 0.7
     codes = bank.encode(tokens).masked_fill(~mask.unsqueeze(-1), -1).view(1, 15)
-    expected = cells(tokens[mask].unsqueeze(0), bank.prototypes, codes[codes >= 0].unsqueeze(0))
+    expected = cells_of(tokens[mask].unsqueeze(0), bank.prototypes, codes[codes >= 0].unsqueeze(0))
     for given in (None, mask.view(1, 15)):
-        values = cells(tokens.view(1, 15, 8), bank.prototypes, codes, given)
+        values = cells_of(tokens.view(1, 15, 8), bank.prototypes, codes, given)
         torch.testing.assert_close(values[:4], expected[:4])  # but the place, which counts padding
 
 
