@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -280,3 +280,8 @@ def report(work: Callable[[], Result], name: str) -> Result | None:
     if error is not None:
         rank_zero_warn(f"{name} left out a part, the run is not affected: {type(error).__name__}: {error}")
     return result
+
+
+def inform(message: str) -> None:
+    """Tell the user something, once, from the first process."""
+    rank_zero_info(message)

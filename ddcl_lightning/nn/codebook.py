@@ -3,10 +3,10 @@
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least
+from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import check_mask
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
@@ -107,7 +107,7 @@ class Codebook(GuardedState):
         if isinstance(saved, Tensor) and saved.dim() == 3:
             heads, size, dim = saved.shape
             if (heads, dim) == (self.num_heads, self.dim) and size not in (0, self.num_prototypes):
-                rank_zero_info(
+                inform(
                     f"{prefix.rstrip('.') or 'a bank'} was built with {self.num_prototypes} prototypes and loads "
                     f"{size}: it takes their number."
                 )

@@ -2,9 +2,9 @@
 
 from fnmatch import fnmatchcase
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.nn.bank import PrototypeBank
 
 
@@ -21,7 +21,7 @@ def require_banks(module: nn.Module, caller: str, pattern: str = "*") -> dict[st
     """
     banks = find_banks(module)
     if not banks and getattr(module, "banks_optional", False):
-        rank_zero_info(f"{caller} stays idle: {type(module).__name__} holds no PrototypeBank.")
+        inform(f"{caller} stays idle: {type(module).__name__} holds no PrototypeBank.")
     elif not banks:
         raise ValueError(
             f"{caller} found no PrototypeBank in {type(module).__name__}. Give the module a DDCLAttention layer (or "
