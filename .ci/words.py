@@ -29,6 +29,14 @@ NAMES = {
     "probe": "record (for a hook); a probe is a linear probe",
     "look_up": "decode",
 }
+# Identifiers and file names, any of their words.
+WORDS_OF_NAMES = {
+    **dict.fromkeys(("rival", "rivals"), "baseline"),
+    **dict.fromkeys(("thing", "things", "stuff"), THE_NOUN),
+    **dict.fromkeys(("hungry", "starved"), THE_NOUN),
+    "budget": "max_parameters",
+    "rarity": "idf",
+}
 # Words of comments, docstrings, messages and pages.
 WORDS = {
     r"rivals?": "baseline",
@@ -47,14 +55,21 @@ _WORDS = {re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE): better for pattern, 
 def files() -> list[Path]:
     """What is checked: code, and pages but the changelog, which quotes old names."""
     names = subprocess.run(
-        ["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.md", "*.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     return [ROOT / name for name in names if name not in ("CHANGELOG.md", ".ci/words.py")]
 
 
 def complaints(path: Path) -> Iterator[str]:
     """One line for each banned word of a file."""
-    if path.suffix == ".md":
+    for word in _words(path.stem):
+        if word in WORDS_OF_NAMES:
+            yield f"{path}:1: file name with {word!r}; use {WORDS_OF_NAMES[word]}"
+    if path.suffix != ".py":
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             yield from _in_text(path, number, line)
         return
@@ -64,12 +79,21 @@ def complaints(path: Path) -> Iterator[str]:
             others = before == "." and owner != "self"  # an attribute of another object, pathlib's parts say
             if token.type == tokenize.NAME and token.string in NAMES and not others:
                 yield f"{path}:{token.start[0]}: name {token.string!r}; use {NAMES[token.string]}"
+            elif token.type == tokenize.NAME and not others:
+                for word in _words(token.string):
+                    if word in WORDS_OF_NAMES:
+                        yield f"{path}:{token.start[0]}: name {token.string!r}; use {WORDS_OF_NAMES[word]}"
             elif token.type in (tokenize.COMMENT, tokenize.STRING):
                 for offset, line in enumerate(token.string.splitlines()):
                     yield from _in_text(path, token.start[0] + offset, line)
             if token.string != ".":
                 owner = token.string
             before = token.string
+
+
+def _words(name: str) -> list[str]:
+    """Words of an identifier, ``seen_tokens`` or ``SeenTokens``, in lower case."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
 
 
 def _in_text(path: Path, number: int, line: str) -> Iterator[str]:

@@ -1,5 +1,13 @@
 """Lightning callbacks for any LightningModule that holds a prototype bank."""
 
+from ddcl_lightning._utils.distributed import (
+    from_first_process,
+    gather_rows,
+    on_every_process,
+    report,
+    sum_over_processes,
+)
+from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.callbacks.adaptive_bank_size import AdaptiveBankSize
 from ddcl_lightning.callbacks.assignment_writer import AssignmentWriter
 from ddcl_lightning.callbacks.collapse_warning import CollapseError, CollapseWarning
@@ -17,6 +25,7 @@ from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 __all__ = [
     "AdaptiveBankSize",
     "AssignmentWriter",
+    "BankCallback",
     "CollapseError",
     "CollapseWarning",
     "DecompositionCheck",
@@ -30,4 +39,9 @@ __all__ = [
     "ReconstructionFigures",
     "SaveOnSignal",
     "TemperatureAnnealing",
+    "from_first_process",
+    "gather_rows",
+    "on_every_process",
+    "report",
+    "sum_over_processes",
 ]

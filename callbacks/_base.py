@@ -23,7 +23,7 @@ def head_name(bank_name: str, head: int, num_heads: int) -> str:
     return f"{bank_name}/head{head}" if num_heads > 1 else bank_name
 
 
-def starts_anew(trainer: pl.Trainer, stage: str) -> bool:
+def is_new_run(trainer: pl.Trainer, stage: str) -> bool:
     """True if ``setup`` is called for a run that continues no earlier run of this trainer.
 
     What a callback remembers of another run would mislead it. A checkpoint is restored after ``setup``.
@@ -51,13 +51,13 @@ class BankCallback(Callback):
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._due = self._reads = 0  # batches of this run
-        self._seen: dict[str, CodebookRecord] = {}
+        self._records: dict[str, CodebookRecord] = {}
         self._banks: dict[str, PrototypeBank] = {}
         self._recorder: record_codebooks | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the state of an earlier run of the trainer, unless this one continues it."""
-        if starts_anew(trainer, stage):
+        if is_new_run(trainer, stage):
             self._batches = 0
             self.forget()
 
@@ -74,7 +74,7 @@ class BankCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the recorder of the banks."""
         self._due = self._reads = 0
-        self._recorder = record_codebooks(self._banks, self._seen.__setitem__)
+        self._recorder = record_codebooks(self._banks, self._records.__setitem__)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -93,8 +93,8 @@ class BankCallback(Callback):
         if not due:
             return
         self._due += 1
-        records = dict(self._seen)
-        self._seen.clear()
+        records = dict(self._records)
+        self._records.clear()
         # Readings are joint: where one process has something to read, all take part.
         if any(gather_objects(bool(records))):
             self._reads += 1
@@ -124,7 +124,7 @@ class BankCallback(Callback):
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-        self._seen.clear()
+        self._records.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Number of batches seen, so that a resumed run looks at the same ones."""

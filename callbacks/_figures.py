@@ -15,7 +15,7 @@ from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.distributed import gather_objects, report
 from ddcl_lightning._utils.files import whole_file
 from ddcl_lightning._utils.modes import evaluating
-from ddcl_lightning.callbacks._base import starts_anew
+from ddcl_lightning.callbacks._base import is_new_run
 
 MAX_POINTS = 2000  # of one curve; beyond, every second reading is dropped
 
@@ -91,7 +91,7 @@ class ValidationFigures(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the module, and drop the state of an earlier run."""
         self.require(pl_module)
-        if starts_anew(trainer, stage):
+        if is_new_run(trainer, stage):
             self._batch, self._drawn_at = None, -1
             self.forget()
 

@@ -12,7 +12,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import rebuild_ddp
 from ddcl_lightning._utils.distributed import from_first_process
 from ddcl_lightning._utils.seeding import resolve_seed
-from ddcl_lightning.callbacks._base import BankCallback, log_name, starts_anew
+from ddcl_lightning.callbacks._base import BankCallback, is_new_run, log_name
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.monitoring.token_sampling import collect_tokens
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -103,7 +103,7 @@ class AdaptiveBankSize(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the history of an earlier run of the trainer, unless this one continues it."""
-        if starts_anew(trainer, stage):
+        if is_new_run(trainer, stage):
             self._forget()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -109,12 +109,14 @@ class AssignmentWriter(BasePredictionWriter):
         self._counted[dataloader_idx] = done + size
         places = torch.tensor(batch_indices) if batch_indices else torch.arange(done, done + size)
         table = assignment_table({"index": places, **prediction}, self.top)
-        for name, cells in self._asked(trainer, batch, table["index"].tolist(), size).items():
+        for name, cells in self._requested_columns(trainer, batch, table["index"].tolist(), size).items():
             table[name] = cells
         table.insert(0, "dataloader", dataloader_idx)
         self._tables.append(table)
 
-    def _asked(self, trainer: pl.Trainer, batch: Any, numbers: list[int], size: int) -> dict[str, list[Any]]:
+    def _requested_columns(
+        self, trainer: pl.Trainer, batch: Any, numbers: list[int], size: int
+    ) -> dict[str, list[Any]]:
         """Cells of the columns asked for, one for each of the numbers: those of B samples, each as often as heads."""
         data = _data_module(trainer)
         if hasattr(data, "describe_rows"):
@@ -148,7 +150,9 @@ class AssignmentWriter(BasePredictionWriter):
         if self.dropped:
             numbers = [number for numbers in left_out.values() for number in numbers]
             known = hasattr(_data_module(trainer), "describe_rows")
-            table = with_left_out(table, left_out, self._asked(trainer, None, numbers, len(numbers)) if known else {})
+            table = with_left_out(
+                table, left_out, self._requested_columns(trainer, None, numbers, len(numbers)) if known else {}
+            )
         if table["dataloader"].nunique() == 1:
             table = table.drop(columns="dataloader")
         with whole_file(self.path) as draft:

@@ -104,18 +104,20 @@ class CollapseWarning(BankCallback):
         messages = [
             message
             for name, observed in over_processes(records).items()
-            for message in self._look(trainer, pl_module, name, observed)
+            for message in self._read_bank(trainer, pl_module, name, observed)
         ]
         # All have read the same; should rounding differ, they must still agree on whether to go on.
         messages = broadcast_object(messages)
         if messages:
             self._act(trainer, messages)
 
-    def _look(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, record: CodebookRecord) -> list[str]:
+    def _read_bank(
+        self, trainer: pl.Trainer, module: pl.LightningModule, name: str, record: CodebookRecord
+    ) -> list[str]:
         bank, tokens = self._banks[name], record.valid_tokens()
         if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(record.codebook).all()):
             return [f"not_finite in {name} at step {trainer.global_step}: {NOT_FINITE}"] if tokens.shape[1] else []
-        fresh = (HeadHistory(PrototypeUse.none_of(bank.num_prototypes)) for _ in range(bank.num_heads))
+        fresh = (HeadHistory(PrototypeUse.empty(bank.num_prototypes)) for _ in range(bank.num_heads))
         watches = [self._watches.setdefault((name, head), watch) for head, watch in enumerate(fresh)]
         for watch, values in zip(watches, tokens, strict=True):
             watch.add_tokens(values)
@@ -126,8 +128,8 @@ class CollapseWarning(BankCallback):
         for head, (watch, now) in enumerate(zip(watches, self.signals[name], strict=True)):
             where = head_name(name, head, bank.num_heads)
             added = {signal_name: values[head] for signal_name, values in others.items()}
-            due = self._judge(watch, now, bool(bank.initialized), added)
-            messages += [f"{sign} in {where} at step {trainer.global_step}: {text}" for sign, text in due.items()]
+            triggered = self._judge(watch, now, bool(bank.initialized), added)
+            messages += [f"{sign} in {where} at step {trainer.global_step}: {text}" for sign, text in triggered.items()]
             dead = len(watch.use.dead()) / now.num_prototypes
             values = {**added, **now.scalars(), "delta_trend": trend(watch.log_delta), "dead_prototypes": dead}
             module.log_dict({log_name(where, key): value for key, value in values.items()})
@@ -142,12 +144,12 @@ class CollapseWarning(BankCallback):
         signs = self._signs_of_additional(watch, added)
         if now.num_prototypes > 1:
             signs |= self._signs_of_several(watch, now, from_data)
-        due = {}
+        triggered = {}
         for sign, message in signs.items():
             watch.streaks[sign] = watch.streaks.get(sign, 0) + 1 if message else 0
             if message and watch.streaks[sign] == (1 if sign == "dead" else self.patience):
-                due[sign] = message
-        return due
+                triggered[sign] = message
+        return triggered
 
     def _signs_of_additional(self, watch: HeadHistory, added: Mapping[str, float]) -> dict[str, str]:
         return {

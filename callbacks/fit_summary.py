@@ -17,7 +17,7 @@ from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import to_device, train_batches
 from ddcl_lightning._utils.distributed import gather_objects, on_every_process, report
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.callbacks._base import starts_anew
+from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.metrics.evaluation_pass import flat_loaders
@@ -83,7 +83,7 @@ class FitSummary(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the results of an earlier run of the trainer, unless this one continues it."""
         self.table, self.rows, self.probes = "", {}, {}
-        if starts_anew(trainer, stage):
+        if is_new_run(trainer, stage):
             self._before = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -135,8 +135,8 @@ class FitSummary(Callback):
         signals: list[list[HeadSignals]] = []
         for bank, tokens in zip(banks, evaluation.tokens.values(), strict=True):
             terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
-            look = CodebookRecord(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
-            signals.append(read_signals(look, bank.detach_assignments))
+            record = CodebookRecord(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
+            signals.append(read_signals(record, bank.detach_assignments))
         return self._format(trainer, module, signals)
 
     def _fill_probes(self, train: Readouts, test: Readouts) -> None:
@@ -198,8 +198,8 @@ class FitSummary(Callback):
             cells = (f"{name} {float(value):.4g}" for name, value in logged.items() if value is not None)
             lines.append("reconstruction (val): " + ", ".join(cells))
         sizes = {
-            type(module_part).__name__: sum(p.numel() for p in module_part.parameters())
-            for module_part in (module.head, module.task)
+            type(submodule).__name__: sum(p.numel() for p in submodule.parameters())
+            for submodule in (module.head, module.task)
         }
         lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         if not signals:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import averaged_copies
-from ddcl_lightning.callbacks._base import log_name, starts_anew
+from ddcl_lightning.callbacks._base import is_new_run, log_name
 from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks, require_banks
@@ -104,7 +104,7 @@ class TemperatureAnnealing(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop the schedule of an earlier run of the trainer, unless this one continues it."""
-        if starts_anew(trainer, stage):
+        if is_new_run(trainer, stage):
             self._forget()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -172,11 +172,11 @@ class SplitDataModule(pl.LightningDataModule):
             if number in dropped:
                 return origin.dropped_cells.get(number, {}).get(name)
             place = self._check_index(number)
-            return origin.columns[name][place] if name in origin.columns else self._told(name, place)
+            return origin.columns[name][place] if name in origin.columns else self._stored_text(name, place)
 
         return {name: [writable(cell(name, int(number))) for number in index] for name in names}
 
-    def _told(self, name: str, place: int) -> str | None:
+    def _stored_text(self, name: str, place: int) -> str | None:
         loaded, _ = self._require_setup()
         if name == "label":
             label = int(loaded.y[place])
@@ -262,9 +262,9 @@ class SplitDataModule(pl.LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _check_labels(self, loaded: Loaded) -> None:
-        strange = (loaded.y < -1) | (loaded.y >= self.num_classes)
-        if bool(strange.any()) and self.num_classes:
-            row = int(strange.nonzero()[0])
+        invalid = (loaded.y < -1) | (loaded.y >= self.num_classes)
+        if bool(invalid.any()) and self.num_classes:
+            row = int(invalid.nonzero()[0])
             raise ValueError(
                 f"labels must be numbers of classes in [0, {self.num_classes}), or -1 for unlabelled; row "
                 f"{int(loaded.numbers[row])} has {int(loaded.y[row])}. Correct the file."

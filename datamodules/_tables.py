@@ -96,10 +96,10 @@ def class_numbers(
     else:
         classes = known
         numbers = {spelling: number for number, name in enumerate(known) for spelling in (name, str(number))}
-    strange = [cell for cell in ordered if cell not in numbers]
-    if strange:
+    invalid = [cell for cell in ordered if cell not in numbers]
+    if invalid:
         raise ValueError(
-            f"labels must be one of {', '.join(classes)} or their numbers; got {', '.join(strange[:5])}. Use "
+            f"labels must be one of {', '.join(classes)} or their numbers; got {', '.join(invalid[:5])}. Use "
             "TextDataModule for classes of your own."
         )
     numbered = [UNKNOWN if cell is None else numbers[cell] for cell in cells]

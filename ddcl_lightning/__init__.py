@@ -43,6 +43,7 @@ from ddcl_lightning.backbones import (
 from ddcl_lightning.callbacks import (
     AdaptiveBankSize,
     AssignmentWriter,
+    BankCallback,
     CollapseError,
     CollapseWarning,
     DecompositionCheck,
@@ -112,6 +113,7 @@ from ddcl_lightning.nn import (
 )
 from ddcl_lightning.optim import LRSchedule, OptimizerConfig, SizeRules, TokenNormalized, two_timescale_groups
 from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 __version__ = "0.2.0"
 
@@ -120,6 +122,7 @@ __all__ = [
     "AssignmentWriter",
     "AttentionPooling",
     "Backbone",
+    "BankCallback",
     "BankOutput",
     "CIFAR10DataModule",
     "CLSPooling",
@@ -180,6 +183,7 @@ __all__ = [
     "QuantizerOutput",
     "QuantizerReadout",
     "RatioGuard",
+    "ReadoutModule",
     "ReadoutOutput",
     "Reconstruction",
     "ReconstructionFigures",

@@ -60,7 +60,7 @@ data: {{class_path: {PLUGIN}.StripedDataModule}}
 """
 
 
-def test_each_thing_that_plugs_in_is_one_file() -> None:
+def test_each_plug_in_is_one_file() -> None:
     """A file of its own that imports nothing of the package but names that it exports."""
     for base in (Backbone, Decoder, Head, Quantizer, Signal, SplitDataModule, Task):
         ours = [kind for kind in classes(base) if kind.__module__.startswith(PLUGIN)]

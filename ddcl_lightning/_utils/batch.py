@@ -66,7 +66,7 @@ def class_labels(batch: Batch) -> Tensor:
     return truth.detach().cpu().long()
 
 
-def mask(batch: Batch, tokens: Tensor | None = None) -> Tensor | None:
+def token_mask(batch: Batch, tokens: Tensor | None = None) -> Tensor | None:
     """Mask ``(B, T)``, True for valid tokens: ``batch["mask"]``, or the ``attention_mask`` of a tokenizer; else None.
 
     Every backbone that reads padding asks here, so that padding which comes under another name, in another shape or the
@@ -94,9 +94,9 @@ def mask(batch: Batch, tokens: Tensor | None = None) -> Tensor | None:
         value = value.bool()
     shape = tuple(tokens.shape[:2])
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
-        told = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        received = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"{name} must be boolean of the shape of x, {shape}; got {told}. Convert it in the collate function, to "
+            f"{name} must be boolean of the shape of x, {shape}; got {received}. Convert it in the collate function, to "
             "True for valid tokens."
         )
     value = value.to(tokens.device)

@@ -255,8 +255,8 @@ def from_first_process(compute: Callable[[], Result], failure: str) -> Result:
         result, error = _attempt(compute)
         if isinstance(error, ValueError):
             error = ValueError(f"{failure}: {error}")
-    told = None if error is None else _Failure(0, type(error).__name__, str(error))
-    shared, failed = broadcast_object((result, told))
+    problem = None if error is None else _Failure(0, type(error).__name__, str(error))
+    shared, failed = broadcast_object((result, problem))
     if error is not None:
         raise error
     if failed is not None:

@@ -60,7 +60,7 @@ def initialize_feedforward(
     Raises:
         ValueError: If there is no valid token, or fewer distinct ones than prototypes.
     """
-    _require_parts(replacement)
+    _require_layers(replacement)
     with replacement._original_model():
         tokens = _collect(replacement, list(replacement.layers), batches, max_tokens, seed)
     for name, layer in replacement.layers.items():
@@ -111,7 +111,7 @@ def distill_feedforward(
             raise ValueError(f"{argument} must be at least 1; got {value}.")
     if not lr > 0:
         raise ValueError(f"lr must be > 0; got {lr}.")
-    _require_parts(replacement)
+    _require_layers(replacement)
     if sequential and len(replacement.layers) > 1 and iter(batches) is batches:
         raise ValueError(
             f"batches must be readable once per block with sequential=True; got a {type(batches).__name__}, which "
@@ -201,7 +201,7 @@ def _start(layer: nn.Module, tokens: Tensor, targets: Tensor, num_restarts: int,
     start(tokens.to(like), targets.to(like), num_restarts=num_restarts, seed=seed)
 
 
-def _require_parts(replacement: FeedForwardReplacement) -> None:
+def _require_layers(replacement: FeedForwardReplacement) -> None:
     if not replacement.layers:
         raise ValueError("replacement must be in place; got one that was restored. Call replace_feedforward again.")
 

@@ -1,5 +1,6 @@
 """Backbones: from a batch to tokens."""
 
+from ddcl_lightning._utils.batch import token_mask
 from ddcl_lightning.backbones.base import Backbone, Tokens, input_sample
 from ddcl_lightning.backbones.conv import ConvBackbone
 from ddcl_lightning.backbones.identity import IdentityBackbone
@@ -20,4 +21,5 @@ __all__ = [
     "Tokens",
     "TransformersBackbone",
     "input_sample",
+    "token_mask",
 ]

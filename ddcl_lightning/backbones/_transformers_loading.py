@@ -113,8 +113,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    told = json.dumps([content, special], sort_keys=True, default=str)
-    return blake2b(told.encode(), digest_size=16).hexdigest()
+    description = json.dumps([content, special], sort_keys=True, default=str)
+    return blake2b(description.encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.batch import Batch, inputs, mask
+from ddcl_lightning._utils.batch import Batch, inputs, token_mask
 from ddcl_lightning._utils.reservoir import Reservoir
 
 FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
@@ -76,7 +76,7 @@ def input_sample(batches: Iterable[Batch], size: int = FIT_SAMPLES) -> Tensor:
     reservoir = Reservoir(size)
     for batch in batches:
         x = inputs(batch)
-        valid = mask(batch, x) if x.dim() > 2 else None
+        valid = token_mask(batch, x) if x.dim() > 2 else None
         reservoir.add(x if valid is None else x[valid])
         if endless and reservoir.num_rows >= reservoir.capacity:
             break

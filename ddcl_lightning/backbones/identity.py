@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.batch import Batch, inputs, mask
+from ddcl_lightning._utils.batch import Batch, inputs, token_mask
 from ddcl_lightning.backbones.base import Backbone, Tokens
 
 
@@ -21,7 +21,7 @@ def as_tokens(x: Tensor, in_features: int) -> Tensor:
 def masked_tokens(batch: Batch, in_features: int) -> Tokens:
     """Features of a batch and their mask; padding is finite, for NaN times a gradient of zero is NaN."""
     values = as_tokens(inputs(batch), in_features)
-    valid = mask(batch, values)
+    valid = token_mask(batch, values)
     if valid is not None:
         values = torch.where(valid.unsqueeze(-1), values, values.nan_to_num(0.0, 0.0, 0.0))
     return Tokens(values, valid)

@@ -74,7 +74,7 @@ class PretrainedBackbone(Backbone):
         self.cache_dir, self.cache_dtype = cache_dir, cache_dtype
         self._cache: FeatureCache | None = None
         self._filled = self._warned = False
-        self._seen = self._missed = 0
+        self._looked_up = self._missed = 0
         self.register_load_state_dict_post_hook(_close_cache)  # type: ignore[no-untyped-call]
 
     # What subclasses write -----------------------------------------------------------------------
@@ -230,11 +230,11 @@ class PretrainedBackbone(Backbone):
         """Warn once if training brings samples which a pass over the training data did not."""
         if not (self.training and self._filled) or self._warned:
             return
-        self._seen, self._missed = self._seen + samples, self._missed + missed
-        if self._missed > SEGMENT_SAMPLES and 2 * self._missed > self._seen:
+        self._looked_up, self._missed = self._looked_up + samples, self._missed + missed
+        if self._missed > SEGMENT_SAMPLES and 2 * self._missed > self._looked_up:
             self._warned = True
             warnings.warn(
-                f"{self._missed} of {self._seen} training samples were not in the cache, although it was filled before "
+                f"{self._missed} of {self._looked_up} training samples were not in the cache, although it was filled before "
                 "training: random augmentation makes every sample a new one, and the cache grows without use. Leave "
                 "out cache_dir, or the augmentation.",
                 stacklevel=2,

@@ -120,11 +120,11 @@ class TimmBackbone(PretrainedBackbone):
 
     def keys(self, samples: Samples) -> list[bytes]:
         """Hashes of shape, dtype and pixels."""
-        told = [str((tuple(image.shape), image.dtype)).encode() for image in samples]
+        kinds = [str((tuple(image.shape), image.dtype)).encode() for image in samples]
         pixels = samples.cpu() if isinstance(samples, Tensor) else [image.cpu() for image in samples]
         return [
             content_key(kind, image.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            for kind, image in zip(told, pixels, strict=True)
+            for kind, image in zip(kinds, pixels, strict=True)
         ]
 
     def encode(self, samples: Samples) -> Tokens:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.batch import Batch, inputs, mask, texts
+from ddcl_lightning._utils.batch import Batch, inputs, texts, token_mask
 from ddcl_lightning.backbones._model_files import first_line
 from ddcl_lightning.backbones._transformers_loading import (
     load_encoder,
@@ -129,7 +129,7 @@ class TransformersBackbone(PretrainedBackbone):
             )
         if ids.shape[1] > self.limit:
             raise ValueError(f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}.")
-        valid = mask(batch, ids)
+        valid = token_mask(batch, ids)
         if valid is None:
             return list(ids)
         lengths = valid.sum(1)
@@ -200,9 +200,9 @@ class TransformersBackbone(PretrainedBackbone):
         """Configuration, layer, kind of tokens and tokenizer."""
         settings: Any = self.encoder.config
         config = settings.to_dict()
-        told = {name: value for name, value in config.items() if name[0] != "_" and name not in _NOT_CONTENT}
+        kept = {name: value for name, value in config.items() if name[0] != "_" and name not in _NOT_CONTENT}
         return {
-            "config": json.loads(json.dumps(told, default=str)),
+            "config": json.loads(json.dumps(kept, default=str)),
             "layer": self.layer,
             "tokens": self.tokens,
             "max_length": self.max_length,

@@ -55,11 +55,11 @@ class DDCLCommandLine(LightningCLI):
         given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
         name = next((word for word in given if word in SUBCOMMANDS), None)
         self._accept_settings_of_others()
-        strange = [
+        unknown = [
             key for key in self._foreign.get(name or "", ()) for word in given if word.split("=")[0] == f"--{key}"
         ]
-        if strange:
-            _refuse(f"unknown key {strange[0]!r} for {name}. Leave it out: it belongs to another command.")
+        if unknown:
+            _refuse(f"unknown key {unknown[0]!r} for {name}. Leave it out: it belongs to another command.")
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -75,9 +75,9 @@ class DDCLCommandLine(LightningCLI):
         self._check_checkpoint()
         self._warn_of_dropped_callbacks()
         if self.config.get("subcommand") == "explain":
-            asked = self.config["explain"]
+            request = self.config["explain"]
             with _refusals(ValueError):
-                check_request(asked["ckpt_path"], asked["output"])
+                check_request(request["ckpt_path"], request["output"])
 
     def _accept_settings_of_others(self) -> None:
         """Let the config that one subcommand wrote serve every other: what only the others know is passed over."""
@@ -144,8 +144,8 @@ class DDCLCommandLine(LightningCLI):
             if _wants_traceback() or (short is None and not isinstance(error, CHECKED)):
                 raise
             _refuse(short or explain(sentence(error), self.parser))
-        asked = self.config.get(self.subcommand) or {}
-        if asked.get("ckpt_path") == "last" and not compat.finds_last_checkpoint(self.trainer):
+        given = self.config.get(self.subcommand) or {}
+        if given.get("ckpt_path") == "last" and not compat.finds_last_checkpoint(self.trainer):
             _refuse(
                 "ckpt_path last must find a checkpoint of an earlier run; there is none where ModelCheckpoint of this "
                 "one writes. Name the file, or give ModelCheckpoint a dirpath and save_last=True, or leave ckpt_path "

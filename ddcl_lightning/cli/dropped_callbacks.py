@@ -14,7 +14,7 @@ def dropped_callbacks(configs: Sequence[str], final: Iterable[Any]) -> list[str]
         configs: The YAML of every ``--config``, in their order.
         final: ``trainer.callbacks`` as parsed: entries with a ``class_path``.
     """
-    asked: Counter[str] = Counter()
+    requested: Counter[str] = Counter()
     for text in configs:
         configured: Counter[str] = Counter()
         settings = yaml.safe_load(text)
@@ -23,8 +23,8 @@ def dropped_callbacks(configs: Sequence[str], final: Iterable[Any]) -> list[str]
             continue
         for key in ("callbacks", "callbacks+"):
             configured.update(_names(trainer.get(key)))
-        asked |= configured
-    return sorted((asked - Counter(_names(list(final)))).elements())
+        requested |= configured
+    return sorted((requested - Counter(_names(list(final)))).elements())
 
 
 def _names(entries: Any) -> list[str]:

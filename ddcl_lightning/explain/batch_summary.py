@@ -19,7 +19,7 @@ from ddcl_lightning.nn.discovery import find_banks
 
 
 @dataclass(frozen=True)
-class Look:
+class BatchSummary:
     """Results of a module on a batch; on the CPU except ``tokens``.
 
     Attributes:
@@ -73,20 +73,20 @@ class Observer:
             )
         self._module = module
         self._name, self.bank = list(banks.items())[-1]
-        self._seen: dict[str, CodebookRecord] = {}
+        self._records: dict[str, CodebookRecord] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Context manager that records the bank, without gradients and in evaluation mode; modes are put back."""
         banks: dict[str, PrototypeBank] = {self._name: self.bank}
-        with evaluating(self._module), torch.no_grad(), record_codebooks(banks, self._seen.__setitem__):
+        with evaluating(self._module), torch.no_grad(), record_codebooks(banks, self._records.__setitem__):
             yield
 
-    def __call__(self, batch: Batch) -> Look:
+    def __call__(self, batch: Batch) -> BatchSummary:
         """Run a batch, on the module's device."""
-        self._seen.clear()
+        self._records.clear()
         readout = self._module(batch)
-        previous, samples = self._seen.get(self._name), size(batch)
+        previous, samples = self._records.get(self._name), size(batch)
         if previous is None:
             raise ValueError(
                 f"the head {type(self._module.head).__name__} did not call its last prototype bank {self._name!r}. "
@@ -102,7 +102,7 @@ class Observer:
         mask = torch.ones(samples, length, dtype=torch.bool, device=heads.device)
         if previous.mask is not None:
             mask = previous.mask[0].reshape(samples, length)
-        return Look(
+        return BatchSummary(
             shares=self._shares(previous, readout.assignments, mask).double().cpu(),
             means=masked_mean(heads.movedim(0, 1), mask, dim=-2).double().cpu(),
             codes=nearest_prototype(previous.tokens, previous.codebook)

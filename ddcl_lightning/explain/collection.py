@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.explain.batch_summary import Look, Observer, real_tokens
+from ddcl_lightning.explain.batch_summary import BatchSummary, Observer, real_tokens
 from ddcl_lightning.explain.explanation import Explanation, InputView, TokenView
 from ddcl_lightning.explain.samples import Album, positions, take
 from ddcl_lightning.explain.statistics import Tally
@@ -157,14 +157,14 @@ def _mixed(places: Sequence[int]) -> list[int]:
     return [int(value) for value in x ^ (x >> np.uint64(31))]
 
 
-def _input_view(look: Look, batch: Batch, place: int, known: bool, album: Album) -> InputView:
+def _input_view(summary: BatchSummary, batch: Batch, place: int, known: bool, album: Album) -> InputView:
     tokens = []
-    if look.spans is not None:
-        spans, weights = look.spans[0], look.token_weights(0)
+    if summary.spans is not None:
+        spans, weights = summary.spans[0], summary.token_weights(0)
         real = real_tokens(spans)
         tokens = [_token_views(spans, real, head) for head in weights]
-    predicted = None if look.predicted is None else album.class_name(int(look.predicted[0]))
-    return InputView(album.sample(batch, 0, place, known), predicted, look.shares[0].numpy(), tokens)
+    predicted = None if summary.predicted is None else album.class_name(int(summary.predicted[0]))
+    return InputView(album.sample(batch, 0, place, known), predicted, summary.shares[0].numpy(), tokens)
 
 
 def _token_views(spans: Sequence[tuple[int, int]], real: Sequence[int], weights: Tensor) -> list[TokenView]:

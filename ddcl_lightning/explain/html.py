@@ -86,11 +86,11 @@ def picture(sample: Sample) -> str:
     return f'<img{pixels} src="{data_uri(sample.content)}" width="{width}" height="{height}" alt="{escape(text)}">'
 
 
-def says(view: PrototypeView) -> str:
+def caption(view: PrototypeView) -> str:
     """Description of a prototype in a few words; empty where nothing is known."""
     if view.dead:
         return "dead"
-    classes = [] if as_everywhere(view.classes) else view.classes
+    classes = [] if matches_base_rate(view.classes) else view.classes
     if classes and classes[0].share >= MOST:
         return f"mostly {_class_name(classes[0])}"
     if view.words:
@@ -100,7 +100,7 @@ def says(view: PrototypeView) -> str:
     return ""
 
 
-def as_everywhere(classes: Sequence[ClassShare]) -> bool:
+def matches_base_rate(classes: Sequence[ClassShare]) -> bool:
     """True if the largest classes are as large as in all data, so that naming them would say nothing."""
     return all(abs(share.share - share.base) < STANDS_OUT for share in classes)
 

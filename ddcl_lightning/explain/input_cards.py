@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ddcl_lightning.explain.explanation import HeadView, InputView, Span, TokenView
-from ddcl_lightning.explain.html import WHOLE, anchor, bar, chip, hue, percent, picture, ranked, says
+from ddcl_lightning.explain.html import WHOLE, anchor, bar, caption, chip, hue, percent, picture, ranked
 
 TEXT = 2500  # characters of an input
 
@@ -39,7 +39,7 @@ def _made_of(shares: Sequence[float], head: HeadView, prefix: str) -> str:
     named, others = ranked(shares)
     words = []
     for k in named:
-        about = says(head.prototypes[k])
+        about = caption(head.prototypes[k])
         meaning = f' <span class="soft">({escape(about)})</span>' if about else ""
         words.append(f'{percent(shares[k])} <a href="#{anchor(prefix, k)}">prototype {k}</a>{meaning}')
     return ", ".join([*words, *([others] if others else [])])

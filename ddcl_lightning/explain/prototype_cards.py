@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ddcl_lightning.explain.explanation import Neighbour, PrototypeView
-from ddcl_lightning.explain.html import anchor, as_everywhere, chip, hue, percent, picture, says, three_digits
+from ddcl_lightning.explain.html import anchor, caption, chip, hue, matches_base_rate, percent, picture, three_digits
 
 CONTEXT = 90  # characters either side of a token
 SNIPPET = 320  # characters of a nearest text
@@ -19,7 +19,7 @@ def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
         prefix: ``"0."`` for head 0 of several, else empty.
         token_level: Whether samples have more than one token.
     """
-    about = says(view)
+    about = caption(view)
     head = f" <small>of head {prefix.removesuffix('.')}</small>" if prefix else ""
     purity = view.classes[0].share if view.classes else 0.0
     attributes = f'data-number="{view.number}" data-share="{view.share:.6f}" data-purity="{purity:.6f}"'
@@ -77,7 +77,7 @@ def _times(lift: float) -> str:
 
 
 def _classes(view: PrototypeView) -> str:
-    if as_everywhere(view.classes):
+    if matches_base_rate(view.classes):
         return '<h4>Classes</h4><p class="share">As in all data: none stands out.</p>'
     rows = []
     for share in view.classes:

@@ -6,7 +6,7 @@ from html import escape
 from importlib import resources
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
-from ddcl_lightning.explain.html import as_everywhere, bar, three_digits
+from ddcl_lightning.explain.html import bar, matches_base_rate, three_digits
 from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
 from ddcl_lightning.explain.prototype_cards import prototype_card
 
@@ -167,7 +167,7 @@ def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
 
 def _legend(head: HeadView) -> str:
     words = "d is the distance of an example to the prototype, # its place in the data."
-    if any(not as_everywhere(prototype.classes) for prototype in head.prototypes):
+    if any(not matches_base_rate(prototype.classes) for prototype in head.prototypes):
         words += " The thin line across a class's bar marks its share of all data."
     return words
 

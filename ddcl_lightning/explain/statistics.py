@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.batch import Batch, class_labels
-from ddcl_lightning.explain.batch_summary import Look, distances, real_tokens
+from ddcl_lightning.explain.batch_summary import BatchSummary, distances, real_tokens
 from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
 from ddcl_lightning.explain.nearest import Nearest
 from ddcl_lightning.explain.samples import Album, positions
@@ -58,35 +58,35 @@ class Tally:
         self._words = WordMass(heads * prototypes)
         self._by_token = False
 
-    def add(self, look: Look, batch: Batch) -> None:
+    def add(self, summary: BatchSummary, batch: Batch) -> None:
         """Add a batch and the module's results for it."""
         prototypes = self._shape[1]
         places, known = positions(batch, self.samples)
         truth = class_labels(batch)
-        self._weight += look.shares.sum(0)
-        strongest = look.shares.argmax(-1)
+        self._weight += summary.shares.sum(0)
+        strongest = summary.shares.argmax(-1)
         self._sizes += code_counts(strongest.T, prototypes)
-        self._token_counts += code_counts(look.codes.flatten(1), prototypes, look.mask.flatten())
-        self._add_classes(look, strongest, truth)
+        self._token_counts += code_counts(summary.codes.flatten(1), prototypes, summary.mask.flatten())
+        self._add_classes(summary, strongest, truth)
         where = torch.tensor(places)
-        apart = distances(look.means.movedim(1, 0), look.prototypes.cpu().double())  # (H, B, K)
+        apart = distances(summary.means.movedim(1, 0), summary.prototypes.cpu().double())  # (H, B, K)
 
         def sample(column: int, row: int) -> Neighbour:
             head, k = divmod(column, prototypes)
             shown = self._album.sample(batch, row, places[row], known)
-            return Neighbour(shown, float(apart[head, row, k]), float(look.shares[row, head, k]))
+            return Neighbour(shown, float(apart[head, row, k]), float(summary.shares[row, head, k]))
 
         self._nearest.add(apart.mT.flatten(0, 1), where, sample)
-        if look.mask.shape[1] > 1:
+        if summary.mask.shape[1] > 1:
             # Of no share at all is no example, however few there are.
-            absent = torch.where(look.shares > MIN_SHARE, -look.shares, torch.inf)
+            absent = torch.where(summary.shares > MIN_SHARE, -summary.shares, torch.inf)
             self._strongest.add(absent.flatten(1).T, where, sample)
         if isinstance(batch, dict) and "text" in batch:
-            self._add_text(look, batch, places, known)
+            self._add_text(summary, batch, places, known)
         self.samples += len(places)
-        self.tokens += int(look.mask.sum())
+        self.tokens += int(summary.mask.sum())
 
-    def _add_classes(self, look: Look, strongest: Tensor, truth: Tensor) -> None:
+    def _add_classes(self, summary: BatchSummary, strongest: Tensor, truth: Tensor) -> None:
         labelled = torch.nonzero((truth >= 0) & (truth < MAX_CLASSES)).flatten()
         if not len(labelled):
             return
@@ -99,37 +99,37 @@ class Tally:
             self._counts[head].index_put_(
                 (strongest[labelled, head], classes), torch.ones_like(classes), accumulate=True
             )
-            self._class_weight[head].index_add_(1, classes, look.shares[labelled, head].T)
-        if look.predicted is not None:
+            self._class_weight[head].index_add_(1, classes, summary.shares[labelled, head].T)
+        if summary.predicted is not None:
             self._predicted += len(labelled)
-            self._right += int((look.predicted[labelled] == classes).sum())
+            self._right += int((summary.predicted[labelled] == classes).sum())
 
-    def _add_text(self, look: Look, batch: Batch, places: Sequence[int], known: bool) -> None:
+    def _add_text(self, summary: BatchSummary, batch: Batch, places: Sequence[int], known: bool) -> None:
         """Words by their tokens where the backbone tells their places, else by the text that they are in."""
         texts: Sequence[str] = batch["text"]
-        if look.spans is None:
+        if summary.spans is None:
             for row, text in enumerate(texts):
                 words = words_of(text)
-                self._words.add(words, np.tile(look.shares[row].flatten().numpy(), (len(words), 1)))
+                self._words.add(words, np.tile(summary.shares[row].flatten().numpy(), (len(words), 1)))
             return
         nearest = torch.full((self._weight.numel(), len(texts)), torch.inf, dtype=torch.float64)
         token = torch.zeros(nearest.shape, dtype=torch.int64)
-        for row, (text, spans) in enumerate(zip(texts, look.spans, strict=True)):
+        for row, (text, spans) in enumerate(zip(texts, summary.spans, strict=True)):
             real = real_tokens(spans)
             if not real:
                 continue
-            weights = look.token_weights(row).movedim(1, 0).flatten(1)  # (T, H K)
+            weights = summary.token_weights(row).movedim(1, 0).flatten(1)  # (T, H K)
             named = [(place, word) for place, word in enumerate(words_at(text, spans)) if word is not None]
             self._words.add([word for _, word in named], weights[[place for place, _ in named]].numpy())
-            apart = look.token_distances(row)[:, real].movedim(1, 0).flatten(1)
+            apart = summary.token_distances(row)[:, real].movedim(1, 0).flatten(1)
             value, at = apart.min(0)
             nearest[:, row], token[:, row] = value, torch.tensor(real)[at]
-        spans_of, self._by_token = look.spans, True
+        spans_of, self._by_token = summary.spans, True
 
         def context(column: int, row: int) -> Neighbour:
             span = spans_of[row][int(token[column, row])]
             shown = self._album.sample(batch, row, places[row], known)
-            share = float(look.shares[row].flatten()[column])
+            share = float(summary.shares[row].flatten()[column])
             return Neighbour(shown, float(nearest[column, row]), share, span)
 
         self._nearest_tokens.add(nearest, torch.tensor(places), context)

@@ -21,7 +21,7 @@ class PrototypeUse:
     num_tokens: int = 0
 
     @classmethod
-    def none_of(cls, size: int) -> "PrototypeUse":
+    def empty(cls, size: int) -> "PrototypeUse":
         """Waiting times of K prototypes before the first token."""
         return cls(torch.zeros(size), torch.zeros(size), torch.zeros(size))
 

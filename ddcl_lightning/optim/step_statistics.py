@@ -43,8 +43,8 @@ class StepStatistics(BankObserver):
 
     def __init__(self, banks: Mapping[str, PrototypeBank], need_cells: Callable[[], bool]) -> None:
         self._need_cells = need_cells
-        self._called: dict[Tensor, _Call] = {}  # in case that no backward pass comes
-        self._passed: dict[Tensor, _Call] = {}
+        self._forwarded: dict[Tensor, _Call] = {}  # in case that no backward pass comes
+        self._backpropagated: dict[Tensor, _Call] = {}
         self._numbers: dict[Tensor, set[int]] = {}  # of the calls that passed
         self._graded: set[Tensor] = set()  # prototypes that got a gradient since
         self._dropped: set[Tensor] = set()
@@ -63,7 +63,7 @@ class StepStatistics(BankObserver):
             RuntimeError: If the bank was not called at all.
         """
         dropped = prototypes in self._dropped or self._reset(prototypes) or not prototypes.requires_grad
-        call = self._passed.get(prototypes) or self._called.get(prototypes)
+        call = self._backpropagated.get(prototypes) or self._forwarded.get(prototypes)
         self.drop(prototypes)
         if dropped:
             return None
@@ -77,7 +77,7 @@ class StepStatistics(BankObserver):
 
     def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
         """Drop the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
-        for kept in (self._called, self._passed, self._numbers):
+        for kept in (self._forwarded, self._backpropagated, self._numbers):
             kept.pop(prototypes, None)
         self._graded.discard(prototypes)
         (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
@@ -96,7 +96,7 @@ class StepStatistics(BankObserver):
             return output
         number = next(self._counter)
         call = _Call(number, self._read(bank, tokens, mask, output, number))
-        _add(self._called, prototypes, call)
+        _add(self._forwarded, prototypes, call)
         self._dropped.discard(prototypes)
         if prototypes not in self._gradient_hooks:
             graded = weakref.WeakMethod(self._note_gradient)
@@ -143,7 +143,7 @@ class StepStatistics(BankObserver):
         # The prototypes may have changed their number since the call.
         if call.number not in numbers and call.statistics.mean.shape == prototypes.shape:
             numbers.add(call.number)
-            _add(self._passed, prototypes, call)
+            _add(self._backpropagated, prototypes, call)
 
     def _note_gradient(self, prototypes: Tensor) -> None:
         if prototypes in self._numbers and prototypes.grad is not None:

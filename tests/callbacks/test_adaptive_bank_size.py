@@ -220,7 +220,7 @@ def test_a_grown_checkpoint_tests_predicts_and_loads(tmp_path: Path) -> None:
     assert head.num_prototypes == head.attention.bank.num_prototypes == size
 
 
-def test_a_grown_head_with_a_budget_is_saved_by_its_dimension(tmp_path: Path) -> None:
+def test_a_grown_head_with_max_parameters_is_saved_by_its_dimension(tmp_path: Path) -> None:
     head = DDCLReadout(4, max_parameters=1000, embed_dim=16)
     width = head.attention.bank.dim
     head.attention.bank.resize(torch.randn(1, 30, width))

@@ -65,7 +65,7 @@ def test_only_due_batches_are_observed_and_validation_never_is():
     assert [step for step, _ in spy.steps] == [0, 4, 8]
 
 
-def test_the_probe_costs_nothing_between_due_batches(monkeypatch):
+def test_recording_costs_nothing_between_due_batches(monkeypatch):
     looks = []
     of_call = CodebookRecord.of_call
     monkeypatch.setattr(CodebookRecord, "of_call", lambda *args: looks.append(1) or of_call(*args))

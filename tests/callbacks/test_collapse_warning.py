@@ -251,7 +251,7 @@ def test_another_run_starts_without_memory():
 
 @pytest.mark.parametrize("from_data", [True, False])
 def test_a_fall_counts_from_the_start_only_where_the_start_was_data(from_data):
-    watch, history = CollapseWarning(), HeadHistory(PrototypeUse.none_of(2))
+    watch, history = CollapseWarning(), HeadHistory(PrototypeUse.empty(2))
     falls = []
     # It travels for 15 readings, rests for 10, and falls.
     for delta in [5.0 - 0.3 * reading for reading in range(15)] + [0.8] * 10 + [0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]:
@@ -305,7 +305,7 @@ def test_flat_embeddings_are_noticed_before_delta_falls():
 def test_rare_prototypes_are_not_dead():
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.tensor([0.5, 0.3, 0.196, 0.004])  # the last one 60 times rarer than even use
-    use = PrototypeUse.none_of(4)
+    use = PrototypeUse.empty(4)
     reports = 0
     for _ in range(2000):
         draws = torch.multinomial(probabilities, 64, replacement=True, generator=generator)
@@ -315,7 +315,7 @@ def test_rare_prototypes_are_not_dead():
 
 
 def test_a_prototype_that_was_in_use_is_dead_soon():
-    use = PrototypeUse.none_of(4)
+    use = PrototypeUse.empty(4)
     for _ in range(100):
         use.add(torch.tensor([16, 16, 16, 16]))
     for reading in range(1, 10):
@@ -324,7 +324,7 @@ def test_a_prototype_that_was_in_use_is_dead_soon():
 
 
 def test_recent_tokens_are_bounded_and_new_ones_push_out_old():
-    history = HeadHistory(PrototypeUse.none_of(2))
+    history = HeadHistory(PrototypeUse.empty(2))
     for value in range(10):
         history.add_tokens(torch.full((1000, 3), float(value)))
     assert sum(map(len, history.tokens)) == 3000

@@ -95,7 +95,9 @@ HEADS = sorted(name for name in heads.__all__ if name.endswith("Pooling"))
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_one_option_swaps_the_head_for_a_rival(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_option_swaps_the_head_for_a_baseline(
+    head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nothing else of the recipe changes: task, callbacks and summary take any head."""
     words = [f"--model.head={head}", "--summary.compare=true"]
     if head == "VQPooling":

@@ -15,7 +15,7 @@ from explain_toys import PointsDataModule, points_module, text_data, texts_modul
 
 from ddcl_lightning.explain import Explanation, collect, render
 from ddcl_lightning.explain.explanation import ClassShare, Neighbour, PrototypeView, Sample, TokenView, WordShare
-from ddcl_lightning.explain.html import bar, hue, percent, says, sentence, three_digits
+from ddcl_lightning.explain.html import bar, caption, hue, percent, sentence, three_digits
 from ddcl_lightning.explain.prototype_cards import prototype_card
 
 VOID = {"meta", "img", "br", "input", "link"}
@@ -257,17 +257,17 @@ def prototype(**kwargs: Any) -> PrototypeView:
 
 def test_what_a_prototype_stands_for_in_a_few_words() -> None:
     mostly = [ClassShare("9", 0.9, 0.1), ClassShare("4", 0.1, 0.1)]
-    assert says(prototype(classes=mostly)) == "mostly class 9"  # a bare 9 reads as a prototype
-    assert says(prototype(classes=[ClassShare("sad", 0.9, 0.5)])) == "mostly sad"
+    assert caption(prototype(classes=mostly)) == "mostly class 9"  # a bare 9 reads as a prototype
+    assert caption(prototype(classes=[ClassShare("sad", 0.9, 0.5)])) == "mostly sad"
     pair = [ClassShare("8", 0.48, 0.1), ClassShare("1", 0.34, 0.1)]
-    assert says(prototype(classes=pair)) == "class 8 and class 1"
+    assert caption(prototype(classes=pair)) == "class 8 and class 1"
     scattered = [ClassShare("a", 0.2, 0.1), ClassShare("b", 0.15, 0.1)]
-    assert says(prototype(classes=scattered)) == ""
+    assert caption(prototype(classes=scattered)) == ""
     # Classes as large as in all data say nothing, however large.
     common = [ClassShare("sad", 0.61, 0.6), ClassShare("glad", 0.39, 0.4)]
-    assert says(prototype(classes=common)) == ""
-    assert says(prototype(classes=common, words=[WordShare("tears", 3.0)])) == "tears"
-    assert says(prototype()) == ""
+    assert caption(prototype(classes=common)) == ""
+    assert caption(prototype(classes=common, words=[WordShare("tears", 3.0)])) == "tears"
+    assert caption(prototype()) == ""
     assert "As in all data: none stands out." in prototype_card(prototype(classes=common), "", token_level=False)
     assert "As in all data" not in prototype_card(prototype(classes=mostly), "", token_level=False)
 

@@ -171,7 +171,7 @@ def test_rare_prototypes_weigh_more() -> None:
     assert idf.share.tolist() == [[1.0, 0.25, 0.125]]
 
 
-def test_the_rare_mean_is_the_weighted_one() -> None:
+def test_the_idf_mean_is_weighted_by_the_idf() -> None:
     layer = head(tokens=["all", "idf_mean"], temperature=absolute()).eval()
     layer.idf["0"].share.copy_(torch.tensor([[1.0, 0.5, 0.1, 0.9, 0.3]]))
     below = layer.levels[0](TOKENS, MASK, need_weights=True)
@@ -422,7 +422,7 @@ def test_it_survives_a_trip_through_files(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_heads": [4, 2]}, {"tokens": ["all", "joined"], "num_tokens": 5}])
-def test_a_budget_is_used_up(kwargs: dict[str, Any]) -> None:
+def test_levels_use_max_parameters_up(kwargs: dict[str, Any]) -> None:
     for max_parameters in (300, 3000):
         layer = HierarchicalReadout([8, 4], max_parameters=max_parameters, embed_dim=16, **kwargs)
         larger = [dim + 1 for dim in (level.bank.dim for level in layer.levels)]

@@ -63,7 +63,7 @@ def test_the_widest_head_that_fits(name: str, embed_dim: int, max_parameters: in
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_too_small_a_budget_names_the_smallest(name: str) -> None:
+def test_too_small_max_parameters_names_the_smallest(name: str) -> None:
     create, argument, step = SIZED[name]
     least = create(**{argument: step}, embed_dim=12).num_parameters()
     with pytest.raises(ValueError, match=f"max_parameters must be at least {least}, .*; got {least - 1}"):
@@ -72,7 +72,7 @@ def test_too_small_a_budget_names_the_smallest(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_one_of_width_and_budget(name: str) -> None:
+def test_width_and_max_parameters_exclude_each_other(name: str) -> None:
     create, argument, _ = SIZED[name]
     with pytest.raises(
         ValueError, match=f"max_parameters chooses {argument}, so give one of them; got {argument} = 4 and"
@@ -106,7 +106,7 @@ def test_every_head_with_max_parameters_keeps_to_them(kind: type[Head]) -> None:
     assert head(2_000)(torch.randn(2, 3, DIM)).pooled.shape[0] == 2
 
 
-def test_budget_in_the_space_of_the_tokens() -> None:
+def test_max_parameters_in_the_space_of_the_tokens() -> None:
     """A single head of dimension D has no projection: a budget must not fall for it and leave the most unused."""
     dim, codes = 12, 16
     exact = (dim + codes) * dim  # what a projected head of dimension D would cost

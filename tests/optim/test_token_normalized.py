@@ -118,7 +118,7 @@ def test_a_prototype_of_an_empty_cell_moves_into_the_most_crowded_one(accumulate
 
 
 @pytest.mark.parametrize(("load_exponent", "moves"), [(0.0, False), (0.5, True), (1.0, True)])
-def test_balance_weighs_numbers_of_tokens_against_their_distortion(load_exponent: float, moves: bool) -> None:
+def test_load_exponent_weighs_numbers_of_tokens_against_distortion(load_exponent: float, moves: bool) -> None:
     """The last prototype has the fewest tokens, the one before it the least distortion."""
     centers = torch.tensor([[0.0, 0.0], [50.0, 0.0], [40.0, 0.0]], dtype=torch.float64)
     numbers, widths = torch.tensor([300, 30, 3]), torch.tensor([1.0, 0.5, 4.0], dtype=torch.float64)

@@ -38,10 +38,10 @@ def test_labels_are_found_in_every_kind_of_batch() -> None:
 
 def test_mask_and_index_are_found_in_dictionaries_only() -> None:
     batch = {"x": X, "mask": X > 0, "index": Y}
-    assert batches.mask(batch) is batch["mask"]
+    assert batches.token_mask(batch) is batch["mask"]
     assert batches.index(batch) is Y
     for without in (X, (X, Y), {"x": X}):
-        assert batches.mask(without) is None
+        assert batches.token_mask(without) is None
         assert batches.index(without) is None
 
 
@@ -50,14 +50,14 @@ VALID = torch.tensor([[True, True, False, False], [True] * 4, [True, False, Fals
 
 
 def test_a_mask_is_boolean_or_that_of_a_tokenizer() -> None:
-    assert batches.mask({"mask": VALID}, TOKENS) is VALID
+    assert batches.token_mask({"mask": VALID}, TOKENS) is VALID
     for told in (VALID, VALID.long(), VALID.to(torch.uint8)):
-        assert torch.equal(batches.mask({"attention_mask": told}, TOKENS), VALID)
-    assert batches.mask({"mask": VALID, "padding_mask": ~VALID, "attention_mask": None}, TOKENS) is VALID
+        assert torch.equal(batches.token_mask({"attention_mask": told}, TOKENS), VALID)
+    assert batches.token_mask({"mask": VALID, "padding_mask": ~VALID, "attention_mask": None}, TOKENS) is VALID
     bystanders = {"mask": None, "special_tokens_mask": VALID, "loss_mask": torch.ones(3), "lengths": TOKENS, 3: X}
     for batch in (TOKENS, (TOKENS, Y), (TOKENS, VALID[:, 0]), {"x": TOKENS}, {"x": TOKENS, **bystanders}):
-        assert batches.mask(batch, TOKENS) is None
-    assert batches.mask({"padding_mask": VALID[:, :1]}, TOKENS[:, :1]) is None  # a single vector needs none
+        assert batches.token_mask(batch, TOKENS) is None
+    assert batches.token_mask({"padding_mask": VALID[:, :1]}, TOKENS[:, :1]) is None  # a single vector needs none
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_mask_is_boolean_or_that_of_a_tokenizer() -> None:
 )
 def test_padding_told_in_another_way_is_refused(batch: batches.Batch, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        batches.mask({"x": TOKENS, **batch} if isinstance(batch, dict) else batch, TOKENS)
+        batches.token_mask({"x": TOKENS, **batch} if isinstance(batch, dict) else batch, TOKENS)
 
 
 @pytest.mark.parametrize("name", ["mask", "attention_mask"])

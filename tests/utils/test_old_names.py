@@ -39,7 +39,7 @@ def test_an_old_argument_names_the_new_one(name: str) -> None:
         create(**{name: 1})
 
 
-def test_an_argument_that_never_was_is_pythons_affair() -> None:
+def test_unknown_arguments_raise_the_type_error_of_python() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'sice'"):
         DDCLReadout(3, sice=4)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="missing"):
