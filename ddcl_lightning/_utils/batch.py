@@ -96,8 +96,8 @@ def token_mask(batch: Batch, tokens: Tensor | None = None) -> Tensor | None:
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
         received = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"{name} must be boolean of the shape of x, {shape}; got {received}. Convert it in the collate function, to "
-            "True for valid tokens."
+            f"{name} must be boolean of the shape of x, {shape}; got {received}. Convert it in the collate function, "
+            "to True for valid tokens."
         )
     value = value.to(tokens.device)
     if looks and not bool(value.any(1).all()):
