@@ -235,8 +235,8 @@ class PretrainedBackbone(Backbone):
             self._warned = True
             warnings.warn(
                 f"{self._missed} of {self._looked_up} training samples were not in the cache, although it was filled "
-                "before training: random augmentation makes every sample a new one, and the cache grows without use. Leave "
-                "out cache_dir, or the augmentation.",
+                "before training: random augmentation makes every sample a new one, and the cache grows without use. "
+                "Leave out cache_dir, or the augmentation.",
                 stacklevel=2,
             )
 
