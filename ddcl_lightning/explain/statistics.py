@@ -66,7 +66,7 @@ class Tally:
         self._weight += look.shares.sum(0)
         strongest = look.shares.argmax(-1)
         self._sizes += code_counts(strongest.T, prototypes)
-        self._token_counts += code_counts(look.codes.flatten(1), prototypes, look.mask.flatten())
+        self._token_counts += code_counts(look.codes.flatten(0, 1).T, prototypes, look.mask.flatten())
         self._add_classes(look, strongest, truth)
         where = torch.tensor(places)
         apart = distances(look.means.movedim(1, 0), look.prototypes.cpu().double())  # (H, B, K)
