@@ -57,7 +57,7 @@ def test_a_data_module_without_tensors_is_abstract() -> None:
     class Nothing(TensorDataModule):
         class_names = ("a",)
 
-    with pytest.raises(TypeError, match="abstract method '?tensors"):
+    with pytest.raises(TypeError, match=r"abstract method '?tensors"):
         Nothing(batch_size=4)  # type: ignore[abstract]
 
 
