@@ -1,8 +1,8 @@
 """The base of all data modules: one data set in memory, its splits, and the loaders over them."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.arguments import described, typed
 from ddcl_lightning._utils.seeding import resolve_seed
 from ddcl_lightning.datamodules._loading import (
     Augment,
@@ -30,7 +30,7 @@ LARGEST_SIZE = 2**31 - 1  # of what is counted in rows or pixels; beyond it torc
 MOST_WORKERS = 1024  # processes per loader; more than that is a slip of the finger
 
 
-class SplitDataModule(pl.LightningDataModule):
+class SplitDataModule(pl.LightningDataModule, ABC):
     """Data module of a data set with splits: variants load it, this class does the rest.
 
     Batches are dicts of the inputs (``x`` or ``text``), ``y`` ``(B,)`` int64, -1 where unlabelled, and ``index``
@@ -112,6 +112,18 @@ class SplitDataModule(pl.LightningDataModule):
         self.seed = resolve_seed(seed)
         self.num_workers = num_workers
         self._ready: tuple[Loaded, Splits] | None = None
+
+    if not TYPE_CHECKING:  # where it would stand for every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise for a missing attribute, with the reason if that is an ``__init__`` that was not called."""
+            if name in ("_ready", "batch_size", "prepare_data_per_node", "trainer") and "_ready" not in vars(self):
+                kind = type(self).__name__
+                raise AttributeError(
+                    f"{kind}.__init__ must call super().__init__(batch_size=...); {name!r} is missing because it did "
+                    f"not. Call it first in {kind}.__init__."
+                )
+            return self.__getattribute__(name)  # raises as usual
 
     # What variants give -------------------------------------------------------------------------
 
@@ -203,6 +215,11 @@ class SplitDataModule(pl.LightningDataModule):
         """Load and split the data, once."""
         if self._ready is None:
             loaded = self.load()
+            if not isinstance(loaded, Loaded):
+                raise TypeError(
+                    f"{type(self).__name__}.load() must return Loaded(fetch, y, ...); got {described(loaded)}. Return "
+                    "what gives the inputs of some rows, and the labels of all."
+                )
             self._check_labels(loaded)
             splits = partition(
                 loaded,

@@ -1,11 +1,13 @@
 """Data modules of feature vectors in memory."""
 
 from abc import abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ddcl_lightning._utils.arguments import described
 from ddcl_lightning.datamodules._loading import Batch
 from ddcl_lightning.datamodules._origin import Origin
 from ddcl_lightning.datamodules._partition import Loaded
@@ -25,6 +27,30 @@ class Features:
     def __call__(self, rows: Tensor) -> Batch:
         """``x`` of the rows, ``(B, ...)`` float32."""
         return {"x": self.x[rows]}
+
+
+def _checked(data: "TensorDataModule", returned: Any) -> tuple[Tensor, Tensor]:
+    """Features and labels that ``tensors`` of a data module has returned, if they are such."""
+    name, feature_names = type(data).__name__, getattr(data, "feature_names", None)
+    rule = f"{name}.tensors() must return a pair of tensors, features (N, F) and labels (N,) int64"
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        raise TypeError(f"{rule}; got {described(returned)}. Return (x, y), with y = -1 where there is no label.")
+    x, y = returned
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"{rule}; got {described(x)} and {described(y)}. Convert them with torch.as_tensor.")
+    if y.is_floating_point() or y.is_complex():
+        raise TypeError(f"{rule}; got labels of {y.dtype}. Convert them with y.long().")
+    if x.dim() < 2 or y.dim() != 1 or len(x) != len(y):
+        raise ValueError(
+            f"{rule}, one label per row; got shapes {tuple(x.shape)} and {tuple(y.shape)}. Give every row a label, -1 "
+            "where it is unknown."
+        )
+    if feature_names is not None and x.dim() == 2 and x.shape[1] != len(feature_names):
+        raise ValueError(
+            f"{name}.feature_names must name the F = {x.shape[1]} features of tensors(); got {len(feature_names)} "
+            "names. Name each column."
+        )
+    return x, y.long()
 
 
 class TensorDataModule(SplitDataModule):
@@ -58,8 +84,13 @@ class TensorDataModule(SplitDataModule):
         return x
 
     def load(self) -> Loaded:
-        """The features as they are."""
-        self._raw, y = self.tensors()
+        """The features as they are.
+
+        Raises:
+            TypeError: If ``tensors`` does not return two tensors, labels of them integers.
+            ValueError: If they are not one row of features and one label for each row.
+        """
+        self._raw, y = _checked(self, self.tensors())
         return Loaded(Features(self._raw), y, origin=self.origin())
 
     def transform(self, loaded: Loaded, train_rows: Tensor) -> Loaded:

@@ -17,6 +17,7 @@ from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
 from ddcl_lightning.checkpoints.load_checks import check_loading
 from ddcl_lightning.heads.base import Head
+from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
 from ddcl_lightning.metrics.stages import StageMetrics, check_new
 from ddcl_lightning.nn.discovery import find_banks
@@ -26,7 +27,7 @@ from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.optim.schedule import LRSchedule, Shape
 from ddcl_lightning.optim.two_optimizers import TwoOptimizerModule
 from ddcl_lightning.optim.two_timescale import parameter_ids, run_length
-from ddcl_lightning.tasks.base import Task
+from ddcl_lightning.tasks.base import Task, check_updates
 from ddcl_lightning.tasks.class_names import ClassNames
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         self.check_finite = check_finite
 
         self.backbone, self.head, self.task = backbone, head, task
-        head.build(backbone.embed_dim)
+        embed_dim = check_dimension(backbone, "embed_dim", "the dimension of its tokens", "__init__()")
+        head.build(embed_dim)
+        check_built(head, embed_dim)
         task.build(head)
         if rho == 0:
             placed = parameter_ids(bank.prototypes for bank in find_banks(backbone).values())
@@ -124,6 +127,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         metrics = {"train": task.train_metrics(), "val": task.metrics(), "test": task.metrics()}
         stages = {stage: StageMetrics(stage, of_stage) for stage, of_stage in metrics.items()}
         check_new(stages.values())
+        check_updates(task, stages)
         self._pass: EvaluationPass | None = None
         self.stage_metrics = nn.ModuleDict({f"{stage}_metrics": held for stage, held in stages.items()})
 
@@ -154,7 +158,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One backward pass; every ``accumulate_grad_batches`` batches, one step of every optimizer."""
         readout = self(batch)
-        losses = self.task.losses(readout, batch)
+        losses = self.losses(readout, batch)
         loss = losses["loss"]
         if self.check_finite and not bool(torch.isfinite(loss)):
             values = {name: float(value.detach()) for name, value in losses.items()}
@@ -205,7 +209,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
             columns["index"] = position
         if readout.assignments is not None:
             columns["assignments"] = readout.assignments
-        return {**columns, **self.task.predict(readout, batch)}
+        return {**columns, **check_columns(self.task, self.task.predict(readout, batch), len(readout.pooled))}
 
     def on_train_epoch_end(self) -> None:
         """Log the training metrics of the task, over the batches of the epoch that this run has trained on."""
@@ -310,7 +314,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
 
     def _evaluate(self, stage: str, batch: Batch, loader: int) -> None:
         readout = self(batch)
-        losses = self.task.losses(readout, batch)
+        losses = self.losses(readout, batch)
         assert self._pass is not None
         for metrics in self._pass.add(losses, readout.pooled.shape[0], loader):
             self.task.update_metrics(metrics.by_name(), readout, batch)

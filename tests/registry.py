@@ -26,6 +26,7 @@ from ddcl_lightning import (
     SequenceDecoder,
     VectorQuantizer,
 )
+from ddcl_lightning._utils.checkout import MAPPED_FOLDERS
 
 PLUGIN = "acme_readouts"
 DIM = 8  # of tokens
@@ -68,20 +69,32 @@ NEEDED: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def module_names(package: ModuleType) -> list[str]:
+    """Names of a package and of every module in it, sorted; also in folders that are mapped into ours by its install.
+
+    Those lie beside the package in a checkout, where a walk along its path does not come.
+    """
+    walks = [(package.__path__, package.__name__)]
+    if package is ddcl_lightning:
+        mapped = [importlib.import_module(f"{package.__name__}.{folder}") for folder in MAPPED_FOLDERS]
+        walks += [(folder.__path__, folder.__name__) for folder in mapped]
+    walked = {module.name for path, name in walks for module in pkgutil.walk_packages(path, f"{name}.")} | {
+        name for _, name in walks
+    }
+    return sorted(name for name in walked if not name.endswith("__main__"))
+
+
 def modules() -> Iterator[ModuleType]:
     """Every module of the package and of the plug-in, but those whose optional library is missing."""
     folder = str(Path(__file__).parent / "plugin")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    for package in (ddcl_lightning, importlib.import_module(PLUGIN)):
-        yield package
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not module.name.endswith("__main__"):
-                try:
-                    yield importlib.import_module(module.name)
-                except ImportError as error:
-                    if not _is_optional(error):
-                        raise
+    for name in [*module_names(ddcl_lightning), *module_names(importlib.import_module(PLUGIN))]:
+        try:
+            yield importlib.import_module(name)
+        except ImportError as error:
+            if not _is_optional(error):
+                raise
 
 
 def is_concrete(kind: type) -> bool:
@@ -90,13 +103,14 @@ def is_concrete(kind: type) -> bool:
 
 
 def classes(base: type) -> list[type]:
-    """Public concrete classes of a kind, by name."""
+    """Public concrete classes of a kind, by name; those of files that begin with an underscore are bases."""
     candidates = {
         value
         for module in modules()
         for name, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, base) and not name.startswith("_")
     }
+    candidates = {value for value in candidates if not value.__module__.rpartition(".")[2].startswith("_")}
     shipped = (value for value in candidates if value.__module__.split(".")[0] in (ddcl_lightning.__name__, PLUGIN))
     return sorted(filter(is_concrete, shipped), key=lambda kind: kind.__name__)
 

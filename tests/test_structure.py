@@ -3,23 +3,19 @@
 import ast
 import importlib
 import inspect
-import pkgutil
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from registry import classes, needed
+from lightning.pytorch import Callback
+from registry import classes, module_names, needed
 
 import ddcl_lightning
 from ddcl_lightning import Backbone, Decoder, Head, Quantizer, SplitDataModule, Task
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(
-    module.name
-    for module in pkgutil.walk_packages(ddcl_lightning.__path__, "ddcl_lightning.")
-    if "__main__" not in module.name
-)
+MODULES = [name for name in module_names(ddcl_lightning) if "." in name]
 OWNERS_FOLDERS = ("callbacks", "datamodules", "recipes")
 # The thin Lightning file is what the package is about; everything else has a folder.
 LOOSE_MODULES = {"module"}
@@ -62,6 +58,15 @@ def test_no_two_modules_have_one_name() -> None:
         path.stem.strip("_") for path in paths if path.stem not in ("__init__", "__main__", "base", "_base")
     )
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("folder", ["ddcl_lightning", *OWNERS_FOLDERS])
+def test_every_file_of_code_is_a_module_that_the_tests_know(folder: str) -> None:
+    """Also those of the mapped folders, which lie beside the package."""
+    package = "ddcl_lightning" if folder == "ddcl_lightning" else f"ddcl_lightning.{folder}"
+    files = (path.relative_to(ROOT / folder).with_suffix("") for path in (ROOT / folder).rglob("*.py"))
+    names = {".".join([package, *path.parts]).removesuffix(".__init__") for path in files}
+    assert names - {"ddcl_lightning", "ddcl_lightning.__main__"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -122,6 +127,13 @@ def test_every_class_that_plugs_in_is_exported(base: type) -> None:
             assert kind.__name__ in package.__all__
             assert getattr(ddcl_lightning, kind.__name__) is kind
             assert kind.__name__ in ddcl_lightning.__all__
+
+
+def test_every_callback_is_exported_from_its_folder() -> None:
+    package = importlib.import_module("ddcl_lightning.callbacks")
+    ours = [kind for kind in classes(Callback) if kind.__module__.startswith(package.__name__)]
+    assert ours
+    assert [kind.__name__ for kind in ours if kind.__name__ not in package.__all__] == []
 
 
 def test_a_class_that_the_tests_cannot_make_says_where_to_say_how() -> None:

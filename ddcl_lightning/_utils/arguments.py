@@ -116,6 +116,18 @@ def width_per_head(num_heads: int, remedy: str, **width: int) -> int:
     return value // num_heads
 
 
+def described(value: Any) -> str:
+    """A value that should have been another, in words: ``"a tensor (2, 3) of torch.float32"``, ``"a dict"``."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    if value is None:
+        return "None"
+    if type(value) in (tuple, list):
+        return f"a {type(value).__name__} of {len(value)}"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def is_memory_short(error: BaseException) -> bool:
     """True if an error says that something is too large for this machine."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))

@@ -11,7 +11,7 @@ from ddcl_lightning._utils.batch import Batch, size
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.explain.explanation import Span
 from ddcl_lightning.functional import nearest_prototype, soft_assign
-from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning.functional._common import mark_padding, masked_mean
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -25,7 +25,7 @@ class BatchSummary:
     Attributes:
         shares: Mean assignment of each sample, ``(B, H, K)`` float64.
         means: Mean valid token of each sample as the bank sees it, ``(B, H, d)`` float64.
-        codes: Nearest prototype of each token, ``(H, B, T)``, -1 at padding.
+        codes: Nearest prototype of each token, ``(B, T, H)``, -1 at padding.
         mask: ``(B, T)``, True for valid tokens.
         tokens: ``(H, B, T, d)``, as the bank saw them.
         prototypes: ``(H, K, d)``.
@@ -102,13 +102,11 @@ class Observer:
         mask = torch.ones(samples, length, dtype=torch.bool, device=heads.device)
         if previous.mask is not None:
             mask = previous.mask[0].reshape(samples, length)
+        codes = nearest_prototype(previous.tokens, previous.codebook).T.reshape(samples, length, -1)
         return BatchSummary(
             shares=self._shares(previous, readout.assignments, mask).double().cpu(),
             means=masked_mean(heads.movedim(0, 1), mask, dim=-2).double().cpu(),
-            codes=nearest_prototype(previous.tokens, previous.codebook)
-            .reshape(heads.shape[:-1])
-            .masked_fill(~mask, -1)
-            .cpu(),
+            codes=mark_padding(codes, mask).cpu(),
             mask=mask.cpu(),
             tokens=heads,
             prototypes=previous.codebook,

@@ -66,7 +66,7 @@ class Tally:
         self._weight += summary.shares.sum(0)
         strongest = summary.shares.argmax(-1)
         self._sizes += code_counts(strongest.T, prototypes)
-        self._token_counts += code_counts(summary.codes.flatten(1), prototypes, summary.mask.flatten())
+        self._token_counts += code_counts(summary.codes.flatten(0, 1).T, prototypes, summary.mask.flatten())
         self._add_classes(summary, strongest, truth)
         where = torch.tensor(places)
         apart = distances(summary.means.movedim(1, 0), summary.prototypes.cpu().double())  # (H, B, K)

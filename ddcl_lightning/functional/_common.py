@@ -58,6 +58,17 @@ def require_tokens(tokens: Tensor) -> None:
         )
 
 
+def require_valid_token(tokens: Tensor, mask: Tensor | None) -> None:
+    """Raise a ValueError if there is nothing to take a mean over; a mask is looked at on the CPU only."""
+    require_tokens(tokens)
+    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return
+    if not bool(mask.any()):
+        raise ValueError(
+            "mask leaves no valid token in the batch, so the loss has no mean. Drop empty samples from the data."
+        )
+
+
 def temperature_like(temperature: float | Tensor, reference: Tensor) -> Tensor:
     """Temperature as a tensor that broadcasts against ``(..., N, d)``; a float is checked, a tensor is trusted."""
     if isinstance(temperature, Tensor):
@@ -79,6 +90,13 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def zero_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens ``(..., N, D)`` with zero where the mask ``(..., N)`` is False: no NaN there can leak into a product."""
     return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def mark_padding(codes: Tensor, mask: Tensor | None) -> Tensor:
+    """Codes ``(*)`` or ``(*, H)`` with -1 where the mask ``(*)`` is False."""
+    if mask is None:
+        return codes
+    return codes.masked_fill(~mask.reshape(*mask.shape, *[1] * (codes.dim() - mask.dim())), -1)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None, dim: Literal[-1, -2] = -1) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.heads.contracts import check_created
 from ddcl_lightning.heads.width import check_width, count_parameters, widest
 
 
@@ -60,7 +61,7 @@ class PoolingHead(Head):
             width = widest(
                 lambda dim: count_parameters(lambda: self._sketch(embed_dim, dim)), self.max_parameters, self.width_step
             )
-        self.pooled_dim = self.create(embed_dim, width)
+        self.pooled_dim = check_created(self, self.create(embed_dim, width))
         super().build(embed_dim)
 
     def _sketch(self, embed_dim: int, width: int) -> "PoolingHead":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.heads.contracts import check_quantizer, check_quantizer_output
 from ddcl_lightning.heads.pooling import mean_token
 from ddcl_lightning.nn.quantizer_base import Quantizer
 
@@ -33,7 +34,9 @@ class CodebookHead(Head):
         """Create the quantizer for tokens of dimension ``embed_dim``."""
         if check_rebuild(self, embed_dim):
             return
-        self.quantizer = self.create(embed_dim).train(self.training)
+        quantizer = self.create(embed_dim)
+        check_quantizer(self, quantizer)
+        self.quantizer = quantizer.train(self.training)
         self.num_codes, self.num_codebooks = self.quantizer.num_codes, self.quantizer.num_codebooks
         self.pooled_dim = self.quantizer.output_dim
         super().build(embed_dim)
@@ -55,7 +58,7 @@ class CodebookHead(Head):
         """Quantize ``(B, T, embed_dim)`` tokens; the share of each code is returned in evaluation mode."""
         check_tokens(self, tokens, mask)
         tokens, mask = fill_padding(tokens, mask)
-        output = self.quantizer(tokens, mask)
+        output = check_quantizer_output(self.quantizer, tokens, self.quantizer(tokens, mask))
         codes = output.indices.reshape(*tokens.shape[:2], self.quantizer.num_codebooks)
         return ReadoutOutput(
             output.quantized,
@@ -87,6 +90,7 @@ class QuantizerReadout(CodebookHead):
         super().__init__()
         if not weight > 0:
             raise ValueError(f"weight must be > 0; got {weight}.")
+        check_quantizer(self, quantizer)
         self.quantizer, self.weight = quantizer, weight
         self.num_codes, self.num_codebooks = quantizer.num_codes, quantizer.num_codebooks
         if embed_dim is not None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.functional._common import check_mask, mark_padding, require_valid_token, zero_padding
 from ddcl_lightning.heads.quantizer_readout import CodebookHead
 from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
 
@@ -54,13 +54,14 @@ class LibraryQuantizer(Quantizer):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid ones."""
+        check_mask(tokens, mask)
+        require_valid_token(tokens, mask)
         padded = mask is not None and not bool(mask.all())
         if padded and self.quantizer not in MASKED:
             raise ValueError(f"{self.quantizer} takes no mask; got padding. Use one of {MASKED}, or tokens without it.")
         output = self.layer(zero_padding(tokens, mask), **({"mask": mask} if padded else {}))
         codes = output[1].long().reshape(*tokens.shape[:2], self.num_codebooks)
-        if mask is not None:
-            codes = codes.masked_fill(~mask.unsqueeze(-1), -1)
+        codes = mark_padding(codes.squeeze(-1) if self.num_codebooks == 1 else codes, mask)
         loss = output[2].sum() if len(output) > 2 else None
         return QuantizerOutput(zero_padding(output[0], mask), codes, loss)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.functional import nearest_prototype
-from ddcl_lightning.functional._common import check_mask
+from ddcl_lightning.functional._common import check_mask, mark_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 
 
@@ -51,10 +51,14 @@ class Codebook(GuardedState):
         flat_mask = None if mask is None else mask.reshape(1, -1).expand(self.num_heads, -1)
         return heads, flat_mask
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``."""
-        heads, _ = self.split_heads(tokens)
-        return nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
+    def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Index of the nearest prototype per token and head, ``(*, H)`` int64, for tokens ``(*, H * d)``.
+
+        Where the mask ``(*)`` is False the index is -1.
+        """
+        heads, _ = self.split_heads(tokens, mask)
+        codes = nearest_prototype(heads, self.prototypes).transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
+        return mark_padding(codes, mask)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""

@@ -10,7 +10,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, check_indices
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
@@ -156,8 +156,7 @@ class SoftVectorQuantizer(Quantizer):
         """
         with evaluating(self.scale):
             embedded = self._embed(self._tokens(z, mask), mask)
-        codes = self.bank.encode(embedded)
-        return self._squeeze(codes if mask is None else codes.masked_fill(~mask.unsqueeze(-1), -1), z)
+        return self._squeeze(self.bank.encode(embedded, mask), z)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Tokens or feature maps of hard codes, as a decoder reads them.
@@ -174,17 +173,9 @@ class SoftVectorQuantizer(Quantizer):
         """
         heads, size = self.bank.num_heads, self.bank.num_prototypes
         codes = indices.unsqueeze(-1) if heads == 1 else indices
-        if codes.dim() not in (3, 4) or codes.shape[-1] != heads or codes.is_floating_point():
-            last = "" if heads == 1 else f", {heads}"
-            raise ValueError(
-                f"indices must be integers of shape (B, T{last}) or (B, H, W{last}); got {indices.dtype} of shape "
-                f"{tuple(indices.shape)}. Pass what encode returns."
-            )
-        if codes.numel() and not (int(codes.min()) >= -1 and int(codes.max()) < size):
-            raise ValueError(
-                f"indices must be in [0, num_codes = {size}), or -1 for padding; got values from {int(codes.min())} to "
-                f"{int(codes.max())}. Pass what encode returns."
-            )
+        last = "" if heads == 1 else f", {heads}"
+        fits = codes.dim() in (3, 4) and codes.shape[-1] == heads
+        check_indices(indices, fits, size, f"(B, T{last}) or (B, H, W{last})")
         codes_of_tokens = codes.flatten(1, -2)
         quantized = self._project(self.bank.decode(codes_of_tokens), (codes_of_tokens >= 0).all(-1))
         if codes.dim() == 3:

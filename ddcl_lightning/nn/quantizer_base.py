@@ -31,6 +31,20 @@ class QuantizerOutput(NamedTuple):
     decomposition: Decomposition | None = None
 
 
+def check_indices(indices: Tensor, fits: bool, num_codes: int, shape: str) -> None:
+    """Raise a ValueError unless indices are integers of a fitting shape, in [0, ``num_codes``) or -1."""
+    if not fits or indices.is_floating_point():
+        raise ValueError(
+            f"indices must be integers of shape {shape}; got {indices.dtype} of shape {tuple(indices.shape)}. Pass "
+            "what encode returns."
+        )
+    if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < num_codes):
+        raise ValueError(
+            f"indices must be in [0, num_codes = {num_codes}), or -1 for padding; got values from "
+            f"{int(indices.min())} to {int(indices.max())}. Pass what encode returns."
+        )
+
+
 class Quantizer(nn.Module, ABC):
     """Replaces tokens by codes. Subclass it, set ``dim`` and ``num_codes``, and write ``forward``.
 

@@ -9,10 +9,10 @@ from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.distributed import broadcast_object, token_weight
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.functional import nearest_prototype
-from ddcl_lightning.functional._common import masked_mean, zero_padding
+from ddcl_lightning.functional._common import check_mask, mark_padding, masked_mean, require_valid_token, zero_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import initial_prototypes
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, check_indices
 
 CodebookInit = Literal["uniform", "kmeans"]
 START_TOKENS = 65_536  # tokens of the first batch, over all processes, that a k-means start uses
@@ -21,7 +21,7 @@ START_TOKENS = 65_536  # tokens of the first batch, over all processes, that a k
 class VectorQuantizer(GuardedState, Quantizer):
     """Replaces every token by its nearest code (van den Oord et al. 2017, eq. 1 to 3).
 
-    The loss is ``||sg[z] - e||^2 + beta ||z - sg[e]||^2``, each a mean over valid tokens; the gradient of what the
+    The loss is ``||sg[z] - e||^2 + w ||z - sg[e]||^2``, each a mean over valid tokens; the gradient of what the
     decoder reads passes to the tokens unchanged.
 
     Args:
@@ -29,7 +29,7 @@ class VectorQuantizer(GuardedState, Quantizer):
         num_codes: K, at least 1.
         code_dim: d, dimension of the codes; by default D.
         project: Map the tokens into the codes' space by a matrix that starts orthogonal; always so where d is not D.
-        beta: Weight >= 0 of the commitment relative to the codebook loss.
+        commitment_weight: w >= 0, weight of the commitment relative to the codebook loss.
         init: ``"uniform"`` in ``[-1/K, 1/K]``, or ``"kmeans"`` of the first training batch.
 
     Attributes:
@@ -54,17 +54,17 @@ class VectorQuantizer(GuardedState, Quantizer):
         *,
         code_dim: int | None = None,
         project: bool = False,
-        beta: float = 0.25,
+        commitment_weight: float = 0.25,
         init: CodebookInit = "uniform",
     ) -> None:
         super().__init__()
         require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
-        if not beta >= 0:
-            raise ValueError(f"beta must be >= 0; got {beta}.")
+        if not commitment_weight >= 0:
+            raise ValueError(f"commitment_weight must be >= 0; got {commitment_weight}.")
         if init not in get_args(CodebookInit):
             raise ValueError(f"init must be one of {get_args(CodebookInit)}; got {init!r}.")
         width = dim if code_dim is None else code_dim
-        self.dim, self.num_codes, self.beta, self.init = dim, num_codes, beta, init
+        self.dim, self.num_codes, self.commitment_weight, self.init = dim, num_codes, commitment_weight, init
         self.projection: nn.Linear | None = None
         if project or width != dim:
             self.projection = nn.Linear(dim, width, bias=False)
@@ -83,15 +83,19 @@ class VectorQuantizer(GuardedState, Quantizer):
         return [self.codebook]
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
-        """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``."""
-        tokens = zero_padding(tokens, mask)
-        embedded = tokens if self.projection is None else self.projection(tokens)
+        """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid tokens.
+
+        Raises:
+            ValueError: If a shape does not fit or (looked at on the CPU only) no token is valid.
+            TypeError: If the mask is not boolean.
+        """
+        embedded = self._embed(tokens, mask)
+        require_valid_token(embedded, mask)
         if self.training and self.init == "kmeans" and self.codebook.requires_grad and not bool(self.initialized):
             self._start(embedded if mask is None else embedded[mask])
-        codes = nearest_prototype(embedded.detach().flatten(0, 1), self.codebook.detach()).view(embedded.shape[:-1])
+        codes = self._nearest(embedded)
         nearest = self.codebook[codes]
-        if mask is not None:
-            codes = codes.masked_fill(~mask, -1)
+        codes = mark_padding(codes, mask)
         self.counts.copy_(torch.bincount(codes.flatten() + 1, minlength=len(self.codebook) + 1)[1:])
 
         def distance(left: Tensor, right: Tensor) -> Tensor:
@@ -100,8 +104,42 @@ class VectorQuantizer(GuardedState, Quantizer):
             return mean * token_weight(mask if self.training else None)
 
         straight = embedded + (nearest.to(embedded.dtype) - embedded).detach()
-        loss = distance(embedded.detach(), nearest) + self.beta * distance(embedded, nearest.detach())
+        loss = distance(embedded.detach(), nearest) + self.commitment_weight * distance(embedded, nearest.detach())
         return QuantizerOutput(zero_padding(straight, mask), codes, loss)
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hard codes ``(B, T)`` int64 of ``(B, T, D)`` tokens, as the forward pass gives them; -1 at padding.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If the mask is not boolean.
+        """
+        return mark_padding(self._nearest(self._embed(tokens, mask)), mask)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Codes ``(B, T, output_dim)`` of indices ``(B, T)``, as a decoder reads them; zero for -1, that of padding.
+
+        Raises:
+            ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
+        """
+        check_indices(indices, indices.dim() == 2, self.num_codes, "(B, T)")
+        return zero_padding(self.codebook[indices.clamp(min=0)], indices >= 0)
+
+    def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens ``(B, T, D)`` in the codes' space, ``(B, T, d)``, zero at padding."""
+        if tokens.dim() != 3 or tokens.shape[-1] != self.dim or not tokens.is_floating_point():
+            raise ValueError(
+                f"tokens must be floating point of shape (B, T, dim = {self.dim}); got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}. Build the quantizer for their dimension, or flatten a feature map."
+            )
+        check_mask(tokens, mask)
+        tokens = zero_padding(tokens, mask)
+        return tokens if self.projection is None else self.projection(tokens)
+
+    def _nearest(self, embedded: Tensor) -> Tensor:
+        """Index of the nearest code of each vector ``(B, T, d)``, padding included."""
+        return nearest_prototype(embedded.detach().flatten(0, 1), self.codebook.detach()).view(embedded.shape[:-1])
 
     @torch.no_grad()
     def _start(self, tokens: Tensor) -> None:

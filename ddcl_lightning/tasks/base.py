@@ -1,7 +1,7 @@
 """The task protocol."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ddcl_lightning.nn.discovery import find_banks
 
 
 class Task(nn.Module, ABC):
-    """Base of tasks. Subclass it and write ``losses``; metrics and extra predictions are optional.
+    """Base of tasks. Subclass it and write ``losses``; metrics (with ``update_metrics``) and predictions are optional.
 
     Attributes:
         unsupervised: Whether the only loss is the quantisation loss, under which a trainable encoder shrinks its
@@ -41,7 +41,7 @@ class Task(nn.Module, ABC):
     def update_metrics(
         self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
     ) -> None:
-        """Update the metrics with one batch."""
+        """Update the metrics with one batch; a task with ``metrics`` must override it."""
 
     def train_metrics(self) -> Mapping[str, Metric | MetricCollection]:
         """New metrics of the training batches, logged once per epoch: for values that cost no second pass.
@@ -53,11 +53,36 @@ class Task(nn.Module, ABC):
     def update_train_metrics(
         self, metrics: Mapping[str, Metric | MetricCollection], readout: ReadoutOutput, batch: Batch
     ) -> None:
-        """Update the training metrics with one batch; the readout is that of training, without assignments."""
+        """Update the training metrics with one batch; the readout is that of training, without assignments.
+
+        A task with ``train_metrics`` must override it.
+        """
 
     def predict(self, readout: ReadoutOutput, batch: Batch) -> dict[str, Tensor]:
         """Columns ``(B,)`` that ``predict`` adds to the assignments."""
         return {}
+
+
+def check_updates(task: Task, stages: Mapping[str, Sized]) -> None:
+    """Raise unless a task that has metrics updates them: they would log nothing, and say nothing.
+
+    Args:
+        task: The task.
+        stages: Its metrics of ``"train"`` and of the other stages.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    for stage, metrics in stages.items():
+        prefix = "train_" if stage == "train" else ""
+        update = f"update_{prefix}metrics"
+        if len(metrics) and getattr(getattr(task, update), "__func__", None) is getattr(Task, update):
+            kind = type(task).__name__
+            raise TypeError(
+                f"{kind} must write {update}(metrics, readout, batch), because its {prefix}metrics() returns "
+                f"{len(metrics)}; got none, so they would never be logged. Write it, with "
+                f"metrics['name'].update(...), or leave {prefix}metrics() out."
+            )
 
 
 def note_unused_weight(head: Head, quantization_weight: float) -> None:

@@ -1,13 +1,15 @@
 """What a module that composes backbone, head and task looks like to callbacks and evaluations."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.heads.contracts import check_losses, check_readout_output, check_token_output
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.optim.two_timescale import parameter_ids
 from ddcl_lightning.tasks.base import Task
@@ -26,9 +28,13 @@ class ReadoutModule(pl.LightningModule):
 
     def forward(self, batch: Batch) -> ReadoutOutput:
         """The readout of a batch as the data loader yields it."""
-        tokens, mask = self.backbone(batch)
-        readout: ReadoutOutput = self.head(tokens, mask)
+        tokens, mask = check_token_output(self.backbone, self.backbone(batch))
+        readout = check_readout_output(self.head, tokens, self.head(tokens, mask))
         return replace(readout, inputs=tokens, mask=mask)
+
+    def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:
+        """Losses of the task, scalars: ``"loss"``, which trains, and those that are logged beside it."""
+        return check_losses(self.task, self.task.losses(readout, batch))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by role: ``prototypes``, ``encoder`` (they move what a bank sees) and ``task``."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.arguments import described, typed
 from ddcl_lightning._utils.batch import Batch, inputs
 from ddcl_lightning._utils.distributed import token_weight
 from ddcl_lightning.decoders.base import Decoder
@@ -79,7 +79,12 @@ class Reconstruction(Task):
 
     def decode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images ``(B, C, H, W)`` or vectors ``(B, T, D)`` of tokens ``(B, T, token_dim)``, float32 at least."""
-        decoded: Tensor = self.decoder(tokens, mask)
+        decoded = self.decoder(tokens, mask)
+        if not isinstance(decoded, Tensor):
+            raise TypeError(
+                f"{type(self.decoder).__name__}.forward() must return a tensor, images (B, C, H, W) or vectors "
+                f"(B, T, D); got {described(decoded)}. Return what is compared with the target alone."
+            )
         return decoded.to(accumulation_dtype(decoded))
 
     def compared(self, readout: ReadoutOutput, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -45,7 +45,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "code_dim": 3, "embedding_scale": "per_dimension"},
         {"gradient": "soft", "training_output": "soft"},
     ],
-    "VQPooling": [{"dim": 3}, {"init": "kmeans"}, {"max_parameters": 100}],
+    "VQPooling": [{"code_dim": 3}, {"init": "kmeans"}, {"max_parameters": 100}],
 }
 HEADS = {
     " ".join([kind.__name__, *(f"{name}={value}" for name, value in options.items())]): functools.partial(

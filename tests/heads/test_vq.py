@@ -18,7 +18,7 @@ def setup(**options: object) -> tuple[VQPooling, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dim", [None, 2])
 def test_vq_gives_the_codes_and_losses_of_the_equations(dim: int | None) -> None:
-    head, tokens, mask = setup(dim=dim, beta=0.5, weight=0.3)
+    head, tokens, mask = setup(code_dim=dim, commitment_weight=0.5, weight=0.3)
     head.eval()
     readout = head(tokens, mask)
     z = tokens if dim is None else tokens @ head.quantizer.projection.weight.mT
@@ -42,7 +42,7 @@ def test_vq_gives_the_codes_and_losses_of_the_equations(dim: int | None) -> None
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dim", [None, 2])
 def test_codes_are_in_the_readout(dim: int | None, training: bool) -> None:
-    head, tokens, mask = setup(dim=dim)
+    head, tokens, mask = setup(code_dim=dim)
     readout = head.train(training)(tokens, mask)
     assert readout.codes.shape == (3, 5, head.num_codebooks)
     assert readout.codes.dtype == torch.int64
@@ -97,7 +97,7 @@ def test_codes_start_uniformly_within_one_over_k() -> None:
 
 
 def test_codes_are_fast_and_no_bank() -> None:
-    head = VQPooling(4, dim=2, init="kmeans")
+    head = VQPooling(4, code_dim=2, init="kmeans")
     module = DDCLReadoutModule(
         LinearBackbone(), head, Classification(4, quantization_weight=0.0), lr_prototypes=0.05, rho=0.1, lr_task=0.01
     )
@@ -115,7 +115,7 @@ def test_codes_are_fast_and_no_bank() -> None:
     ("options", "message"),
     [
         ({"num_codes": 0}, "num_codes must be at least 1; got 0"),
-        ({"beta": -1.0}, "beta must be >= 0; got -1.0"),
+        ({"commitment_weight": -1.0}, "commitment_weight must be >= 0; got -1.0"),
         ({"weight": 0.0}, "weight must be > 0, or the codes would never learn; got 0.0"),
         ({"init": "zeros"}, "init must be one of"),
     ],

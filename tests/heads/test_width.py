@@ -31,7 +31,7 @@ SIZED: dict[str, tuple[Callable[..., Head], str, int]] = {
     "pma": (lambda **k: PMAPooling(num_seeds=2, num_heads=4, **k), "dim", 4),
     "perceiver": (lambda **k: PerceiverPooling(num_heads=2, num_blocks=2, **k), "dim", 2),
     "slots": (SlotAttentionPooling, "dim", 1),
-    "vq": (lambda **k: VQPooling(16, **k), "dim", 1),
+    "vq": (lambda **k: VQPooling(16, **k), "code_dim", 1),
     "ddcl": (lambda **k: DDCLReadout(16, **k), "prototype_dim", 1),
     "ddcl heads": (lambda **k: DDCLReadout(16, num_heads=4, residual=True, **k), "prototype_dim", 1),
 }

@@ -242,7 +242,7 @@ def test_a_damaged_head_is_refused_by_name(tmp_path: Path) -> None:
         safetensors.save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=f"{key} must"):
             Head.from_pretrained(tmp_path)
-    projected = VQPooling(4, dim=3, embed_dim=6)
+    projected = VQPooling(4, code_dim=3, embed_dim=6)
     with torch.no_grad():
         projected.quantizer.projection.weight[0, 0] = torch.nan  # type: ignore[union-attr]
     projected.save_pretrained(tmp_path)

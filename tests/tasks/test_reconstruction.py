@@ -26,7 +26,7 @@ from ddcl_lightning.heads import CLSPooling, Head, MeanPooling, VQPooling
 HEADS = {
     "prototypes": lambda: DDCLReadout(5),
     "residual": lambda: DDCLReadout(5, num_heads=2, residual=True),
-    "codes": lambda: VQPooling(5, dim=3),
+    "codes": lambda: VQPooling(5, code_dim=3),
     "none": MeanPooling,
 }
 

@@ -1,0 +1,241 @@
+"""Checks of what plug-ins set and return, so that a slip is one sentence and no traceback from somewhere else.
+
+They look at types and shapes, never at values, so that none waits for an accelerator; compiled graphs leave them out.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning._utils.arguments import described
+from ddcl_lightning.backbones.base import Backbone, Tokens
+from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
+
+
+def check_dimension(owner: nn.Module, name: str, meaning: str, where: str) -> int:
+    """The integer >= 1 that a plug-in keeps in an attribute.
+
+    Args:
+        owner: The plug-in.
+        name: Of the attribute.
+        meaning: What it is, for the error.
+        where: Where to set it.
+
+    Raises:
+        TypeError: If there is none, or no such integer.
+    """
+    value = getattr(owner, name, None)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        kind = type(owner).__name__
+        raise TypeError(
+            f"{kind}.{name} must be an integer of at least 1, {meaning}; got {_value(value)}. Set self.{name} in "
+            f"{kind}.{where}."
+        )
+    return value
+
+
+def check_created(head: Head, pooled_dim: Any) -> int:
+    """What ``create`` of a pooling head has returned.
+
+    Raises:
+        TypeError: If that is no integer >= 1.
+    """
+    if isinstance(pooled_dim, bool) or not isinstance(pooled_dim, int) or pooled_dim < 1:
+        _refuse(
+            f"{type(head).__name__}.create() must return pooled_dim, an integer of at least 1, the dimension of what "
+            "pool() returns",
+            _value(pooled_dim),
+            "End it with return pooled_dim",
+        )
+    return pooled_dim
+
+
+def check_built(head: Head, embed_dim: int) -> None:
+    """Raise unless ``build`` of a head has left it ready for tokens of dimension ``embed_dim``.
+
+    Raises:
+        TypeError: If it has no ``pooled_dim``, or its base was not built.
+    """
+    kind = type(head).__name__
+    check_dimension(head, "pooled_dim", "the dimension of the readout's pooled", "build()")
+    if head.input_dim != embed_dim:
+        _refuse(
+            f"{kind}.build() must call super().build(embed_dim), which keeps input_dim = {embed_dim}",
+            f"input_dim = {head.input_dim}",
+            f"Call it in {kind}.build()",
+        )
+
+
+def check_quantizer(head: Head, quantizer: Any) -> None:
+    """Raise unless a head of codes holds a quantizer that knows its sizes.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    if not isinstance(quantizer, Quantizer):
+        rule = f"{type(head).__name__}.create() must return a Quantizer"
+        _refuse(rule, described(quantizer), "End it with return quantizer")
+    check_dimension(quantizer, "dim", "the dimension of the tokens that it takes", "__init__()")
+    check_dimension(quantizer, "num_codes", "the codes of each codebook", "__init__()")
+
+
+def check_token_output(backbone: Backbone, output: Any) -> Tokens:
+    """What a backbone has returned for a batch.
+
+    Raises:
+        TypeError: If that is not ``Tokens`` of floating-point values and a boolean mask.
+        ValueError: If a shape does not fit.
+    """
+    if torch.compiler.is_compiling():
+        return output  # type: ignore[no-any-return]
+    rule = f"{type(backbone).__name__}.forward() must return Tokens(values, mask)"
+    if not isinstance(output, Tokens):
+        _refuse(rule, described(output), "Wrap what it returns: Tokens(values), or Tokens(values, mask)")
+    values, mask, embed_dim = *output, backbone.embed_dim
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        _refuse(f"{rule} with floating-point values", described(values), "Convert them with values.float()")
+    if values.dim() != 3 or values.shape[-1] != embed_dim:
+        raise ValueError(
+            f"{rule} with values (B, T, embed_dim = {embed_dim}); got {described(values)}. Set embed_dim to the "
+            "dimension of the tokens; a single vector per sample is values.unsqueeze(1)."
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        _refuse(f"{rule} with a boolean mask or None", described(mask), "Convert it, to True for valid tokens")
+    if mask is not None and mask.shape != values.shape[:2]:
+        raise ValueError(
+            f"{rule} with a mask (B, T) = {tuple(values.shape[:2])}; got {described(mask)}. Give one entry per token."
+        )
+    return output
+
+
+def check_readout_output(head: Head, tokens: Tensor, output: Any) -> ReadoutOutput:
+    """What a head has returned for ``(B, T, embed_dim)`` tokens.
+
+    Raises:
+        TypeError: If that is not a ``ReadoutOutput`` with fields of the right types.
+        ValueError: If a shape does not fit.
+    """
+    if torch.compiler.is_compiling():
+        return output  # type: ignore[no-any-return]
+    rule = f"{type(head).__name__}.forward() must return ReadoutOutput(tokens, pooled, ...)"
+    if not isinstance(output, ReadoutOutput):
+        _refuse(rule, described(output), "Wrap what it returns: ReadoutOutput(tokens, pooled)")
+    batch, pooled_dim = tokens.shape[0], head.pooled_dim
+    _require_rows(f"{rule} with tokens (B = {batch}, T, ...)", output.tokens, batch, 2)
+    _require_rows(f"{rule} with pooled (B = {batch}, pooled_dim = {pooled_dim})", output.pooled, batch, 2)
+    if output.pooled.shape != (batch, pooled_dim):
+        raise ValueError(
+            f"{rule} with pooled (B = {batch}, pooled_dim = {pooled_dim}); got {described(output.pooled)}. Set "
+            "self.pooled_dim in build() to its last dimension, or reduce it over the tokens."
+        )
+    terms = output.loss_terms
+    if not isinstance(terms, (list, tuple)) or isinstance(terms, Decomposition) or not _all(Decomposition, terms):
+        given = "a Decomposition" if isinstance(terms, Decomposition) else described(terms)
+        rule = f"{rule} with loss_terms, a list of the Decomposition of each level"
+        _refuse(rule, given, "Write loss_terms=[output.terms], [] without prototypes")
+    if output.assignments is not None:
+        _require_rows(f"{rule} with assignments (B = {batch}, H, K) or None", output.assignments, batch, 3)
+    if output.codes is not None:
+        _require_rows(f"{rule} with codes (B = {batch}, T, H) or None", output.codes, batch, 3)
+    _require_scalar(f"{rule} with regularization, a scalar tensor or None", output.regularization)
+    _require_signals(rule, output.signals)
+    return output
+
+
+def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) -> QuantizerOutput:
+    """What a quantizer has returned for ``(B, T, D)`` tokens.
+
+    Raises:
+        TypeError: If that is not a ``QuantizerOutput`` with fields of the right types.
+        ValueError: If a shape does not fit.
+    """
+    if torch.compiler.is_compiling():
+        return output  # type: ignore[no-any-return]
+    rule = f"{type(quantizer).__name__}.forward() must return QuantizerOutput(quantized, indices, ...)"
+    if not isinstance(output, QuantizerOutput):
+        _refuse(rule, described(output), "Wrap what it returns: QuantizerOutput(quantized, indices, loss)")
+    shape, books = tuple(tokens.shape[:2]), quantizer.num_codebooks
+    for name, value, last in (
+        ("quantized", output.quantized, (quantizer.output_dim,)),
+        ("indices", output.indices, (books,) if books > 1 else ()),
+    ):
+        if not isinstance(value, Tensor) or value.is_floating_point() != (name == "quantized"):
+            kind = "floating-point" if name == "quantized" else "integer"
+            _refuse(f"{rule} with {kind} {name}", described(value), "Convert it")
+        if value.shape != (*shape, *last):
+            raise ValueError(
+                f"{rule} with {name} {(*shape, *last)}; got {described(value)}. Reshape it, or correct output_dim or "
+                f"num_codebooks of {type(quantizer).__name__}."
+            )
+    _require_scalar(f"{rule} with loss, a scalar tensor or None", output.loss)
+    _require_signals(rule, output.signals)
+    return output
+
+
+def check_losses(task: nn.Module, losses: Any) -> Mapping[str, Tensor]:
+    """What ``losses`` of a task has returned.
+
+    Raises:
+        TypeError: If that is no dictionary of tensors.
+        ValueError: If it has no ``"loss"``, or a loss is no scalar.
+    """
+    rule = f"{type(task).__name__}.losses() must return a dict of scalar tensors with 'loss', which trains"
+    if not isinstance(losses, Mapping):
+        _refuse(rule, described(losses), "Return {'loss': loss}")
+    if "loss" not in losses:
+        raise ValueError(f"{rule}; got the names {sorted(map(str, losses))}. Name the one that trains 'loss'.")
+    for name, value in losses.items():
+        if not isinstance(value, Tensor):
+            _refuse(rule, f"{described(value)} under {name!r}", "Return tensors")
+        if value.dim():
+            raise ValueError(f"{rule}; got {described(value)} under {name!r}. Reduce it with .mean().")
+    return losses
+
+
+def check_columns(task: nn.Module, columns: Any, size: int) -> Mapping[str, Tensor]:
+    """What ``predict`` of a task has returned for ``size`` samples.
+
+    Raises:
+        TypeError: If that is no dictionary of tensors with one entry per sample.
+    """
+    rule = f"{type(task).__name__}.predict() must return a dict of columns (B = {size},)"
+    if not isinstance(columns, Mapping):
+        _refuse(rule, described(columns), "Return {'name': column}")
+    for name, value in columns.items():
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            _refuse(rule, f"{described(value)} under {name!r}", "Return one entry per sample")
+    return columns
+
+
+def _refuse(rule: str, given: str, remedy: str) -> NoReturn:
+    raise TypeError(f"{rule}; got {given}. {remedy}.")
+
+
+def _value(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+def _all(kind: type, values: Any) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _require_rows(rule: str, value: Any, rows: int, dimensions: int) -> None:
+    """Raise unless a value is a tensor of so many rows and at least so many dimensions."""
+    if not isinstance(value, Tensor):
+        _refuse(rule, described(value), "Return a tensor")
+    if value.dim() < dimensions or value.shape[0] != rows:
+        raise ValueError(f"{rule}; got {described(value)}. Keep the dimension of the samples first.")
+
+
+def _require_scalar(rule: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, Tensor) or value.dim()):
+        _refuse(rule, described(value), "Reduce it with .mean(), or leave it out")
+
+
+def _require_signals(rule: str, signals: Any) -> None:
+    if not isinstance(signals, Mapping) or not _all(Tensor, signals.values()):
+        _refuse(f"{rule} with signals, a dict of tensors", described(signals), "Return {'name': value.detach()}")
