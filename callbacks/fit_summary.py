@@ -15,7 +15,7 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import to_device, train_batches
-from ddcl_lightning._utils.distributed import gather_objects, on_every_process, report
+from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
@@ -172,6 +172,8 @@ class FitSummary(Callback):
         try:
             local = on_every_process(run)
         except Exception as error:  # a finished run must not end in an error of its summary
+            if is_lost_process(error):  # that run has not finished well
+                raise
             rank_zero_warn(f"{NAME} left out a part, the run is not affected: {type(error).__name__}: {error}")
             return None
         tokens = {name: sample.gather().transpose(0, 1) for name, sample in samples.items()}

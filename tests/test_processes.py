@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from ddcl_lightning._utils.distributed import (
     on_every_process,
     report,
 )
+from ddcl_lightning.callbacks import FitSummary
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.recipes import recipe_paths
@@ -173,6 +175,27 @@ def fail_in_training(words: list[str], failing: int) -> None:
 
     DDCLReadoutModule.training_step = training_step  # type: ignore[method-assign]
     main(["fit", *words])
+
+
+def fail_at_the_end(words: list[str], failing: int) -> None:
+    """A fit whose training ends well, after which one process fails before the summary."""
+    report = FitSummary.on_fit_end
+
+    def summarize(summary: FitSummary, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.global_rank == failing:
+            raise ValueError("row 17 of the data is damaged. Remove it.")
+        report(summary, trainer, pl_module)
+
+    FitSummary.on_fit_end = summarize  # type: ignore[method-assign]
+    main(["fit", *words])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_after_training_ends_all(failing: int, tmp_path: Path) -> None:
+    words = ["--config=digits", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    outcomes = run_processes(tmp_path, fail_at_the_end, [*words, "--trainer.max_epochs=1"], failing, limit=60.0)
+    assert all(outcome.code not in (0, None) for outcome in outcomes)
+    assert "the run is not affected" not in outcomes[1 - failing].output
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -1,6 +1,7 @@
 """The few collective operations that the layers and callbacks need; each is the identity in a single process."""
 
 import builtins
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -199,6 +200,15 @@ def no_collectives() -> Iterator[None]:
         return
     with _RefuseCollectives():  # type: ignore[no-untyped-call]
         yield
+
+
+# What the back ends of torch.distributed say when nobody is at the other end any more.
+_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """True if an error says that another process of the run has ended."""
+    return isinstance(error, RuntimeError) and bool(_LOST_PROCESS.search(str(error)))
 
 
 class _Failure(NamedTuple):

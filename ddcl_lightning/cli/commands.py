@@ -24,7 +24,15 @@ from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
 from ddcl_lightning.cli.config_files import check_config
 from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
-from ddcl_lightning.cli.errors import CHECKED, explain, is_refusal, lost_process, sentence, unwritable
+from ddcl_lightning.cli.errors import (
+    CHECKED,
+    explain,
+    is_refusal,
+    lost_process,
+    refused_in_worker,
+    sentence,
+    unwritable,
+)
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
@@ -93,6 +101,11 @@ class DDCLCommandLine(LightningCLI):
         config = self.config.get(self.config.get("subcommand") or "")
         path = config.get("ckpt_path") if config else None
         if path is None:
+            if self.config.get("subcommand") in ("validate", "test", "predict"):
+                _refuse(
+                    "ckpt_path is needed: without a checkpoint the weights are random. Pass --ckpt_path FILE.ckpt, "
+                    "which `ddcl fit` writes below lightning_logs/."
+                )
             return
         if config.get("weights_only") is None:
             config["weights_only"] = True  # Lightning's default is to run the pickles of a URL
@@ -232,7 +245,7 @@ def _run(args: ArgsType) -> None:
         )
     except Exception as error:
         lost = lost_process(error)
-        short = lost or (None if is_refusal(error) else unwritable(error))
+        short = lost or refused_in_worker(error) or (None if is_refusal(error) else unwritable(error))
         if short is not None and not _wants_traceback():
             _refuse(short)
         if _wants_traceback() or not is_refusal(error):

@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 
 from jsonargparse import ArgumentParser
@@ -14,7 +15,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 
+import ddcl_lightning
+from ddcl_lightning import datamodules
 from ddcl_lightning._utils.arguments import is_memory_short, nearest
+from ddcl_lightning._utils.distributed import is_lost_process
 from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import other_model
@@ -40,8 +44,6 @@ _REMEDIES = {
     r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu|torch_xla": "the "
     "accelerator asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
 }
-# What the back ends of torch.distributed say when nobody is at the other end any more.
-_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
@@ -81,12 +83,28 @@ def explain(message: str, parser: ArgumentParser) -> str:
 
 def lost_process(error: BaseException) -> str | None:
     """Message for a process that stops because another one of the run has ended; None for any other error."""
-    if not isinstance(error, RuntimeError) or not _LOST_PROCESS.search(str(error)):
+    if not is_lost_process(error):
         return None
     return (
         "another process of this run has ended, so this one stops too. The reason is what that process says, above or "
         "in its own log."
     )
+
+
+def refused_in_worker(error: BaseException) -> str | None:
+    """Message of a check of this package that failed in a worker process of a data loader; None for any other error.
+
+    torch hands such an error on as one of the same kind whose text is the traceback of the worker.
+    """
+    first, _, trace = str(error).partition("\n")
+    kind = re.match(r"Caught (\w+) in DataLoader worker process", first)
+    files = re.findall(r'File "([^"]+)"', trace)
+    if kind is None or not isinstance(error, ValueError) or not files:
+        return None
+    ours = (Path(module.__path__[0]).resolve() for module in (ddcl_lightning, datamodules))
+    if not any(Path(files[-1]).resolve().is_relative_to(folder) for folder in ours):
+        return None
+    return trace.rpartition(f"\n{kind[1]}: ")[2].strip() or None
 
 
 def unwritable(error: BaseException) -> str | None:

@@ -55,7 +55,7 @@ class BatchSummary:
 
 
 class Observer:
-    """Function from batches to :class:`Look`, with a module in evaluation mode.
+    """Function from batches to :class:`BatchSummary`, with a module in evaluation mode.
 
     Args:
         module: Its head's last bank is what counts.

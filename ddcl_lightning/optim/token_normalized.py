@@ -15,6 +15,8 @@ from ddcl_lightning.nn.shared_parameters import follow_alone, release
 from ddcl_lightning.optim.relocation import relocate_prototypes
 from ddcl_lightning.optim.step_statistics import StepStatistics
 
+RATES = ("lr", "relocation_threshold", "load_exponent")
+
 
 class TokenNormalized(Optimizer):
     """Optimizer that moves every prototype towards its own tokens with one time constant, whatever its mass.
@@ -101,7 +103,8 @@ class TokenNormalized(Optimizer):
             ValueError: If a value is out of its range.
         """
         for group in state_dict["param_groups"]:
-            _check_range(**{name: group.get(name, default) for name, default in self.defaults.items()})
+            # torch adds defaults of its own to an optimizer that was loaded or copied.
+            _check_range(**{name: group.get(name, self.defaults[name]) for name in RATES})
         parameters = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         memory = [(p, state_dict["state"].get(key, {})) for p, key in zip(parameters, keys, strict=False)]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ddcl_lightning.cli.commands import main
 from tests.cli.test_cli import fails
@@ -105,3 +106,26 @@ def test_a_path_of_the_data_must_be_given(capsys: pytest.CaptureFixture[str]) ->
     words = ["fit", "--config", "digits", "--data", "TextDataModule", "--data.init_args.path", "null"]
     line = fails(capsys, *words)
     assert line.startswith("data.init_args.path must be given: ddcl_lightning.TextDataModule has no default")
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "explain"])
+@pytest.mark.parametrize("recipe", ["digits_hierarchical", "vit_digits"])
+def test_random_weights_are_not_evaluated(command: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys, command, "--config", recipe).startswith("ckpt_path is needed: without a checkpoint the ")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_whoever_reads_it(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "dog" / "2.png").write_bytes(b"no picture")
+    words = ["--config", "cnn_fashion_mnist", "--data", "ImageFolderDataModule", "--data.path=images"]
+    words += ["--data.image_size=16", "--data.batch_size=4", f"--data.num_workers={workers}"]
+    words += ["--model.backbone.init_args.in_channels=3", "--model.task.init_args.num_classes=2", *QUIET, *SHORT]
+    line = fails(capsys, "fit", *words)
+    assert line.startswith("images must be readable; ")
+    assert "dog" in line

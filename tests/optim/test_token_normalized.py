@@ -1,6 +1,7 @@
 """The token-normalised step is the formula it claims to be."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -233,3 +234,12 @@ def test_token_normalized_refuses_rates_out_of_range_and_unwatched_banks() -> No
             TokenNormalized([prototypes], lr=lr)
     with pytest.raises(RuntimeError, match=r"Call optimizer.watch\(module\)"):
         TokenNormalized([prototypes]).step()
+
+
+def test_a_state_is_loaded_as_often_as_wanted_and_into_copies() -> None:
+    _, optimizer = bank_and_optimizer(lr=0.2)
+    state = optimizer.state_dict()
+    for target in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for _ in range(2):
+            target.load_state_dict(state)
+        assert target.param_groups[0]["lr"] == 0.2
