@@ -39,7 +39,7 @@ def show(trainer: pl.Trainer, draw: Callable[[], dict[str, Figure]], name: str) 
         for label, figure in draw().items():
             emit(trainer, figure, label, folder)
 
-    report(draw_and_emit, name)
+    report(draw_and_emit, name, "its figures")
 
 
 def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:

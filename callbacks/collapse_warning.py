@@ -14,9 +14,19 @@ from ddcl_lightning._utils.distributed import broadcast_object
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.monitoring.history import TREND_READINGS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.monitoring.recording import CodebookRecord, over_processes
-from ddcl_lightning.monitoring.signals import HeadSignals, Signal, read_signals
+from ddcl_lightning.monitoring.signals import (
+    HeadSignals,
+    Signal,
+    check_signals,
+    read_sign,
+    read_signal,
+    read_signals,
+)
 
 NOT_FINITE = "tokens or prototypes are NaN or infinite. Lower the learning rates or clip the gradients."
+
+SIGNS = ("above_critical", "falling", "flat", "merged", "uniform", "dead")
+TAKEN = (*HeadSignals.logged, "delta_trend", "dead_prototypes", "not_finite", *SIGNS)
 
 
 class CollapseError(RuntimeError):
@@ -58,7 +68,8 @@ class CollapseWarning(BankCallback):
         reported: Every message so far.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or a signal of your own has no name, or that of another or of
+            the callback's; in use, if it does not return what :class:`~ddcl_lightning.Signal` says.
         CollapseError: On a sign, with ``on_collapse="raise"``.
     """
 
@@ -87,6 +98,7 @@ class CollapseWarning(BankCallback):
         self.on_collapse, self.min_separation, self.max_drop = on_collapse, min_separation, max_drop
         self.max_entropy, self.min_dimension, self.patience = max_entropy, min_dimension, patience
         self.additional = list(additional or [])
+        check_signals("additional", self.additional, TAKEN)
         self.signals: dict[str, list[HeadSignals]] = {}
         self.reported: list[str] = []
         self._watches: dict[tuple[str, int], HeadHistory] = {}
@@ -123,7 +135,7 @@ class CollapseWarning(BankCallback):
             watch.add_tokens(values)
         recent = torch.stack([torch.cat(list(watch.tokens)) for watch in watches])
         self.signals[name] = read_signals(record, bank.detach_assignments, recent)
-        others = {signal.name: signal.read(record).tolist() for signal in self.additional}
+        others = {signal.name: read_signal(signal, record) for signal in self.additional}
         messages = []
         for head, (watch, now) in enumerate(zip(watches, self.signals[name], strict=True)):
             where = head_name(name, head, bank.num_heads)
@@ -153,7 +165,7 @@ class CollapseWarning(BankCallback):
 
     def _signs_of_additional(self, watch: HeadHistory, added: Mapping[str, float]) -> dict[str, str]:
         return {
-            signal.name: signal.sign(added[signal.name], watch.add_value(signal.name, added[signal.name])) or ""
+            signal.name: read_sign(signal, added[signal.name], watch.add_value(signal.name, added[signal.name]))
             for signal in self.additional
         }
 
@@ -168,7 +180,7 @@ class CollapseWarning(BankCallback):
 
     def _signs(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
         """A message for each sign that is present, an empty string for each that is not."""
-        signs = dict.fromkeys(("above_critical", "falling", "flat", "merged", "uniform", "dead"), "")
+        signs = dict.fromkeys(SIGNS, "")
         first, second = now.closest
         if now.temperature_ratio >= 1:
             signs["above_critical"] = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import to_device, train_batches
-from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report
+from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report, skipped
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
@@ -95,7 +95,9 @@ class FitSummary(Callback):
             evaluation = self._evaluate(trainer, pl_module, _evaluation_loaders(trainer))
             if evaluation is not None:
                 self._before = report(
-                    lambda: self._kmeans(pl_module, evaluation.readouts, evaluation.readouts.mean), NAME
+                    lambda: self._kmeans(pl_module, evaluation.readouts, evaluation.readouts.mean),
+                    NAME,
+                    "a row of its table",
                 )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,8 +110,10 @@ class FitSummary(Callback):
         if evaluation is None:
             return
         if train is not None:
-            report(lambda: self._fill_probes(train.readouts.labelled(), evaluation.readouts.labelled()), NAME)
-        self.table = report(lambda: self._fill(trainer, pl_module, evaluation), NAME) or ""
+            report(
+                lambda: self._fill_probes(train.readouts.labelled(), evaluation.readouts.labelled()), NAME, "its probes"
+            )
+        self.table = report(lambda: self._fill(trainer, pl_module, evaluation), NAME, "its table") or ""
         if self.table:
             print(self.table)
 
@@ -149,6 +153,7 @@ class FitSummary(Callback):
                     getattr(train, name), train.labels, getattr(test, name), test.labels
                 ),
                 NAME,
+                f"its probe on the {label}",
             )
             if score is not None:
                 self.probes[label] = score
@@ -174,7 +179,7 @@ class FitSummary(Callback):
         except Exception as error:  # a finished run must not end in an error of its summary
             if is_lost_process(error):  # that run has not finished well
                 raise
-            rank_zero_warn(f"{NAME} left out a part, the run is not affected: {type(error).__name__}: {error}")
+            rank_zero_warn(skipped(NAME, "its table", error))
             return None
         tokens = {name: sample.gather().transpose(0, 1) for name, sample in samples.items()}
         # An index means nothing beyond its loader.

@@ -15,6 +15,7 @@ The formulas as pure functions are in ``ddcl_lightning.functional``; classes tha
 
 import ddcl_lightning._utils.at_start  # before the seconds that torch and Lightning take to import
 import ddcl_lightning._utils.checkout  # noqa: F401 - before the rest: refuses a mixture of two copies
+from ddcl_lightning._utils.old_names import refuse_old_names
 from ddcl_lightning.adapters import (
     DDCLFeedForward,
     GatedPrototypes,
@@ -221,3 +222,5 @@ __all__ = [
     "replace_feedforward",
     "two_timescale_groups",
 ]
+
+refuse_old_names()

@@ -42,11 +42,12 @@ def typed(function: F) -> F:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
-            owner = type(args[0]).__name__ if args else function.__name__
-            sentence = renamed_argument(owner, kwargs, named)
+            bases = type(args[0]).__mro__ if args else ()
+            owner = next((base for base in bases if vars(base).get(function.__name__) is checked), None)
+            sentence = renamed_argument(owner, kwargs) if owner else None
             if sentence is None:
                 raise
-            raise TypeError(f"{sentence}.") from None
+            raise TypeError(sentence) from None
         hints = _hints(function)
         for name in named & set(bound.arguments) & set(hints):
             bound.arguments[name] = conform(name, bound.arguments[name], hints[name])

@@ -274,7 +274,7 @@ def from_first_process(compute: Callable[[], Result], failure: str) -> Result:
     return cast(Result, shared)
 
 
-def report(work: Callable[[], Result], name: str) -> Result | None:
+def report(work: Callable[[], Result], name: str, what: str = "its output") -> Result | None:
     """The result of work that the first process does alone; None on the others, and where it fails.
 
     For what a person reads (tables, figures): an error is a warning there, since it must not cost the run. Operations
@@ -283,13 +283,19 @@ def report(work: Callable[[], Result], name: str) -> Result | None:
     Args:
         work: What to do.
         name: Who reports, for the warning.
+        what: That it reports, likewise.
     """
     if not is_first_process():
         return None
     result, error = _attempt(work)
     if error is not None:
-        rank_zero_warn(f"{name} left out a part, the run is not affected: {type(error).__name__}: {error}")
+        rank_zero_warn(skipped(name, what, error))
     return result
+
+
+def skipped(name: str, what: str, error: Exception) -> str:
+    """Sentence about a report that failed."""
+    return f"{name} skipped {what} because of an error; training is not affected. {type(error).__name__}: {error}"
 
 
 def inform(message: str) -> None:

@@ -2,7 +2,6 @@
 
 import dis
 import errno
-import importlib
 import inspect
 import re
 import sys
@@ -22,8 +21,12 @@ from ddcl_lightning._utils.distributed import is_lost_process
 from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import other_model
-from ddcl_lightning.cli.wrong_values import missing_value, wrong_value
+from ddcl_lightning.cli.wrong_values import find_class, innermost_key, missing_class, missing_value, wrong_value
+from ddcl_lightning.decoders import Decoder
 from ddcl_lightning.heads import Head
+from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.monitoring import Signal
+from ddcl_lightning.nn import Quantizer
 from ddcl_lightning.tasks import Task
 
 _UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
@@ -48,7 +51,16 @@ _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTD
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
-_BASES = {"model.backbone": Backbone, "model.head": Head, "model.task": Task, "data": LightningDataModule}
+_BASES: dict[str, type] = {
+    "model.backbone": Backbone,
+    "model.head": Head,
+    "model.task": Task,
+    "data": LightningDataModule,
+    # Arguments of those.
+    "additional": Signal,
+    "decoder": Decoder,
+    "quantizer": Quantizer,
+}
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
@@ -56,23 +68,27 @@ def explain(message: str, parser: ArgumentParser) -> str:
     match = _UNKNOWN_ARGUMENT.search(message)
     if match and not match[1].endswith(".LightningDataModule"):  # whose arguments are those of any class
         path, key = match.groups()
-        renamed = renamed_argument(path, [key.rpartition(".")[2]], ())
-        return f"{renamed}." if renamed else f"unknown argument {key!r} of {path}{nearest(key, _arguments(path))}"
+        owner = find_class(path)
+        renamed = owner and renamed_argument(owner, [key.partition(".")[0]], called=path, as_yaml=True)
+        known = list(inspect.signature(owner).parameters) if owner else []
+        return renamed or f"unknown argument {key!r} of {path}{nearest(key, known)}"
     match = _UNKNOWN_OPTION.search(message)
     if match:
         key = match.group(1)
-        renamed = renamed_argument("ddcl", [key.rpartition(".")[2]], ())
-        if renamed:
-            return f"{renamed}."
-        known = [action.dest for action in parser._actions if action.dest]
-        return f"unknown key {key!r}{nearest(key, known)}"
+        model, _, rest = key.partition(".")
+        given = [rest.partition(".")[0]] if model == "model" else []
+        known = [action.dest for action in parser._actions if action.dest and not action.dest.endswith(".help")]
+        renamed = renamed_argument(DDCLReadoutModule, given, called=model, as_yaml=True)
+        return renamed or f"unknown key {key!r}{nearest(key, known)}"
     match = _UNKNOWN_CLASS.search(message)
     # Where a number or a word would do as well, as for a temperature, the class is not what is wrong.
     if match and not re.search(r"Expected a (<class 'float'>|typing\.Literal)", message):
         key, name = match.groups()
-        base = _BASES.get(key, Callback)
+        inner = innermost_key(message) or key
+        base = _BASES.get(inner, Callback)
+        key = key if inner == key else f"{key}.init_args.{inner}"
         return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
-    wrong = missing_value(message) or wrong_value(message)
+    wrong = missing_value(message) or missing_class(message) or wrong_value(message)
     if wrong:
         return wrong
     match = _REFUSED_VALUE.search(message)
@@ -163,11 +179,6 @@ def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:
 def _raised_here(frame: TracebackType) -> bool:
     """True if the frame stopped at a ``raise`` statement, not at an operation that failed, which is a bug."""
     return frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-
-
-def _arguments(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
 
 
 def _subclasses(base: type) -> Iterable[type]:

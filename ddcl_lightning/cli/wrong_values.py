@@ -1,11 +1,22 @@
 """A parser's account of a value that is wrong or missing, in one sentence: the key, what it must be, what it got."""
 
+import dataclasses
+import importlib
+import inspect
 import re
+
+from ddcl_lightning._utils.arguments import nearest
+from ddcl_lightning._utils.old_names import renamed_value
 
 _KEY = re.compile(r'^(\s*(?:- )?)Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _EXPECTED = re.compile(r"^\s*(?:- )?Expected an? ((?!path but|dot import).+?)(?:\. Got value: (.*))?$")
 _SUBCLASS = re.compile(r"^\s*(?:- )?Not a valid subclass of (\w+)(?:\. Got value: (.*))?$")
+_FOREIGN = re.compile(r"^\s*(?:- )?Import path ([\w.]+) does not correspond to a subclass of (\w+)$")
+_SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
+_NOT_THERE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
+_NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+_MOVED = re.compile(r"there is no [\w.]+ since version [\d.]+: it is [\w.]+ now\.")
 _GIVEN = re.compile(r"^\s*Given value: (.*)$")
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]$")
 _REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
@@ -14,6 +25,7 @@ _ABSTRACT = re.compile(r"but ([\w.]+) is abstract|class_path '([\w.]+\.Lightning
 _NO_CLASS = re.compile(r"argument of type 'NoneType' is not")
 _NO_ARGUMENTS = re.compile(r"'NoneType' object has no attribute 'keys'")
 _NO_SETTINGS = re.compile(r"Unable to load config \W?null\b")
+_NOT_THE_USERS = {__name__.partition(".")[0], "lightning"}
 _WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -51,11 +63,49 @@ def missing_value(message: str) -> str | None:
     if keys and _NO_SETTINGS.search(message):
         return f"{key} must hold settings by name; got null. Leave it out, or write them below it."
     match = _ABSTRACT.search(text)
-    if match:
-        return (
-            f"{key} must name a class of its own; got {match[1] or match[2]}, or arguments alone. Pass --{key} CLASS."
-        )
+    return _abstract(key, match[1] or match[2]) if match else None
+
+
+def missing_class(message: str) -> str | None:
+    """The sentence where a module has no class of the name that is given; None where the message is of another kind.
+
+    Args:
+        message: As for :func:`wrong_value`.
+    """
+    keys, _, body = _innermost(message.splitlines())
+    key, text = ".init_args.".join(keys), "\n".join(body)
+    if not keys:
+        return None
+    if moved := _MOVED.search(text):
+        return f"{key} must name a class; {moved[0]}"
+    if match := _NO_MODULE.search(text):
+        return f"{key} must name a class; there is no module {match[1]!r}. Correct the name."
+    if match := _NOT_THERE.search(text):
+        module = importlib.import_module(match[1])
+        known = [name for name, value in vars(module).items() if inspect.isclass(value) and not name.startswith("_")]
+        return f"{key} must name a class; {match[1]} has no {match[2]!r}{nearest(match[2], known)}"
     return None
+
+
+def innermost_key(message: str) -> str | None:
+    """The last part of the key that is wrong."""
+    keys, _, _ = _innermost(message.splitlines())
+    return keys[-1] if keys else None
+
+
+def find_class(path: str) -> type | None:
+    """The class of a path in a parser's message, which has imported it; None where it is none."""
+    module, _, name = path.rpartition(".")
+    owner = getattr(importlib.import_module(module), name, None) if module else None
+    return owner if inspect.isclass(owner) else None
+
+
+def _abstract(key: str, path: str) -> str:
+    owner = find_class(path)
+    if owner is None or owner.__module__.partition(".")[0] in _NOT_THE_USERS:
+        return f"{key} must name a class of its own; got {path}, or arguments alone. Pass --{key} CLASS."
+    missing = " and ".join(sorted(getattr(owner, "__abstractmethods__", ())))
+    return f"{key} must name a class with all of its methods; {path} is abstract: write {missing}."
 
 
 def wrong_value(message: str) -> str | None:
@@ -68,24 +118,45 @@ def wrong_value(message: str) -> str | None:
     if not keys:
         return None
     expected: dict[str, None] = {}
-    given = None
+    given = foreign = None
     for line in body:
-        for pattern in (_EXPECTED, _SUBCLASS):
-            match = pattern.match(line)
-            if match:
-                expected[_in_words(match[1]) if pattern is _EXPECTED else f"the name of a {match[1]}"] = None
-                given = given or match[2]
+        if match := _EXPECTED.match(line):
+            expected[_in_words(match[1])] = None
+            given = given or match[2]
+        elif match := _SUBCLASS.match(line):
+            expected[f"the name of a {match[1]}"] = None
+            given = given or match[2]
+        elif match := _FOREIGN.match(line):
+            expected[f"the name of a {match[2]}"] = None
+            foreign = match[1]
         match = _GIVEN.match(line)
         if match:
             given = match[1]  # of the outermost union: it comes last
+    given = foreign or given
     if not expected or given is None:
         return None
     of = f" (an argument of {owner})" if owner else ""
-    choices = list(dict.fromkeys(expected))
+    mappings = _mappings("\n".join(body))
+    choices = [*(words for words in expected if words not in mappings), *mappings.values()]
     choices.sort(key=lambda words: words == "null")
     given = "null" if given == "None" else given
     shown = given if len(given) <= 200 else given[:200] + "..."
-    return f"{'.init_args.'.join(keys)} must be {' or '.join(choices)}; got {shown or 'nothing'}{of}."
+    rule = f"{'.init_args.'.join(keys)} must be {' or '.join(choices)}"
+    return f"{rule}; got {shown or 'nothing'}{of}.{renamed_value(given, rule)}"
+
+
+def _mappings(text: str) -> dict[str, str]:
+    """Settings of dataclasses, which would do as well, by the words for the class."""
+    subtypes = _SUBTYPES.search(text)
+    classes = [find_class(path) for path in re.findall(r"<class '([\w.]+)'>", subtypes[1])] if subtypes else []
+    fields = {
+        kind.__name__: ", ".join(field.name for field in dataclasses.fields(kind))
+        for kind in classes
+        if kind is not None and dataclasses.is_dataclass(kind)
+    }
+    return {
+        f"the name of a {name}": f"a mapping of {' and '.join(names.rsplit(', ', 1))}" for name, names in fields.items()
+    }
 
 
 def _innermost(lines: list[str]) -> tuple[list[str], str | None, list[str]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning._utils.old_names import VALUES
+from ddcl_lightning._utils.old_names import renamed_value
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens
@@ -143,8 +143,9 @@ class HierarchicalReadout(Head):
         ):
             for value in values:
                 if value not in allowed:
-                    hint = f" It is {VALUES[value]!r} since version 0.2." if value in VALUES else ""
-                    raise ValueError(f"{name} must be one of {allowed}; got {value!r}.{hint}")
+                    raise ValueError(
+                        f"{name} must be one of {allowed}; got {value!r}.{renamed_value(str(value), str(allowed))}"
+                    )
         if self._reads[0] in IDF_READS:
             raise ValueError(
                 f"tokens of the first level must not be {self._reads[0]!r}, which weighs tokens by the prototypes of "

@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,66 @@ class Signal(ABC):
         return None
 
 
+def check_signals(argument: str, signals: Sequence[Signal], taken: Collection[str]) -> None:
+    """Refuse signals that could not be told apart.
+
+    Args:
+        argument: That they come from, for the error.
+        signals: All of them.
+        taken: Names that something else has.
+
+    Raises:
+        ValueError: If one has no name, or one that another signal or something else has.
+    """
+    earlier: set[str] = set()
+    for signal in signals:
+        owner, name = type(signal).__name__, getattr(signal, "name", None)
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{argument} must hold signals with a name; got {name!r} of {owner}. Set its name, a string."
+            )
+        if name in earlier:
+            raise ValueError(f"{argument} must hold signals of different names; got {name!r} twice. Rename one.")
+        if name in taken:
+            raise ValueError(
+                f"{argument} must hold signals of names that are free; got {name!r} of {owner}. Rename it: taken are "
+                f"{', '.join(sorted(taken))}."
+            )
+        earlier.add(name)
+
+
+def read_signal(signal: Signal, record: CodebookRecord) -> list[float]:
+    """Values of a signal, one per head.
+
+    Raises:
+        ValueError: If it reads anything but ``(H,)`` floats.
+    """
+    values: object = signal.read(record)
+    heads = len(record.codebook)
+    if isinstance(values, Tensor) and values.is_floating_point() and values.shape == (heads,):
+        return [float(value) for value in values]
+    got = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"{values!r:.80}"
+    raise ValueError(
+        f"read of the signal {signal.name!r} must return floats of shape ({heads},), one per head; got {got}. Return a "
+        "tensor, as torch.stack makes of numbers, or as record.codebook.mean((1, 2)) is one."
+    )
+
+
+def read_sign(signal: Signal, value: float, earlier: Sequence[float]) -> str:
+    """Sentence of a signal about its latest value, empty where that is no sign.
+
+    Raises:
+        ValueError: If its ``sign`` is neither a string nor None.
+    """
+    text: object = signal.sign(value, earlier)
+    if text is None or isinstance(text, str):
+        return text or ""
+    raise ValueError(
+        f"sign of the signal {signal.name!r} must return a sentence, or None where there is nothing to say; got "
+        f"{text!r:.80}. Return a string."
+    )
+
+
 @dataclass(frozen=True)
 class HeadSignals:
     """Health of one head of a bank; plain numbers.
@@ -59,7 +120,20 @@ class HeadSignals:
         num_prototypes: K.
         mass: Mean soft assignment, K numbers.
         counts: Tokens nearest to each prototype, K numbers.
+        logged: Attributes for a logger, by the names that they have there.
     """
+
+    logged: ClassVar[dict[str, str]] = {
+        "delta_min": "delta_min",
+        "delta_mean": "delta_mean",
+        "delta_relative": "relative_separation",
+        "embedding_scale": "scale",
+        "effective_dimension": "dimension",
+        "temperature_ratio": "temperature_ratio",
+        "entropy": "entropy",
+        "entropy_ratio": "entropy_ratio",
+        "used_in_batch": "used_in_batch",
+    }
 
     delta_min: float
     delta_mean: float
@@ -95,17 +169,7 @@ class HeadSignals:
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a logger, by name."""
-        return {
-            "delta_min": self.delta_min,
-            "delta_mean": self.delta_mean,
-            "delta_relative": self.relative_separation,
-            "embedding_scale": self.scale,
-            "effective_dimension": self.dimension,
-            "temperature_ratio": self.temperature_ratio,
-            "entropy": self.entropy,
-            "entropy_ratio": self.entropy_ratio,
-            "used_in_batch": self.used_in_batch,
-        }
+        return {name: float(getattr(self, attribute)) for name, attribute in self.logged.items()}
 
 
 @torch.no_grad()

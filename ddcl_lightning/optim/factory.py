@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.optim.token_normalized import TokenNormalized
 
 
@@ -44,7 +45,8 @@ class OptimizerSpec:
     """
 
     def __init__(self, argument: str, config: OptimizerConfig, *, weight_decay: float | None = None) -> None:
-        self.optimizer_class: Callable[..., Optimizer] = _find(argument, config.name)
+        owner = _find(argument, config.name)
+        self.optimizer_class: Callable[..., Optimizer] = owner
         self.arguments = dict(config.args)
         if "lr" in self.arguments:
             raise ValueError(
@@ -54,6 +56,8 @@ class OptimizerSpec:
         known = set(inspect.signature(self.optimizer_class).parameters) - {"params", "lr"}
         for key in self.arguments:
             if key not in known:
+                if renamed := renamed_argument(owner, [key], called=f"{argument}.args"):
+                    raise ValueError(renamed)
                 raise ValueError(f"{argument}.args has no argument {key!r}{_nearest(key, known)}")
         if weight_decay is not None and "weight_decay" in known:
             self.arguments.setdefault("weight_decay", weight_decay)

@@ -11,6 +11,7 @@ from toys import QUIET, Project, blobs, fit, loader
 
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, PrototypeBank, Signal
 from ddcl_lightning.callbacks import CollapseError, CollapseWarning, KMeansInitialization, TemperatureAnnealing
+from ddcl_lightning.callbacks.collapse_warning import TAKEN
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from ddcl_lightning.monitoring.history import ENOUGH_TOKENS, HeadHistory, PrototypeUse, trend
 from ddcl_lightning.monitoring.signals import HeadSignals
@@ -282,6 +283,67 @@ def test_a_signal_of_the_users_is_logged_and_reported_once():
         trainer = fit(Project(), KMeansInitialization(), TemperatureAnnealing(), watch)
     assert [message.split()[0] for message in watch.reported] == ["falling_number"]
     assert float(trainer.callback_metrics["ddcl/falling_number/layer.bank"]) < -6
+
+
+class Constant(Signal):
+    """A signal that is given what it has to return."""
+
+    def __init__(self, name="constant", value=None, text=None):
+        if name is not None:
+            self.name = name
+        self.value, self.text = value, text
+
+    def read(self, record):
+        return torch.ones(len(record.codebook)) if self.value is None else self.value
+
+    def sign(self, value, earlier):
+        return self.text
+
+
+@pytest.mark.parametrize(
+    ("signals", "message"),
+    [
+        ([Constant(None)], "additional must hold signals with a name; got None of Constant. Set its name, a string."),
+        ([Constant("")], "additional must hold signals with a name; got '' of Constant"),
+        ([Constant(3)], "additional must hold signals with a name; got 3 of Constant"),
+        ([Constant("a"), Constant("b"), Constant("a")], "signals of different names; got 'a' twice. Rename one."),
+        *[([Constant(name)], f"of names that are free; got {name!r} of Constant. Rename it") for name in TAKEN],
+    ],
+)
+def test_signals_that_could_not_be_told_apart_are_refused(signals, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CollapseWarning(additional=signals)
+
+
+def test_every_name_of_the_callback_is_taken():
+    trainer = fit(Project(), CollapseWarning(every_n_batches=1))
+    assert {name.split("/")[1] for name in trainer.callback_metrics if name.startswith("ddcl/")} <= set(TAKEN)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (0.5, "0.5"),
+        ([0.5], "[0.5]"),
+        (torch.ones(()), "torch.float32 of shape ()"),
+        (torch.ones(2), "torch.float32 of shape (2,)"),
+        (torch.ones(1, dtype=torch.long), "torch.int64 of shape (1,)"),
+    ],
+    ids=str,
+)
+def test_a_signal_that_reads_no_number_per_head_is_refused_by_its_name(value, got):
+    expected = (
+        f"read of the signal 'constant' must return floats of shape (1,), one per head; got {got}. Return a tensor"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        fit(Project(), CollapseWarning(every_n_batches=1, additional=[Constant(value=value)]))
+
+
+@pytest.mark.parametrize("text", [True, 3, ["see a doctor"]])
+def test_a_sign_that_is_no_sentence_is_refused_by_the_signals_name(text):
+    expected = f"sign of the signal 'constant' must return a sentence, or None .* got {re.escape(repr(text))}. Return a"
+    with pytest.raises(ValueError, match=expected):
+        fit(Project(), CollapseWarning(every_n_batches=1, additional=[Constant(text=text)]))
 
 
 def test_flat_embeddings_are_noticed_before_delta_falls():

@@ -15,6 +15,13 @@ from ddcl_lightning.datamodules import CIFAR10DataModule, DebrisDataModule, MNIS
 from ddcl_lightning.recipes import recipe_paths
 from tests.tiny_data import idx_folder, jpeg_file
 
+
+def signals(name: str) -> str:
+    """A list of signals with a class of this name."""
+    signal = f"{{class_path: tests.cli.broken.{name}}}"
+    return f"--trainer.callbacks=[{{class_path: CollapseWarning, init_args: {{additional: [{signal}]}}}}]"
+
+
 ANNEALING = "{class_path: ddcl_lightning.callbacks.TemperatureAnnealing, init_args: {start: abc}}"
 WORDS = {
     "--trainer.max_epochs=ten": "trainer.max_epochs must be an integer or null; got ten.",
@@ -25,7 +32,8 @@ WORDS = {
     "--model.accumulate_grad_batches=2.5": "model.accumulate_grad_batches must be an integer; got 2.5.",
     "--model.allow_unstable=maybe": "model.allow_unstable must be true or false; got maybe.",
     "--model.gradient_clip_val=x": "model.gradient_clip_val must be a number or null; got x.",
-    "--model.lr_schedule=fast": "model.lr_schedule must be one of 'constant', 'linear', 'cosine'; got fast.",
+    "--model.lr_schedule=fast": "model.lr_schedule must be one of 'constant', 'linear', 'cosine' or a mapping of shape "
+    "and warmup_steps; got fast.",
     "--model.prototype_optimizer.args=3": "model.prototype_optimizer.init_args.args must be a mapping; got 3",
     "--model.head=[1]": "model.head must be the name of a Head; got [1].",
     "--model.head.num_prototypes=2.5": "model.head.init_args.num_prototypes must be an integer; got 2.5",
@@ -33,7 +41,26 @@ WORDS = {
     "--data.batch_size=x": "data.init_args.batch_size must be an integer; got x",
     "--predictions.columns=3": "predictions.columns must be a list or null; got 3.",
     "--seed_everything=abc": "seed_everything must be true or false or an integer; got abc.",
-    f"--trainer.callbacks=[{ANNEALING}]": "trainer.callbacks.init_args.start must be a number or a list; got abc",
+    f"--trainer.callbacks=[{ANNEALING}]": "trainer.callbacks.init_args.start must be a number or a list or a "
+    "mapping of value and unit; got abc",
+    "--model.head.temperature=warm": "model.head.init_args.temperature must be a number or a list or a mapping of "
+    "value and unit; got warm",
+    "--model.head=tests.cli.broken.Headless": "model.head must name a class with all of its methods; "
+    "tests.cli.broken.Headless is abstract: write forward.",
+    "--model.task=tests.cli.broken.Taskless": "model.task must name a class with all of its methods; "
+    "tests.cli.broken.Taskless is abstract: write losses.",
+    signals("Unread"): "trainer.callbacks.init_args.additional must name a class with all of its methods; "
+    "tests.cli.broken.Unread is abstract: write read.",
+    signals("Other"): "trainer.callbacks.init_args.additional must be the name of a Signal or null; got "
+    "tests.cli.broken.Other",
+    signals("Unraed"): "trainer.callbacks.init_args.additional must name a class; tests.cli.broken has no 'Unraed'. "
+    "Did you mean 'Unread'?",
+    "--model.head=Head": "model.head must name a class of its own; got Head, or arguments alone.",
+    "--model.head=tests.cli.broken.Haedless": "model.head must name a class; tests.cli.broken has no 'Haedless'. Did "
+    "you mean 'Headless'?",
+    "--model.head=nowhere.Head": "model.head must name a class; there is no module 'nowhere'.",
+    "--model.task={class_path: Reconstruction, init_args: {decoder: ConvDecodr}}": "unknown class 'ConvDecodr' for "
+    "model.task.init_args.decoder. Did you mean 'ConvDecoder'?",
 }
 
 
