@@ -39,7 +39,7 @@ def check_dimension(owner: nn.Module, name: str, meaning: str, where: str) -> in
 
 
 def check_created(head: Head, pooled_dim: Any) -> int:
-    """What ``create`` of a pooling head has returned.
+    """``pooled_dim`` as ``create`` of a pooling head has returned it.
 
     Raises:
         TypeError: If that is no integer >= 1.
@@ -84,7 +84,7 @@ def check_quantizer(head: Head, quantizer: Any) -> None:
 
 
 def check_token_output(backbone: Backbone, output: Any) -> Tokens:
-    """What a backbone has returned for a batch.
+    """Tokens as a backbone has returned them for a batch.
 
     Raises:
         TypeError: If that is not ``Tokens`` of floating-point values and a boolean mask.
@@ -113,7 +113,7 @@ def check_token_output(backbone: Backbone, output: Any) -> Tokens:
 
 
 def check_readout_output(head: Head, tokens: Tensor, output: Any) -> ReadoutOutput:
-    """What a head has returned for ``(B, T, embed_dim)`` tokens.
+    """Readout as a head has returned it for ``(B, T, embed_dim)`` tokens.
 
     Raises:
         TypeError: If that is not a ``ReadoutOutput`` with fields of the right types.
@@ -147,7 +147,7 @@ def check_readout_output(head: Head, tokens: Tensor, output: Any) -> ReadoutOutp
 
 
 def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) -> QuantizerOutput:
-    """What a quantizer has returned for ``(B, T, D)`` tokens.
+    """Output as a quantizer has returned it for ``(B, T, D)`` tokens.
 
     Raises:
         TypeError: If that is not a ``QuantizerOutput`` with fields of the right types.
@@ -177,7 +177,7 @@ def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) ->
 
 
 def check_losses(task: nn.Module, losses: Any) -> Mapping[str, Tensor]:
-    """What ``losses`` of a task has returned.
+    """Losses as a task has returned them.
 
     Raises:
         TypeError: If that is no dictionary of tensors.
@@ -197,7 +197,7 @@ def check_losses(task: nn.Module, losses: Any) -> Mapping[str, Tensor]:
 
 
 def check_columns(task: nn.Module, columns: Any, size: int) -> Mapping[str, Tensor]:
-    """What ``predict`` of a task has returned for ``size`` samples.
+    """Columns as ``predict`` of a task has returned them for ``size`` samples.
 
     Raises:
         TypeError: If that is no dictionary of tensors with one entry per sample.

@@ -150,6 +150,7 @@ class Other(Head):
     """A head without prototypes."""
 
     def build(self, embed_dim):
+        super().build(embed_dim)
         self.pooled_dim = embed_dim
 
     def forward(self, tokens, mask=None):

@@ -217,6 +217,7 @@ class Mean(Head):
     """A head without prototypes."""
 
     def build(self, embed_dim):
+        super().build(embed_dim)
         self.pooled_dim = embed_dim
 
     def forward(self, tokens, mask=None):

@@ -243,6 +243,7 @@ def test_an_endless_stream_is_read_up_to_the_limit() -> None:
 
 class WithoutBank(Head):
     def build(self, embed_dim: int) -> None:
+        super().build(embed_dim)
         self.pooled_dim = embed_dim
 
     def forward(self, tokens: Any, mask: Any = None) -> ReadoutOutput:
