@@ -41,6 +41,8 @@ class Codebook(GuardedState):
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
         width = self.num_heads * self.dim
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be a tensor; got {type(tokens).__name__}. Convert them by torch.as_tensor.")
         if tokens.shape[-1] != width:
             raise ValueError(
                 f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "
@@ -62,6 +64,14 @@ class Codebook(GuardedState):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise TypeError(f"codes must be integers; got {codes.dtype}. Pass those of encode.")
+        looks = codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel() > 0
+        if looks and not (int(codes.min()) >= -1 and int(codes.max()) < self.num_prototypes):
+            raise ValueError(
+                f"codes must be in [0, K = {self.num_prototypes}), or -1 for padding; got values from "
+                f"{int(codes.min())} to {int(codes.max())}."
+            )
         heads = torch.arange(self.num_heads, device=codes.device)
         vectors = self.prototypes[heads, codes.clamp(min=0)]
         return vectors.masked_fill((codes < 0).unsqueeze(-1), 0.0).flatten(-2)

@@ -30,7 +30,8 @@ class TokenNormalized(Optimizer):
     It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
     prototypes through it. But it counts tokens as gradients count: those of calls that a backward pass has gone
     through since the last step or ``zero_grad``, see
-    :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. Frozen prototypes (``requires_grad_(False)``) stay
+    :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. ``torch.autograd.grad`` through a bank (a saliency,
+    an adversarial step) is a backward pass as well, which torch does not tell apart: detach the prototypes there. Frozen prototypes (``requires_grad_(False)``) stay
     where they are. Prototypes of half precision move by a copy in float32, or small steps would be rounded away.
 
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.

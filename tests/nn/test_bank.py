@@ -384,3 +384,15 @@ def test_a_whole_state_goes_around_and_a_damaged_one_is_refused(unit: Temperatur
         with pytest.raises(RuntimeError, match=rf"Missing key\(s\).*{name}"):
             twin.load_state_dict({key: value for key, value in state.items() if key != name})
     assert torch.equal(twin.temperature, bank.temperature)
+
+
+def test_banks_refuse_what_is_no_tensor_of_tokens_or_codes() -> None:
+    bank = PrototypeBank(5, 3)
+    for call in (bank, bank.encode):
+        with pytest.raises(TypeError, match="tokens must be a tensor; got list"):
+            call([[1.0, 2.0, 3.0]])
+    for code in (5, -7):
+        with pytest.raises(ValueError, match=rf"codes must be in \[0, K = 5\), .* got values from {code} to {code}"):
+            bank.decode(torch.tensor([[code]]))
+    with pytest.raises(TypeError, match="codes must be integers; got torch.float32"):
+        bank.decode(torch.zeros(2, 1))
