@@ -115,7 +115,7 @@ class Study:
                 parser.error(str(error))
             _prepare(self.threads)
             self._measure(content, cases, given.seeds, options, path)
-        self.summarise(content)
+        self.summarize(content)
         _write(path, content)
         for name, table in content["tables"].items():
             print(f"\n{self.name}/{name}\n\n{markdown(table)}", end="")
@@ -126,7 +126,7 @@ class Study:
         """The runs with the labels of now."""
         return Results(content, {name: case.label for name, case in self._all_cases().items()})
 
-    def summarise(self, content: dict[str, Any]) -> None:
+    def summarize(self, content: dict[str, Any]) -> None:
         """Make the tables anew."""
         results = self.results(content)
         content["tables"] = {name: create(results) for name, create in self.tables.items()}

@@ -1,7 +1,7 @@
-"""Time and memory of one step of a quantiser against the number of its codes.
+"""Time and memory of one step of a quantizer against the number of its codes.
 
 Forward, backward, and the codes moved; 4,096 tokens of 16 dimensions, one thread, CPU time. Methods take turns and the
-fastest turns count. The whole step has the encoder and the decoder of ``codebooks.py`` beside the quantiser.
+fastest turns count. The whole step has the encoder and the decoder of ``codebooks.py`` beside the quantizer.
 
     OMP_NUM_THREADS=1 python benchmarks/codebook_cost.py    # keep the other cores free
 """
@@ -31,7 +31,7 @@ Step = Callable[[], None]
 
 
 def prepare(name: str, codes: int, tokens: Tensor) -> Step:
-    """One step of a quantiser."""
+    """One step of a quantizer."""
     torch.manual_seed(0)
     start = torch.randn(codes, DIM)
     if name == "ours":
@@ -68,7 +68,7 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Step:
 
 
 def prepare_autoencoder(batch_size: int) -> Step:
-    """Training step of the encoder and decoder around the quantiser, for images of 32 x 32 pixels."""
+    """Training step of the encoder and decoder around the quantizer, for images of 32 x 32 pixels."""
     encoder, decoder = ConvBackbone(1, DIM, (32, 64)), ConvDecoder(1, (64, 32))
     images = torch.rand(batch_size, 1, 32, 32)
     decoder.build(DIM)
@@ -128,7 +128,7 @@ def table(results: Results) -> Table:
         ]
         exponent = math.log(ends[1]["ms"][name] / ends[0]["ms"][name]) / math.log(max(runs) / min(runs))
         rows.append([LABELS.get(name, METHODS[name][0]), *cells, f"{exponent:.2f}"])
-    for label, beside in (("quantiser", 0), ("whole step", 1)):
+    for label, beside in (("quantizer", 0), ("whole step", 1)):
         ratios = [
             (beside * run["autoencoder_ms"] + run["ms"]["ours"])
             / (beside * run["autoencoder_ms"] + run["ms"][BASELINE])

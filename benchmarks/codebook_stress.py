@@ -30,26 +30,26 @@ VARIANCE = 0.14  # of the pixels
 NO_START = {**EMA, "kmeans_init": False}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("ours", SOFT),
-    "vqvae": ("VQ-VAE", {"quantiser": "vqvae", "optimizer": "Adam"}),
+    "vqvae": ("VQ-VAE", {"quantizer": "vqvae", "optimizer": "Adam"}),
     "ema": (
         "EMA",
         {
-            "quantiser": "VectorQuantize",
+            "quantizer": "VectorQuantize",
             "arguments": {"decay": EMA["decay"], "rotation_trick": False, "commitment_weight": 0.25},
         },
     ),
     "ema-expiry": (
         "EMA, expiry",
         {
-            "quantiser": "VectorQuantize",
+            "quantizer": "VectorQuantize",
             "arguments": {**NO_START, "rotation_trick": False, "commitment_weight": 0.25},
         },
     ),
     "rotation-expiry": (
         "rotation trick, expiry",
-        {"quantiser": "VectorQuantize", "arguments": {**NO_START, "rotation_trick": True}},
+        {"quantizer": "VectorQuantize", "arguments": {**NO_START, "rotation_trick": True}},
     ),
-    "simvq": ("SimVQ", {"quantiser": "SimVQ", "arguments": {}}),
+    "simvq": ("SimVQ", {"quantizer": "SimVQ", "arguments": {}}),
 }
 CONDITIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "equal": ("all codes equal", {"start": "equal"}),

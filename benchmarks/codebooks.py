@@ -1,9 +1,9 @@
-"""Codebooks side by side: soft codes, straight-through VQ-VAE, and the quantisers of vector-quantize-pytorch.
+"""Codebooks side by side: soft codes, straight-through VQ-VAE, and the quantizers of vector-quantize-pytorch.
 
 One encoder, one decoder, the same images, epochs, batches, code dimension and number of codes for all; after every
 epoch 2,000 test images are encoded with HARD codes, counted and decoded, and all of them at the end. Every baseline has
 the settings that its authors document: k-means start, decay 0.99 and expiry of dead codes for EMA and the rotation
-trick; the rotation trick inside of SimVQ; the levels of the FSQ paper. Losses of quantisers are relative to the
+trick; the rotation trick inside of SimVQ; the levels of the FSQ paper. Losses of quantizers are relative to the
 variance of the images, as in the VQ-VAE paper.
 
     python benchmarks/codebooks.py --fashion FOLDER --cifar FILE.npz
@@ -41,13 +41,13 @@ SEEDS = (0, 1, 2)
 EPOCHS, IMAGES = 8, 6_000
 EVAL_BATCH = 250
 RATE = 1e-3  # of encoder and decoder, cosine
-STEP, RELOCATE = 0.05, 0.5  # of the token-normalised step, see TokenNormalized
+STEP, RELOCATE = 0.05, 0.5  # of the token-normalized step, see TokenNormalized
 WATCHED = 2_000  # test images that are evaluated after every epoch; all of them are at the end
 LEVELS = {16: [4, 4], 64: [8, 8], 256: [8, 6, 5], 1024: [8, 5, 5, 5]}  # of FSQ; [8, 6, 5] has 240 codes, as its paper
 
-# Soft codes: commitment and bonus (times 64 / K) in units of the images' variance, and the token-normalised step.
+# Soft codes: commitment and bonus (times 64 / K) in units of the images' variance, and the token-normalized step.
 SOFT: dict[str, Any] = {
-    "quantiser": "soft",
+    "quantizer": "soft",
     "commitment": 0.1,
     "bonus": 0.01,
     "optimizer": "TokenNormalized",
@@ -60,10 +60,10 @@ STILL = {**SLOW, "optimizer_args": {}}
 EMA = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 2}
 MOVING = {**EMA, "rotation_trick": False, "commitment_weight": 0.25}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "none": ("no bottleneck", {"quantiser": "none"}),
+    "none": ("no bottleneck", {"quantizer": "none"}),
     "ours": ("**ours**", SOFT),
-    "ours-standardised": ("**ours, standardised**", {**STANDARD, "project": True}),
-    "ours-standardised-wide": ("ours, standardised, 16 dimensions", STANDARD),
+    "ours-standardized": ("**ours, standardized**", {**STANDARD, "project": True}),
+    "ours-standardized-wide": ("ours, standardized, 16 dimensions", STANDARD),
     "slow": ("(a) ours, more commitment (.25), slower (2 %)", SLOW),
     "slow-error": (
         "(a), relocation by error alone",
@@ -74,7 +74,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": (
         "the paper's recipe (Adam, soft gradient, no bonus)",
         {
-            "quantiser": "soft",
+            "quantizer": "soft",
             "commitment": 0.25,
             "bonus": 0.0,
             "training_output": "soft",
@@ -84,21 +84,21 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "annealing_start": 0.05,  # the rule for K is ours
         },
     ),
-    "vqvae": ("VQ-VAE, straight-through", {"quantiser": "vqvae", "optimizer": "Adam", "rate": 10 * RATE}),
-    "ema": ("EMA, k-means start, expiry", {"quantiser": "VectorQuantize", "arguments": MOVING}),
+    "vqvae": ("VQ-VAE, straight-through", {"quantizer": "vqvae", "optimizer": "Adam", "rate": 10 * RATE}),
+    "ema": ("EMA, k-means start, expiry", {"quantizer": "VectorQuantize", "arguments": MOVING}),
     # Documented by nobody: what the tokens alone bring.
-    "ema-standardised": (
-        "EMA, k-means start, expiry, standardised",
-        {"quantiser": "VectorQuantize", "arguments": MOVING, "standardised_backbone": True},
+    "ema-standardized": (
+        "EMA, k-means start, expiry, standardized",
+        {"quantizer": "VectorQuantize", "arguments": MOVING, "standardised_backbone": True},
     ),
-    "rotation": ("rotation trick", {"quantiser": "VectorQuantize", "arguments": {**EMA, "rotation_trick": True}}),
-    "simvq": ("SimVQ", {"quantiser": "SimVQ", "arguments": {}}),
-    "fsq": ("FSQ", {"quantiser": "FSQ"}),
-    "lfq": ("LFQ", {"quantiser": "LFQ", "arguments": {}}),
+    "rotation": ("rotation trick", {"quantizer": "VectorQuantize", "arguments": {**EMA, "rotation_trick": True}}),
+    "simvq": ("SimVQ", {"quantizer": "SimVQ", "arguments": {}}),
+    "fsq": ("FSQ", {"quantizer": "FSQ"}),
+    "lfq": ("LFQ", {"quantizer": "LFQ", "arguments": {}}),
 }
-COMPARED = ("ours", "ours-standardised", "ema", "ema-standardised", "rotation", "simvq", "fsq", "lfq")
-WIDE = ("ours-standardised-wide", "slow-error", "vqvae", "paper")
-OTHER_DIM = ("ours", "ours-standardised", "slow", "ema", "rotation", "fsq")
+COMPARED = ("ours", "ours-standardized", "ema", "ema-standardized", "rotation", "simvq", "fsq", "lfq")
+WIDE = ("ours-standardized-wide", "slow-error", "vqvae", "paper")
+OTHER_DIM = ("ours", "ours-standardized", "slow", "ema", "rotation", "fsq")
 # Data, codes, dimension of the codes: methods, and those that have fewer seeds.
 TABLES: dict[str, tuple[tuple[str, int, int], tuple[str, ...], dict[str, tuple[int, ...]]]] = {
     "fashion-64": (
@@ -143,14 +143,14 @@ QUICK = {f"digits/16/16/{method}": case(method, "digits", 16, 16) for method in 
 
 
 def create_head(config: Config, variance: float) -> Head:
-    """A quantiser whose losses suit a reconstruction loss of images of this variance."""
-    quantiser, codes = config["quantiser"], config["codes"]
-    if quantiser == "none":
+    """A quantizer whose losses suit a reconstruction loss of images of this variance."""
+    quantizer, codes = config["quantizer"], config["codes"]
+    if quantizer == "none":
         return MeanPooling()
-    if quantiser == "vqvae":
+    if quantizer == "vqvae":
         return VQPooling(codes, weight=variance)
-    if quantiser != "soft":
-        return LibraryVQ(quantiser, dict(config["arguments"]), weight=variance)
+    if quantizer != "soft":
+        return LibraryVQ(quantizer, dict(config["arguments"]), weight=variance)
     names = ("embedding_scale", "code_dim", "training_output", "gradient")
     return SoftVQ(
         codes,
@@ -168,7 +168,7 @@ def annealing(codes: int, start: float | None = None) -> TemperatureAnnealing:
 
 
 class StandardisedBackbone(ConvBackbone):
-    """Tokens as ours are before they are quantised, for a baseline that has no such option."""
+    """Tokens as ours are before they are quantized, for a baseline that has no such option."""
 
     def __init__(self, in_channels: int, embed_dim: int, widths: tuple[int, ...], code_dim: int) -> None:
         super().__init__(in_channels, embed_dim, widths)
@@ -177,7 +177,7 @@ class StandardisedBackbone(ConvBackbone):
         self.embed_dim = code_dim
 
     def forward(self, batch: Batch) -> Tokens:
-        """Projected and standardised tokens ``(B, T, code_dim)``."""
+        """Projected and standardized tokens ``(B, T, code_dim)``."""
         return Tokens(self.scale(self.code_projection(super().forward(batch)[0])))
 
 

@@ -1,7 +1,7 @@
 """Orbital debris: DDCL beside k-means, after the best epoch (the paper's choice) and after the last one.
 
 The recipe ``debris`` (four prototypes on a frozen PCA with four components, 500 epochs) and k-means with 10 restarts,
-on the standardised features and on their principal components, over 10 generated data sets and the recipe's own seed
+on the standardized features and on their principal components, over 10 generated data sets and the recipe's own seed
 42. The same on a real catalogue of objects in Earth orbit, where its file is given.
 
     python benchmarks/debris.py [--catalogue FILE.csv.gz]
@@ -33,7 +33,7 @@ VALIDATE_EVERY = 10
 COMPONENTS, REGIMES = 4, 4
 METRICS = ("acc", "nmi", "ari")
 METHODS = {  # label, and what tells it apart
-    "kmeans-features": ("k-means, features", {"method": "kmeans", "features": "standardised"}),
+    "kmeans-features": ("k-means, features", {"method": "kmeans", "features": "standardized"}),
     "kmeans-pca": ("k-means, PCA", {"method": "kmeans", "features": "pca"}),
     "ddcl": ("DDCL", {"method": "ddcl", "features": "pca"}),
 }

@@ -1,6 +1,6 @@
 """What the ratio of the learning rates does, with and without a bound on the scale of the embeddings.
 
-A linear encoder, initialised by PCA, and ten prototypes train on the quantisation loss alone on scikit-learn's 1,797
+A linear encoder, initialized by PCA, and ten prototypes train on the quantization loss alone on scikit-learn's 1,797
 digits (the recipe ``digits_rho``), for every ratio rho = lr_encoder / lr_prototypes, embedding scale and seed. Frozen
 encoders under k-means, and under the same prototypes with rho = 0, are the baselines.
 
@@ -205,7 +205,7 @@ def draw(results: Results, folder: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = len({run["seed"] for run in results.runs})
     figure.suptitle(
-        "scikit-learn digits, linear encoder trained on the quantisation loss alone "
+        "scikit-learn digits, linear encoder trained on the quantization loss alone "
         f"(mean, lowest and highest of {seeds} seeds)"
     )
     figure.savefig(folder / "rho_ablation.png", dpi=130)

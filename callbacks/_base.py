@@ -34,7 +34,7 @@ def is_new_run(trainer: pl.Trainer, stage: str) -> bool:
 class BankCallback(Callback):
     """Base of callbacks that read what passes through every bank in one of ``every_n_batches`` training batches.
 
-    Between these batches nothing is read, copied or synchronised. Where a batch calls a bank several times, the last
+    Between these batches nothing is read, copied or synchronized. Where a batch calls a bank several times, the last
     call counts. Variants write :meth:`observe`, and :meth:`forget` where they remember more than the count of batches.
 
     Args:

@@ -20,7 +20,7 @@ class KMeansInitialization(Callback):
     a bounded uniform sample of the valid tokens is clustered, head by head, on the first process and sent to the
     others. Banks are done in the order in which the step calls them, so that a second level sees what the first
     one really gives; a bank that several layers share is started from the tokens of all of them. A bank that is
-    initialised already (a resumed or loaded run) is left alone, and so is a frozen one (``requires_grad_(False)``),
+    initialized already (a resumed or loaded run) is left alone, and so is a frozen one (``requires_grad_(False)``),
     with a warning if nothing has set it. The pass leaves no trace: loaders, random state, modes
     and buffers stay as they were.
 
@@ -58,7 +58,7 @@ class KMeansInitialization(Callback):
         require_banks(pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Initialise the banks that were not initialised yet."""
+        """Initialize the banks that were not initialized yet."""
         banks = {name: bank for name, bank in find_banks(pl_module).items() if not self._is_frozen(name, bank)}
         if all(bool(bank.initialized) for bank in banks.values()):
             return

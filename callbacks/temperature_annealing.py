@@ -29,7 +29,7 @@ class TemperatureAnnealing(Callback):
     Numbers are fractions of the critical temperature ``T_c = 4 lambda_max(Cov(z))`` (``2 lambda_max`` with detached
     assignments) of the tokens that reach each bank, head by head: above 1 the bank collapses towards the mean, whatever
     the learning rates; far below it assignments are hard. Data in other units change nothing. What a bank has not been
-    initialised with is measured on a sample of its tokens when training starts.
+    initialized with is measured on a sample of its tokens when training starts.
 
     A copy of the module that ``WeightAveraging`` keeps gets the same temperature: its average would lag behind.
 

@@ -117,7 +117,7 @@ class ImageFetch:
 class ImageDataModule(SplitDataModule):
     """Data module of images: variants load an :class:`ImageFetch`, this class and its base do the rest.
 
-    Batches hold ``x`` ``(B, C, H, W)`` float32 in [0, 1]; normalisation is left to the backbone.
+    Batches hold ``x`` ``(B, C, H, W)`` float32 in [0, 1]; normalization is left to the backbone.
 
     Args:
         image_size: Height and width of ``x``, at least 1; None keeps those of the images.

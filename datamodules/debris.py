@@ -28,7 +28,7 @@ class DebrisDataModule(TensorDataModule):
     """Objects in low (LEO), medium (MEO), geostationary (GEO) and highly elliptic (HEO, Molniya) Earth orbit.
 
     Six features (eq. 18): semi-major axis (km), eccentricity, inclination and right ascension of the
-    ascending node (degrees), radar cross-section (RCS, square metres) and period (minutes), each standardised
+    ascending node (degrees), radar cross-section (RCS, square metres) and period (minutes), each standardized
     with the mean and standard deviation of the training rows. Unless ``catalogue`` is given the objects are
     synthetic. The populations, the error model and the definitions of the regimes stand, with their sources,
     in ``ddcl_lightning.datamodules._orbits``.
@@ -131,7 +131,7 @@ class DebrisDataModule(TensorDataModule):
         return self._origin
 
     def scale(self, x: Tensor, train_rows: Tensor) -> Tensor:
-        """Fill in a missing RCS and standardise, both with statistics of the training rows."""
+        """Fill in a missing RCS and standardize, both with statistics of the training rows."""
         x = x.clone()
         rcs = x[:, RCS_COLUMN]
         rcs[rcs.isnan()] = rcs[train_rows].nanmedian()

@@ -41,7 +41,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
     rates, and the encoder's rate is derived from it, so an unstable pair cannot be written by accident. What
     belongs to the task (a classifier, a decoder) steps with the encoder's optimizer at its own rate.
 
-    rho < 1 slows a collapse down; it does not prevent it. An encoder that trains on the quantisation loss
+    rho < 1 slows a collapse down; it does not prevent it. An encoder that trains on the quantization loss
     alone lowers it by shrinking its embeddings at any ratio, so such a head bounds their scale unless told otherwise.
 
     Args:

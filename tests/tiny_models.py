@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised models saved as folders, so that no test needs a network."""
+"""Tiny, randomly initialized models saved as folders, so that no test needs a network."""
 
 from pathlib import Path
 

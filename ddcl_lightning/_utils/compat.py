@@ -106,7 +106,7 @@ def is_logging_step(trainer: pl.Trainer) -> bool:
 
 
 def accept_checkpoints_after_steps() -> None:
-    """Silence the advice to save weights from before the optimizer step in a manually optimised module.
+    """Silence the advice to save weights from before the optimizer step in a manually optimized module.
 
     A checkpoint at step n holds the weights after n steps and the state of the optimizers that belongs to them.
     """

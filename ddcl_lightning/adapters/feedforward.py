@@ -103,7 +103,7 @@ class DDCLFeedForward(PrototypeAdapter):
     def start_from(
         self, tokens: Tensor, targets: Tensor | None = None, *, num_restarts: int = 1, seed: int = 0
     ) -> None:
-        """Initialise from tokens and targets: prototypes by k-means, T from it, the output maps by least squares.
+        """Initialize from tokens and targets: prototypes by k-means, T from it, the output maps by least squares.
 
         Args:
             tokens: ``(N, D)``, valid tokens only.
@@ -155,7 +155,7 @@ class DDCLFeedForward(PrototypeAdapter):
 
 @torch.no_grad()
 def ridge_regression(features: Tensor, targets: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """The linear map of least (penalised) squared error.
+    """The linear map of least (penalized) squared error.
 
     Args:
         features: ``(N, F)``.

@@ -14,7 +14,7 @@ SOFT = 0.5  # of the critical temperature
 
 
 class PrototypeNorm(PrototypeAdapter):
-    """Prototype normalisation: a token relative to its soft centroid, in the place of a LayerNorm.
+    """Prototype normalization: a token relative to its soft centroid, in the place of a LayerNorm.
 
     LayerNorm subtracts from a token the mean of its own entries and divides by their deviation. Here the centre is
     where the token lies among the prototypes (eq. 4), and the scale is local, the distance from there::
@@ -69,17 +69,17 @@ class PrototypeNorm(PrototypeAdapter):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalised tokens, ``(B, T, D)``, in their dtype; zero at padding."""
+        """Normalized tokens, ``(B, T, D)``, in their dtype; zero at padding."""
         mask = self.mask if mask is None else mask
         output = self.bank(tokens, mask)
         self.terms = output.terms
         # A NaN left in the padding would reach the gradients, as 0 * NaN.
         rest = zero_padding(tokens, mask) - output.centroids
-        normalised = rest * (rest.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return zero_padding(self.gain * normalised + self.bias, mask).to(tokens.dtype)
+        normalized = rest * (rest.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return zero_padding(self.gain * normalized + self.bias, mask).to(tokens.dtype)
 
     def merge(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """The block's output, normalised."""
+        """The block's output, normalized."""
         result: Tensor = self(output)
         return result
 

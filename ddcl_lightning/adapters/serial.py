@@ -8,7 +8,7 @@ from ddcl_lightning.nn.attention import DDCLAttention
 
 
 class SerialPrototypes(PrototypeAdapter):
-    """Serial placement: the tokens that a block has contextualised go on as mixtures of prototypes.
+    """Serial placement: the tokens that a block has contextualized go on as mixtures of prototypes.
 
     For a network whose tokens are to be made of a small vocabulary from some depth on: read it, compress it, or look at
     it with every bank callback. Between two blocks of a network::

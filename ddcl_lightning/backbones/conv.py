@@ -15,7 +15,7 @@ from ddcl_lightning.backbones.base import Backbone, Tokens
 class ConvBackbone(Backbone):
     """Images to one token per cell of a feature map: each width halves the height and the width of the image.
 
-    The default turns 32 x 32 pixels into 8 x 8 = 64 tokens. Group normalisation keeps a sample's tokens independent
+    The default turns 32 x 32 pixels into 8 x 8 = 64 tokens. Group normalization keeps a sample's tokens independent
     of its batch, and the last layer is linear, so tokens are not confined to positive values.
 
     Args:
@@ -79,7 +79,7 @@ def _stage(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """``x + f(x)`` with two convolutions, normalised before each (He et al. 2016, arXiv 1603.05027)."""
+    """``x + f(x)`` with two convolutions, normalized before each (He et al. 2016, arXiv 1603.05027)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

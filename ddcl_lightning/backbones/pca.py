@@ -18,7 +18,7 @@ from ddcl_lightning.nn.guarded_state import FINITE, FLAG, SHARE, GuardedState, R
 class PCABackbone(GuardedState, Backbone):
     """A linear map fitted by principal component analysis of the training data, frozen unless told otherwise.
 
-    A trainable one is a linear encoder *initialised* by PCA: after the first step it is no longer a PCA, and its
+    A trainable one is a linear encoder *initialized* by PCA: after the first step it is no longer a PCA, and its
     representation says so.
 
     Args:
@@ -103,7 +103,7 @@ class PCABackbone(GuardedState, Backbone):
         if not bool(self.fitted):
             state = "not fitted yet"
         elif self.weight.requires_grad:
-            state = "linear encoder initialised by PCA, trainable: no longer a PCA once trained"
+            state = "linear encoder initialized by PCA, trainable: no longer a PCA once trained"
         else:
             state = f"frozen PCA, {float(self.explained_variance_ratio):.1%} of the variance kept"
         return f"in_features={self.in_features}, num_components={self.num_components}, whiten={self.whiten}; {state}"

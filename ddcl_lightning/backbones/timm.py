@@ -24,7 +24,7 @@ class TimmBackbone(PretrainedBackbone):
 
     Reads images ``x`` ``(B, C, H, W)`` with 1 or 3 channels, in [0, 1] or as bytes. What the model expects comes
     from its own configuration: the whole image is resized (not cropped) to the model's size with antialiasing, grey is
-    repeated over three channels, and channels are normalised by the model's mean and deviation.
+    repeated over three channels, and channels are normalized by the model's mean and deviation.
 
     Args:
         model: Any name that ``timm.list_models()`` has, with or without the tag of its weights.
@@ -113,8 +113,8 @@ class TimmBackbone(PretrainedBackbone):
         # Looking at the values on an accelerator would wait for it in every step.
         if x.is_floating_point() and x.device.type == "cpu" and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
-                "batch x must be in [0, 1], as the backbone normalises it itself; got values from "
-                f"{float(x.min()):.3g} to {float(x.max()):.3g}. Leave out the data's normalisation, or divide by 255."
+                "batch x must be in [0, 1], as the backbone normalizes it itself; got values from "
+                f"{float(x.min()):.3g} to {float(x.max()):.3g}. Leave out the data's normalization, or divide by 255."
             )
         return x
 

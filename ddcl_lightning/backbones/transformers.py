@@ -30,7 +30,7 @@ _NOT_CONTENT = ("transformers_version", "architectures", "dtype", "torch_dtype",
 class TransformersBackbone(PretrainedBackbone):
     """Hidden states of any text model that ``AutoModel`` loads; of an encoder-decoder model, those of its encoder.
 
-    Reads batches with ``text``, which it tokenises itself, or with token ids ``x`` ``(B, T)`` int64 and their ``mask``
+    Reads batches with ``text``, which it tokenizes itself, or with token ids ``x`` ``(B, T)`` int64 and their ``mask``
     ``(B, T)``, padded at the end. A text without any token (GPT-2 and an empty string) becomes one
     end-of-text token.
 
@@ -39,7 +39,7 @@ class TransformersBackbone(PretrainedBackbone):
         tokens: ``"all"`` returns every token with a mask, special ones (``[CLS]``, ``[SEP]``) among them; ``"cls"``
             the class token, ``"last"`` the last token (for decoders) and ``"mean"`` the mean over valid tokens, T = 1.
         layer: Hidden state to return: 0 for the embeddings, 1 to depth or -1 to -depth for the output of a block. The
-            last one includes the model's final normalisation, if it has one. Blocks beyond are not computed.
+            last one includes the model's final normalization, if it has one. Blocks beyond are not computed.
         max_length: Longest text in tokens; longer ones are cut.
         unfreeze: 0 keeps the encoder frozen, n trains the last n blocks up to ``layer``, ``"all"`` everything.
         gradient_checkpointing: Compute activations twice to keep fewer of them; needs ``unfreeze``.
@@ -125,7 +125,7 @@ class TransformersBackbone(PretrainedBackbone):
         if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"batch x must hold token ids (B, T) as integers; got {ids.dtype} of shape {tuple(ids.shape)}. Give "
-                "the batch 'text' to have it tokenised."
+                "the batch 'text' to have it tokenized."
             )
         if ids.shape[1] > self.limit:
             raise ValueError(f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}.")

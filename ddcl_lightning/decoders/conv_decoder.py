@@ -18,7 +18,7 @@ class ConvDecoder(Decoder):
     """Tokens of a grid, row by row, to images: each width doubles the height and the width.
 
     Takes what :class:`~ddcl_lightning.ConvBackbone` makes: with the same number of widths, in reverse, an image comes
-    back in its own size. A stage is one residual block, normalised in groups, and a transposed convolution; a last
+    back in its own size. A stage is one residual block, normalized in groups, and a transposed convolution; a last
     convolution makes the pixels of ``widths[-1] / 2`` channels in full size, which is better than pixels straight from
     a transposed convolution (``docs/measurements.md``, one-off trials).
 

@@ -89,7 +89,7 @@ class Album:
 def to_image(x: Tensor) -> Image:
     """``(C, H, W)`` with one or three channels as ``(H, W)`` or ``(H, W, 3)`` uint8.
 
-    Values in [0, 1] are shown as they are; others (a normalised image) are stretched between their extremes.
+    Values in [0, 1] are shown as they are; others (a normalized image) are stretched between their extremes.
     """
     value = x.detach().to("cpu", torch.float32)
     low, high = float(value.min()), float(value.max())

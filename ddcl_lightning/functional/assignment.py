@@ -24,7 +24,7 @@ class Decomposition(NamedTuple):
     """The three terms of eq. 3, each a mean over valid tokens in units of squared distance, shape ``(...)``.
 
     Attributes:
-        loss: ``L_q``, the soft quantisation loss.
+        loss: ``L_q``, the soft quantization loss.
         ols: ``L_OLS``, squared distance of the tokens to their soft centroids.
         variance: ``V >= 0``, spread of the prototypes around the soft centroids; ``loss = ols + variance``.
     """

@@ -1,4 +1,4 @@
-"""Means of tokens under responsibilities that are normalised over tokens."""
+"""Means of tokens under responsibilities that are normalized over tokens."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def token_means(
 ) -> TokenStatistics:
     """Mass and mean token of every prototype under the assignments of eq. 2, streamed over tokens.
 
-    The mean is the fixed point of the quantisation loss with assignments held constant; in log space a prototype that
+    The mean is the fixed point of the quantization loss with assignments held constant; in log space a prototype that
     no token is near still has one, that of the tokens nearest to it.
 
     Args:

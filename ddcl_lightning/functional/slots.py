@@ -1,4 +1,4 @@
-"""Summaries of a sample, one per prototype: responsibilities normalised over tokens."""
+"""Summaries of a sample, one per prototype: responsibilities normalized over tokens."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def prototype_slots(
 ) -> Tensor:
     """Mean of a sample's tokens as each prototype sees it: ``s_k = sum_n w_kn z_n``, ``w_kn = softmax_n(log q_nk)``.
 
-    The assignments ``q`` (eq. 2) say which prototypes a token belongs to; normalised over tokens instead they say
+    The assignments ``q`` (eq. 2) say which prototypes a token belongs to; normalized over tokens instead they say
     which tokens belong to a prototype, whatever its share of the sample. It is the read-out of one iteration of
     slot attention (Locatello et al. 2020, Algorithm 1, lines 7 and 8) with distances to prototypes as its logits, in
     log space: a prototype that no token is near still gets the tokens nearest to it, not 0 / 0.

@@ -46,14 +46,14 @@ class ReadoutOutput:
     mask: Tensor | None = None
 
     def quantization_loss(self) -> Tensor:
-        """``L_q`` summed over levels (eq. 17) and heads, a scalar; without the regularisation.
+        """``L_q`` summed over levels (eq. 17) and heads, a scalar; without the regularization.
 
         Raises:
             ValueError: If the head has no prototypes.
         """
         if not self.loss_terms:
             raise ValueError(
-                "the head returned no loss terms, so there is no quantisation loss to train on. Use a head with "
+                "the head returned no loss terms, so there is no quantization loss to train on. Use a head with "
                 "prototypes (DDCLReadout), or set the task's quantization_weight to 0."
             )
         return torch.stack([terms.loss.sum() for terms in self.loss_terms]).sum()

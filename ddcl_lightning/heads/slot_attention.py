@@ -8,7 +8,7 @@ from ddcl_lightning.functional._common import accumulation_dtype
 from ddcl_lightning.heads.pooling import PoolingHead
 from ddcl_lightning.heads.width import check_width
 
-EPSILON = 1e-8  # added to the attention before it is normalised over tokens, as in the paper
+EPSILON = 1e-8  # added to the attention before it is normalized over tokens, as in the paper
 
 
 class SlotAttentionPooling(PoolingHead):
@@ -82,8 +82,8 @@ class SlotAttentionPooling(PoolingHead):
         shares = scores.to(accumulation_dtype(scores)).softmax(-1) + EPSILON
         if mask is not None:
             shares = shares.masked_fill(~mask.unsqueeze(-1), 0.0)
-        normalised: Tensor = shares / shares.sum(1, keepdim=True)
-        return normalised
+        normalized: Tensor = shares / shares.sum(1, keepdim=True)
+        return normalized
 
     def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Mean of the slots after the last round, ``(B, d)``."""

@@ -1,4 +1,4 @@
-"""Soft vector quantisation as a readout: the bottleneck of an autoencoder, or a discrete summary of a sample."""
+"""Soft vector quantization as a readout: the bottleneck of an autoencoder, or a discrete summary of a sample."""
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.heads.quantizer_readout import CodebookHead
@@ -20,7 +20,7 @@ class SoftVQ(CodebookHead):
     Args:
         num_codes: K per codebook.
         code_dim: d, dimension of a code; by default ``embed_dim // num_heads``.
-        num_heads: H, independent codebooks on slices of a token (product quantisation).
+        num_heads: H, independent codebooks on slices of a token (product quantization).
         temperature: Initial softness of the assignments, see there.
         commitment_weight: See :class:`~ddcl_lightning.SoftVectorQuantizer`, as for the arguments below.
         entropy_weight: See there.

@@ -9,9 +9,9 @@ from ddcl_lightning.nn.vector_quantizer import CodebookInit, VectorQuantizer
 
 
 class VQPooling(CodebookHead):
-    """Hard vector quantisation: every token becomes its nearest code, a sample the mean of its codes.
+    """Hard vector quantization: every token becomes its nearest code, a sample the mean of its codes.
 
-    The quantiser of VQ-VAE (van den Oord et al. 2017): nearest code (eq. 1, 2), straight-through gradient, and the
+    The quantizer of VQ-VAE (van den Oord et al. 2017): nearest code (eq. 1, 2), straight-through gradient, and the
     losses ``||sg[z] - e||^2 + w ||z - sg[e]||^2`` (eq. 3), here the ``regularization`` of the readout: a mean over
     valid tokens, like ``L_q``. Adam moves the codes, as in the authors' first variant (no moving averages).
 

@@ -36,8 +36,8 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
 
     Prototypes start soft, at a fraction of the critical temperature ``T_c = 2 lambda_max(Cov)`` above which all of them
     sit at the mean of the data (Rose, Proc. IEEE 86, 1998), and follow the temperature down. At each one they iterate
-    ``p_k <- sum_n w_kn z_n``, where ``w`` are the soft assignments (eq. 2) normalised over *samples* in log space:
-    the fixed point of the quantisation loss with assignments held constant, and the step of
+    ``p_k <- sum_n w_kn z_n``, where ``w`` are the soft assignments (eq. 2) normalized over *samples* in log space:
+    the fixed point of the quantization loss with assignments held constant, and the step of
     :class:`~ddcl_lightning.TokenNormalized` at rate 1.
 
     By default the last step is T -> 0: prototypes become the means of the samples nearest to them, those of little use

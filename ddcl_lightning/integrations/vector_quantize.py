@@ -1,4 +1,4 @@
-"""Quantisers of the vector-quantize-pytorch library as heads: baselines in the same module, with the same metrics."""
+"""Quantizers of the vector-quantize-pytorch library as heads: baselines in the same module, with the same metrics."""
 
 import difflib
 from typing import Any
@@ -67,7 +67,7 @@ class LibraryQuantizer(Quantizer):
 
 
 class LibraryVQ(CodebookHead):
-    """A quantiser of vector-quantize-pytorch between encoder and decoder: EMA codes, rotation trick, SimVQ, FSQ, LFQ.
+    """A quantizer of vector-quantize-pytorch between encoder and decoder: EMA codes, rotation trick, SimVQ, FSQ, LFQ.
 
     The library's auxiliary losses are the readout's ``regularization``. Its codes move by themselves
     (``VectorQuantize``) or as parameters of the task, so the module has no prototypes to step: its encoder's rate is
@@ -84,8 +84,8 @@ class LibraryVQ(CodebookHead):
 
     Raises:
         ImportError: Where the module is imported without the library.
-        ValueError: If the quantiser is unknown or the weight not positive; in ``build``, if the library refuses the
-            arguments; in ``forward``, if there is padding and the quantiser takes no mask.
+        ValueError: If the quantizer is unknown or the weight not positive; in ``build``, if the library refuses the
+            arguments; in ``forward``, if there is padding and the quantizer takes no mask.
     """
 
     @typed

@@ -45,7 +45,7 @@ def count_matrix(assignments: Tensor, labels: Tensor, num_clusters: int, num_cla
 
 
 def hungarian_matching(counts: Tensor) -> Tensor:
-    """One-to-one matching of clusters to classes that maximises the number of agreeing samples.
+    """One-to-one matching of clusters to classes that maximizes the number of agreeing samples.
 
     Args:
         counts: ``(K, C)`` counts.
@@ -269,7 +269,7 @@ def _as_sizes(counts: Tensor) -> npt.NDArray[np.int64]:
 
 def _as_numpy(counts: Tensor) -> npt.NDArray[np.int64]:
     if counts.is_floating_point() or counts.dtype == torch.bool:
-        raise TypeError(f"counts must be integers; got {counts.dtype}. Count the samples, do not normalise.")
+        raise TypeError(f"counts must be integers; got {counts.dtype}. Count the samples, do not normalize.")
     matrix: npt.NDArray[np.int64] = counts.detach().long().cpu().numpy()
     if not matrix.any():
         raise ValueError("counts must hold at least one sample; got zeros only. Count some samples first.")

@@ -140,7 +140,7 @@ class ProbeScore(NamedTuple):
 def linear_probe(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, regularization: float = 1.0
 ) -> ProbeScore:
-    """Logistic regression (scikit-learn, standardised features) on frozen readouts.
+    """Logistic regression (scikit-learn, standardized features) on frozen readouts.
 
     Args:
         train_x: ``(N, P)``.

@@ -61,7 +61,7 @@ class StageMetrics(nn.ModuleDict):
         """All values as float32 scalars, and a fresh start for the metrics; every process must call it.
 
         Args:
-            anywhere: Whether a condition holds on any process. Metrics synchronise, so that all must compute, or none.
+            anywhere: Whether a condition holds on any process. Metrics synchronize, so that all must compute, or none.
 
         Raises:
             TypeError: If a metric computes what is no scalar, vector or dictionary of them.

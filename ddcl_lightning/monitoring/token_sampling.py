@@ -93,7 +93,7 @@ def collect_tokens(
 ) -> torch.Tensor:
     """A uniform sample of the valid tokens that reach a bank in one pass over the training data.
 
-    Modules run in evaluation mode (no dropout), except those that normalise by the statistics of the batch, which run
+    Modules run in evaluation mode (no dropout), except those that normalize by the statistics of the batch, which run
     as they will in training. Weights, buffers, modes, the loaders and the random state stay as they were. A
     stream of unknown length is read until the sample is complete.
 

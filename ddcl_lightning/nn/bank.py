@@ -28,7 +28,7 @@ from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, BankTemperature, 
 class PrototypeBank(Codebook, ObservedModule):
     """Bank of K prototypes per head with the temperature of the assignments to them.
 
-    Callbacks find modules of this class, so that every network with a bank inside can be annealed, initialised,
+    Callbacks find modules of this class, so that every network with a bank inside can be annealed, initialized,
     checked and monitored. A bank takes the number of prototypes of the state that it loads.
 
     Args:
@@ -230,7 +230,7 @@ class PrototypeBank(Codebook, ObservedModule):
         progress: bool = False,
         name: str = "a bank",
     ) -> None:
-        """Initialise prototypes and T from a sample of tokens.
+        """Initialize prototypes and T from a sample of tokens.
 
         Args:
             tokens: ``(*, H * d)``, valid ones only, the same on every process; the first process clusters them.
@@ -251,7 +251,7 @@ class PrototypeBank(Codebook, ObservedModule):
             settings |= {"progress": progress, "description": f"{method} of {name}"}
             return torch.stack([initial_prototypes(head, self.num_prototypes, **settings) for head in heads])
 
-        clustered = from_first_process(cluster, f"bank {name!r} cannot be initialised")
+        clustered = from_first_process(cluster, f"bank {name!r} cannot be initialized")
         self.set_prototypes(clustered.to(self.prototypes))
         self.temperature_state.start(heads)
 
@@ -274,7 +274,7 @@ class PrototypeBank(Codebook, ObservedModule):
             )
         raise ValueError(
             f"the loss terms overflow {output.terms.loss.dtype} (temperature {self.temperature.tolist()}, largest "
-            f"token entry {float(valid.abs().max()):.3g}). Standardise the tokens or raise the temperature."
+            f"token entry {float(valid.abs().max()):.3g}). Standardize the tokens or raise the temperature."
         )
 
 

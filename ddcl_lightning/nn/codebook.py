@@ -78,7 +78,7 @@ class Codebook(GuardedState):
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:
-        """Copy ``(H, K, d)`` values in and mark the bank initialised."""
+        """Copy ``(H, K, d)`` values in and mark the bank initialized."""
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(
                 f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}."

@@ -20,7 +20,7 @@ TrainingOutput = Literal["hard", "soft"]
 
 
 class SoftVectorQuantizer(Quantizer):
-    """Soft vector quantisation (section 5.1, eq. 16) with hard codes at evaluation.
+    """Soft vector quantization (section 5.1, eq. 16) with hard codes at evaluation.
 
     Assignments are soft, at a temperature that is a fraction of the critical one of the tokens as they are: codes and
     encoder learn from them. In evaluation the decoder reads the nearest code. In training it reads the same
@@ -47,7 +47,7 @@ class SoftVectorQuantizer(Quantizer):
         num_codes: K per head. Product codes of H heads distinguish ``K ** H`` tokens.
         code_dim: d, dimension of a head's codes; by default ``dim // num_heads``. Tokens are projected where
             ``num_heads * code_dim`` differs from D: a low dimension (8 or so) keeps many codes in use.
-        num_heads: H, independent codebooks on slices of the token (product quantisation).
+        num_heads: H, independent codebooks on slices of the token (product quantization).
         temperature: Softness of the assignments; a number is a fraction of the critical temperature of the tokens, see
             :class:`~ddcl_lightning.Temperature`. Too high (0.5 and above): codes crowd together,
             the decoder gets used to mixtures, and hard codes reconstruct badly. Too low from the start: the first
@@ -63,7 +63,7 @@ class SoftVectorQuantizer(Quantizer):
         gradient: ``"straight_through"`` or ``"soft"``, see above.
         training_output: ``"hard"`` or ``"soft"``: what the decoder reads in training, see above. With soft centroids,
             too high a temperature at the end leaves a gap to the hard codes.
-        embedding_scale: A bound on the scale of what is quantised, see :class:`~ddcl_lightning.EmbeddingScale`.
+        embedding_scale: A bound on the scale of what is quantized, see :class:`~ddcl_lightning.EmbeddingScale`.
             ``"none"`` suits tokens of an encoder that stays as it is. Those of one that learns here tend to keep nearly
             all of their variance in one direction; ``"per_dimension"`` works against that, and allows a larger
             commitment. Codes are in the scaled space; statistics are those of the batch in training, running ones in
@@ -113,7 +113,7 @@ class SoftVectorQuantizer(Quantizer):
         self.scale = EmbeddingScale(width, embedding_scale)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
-        """Quantise tokens or feature maps.
+        """Quantize tokens or feature maps.
 
         Args:
             z: ``(B, T, D)``, or ``(B, D, H, W)`` for feature maps; any float dtype.
@@ -211,7 +211,7 @@ class SoftVectorQuantizer(Quantizer):
         if z.dim() not in (3, 4) or z.shape[channels] != self.dim or not z.is_floating_point():
             raise ValueError(
                 f"z must be floating point of shape (B, T, dim) or (B, dim, H, W) with dim = {self.dim}; got {z.dtype} "
-                f"of shape {tuple(z.shape)}. Move the channels, or build the quantiser for their number."
+                f"of shape {tuple(z.shape)}. Move the channels, or build the quantizer for their number."
             )
         if z.dim() == 4:
             if mask is not None:

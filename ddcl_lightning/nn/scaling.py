@@ -21,11 +21,11 @@ SMALLEST_VARIANCE = 1e-24  # tokens below it count as constant; its power -3/2, 
 class EmbeddingScale(RunningMeans):
     """Centre tokens and fix their scale, with running statistics for evaluation.
 
-    ``L_q`` falls when an encoder shrinks its embeddings, so under a pure quantisation loss every encoder that
+    ``L_q`` falls when an encoder shrinks its embeddings, so under a pure quantization loss every encoder that
     can shrink them does, at any ratio of the learning rates. Dividing by the standard deviation of the batch removes
     this direction from the gradient; but with every dimension at unit variance the loss still falls when all
     dimensions become copies of one. Whitening removes that direction too (a fast encoder still ends with about K - 1
-    directions in use). Unlike batch normalisation there is no affine part (which could shrink again), padding is
+    directions in use). Unlike batch normalization there is no affine part (which could shrink again), padding is
     ignored, and statistics are sums over all processes. A batch with a non-finite valid token, or without a valid one,
     leaves the running statistics as they are (and comes out as NaN).
 

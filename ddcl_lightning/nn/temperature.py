@@ -38,7 +38,7 @@ class Temperature:
         value: Finite and > 0, one for all heads or a list with one per head.
         unit: ``"critical"``: a fraction of the critical temperature of the tokens, which is followed from step to step
             while training. ``"initial"``: a fraction of the critical temperature that the tokens have when the bank is
-            initialised (else at its first training batch); T stays when the encoder changes their scale.
+            initialized (else at its first training batch); T stays when the encoder changes their scale.
             ``"absolute"``: T itself, in units of squared distance, as in the paper.
 
     Raises:

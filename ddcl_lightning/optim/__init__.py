@@ -1,4 +1,4 @@
-"""Stepping: two time scales, the token-normalised step, and optimizers whose prototypes change their number."""
+"""Stepping: two time scales, the token-normalized step, and optimizers whose prototypes change their number."""
 
 from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.optim.resizing import SizeRules

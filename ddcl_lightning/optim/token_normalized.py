@@ -1,4 +1,4 @@
-"""The token-normalised step of prototypes."""
+"""The token-normalized step of prototypes."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class TokenNormalized(Optimizer):
     """Optimizer that moves every prototype towards its own tokens with one time constant, whatever its mass.
 
     A gradient step moves a prototype in proportion to the mass of tokens assigned to it, so one that the encoder
-    leaves behind stops moving: a dead code. Here responsibilities are normalised over *tokens*,
+    leaves behind stops moving: a dead code. Here responsibilities are normalized over *tokens*,
     ``w_kn = softmax_n(ln q_nk)``, and ``p_k <- p_k + lr (sum_n w_kn z_n - p_k)``: the fast subsystem of
     the two time scales taken literally. In log space nothing underflows, so a prototype without mass goes to the
     tokens it is nearest to. Statistics add up over accumulated batches and over processes.
@@ -30,9 +30,10 @@ class TokenNormalized(Optimizer):
     It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
     prototypes through it. But it counts tokens as gradients count: those of calls that a backward pass has gone
     through since the last step or ``zero_grad``, see
-    :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. ``torch.autograd.grad`` through a bank (a saliency,
-    an adversarial step) is a backward pass as well, which torch does not tell apart: detach the prototypes there. Frozen prototypes (``requires_grad_(False)``) stay
-    where they are. Prototypes of half precision move by a copy in float32, or small steps would be rounded away.
+    :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. ``torch.autograd.grad`` through a bank
+    (a saliency, an adversarial step) is a backward pass as well: put the bank into evaluation mode for it. Frozen
+    prototypes (``requires_grad_(False)``) stay where they are. Prototypes of half precision move by a copy in float32,
+    or small steps would be rounded away.
 
     Alive is not yet useful: a prototype between others can keep a few tokens for ever while another has far too many.
     ``relocation_threshold`` moves such prototypes to where they are needed, as the enhanced LBG algorithm does
@@ -73,12 +74,12 @@ class TokenNormalized(Optimizer):
         self.__dict__.setdefault("_banks", {})
 
     def watch(self, module: nn.Module) -> "TokenNormalized":
-        """Follow the banks in ``module`` whose prototypes are optimised here, in place of another; returns self."""
+        """Follow the banks in ``module`` whose prototypes are optimized here, in place of another; returns self."""
         own = {id(p) for group in self.param_groups for p in group["params"]}
         banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in own}
         if len(banks) < len(own):
             raise ValueError(
-                f"TokenNormalized optimises {len(own)} parameters but only {len(banks)} of them are prototypes "
+                f"TokenNormalized optimizes {len(own)} parameters but only {len(banks)} of them are prototypes "
                 f"of a bank in {type(module).__name__}. Give it prototype parameters only."
             )
         self.close()

@@ -192,7 +192,7 @@ class TwoOptimizerModule(pl.LightningModule):
                 self.log(f"lr/{group['name']}", group["lr"])
 
     def _gradient_parameters(self, optimizers: list[LightningOptimizer]) -> list[nn.Parameter]:
-        """Parameters that step along their gradients; the token-normalised step does not use them."""
+        """Parameters that step along their gradients; the token-normalized step does not use them."""
         return [
             parameter
             for optimizer in optimizers

@@ -66,7 +66,7 @@ def live_ratio(optimizers: Iterable[Optimizer], fast: set[int], slow: set[int]) 
         slow: ``id`` of each encoder parameter.
 
     Returns:
-        rho; None where either side is not optimised at all, infinity where prototypes have rate zero.
+        rho; None where either side is not optimized at all, infinity where prototypes have rate zero.
     """
     slowest_fast, fastest_slow = math.inf, -math.inf
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):

@@ -16,7 +16,7 @@ class Task(nn.Module, ABC):
     """Base of tasks. Subclass it and write ``losses``; metrics (with ``update_metrics``) and predictions are optional.
 
     Attributes:
-        unsupervised: Whether the only loss is the quantisation loss, under which a trainable encoder shrinks its
+        unsupervised: Whether the only loss is the quantization loss, under which a trainable encoder shrinks its
             embeddings; the module then bounds their scale.
     """
 
@@ -92,7 +92,7 @@ def note_unused_weight(head: Head, quantization_weight: float) -> None:
 
 
 def with_head_losses(name: str, loss: Tensor, readout: ReadoutOutput, quantization_weight: float) -> dict[str, Tensor]:
-    """``"loss"``: a task's own + lambda ``L_q`` where the head has prototypes + its regularisation; and each alone."""
+    """``"loss"``: a task's own + lambda ``L_q`` where the head has prototypes + its regularization; and each alone."""
     losses = {name: loss}
     if quantization_weight > 0 and readout.loss_terms:
         losses["quantization"] = readout.quantization_loss()

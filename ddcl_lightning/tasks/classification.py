@@ -1,4 +1,4 @@
-"""Classification: cross-entropy on the pooled readout plus the quantisation loss."""
+"""Classification: cross-entropy on the pooled readout plus the quantization loss."""
 
 from collections.abc import Mapping
 
@@ -63,7 +63,7 @@ class Classification(Task):
         return scores
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:
-        """Cross-entropy + lambda ``L_q`` (+ the head's regularisation), and each of them beside it."""
+        """Cross-entropy + lambda ``L_q`` (+ the head's regularization), and each of them beside it."""
         entropy = cross_entropy(
             self.logits(readout), self._labels(batch), self.class_weights, label_smoothing=self.label_smoothing
         )

@@ -1,4 +1,4 @@
-"""Clustering: the quantisation loss alone."""
+"""Clustering: the quantization loss alone."""
 
 from collections.abc import Mapping
 
@@ -44,7 +44,7 @@ class Clustering(Task):
         self._sizes = [banks[-1].num_prototypes] * banks[-1].num_heads
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:
-        """``L_q`` (+ the head's regularisation), and its two parts summed over levels and heads."""
+        """``L_q`` (+ the head's regularization), and its two parts summed over levels and heads."""
         loss = readout.quantization_loss()
         return {
             "loss": loss if readout.regularization is None else loss + readout.regularization,

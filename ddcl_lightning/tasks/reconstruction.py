@@ -100,7 +100,7 @@ class Reconstruction(Task):
         return decoded, target.to(decoded.dtype), readout.mask if decoded.dim() == 3 else None
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:
-        """``L_rec`` + lambda ``L_q`` (+ the head's regularisation), and each of them beside it."""
+        """``L_rec`` + lambda ``L_q`` (+ the head's regularization), and each of them beside it."""
         decoded, target, mask = self.compared(readout, batch)
         difference = decoded - target
         error = difference.square() if self.loss == "mse" else difference.abs()

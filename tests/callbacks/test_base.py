@@ -158,7 +158,7 @@ class Other(Head):
 
 
 def test_swapping_the_head_for_one_without_prototypes_needs_no_other_change(caplog):
-    """The recipe's callbacks and the task's quantisation weight stay as they are."""
+    """The recipe's callbacks and the task's quantization weight stay as they are."""
     caplog.set_level("INFO")
     callbacks = [
         TemperatureAnnealing(),

@@ -89,7 +89,7 @@ def test_several_loaders_give_tokens():
 
 
 def test_batch_normalisation_runs_as_in_training_and_is_put_back():
-    class Normalised(Project):
+    class Normalized(Project):
         def __init__(self):
             super().__init__()
             self.norm = nn.BatchNorm1d(4)
@@ -101,7 +101,7 @@ def test_batch_normalisation_runs_as_in_training_and_is_put_back():
         def tokens(self, batch):
             return self.norm(super().tokens(batch))
 
-    module = Normalised()
+    module = Normalized()
     x, _ = blobs()
     data = DataLoader(TensorDataset(x, x), batch_size=96)  # one batch: its statistics are those of the data
     started = start(module, data=data)["layer.bank.prototypes"][0]
@@ -164,14 +164,14 @@ def test_farthest_points_are_tokens_far_apart():
 
 def test_more_prototypes_than_distinct_points_is_an_error_that_names_the_bank():
     x = torch.arange(3.0).repeat(16).unsqueeze(1).expand(48, 4)
-    with pytest.raises(ValueError, match=r"bank 'layer.bank' cannot be initialised: .*got 4 prototypes for 3 distinct"):
+    with pytest.raises(ValueError, match=r"bank 'layer.bank' cannot be initialized: .*got 4 prototypes for 3 distinct"):
         start(Project(), data=DataLoader(TensorDataset(x, x), batch_size=16))
 
 
 def test_tokens_that_are_not_finite_are_an_error():
     x = torch.full((48, 4), torch.nan)
     x[:16] = 1.0  # not in the first batch, where the bank itself would say so
-    with pytest.raises(ValueError, match=r"bank 'layer.bank' cannot be initialised: tokens must be finite"):
+    with pytest.raises(ValueError, match=r"bank 'layer.bank' cannot be initialized: tokens must be finite"):
         start(Project(), data=DataLoader(TensorDataset(x, x), batch_size=16))
 
 

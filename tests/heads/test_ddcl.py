@@ -116,7 +116,7 @@ def test_ddcl_readout_refuses_arguments_out_of_range(options: dict[str, object],
 def test_quantization_loss_sums_levels_and_heads() -> None:
     levels = [Decomposition(torch.tensor(v), torch.tensor(v), torch.tensor(v)) for v in ([1.0, 2.0], [10.0])]
     assert ReadoutOutput(torch.zeros(1), torch.zeros(1), levels).quantization_loss() == 13
-    with pytest.raises(ValueError, match="no quantisation loss to train on"):
+    with pytest.raises(ValueError, match="no quantization loss to train on"):
         ReadoutOutput(torch.zeros(1), torch.zeros(1)).quantization_loss()
 
 

@@ -32,7 +32,7 @@ def test_tokens_pass_through() -> None:
     assert readout.tokens is TOKENS
     assert readout.loss_terms == []
     assert readout.assignments is None
-    with pytest.raises(ValueError, match="no quantisation loss"):
+    with pytest.raises(ValueError, match="no quantization loss"):
         readout.quantization_loss()
 
 

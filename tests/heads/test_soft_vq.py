@@ -1,4 +1,4 @@
-"""Soft codes as a head: what the readout holds, and training, resuming and saving with the token-normalised step."""
+"""Soft codes as a head: what the readout holds, and training, resuming and saving with the token-normalized step."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The quantiser of VQ-VAE: nearest codes, straight-through gradient, two losses."""
+"""The quantizer of VQ-VAE: nearest codes, straight-through gradient, two losses."""
 
 import pytest
 import torch

@@ -394,5 +394,5 @@ def test_banks_refuse_what_is_no_tensor_of_tokens_or_codes() -> None:
     for code in (5, -7):
         with pytest.raises(ValueError, match=rf"codes must be in \[0, K = 5\), .* got values from {code} to {code}"):
             bank.decode(torch.tensor([[code]]))
-    with pytest.raises(TypeError, match="codes must be integers; got torch.float32"):
+    with pytest.raises(TypeError, match=r"codes must be integers; got torch\.float32"):
         bank.decode(torch.zeros(2, 1))

@@ -1,4 +1,4 @@
-"""Soft vector quantisation: the loss it claims, hard codes in evaluation, and codes that stay alive."""
+"""Soft vector quantization: the loss it claims, hard codes in evaluation, and codes that stay alive."""
 
 import copy
 import math
@@ -174,7 +174,7 @@ def test_encoding_in_training_leaves_the_running_statistics_alone() -> None:
 
 @pytest.mark.parametrize("start", ["equal", "far", "duplicates"])
 def test_codes_come_back_from_bad_starts(start: str) -> None:
-    """With the token-normalised step; under Adam they stay where they are."""
+    """With the token-normalized step; under Adam they stay where they are."""
     torch.manual_seed(0)
     z = torch.randn(16, 64, 4)
     used = {}

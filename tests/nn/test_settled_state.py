@@ -20,7 +20,7 @@ def tokens(number: int, scale: float = 1.0) -> Tensor:
 
 
 class Quantized(nn.Module):
-    """A quantiser whose codes, temperature and spread all enter the loss."""
+    """A quantizer whose codes, temperature and spread all enter the loss."""
 
     def __init__(self) -> None:
         super().__init__()

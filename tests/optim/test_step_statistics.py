@@ -17,7 +17,7 @@ from ddcl_lightning.nn.temperature import BankTemperature
 
 
 class Net(nn.Module):
-    """An encoder that starts as the identity, and a quantiser."""
+    """An encoder that starts as the identity, and a quantizer."""
 
     def __init__(self, encoder: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The token-normalised step is the formula it claims to be."""
+"""The token-normalized step is the formula it claims to be."""
 
 import copy
 import pickle
@@ -223,7 +223,7 @@ def test_watch_finds_banks_and_replaces_an_earlier_watch() -> None:
     assert not model[0].bank._observers
     optimizer.watch(model)
     assert len(model[1].bank._observers) == 1
-    with pytest.raises(ValueError, match="optimises 2 parameters but only 1 of them are prototypes"):
+    with pytest.raises(ValueError, match="optimizes 2 parameters but only 1 of them are prototypes"):
         TokenNormalized([model[0].bank.prototypes, nn.Parameter(torch.zeros(2))]).watch(model)
 
 
