@@ -97,7 +97,15 @@ from ddcl_lightning.heads import (
 from ddcl_lightning.integrations.scikit_learn import DDCLClustering
 from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring import CodebookRecord, Signal, record_codebooks
+from ddcl_lightning.monitoring import (
+    BankRecord,
+    CodebookMonitor,
+    CodebookRecord,
+    CodebookSource,
+    Signal,
+    find_codebooks,
+    record_codebooks,
+)
 from ddcl_lightning.nn import (
     DDCLAttention,
     DDCLAttentionOutput,
@@ -121,6 +129,7 @@ __all__ = [
     "AttentionPooling",
     "Backbone",
     "BankOutput",
+    "BankRecord",
     "CIFAR10DataModule",
     "CLSPooling",
     "Classification",
@@ -129,7 +138,9 @@ __all__ = [
     "ClusteringMetrics",
     "CodebookHead",
     "CodebookMetrics",
+    "CodebookMonitor",
     "CodebookRecord",
+    "CodebookSource",
     "CollapseError",
     "CollapseWarning",
     "ConvBackbone",
@@ -208,6 +219,7 @@ __all__ = [
     "VectorQuantizer",
     "distill_feedforward",
     "find_banks",
+    "find_codebooks",
     "initialize_feedforward",
     "input_sample",
     "insert_prototypes",
