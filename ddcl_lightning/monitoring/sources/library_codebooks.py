@@ -57,7 +57,7 @@ class LibraryCodebook(CodebookSource):
         )
 
     def _embed(self) -> Tensor:
-        embed: Tensor = self.module.embed.detach()
+        embed: Tensor = self.module.embed.detach()  # type: ignore[operator]
         bridge = getattr(self.module, "vq_bridge", None)
         return embed if bridge is None else bridge(embed)
 
