@@ -54,10 +54,13 @@ def nearest_codes(codebook: Tensor, rows: Tensor | None = None) -> tuple[Tensor,
     """
     codes = codebook.detach().to(torch.float64)
     rows = torch.arange(len(codes), device=codes.device) if rows is None else rows
-    distances, others = [], []
-    for chunk in token_chunks(len(rows), codes.numel()):
-        apart = torch.cdist(codes[rows[chunk]], codes, compute_mode="donot_use_mm_for_euclid_dist")
-        value, index = apart.scatter(1, rows[chunk].unsqueeze(1), torch.inf).min(1)
-        distances.append(value)
-        others.append(index)
-    return torch.cat(distances), torch.cat(others)
+    others = [
+        torch.cdist(codes[rows[chunk]], codes, compute_mode="use_mm_for_euclid_dist")
+        .scatter(1, rows[chunk].unsqueeze(1), torch.inf)
+        .argmin(1)
+        for chunk in token_chunks(len(rows), len(codes))
+    ]
+    nearest = torch.cat(others)
+    # A matrix product finds them, and their distance is then exact: that of equal codes is zero.
+    distances = (codes[rows] - codes[nearest]).norm(dim=-1)
+    return distances.masked_fill(rows == nearest, torch.inf), nearest

@@ -102,12 +102,15 @@ def test_the_monitor_is_of_bounded_size() -> None:
     assert max(sizes) < 4 * 2 * SAMPLE * 3 * 4
 
 
-def test_the_window_follows_tokens_that_change() -> None:
-    monitor = CodebookMonitor()
-    for scale in (1.0, 0.0):
-        for _ in range(20):
+def test_the_sample_follows_tokens_that_change() -> None:
+    """Also where the counts of a pass reach back to the tokens before."""
+    monitor = CodebookMonitor(tokens_per_pass=4000)
+    for scale, calls in ((1.0, 20), (0.0, 10)):
+        for _ in range(calls):
             monitor.update(torch.randn(200, 2) * scale + 1.0, CODES, torch.randint(4, (200,)))
-    assert monitor.report()["codebook"].token_rank == pytest.approx(1, abs=1e-3)
+    row = monitor.report()["codebook"]
+    assert row.num_tokens == 6000
+    assert row.token_rank == pytest.approx(1, abs=1e-3)
 
 
 def test_padding_counts_nowhere() -> None:

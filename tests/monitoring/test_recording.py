@@ -217,3 +217,17 @@ def test_records_refuse_what_does_not_fit() -> None:
         CodebookRecord.of_codes(None, book, codes, torch.ones(6))
     with pytest.raises(ValueError, match="every_n_calls must be at least 1; got 0"):
         record_codebooks({}, print, every_n_calls=0)
+
+
+def test_calls_that_are_not_due_read_no_value() -> None:
+    """A value of a tensor on the meta device cannot be read, as one on another device only by waiting for it."""
+    model, records = NearestVectorQuantizer().to("meta"), []
+    recording = record_codebooks(model, lambda name, record: records.append(int(record.codes.sum())), every_n_calls=3)
+    model(torch.randn(5, 3, device="meta"))
+    recording.armed = True
+    with pytest.raises(RuntimeError, match="meta"):
+        model(torch.randn(5, 3, device="meta"))  # the first call is due
+    for _ in range(3):
+        model(torch.randn(5, 3, device="meta"))
+    assert not records
+    recording.close()

@@ -7,7 +7,7 @@ from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
 LIBRARY = "vector_quantize_pytorch"
-CODEBOOKS = ("Codebook", "EuclideanCodebook", "CosineSimCodebook")  # one class since its version 1.27, two before
+CODEBOOKS = ("Codebook", "EuclideanCodebook", "CosineSimCodebook")  # one class by now, two in earlier versions
 
 
 def _is_of_library(module: nn.Module) -> bool:
