@@ -55,7 +55,7 @@ from ddcl_lightning import (
 )
 from ddcl_lightning.adapters.base import PrototypeAdapter
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 
 PROTOTYPES = 16  # after and beside blocks; 8 in a norm
 EPOCHS, NOISE = 30, 0.25
@@ -178,7 +178,7 @@ def layer(**kwargs: Any) -> DDCLAttention:
 
 def bank_statistics(net: nn.Module, x: Tensor) -> dict[str, float]:
     """Entropy over ln K and share of the codes in use, means over the calls of the banks."""
-    calls: list[CodebookRecord] = []
+    calls: list[BankRecord] = []
     with torch.no_grad(), record_codebooks(find_banks(net), lambda name, observation: calls.append(observation)):
         net(x)
     entropy, usage = [], []

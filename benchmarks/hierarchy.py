@@ -34,7 +34,7 @@ from ddcl_lightning.functional import critical_temperature, decompose
 from ddcl_lightning.heads import HierarchicalReadout
 from ddcl_lightning.heads.pooling import mean_token
 from ddcl_lightning.metrics.probing import clustering_scores, collect_readouts, kmeans_scores
-from ddcl_lightning.monitoring.recording import CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord
 from ddcl_lightning.monitoring.signals import read_signals
 
 EPOCHS, LENGTH = 3, 64  # tokens of a post
@@ -90,7 +90,7 @@ class SmallestSpread(BankCallback):
         super().__init__(every_n_batches=1)
         self.smallest: dict[str, float] = {}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
         """Keep what is smaller."""
         for name, bank in records.items():
             few = bank.tokens.shape[1] <= 1024
@@ -198,7 +198,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
     for (name, bank), sample in zip(find_banks(module.head).items(), samples.values(), strict=True):
         terms = Decomposition(*(torch.zeros(1) for _ in range(3)))  # not read
         tokens = sample.gather().transpose(0, 1)
-        observation = CodebookRecord(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
+        observation = BankRecord(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
         signals = read_signals(observation, bank.detach_assignments)[0]
         levels.append(
             {

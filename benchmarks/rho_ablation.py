@@ -30,7 +30,7 @@ from ddcl_lightning.functional import separation
 from ddcl_lightning.heads import DDCLReadout
 from ddcl_lightning.metrics.probing import clustering_scores
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.monitoring.signals import read_signals
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.temperature import Temperature
@@ -111,7 +111,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
 def state_at_end(module: DDCLReadoutModule, data: DigitsDataModule) -> dict[str, float]:
     """Separation, spread, temperature and effective dimension of the embeddings over the whole data set."""
     module.eval()
-    observed: list[CodebookRecord] = []
+    observed: list[BankRecord] = []
     with record_codebooks(find_banks(module), lambda _, observation: observed.append(observation)):
         module({"x": all_samples(data)[0]})
     (signals,) = read_signals(observed[0], False, observed[0].valid_tokens())

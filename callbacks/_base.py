@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import require_banks
 
@@ -51,7 +51,7 @@ class BankCallback(Callback):
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._due = self._reads = 0  # batches of this run
-        self._records: dict[str, CodebookRecord] = {}
+        self._records: dict[str, BankRecord] = {}
         self._banks: dict[str, PrototypeBank] = {}
         self._recorder: record_codebooks | None = None
 
@@ -100,7 +100,7 @@ class BankCallback(Callback):
             self._reads += 1
             self.observe(trainer, pl_module, records)
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
         """Read the records of one batch on this process, by the name of the bank.
 
         Called on all processes where one has any. What is logged or decided has to be the same on all of them.

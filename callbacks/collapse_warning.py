@@ -13,7 +13,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import broadcast_object
 from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
 from ddcl_lightning.monitoring.history import TREND_READINGS, HeadHistory, PrototypeUse, trend
-from ddcl_lightning.monitoring.recording import CodebookRecord, over_processes
+from ddcl_lightning.monitoring.recording import BankRecord, over_processes
 from ddcl_lightning.monitoring.signals import (
     HeadSignals,
     Signal,
@@ -111,7 +111,7 @@ class CollapseWarning(BankCallback):
         """Start the history of a resized bank anew, since readings of its earlier size would mislead."""
         self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
         """Read, log and judge the signals of one batch, that of all processes together."""
         messages = [
             message
@@ -123,9 +123,7 @@ class CollapseWarning(BankCallback):
         if messages:
             self._act(trainer, messages)
 
-    def _read_bank(
-        self, trainer: pl.Trainer, module: pl.LightningModule, name: str, record: CodebookRecord
-    ) -> list[str]:
+    def _read_bank(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, record: BankRecord) -> list[str]:
         bank, tokens = self._banks[name], record.valid_tokens()
         if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(record.codebook).all()):
             return [f"not_finite in {name} at step {trainer.global_step}: {NOT_FINITE}"] if tokens.shape[1] else []

@@ -11,7 +11,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning.callbacks._base import BankCallback, log_name
 from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
-from ddcl_lightning.monitoring.recording import CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord
 
 # Relative to the energy of the batch; measured worst cases over random problems are in docs/measurements.md.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -83,7 +83,7 @@ class DecompositionCheck(BankCallback):
         self.checks = self.violations = 0
         self.smallest_variance = {}
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
         """Check the terms of one batch."""
         local = {name: self._check(observed) for name, observed in records.items()}
         # Each process checks the terms that it trained with; a violation of one is one of all, so that none waits.
@@ -100,7 +100,7 @@ class DecompositionCheck(BankCallback):
                 self.violations += 1
                 self._report(name, trainer, failures)
 
-    def _check(self, observed: CodebookRecord) -> _Check:
+    def _check(self, observed: BankRecord) -> _Check:
         errors = decomposition_errors(
             observed.tokens, observed.codebook, observed.temperature, observed.terms, observed.mask
         )
@@ -190,7 +190,7 @@ def find_violations(errors: DecompositionErrors, dtype: torch.dtype, tolerance: 
     ]
 
 
-def exact_variance(record: CodebookRecord, errors: DecompositionErrors, tolerance: float | None = None) -> Tensor:
+def exact_variance(record: BankRecord, errors: DecompositionErrors, tolerance: float | None = None) -> Tensor:
     """V ``(H,)`` float64: the trained one where it is far above its rounding, else that of the definitions.
 
     Args:

@@ -30,7 +30,7 @@ from ddcl_lightning.metrics.probing import (
     kmeans_scores,
     linear_probe,
 )
-from ddcl_lightning.monitoring.recording import CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.readout_module import ReadoutModule
@@ -139,7 +139,7 @@ class FitSummary(Callback):
         signals: list[list[HeadSignals]] = []
         for bank, tokens in zip(banks, evaluation.tokens.values(), strict=True):
             terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
-            record = CodebookRecord(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
+            record = BankRecord(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
             signals.append(read_signals(record, bank.detach_assignments))
         return self._format(trainer, module, signals)
 

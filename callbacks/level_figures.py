@@ -13,11 +13,11 @@ from ddcl_lightning.callbacks._figures import ValidationFigures
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
-_Shown = tuple[CodebookRecord, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
+_Shown = tuple[BankRecord, Tensor | None, str]  # what a bank saw, an image of each token, and what these are
 
 
 class LevelFigures(ValidationFigures):
@@ -58,7 +58,7 @@ class LevelFigures(ValidationFigures):
     def evaluate(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch) -> dict[str, _Shown]:
         """Records of every bank for the batch, and the parts of images that its tokens stand for."""
         assert isinstance(module, ReadoutModule)
-        observations: dict[str, CodebookRecord] = {}
+        observations: dict[str, BankRecord] = {}
         with record_codebooks(find_banks(module), observations.__setitem__):
             module(batch)
             pieces = module.backbone.pieces(batch)
@@ -83,7 +83,7 @@ class LevelFigures(ValidationFigures):
             )
 
 
-def _images(observed: CodebookRecord, images: Tensor, pieces: Tensor | None) -> tuple[Tensor | None, str]:
+def _images(observed: BankRecord, images: Tensor, pieces: Tensor | None) -> tuple[Tensor | None, str]:
     """One image ``(N, C, H, W)`` for each token of a bank, and what they are; None where there is none."""
     if observed.mask is not None or images.dim() != 4:
         return None, ""
@@ -95,7 +95,7 @@ def _images(observed: CodebookRecord, images: Tensor, pieces: Tensor | None) -> 
     return None, ""
 
 
-def _pictures(name: str, observed: CodebookRecord, images: Tensor, tokens: str) -> dict[str, Figure]:
+def _pictures(name: str, observed: BankRecord, images: Tensor, tokens: str) -> dict[str, Figure]:
     """One figure per head."""
     codes = nearest_prototype(observed.tokens, observed.codebook)
     heads, size = observed.codebook.shape[:2]

@@ -9,7 +9,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.callbacks._base import BankCallback, head_name
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
 from ddcl_lightning.monitoring.plots import draw_bank, draw_history, draw_usage
-from ddcl_lightning.monitoring.recording import CodebookRecord, over_processes
+from ddcl_lightning.monitoring.recording import BankRecord, over_processes
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 
@@ -34,14 +34,14 @@ class PrototypeFigures(BankCallback):
             raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
         self.every_n_epochs = every_n_epochs
         self._history: dict[str, list[dict[str, float]]] = {}
-        self._latest: dict[str, tuple[CodebookRecord, list[HeadSignals]]] = {}
+        self._latest: dict[str, tuple[BankRecord, list[HeadSignals]]] = {}
         self._drawn_at = -1
 
     def forget(self) -> None:
         """Drop the curves of an earlier run."""
         self._history, self._latest, self._drawn_at = {}, {}, -1
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, CodebookRecord]) -> None:
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
         """Add one point to the curves."""
         for name, observed in over_processes(records).items():
             signals = read_signals(observed, self._banks[name].detach_assignments)

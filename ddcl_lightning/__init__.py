@@ -99,7 +99,15 @@ from ddcl_lightning.heads import (
 from ddcl_lightning.integrations.scikit_learn import DDCLClustering
 from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring import CodebookRecord, Signal, record_codebooks
+from ddcl_lightning.monitoring import (
+    BankRecord,
+    CodebookMonitor,
+    CodebookRecord,
+    CodebookSource,
+    Signal,
+    find_codebooks,
+    record_codebooks,
+)
 from ddcl_lightning.nn import (
     DDCLAttention,
     DDCLAttentionOutput,
@@ -125,6 +133,7 @@ __all__ = [
     "Backbone",
     "BankCallback",
     "BankOutput",
+    "BankRecord",
     "CIFAR10DataModule",
     "CLSPooling",
     "Classification",
@@ -133,7 +142,9 @@ __all__ = [
     "ClusteringMetrics",
     "CodebookHead",
     "CodebookMetrics",
+    "CodebookMonitor",
     "CodebookRecord",
+    "CodebookSource",
     "CollapseError",
     "CollapseWarning",
     "ConvBackbone",
@@ -213,6 +224,7 @@ __all__ = [
     "VectorQuantizer",
     "distill_feedforward",
     "find_banks",
+    "find_codebooks",
     "initialize_feedforward",
     "input_sample",
     "insert_prototypes",

@@ -28,3 +28,11 @@ def test_attach_to_existing_project(tmp_path, monkeypatch, capsys):
     assert float(metrics["ddcl/temperature_ratio/readout.bank"]) < 0.1
     assert "ddcl/delta_min/readout.bank" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_loop_monitor(capsys):
+    pytest.importorskip("vector_quantize_pytorch")
+    report = load("plain_loop_monitor")["main"](steps=200).report()
+    assert list(report) == ["quantizer.level0", "quantizer.level1"]
+    assert all(row.num_tokens > 0 and row.perplexity > 8 for row in report.values())
+    assert "quantizer.level1" in capsys.readouterr().out

@@ -19,6 +19,9 @@ else:
     PROJECT = {}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MONITORING = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
 @pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
@@ -62,6 +65,13 @@ def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     # The first snippet's imports are not repeated in the others, so each runs on its own: it must import what it uses.
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("number", range(len(MONITORING)))
+def test_snippets_on_monitoring_run(number: int) -> None:
+    if "vector_quantize_pytorch" in MONITORING[number]:
+        pytest.importorskip("vector_quantize_pytorch")
+    exec(compile(MONITORING[number], f"monitoring snippet {number}", "exec"), {"__name__": "snippet"})
 
 
 def test_readme_names_every_recipe_and_callback() -> None:

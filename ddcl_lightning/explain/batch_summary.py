@@ -13,7 +13,7 @@ from ddcl_lightning.explain.explanation import Span
 from ddcl_lightning.functional import nearest_prototype, soft_assign
 from ddcl_lightning.functional._common import mark_padding, masked_mean
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 
@@ -73,7 +73,7 @@ class Observer:
             )
         self._module = module
         self._name, self.bank = list(banks.items())[-1]
-        self._records: dict[str, CodebookRecord] = {}
+        self._records: dict[str, BankRecord] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Observer:
             spans=self._spans(batch, mask.cpu()),
         )
 
-    def _shares(self, record: CodebookRecord, assignments: Tensor | None, mask: Tensor) -> Tensor:
+    def _shares(self, record: BankRecord, assignments: Tensor | None, mask: Tensor) -> Tensor:
         heads, prototypes = record.codebook.shape[:2]
         if assignments is not None and assignments.shape == (len(mask), heads, prototypes):
             return assignments

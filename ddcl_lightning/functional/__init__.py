@@ -24,6 +24,7 @@ from ddcl_lightning.functional.diagnostics import (
     separation,
     total_variance,
 )
+from ddcl_lightning.functional.effective_numbers import effective_number, effective_rank, nearest_codes
 from ddcl_lightning.functional.means import assign_codes, token_means
 from ddcl_lightning.functional.phase_transition import (
     critical_factor,
@@ -53,8 +54,11 @@ __all__ = [
     "decompose",
     "decomposition_errors",
     "effective_dimension",
+    "effective_number",
+    "effective_rank",
     "log_barrier",
     "masked_mean",
+    "nearest_codes",
     "nearest_prototype",
     "prototype_attention",
     "prototype_attention_reference",

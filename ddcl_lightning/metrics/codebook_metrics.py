@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.functional import code_counts
+from ddcl_lightning.functional import code_counts, effective_number
 from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
 
 
@@ -53,8 +53,7 @@ def soft_perplexity(mass: Tensor) -> Tensor:
     Returns:
         Scalar in [1, K].
     """
-    entropy: Tensor = torch.special.entr(mass / mass.sum()).sum()
-    return entropy.exp()
+    return effective_number(mass)
 
 
 class CodebookMetrics(Metric):

@@ -17,7 +17,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.initialization import initial_prototypes
 
@@ -98,7 +98,7 @@ def collect_readouts(
     """
     banks = find_banks(module.head)
     name, bank = list(banks.items())[-1] if banks else ("", None)
-    records: dict[str, CodebookRecord] = {}
+    records: dict[str, BankRecord] = {}
     chunks: list[Readouts] = []
     done = 0
     with evaluating(module), record_codebooks(banks, records.__setitem__):
@@ -205,7 +205,7 @@ def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:
     return masked_mean(values.float(), mask, dim=-2).cpu()
 
 
-def _mean_input(record: CodebookRecord, samples: int) -> Tensor:
+def _mean_input(record: BankRecord, samples: int) -> Tensor:
     """Mean of each sample's tokens as a bank saw them, the heads side by side, ``(B, H * d)``."""
     rows = record.tokens.transpose(0, 1).flatten(1)
     tokens = rows.reshape(samples, -1, rows.shape[1])

@@ -1,93 +1,117 @@
-"""One record of what passes through a codebook in a call, and one way to make such records."""
+"""One way to record what passes through codebooks, ours or anybody's."""
 
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.distributed import gather_objects, gather_rows, sum_over_processes, world_size
 from ddcl_lightning.functional import BankOutput, Decomposition
+from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.sources.base import CodebookSource
+from ddcl_lightning.monitoring.sources.finding import Recordable, find_codebooks
+from ddcl_lightning.monitoring.sources.observed_calls import Call, observe_calls
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.observer import BankObserver
 
-
-@dataclass(frozen=True)
-class CodebookRecord:
-    """Input and output of a codebook in one call; tensors are detached, codebook and T copied at the call.
-
-    Attributes:
-        tokens: ``(H, N, d)``.
-        mask: ``(H, N)`` boolean, True for valid tokens, or None.
-        codebook: ``(H, K, d)``.
-        temperature: ``(H,)``, T in units of squared distance.
-        terms: The loss terms that the call returned, ``(H,)`` each.
-        codes: Hard codes ``(H, N)`` int64, or None where the call made none.
-    """
-
-    tokens: Tensor
-    mask: Tensor | None
-    codebook: Tensor
-    temperature: Tensor
-    terms: Decomposition
-    codes: Tensor | None = None
-
-    @classmethod
-    def of_call(cls, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> "CodebookRecord":
-        """The record of a call of a bank with tokens ``(*, H * d)``."""
-        heads, flat_mask = bank.split_heads(tokens.detach(), mask)
-        terms = Decomposition(*((term.detach() / output.scale).to(term.dtype) for term in output.terms))
-        codes = None if output.codes is None else output.codes.reshape(-1, bank.num_heads).T
-        return cls(heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms, codes)
-
-    def valid_tokens(self) -> Tensor:
-        """Tokens without padding, ``(H, M, d)``."""
-        return self.tokens if self.mask is None else self.tokens[:, self.mask[0]]
-
-    def rows(self) -> Tensor:
-        """Valid tokens ``(M, H, d)`` on the CPU in float32: one row per token, the heads side by side."""
-        return self.valid_tokens().transpose(0, 1).to("cpu", torch.float32)
-
-
-Receiver = Callable[[str, CodebookRecord], None]
+__all__ = ["BankRecord", "CodebookRecord", "over_processes", "record_codebooks"]
 
 
 class record_codebooks(BankObserver):
-    """Context manager that hands a record of every call of some banks to a receiver.
+    """Context manager that hands a record of every call of some codebooks to a receiver.
 
-    While it is not armed it costs nothing. Calls inside of compiled modules leave no record, nor do copies of a bank.
-    Recording ends when this object is deleted.
+    While it is not armed it costs nothing. Calls inside of compiled modules leave no record, nor do copies of a
+    module. Recording ends when this object is deleted.
 
     Args:
-        banks: Banks by name, or a module that holds them.
-        receive: Called with the name of the bank and the record.
+        codebooks: Banks, or what :func:`~ddcl_lightning.find_codebooks` returns, by name; or a module, for all that
+            are recognised inside.
+        receive: Called with the name of the codebook and the record.
         armed: Record from the start; the context manager does.
+        every_n_calls: Record one in so many calls of each codebook, the first among them.
 
-    Attributes:
-        armed: Whether calls are recorded.
+    Raises:
+        ValueError: If the interval is below 1.
     """
 
-    def __init__(self, banks: Mapping[str, PrototypeBank] | nn.Module, receive: Receiver, armed: bool = False) -> None:
-        self.armed = armed
-        self._receive = receive
+    @overload
+    def __init__(
+        self,
+        codebooks: Mapping[str, PrototypeBank],
+        receive: Callable[[str, BankRecord], Any],
+        armed: bool = False,
+        every_n_calls: int = 1,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        codebooks: Mapping[str, Recordable] | nn.Module,
+        receive: Callable[[str, CodebookRecord], Any],
+        armed: bool = False,
+        every_n_calls: int = 1,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        codebooks: Mapping[str, Any] | nn.Module,
+        receive: Callable[[str, Any], Any],
+        armed: bool = False,
+        every_n_calls: int = 1,
+    ) -> None:
+        if every_n_calls < 1:
+            raise ValueError(f"every_n_calls must be at least 1; got {every_n_calls}.")
+        self._receive, self._interval, self._armed = receive, every_n_calls, False
+        self._calls: dict[str, int] = {}
         self._names: dict[PrototypeBank, str] = {}
-        for name, bank in (find_banks(banks) if isinstance(banks, nn.Module) else banks).items():
-            self._names[bank] = name
-            bank.add_observer(self)
+        self._listeners: list[_Listener] = []
+        self._ends: list[Callable[[], None]] = []  # what stops the listeners while they are shown calls
+        weakref.finalize(self, _call_all, self._ends)
+        codebooks = find_codebooks(codebooks) if isinstance(codebooks, nn.Module) else codebooks
+        for name, codebook in codebooks.items():
+            if isinstance(codebook, PrototypeBank):
+                self._names[codebook] = name
+                codebook.add_observer(self)
+            else:
+                self._listeners.append(_Listener(weakref.ref(self), name, codebook))
+        self.armed = armed
+
+    @property
+    def armed(self) -> bool:
+        """True if calls are recorded."""
+        return self._armed
+
+    @armed.setter
+    def armed(self, armed: bool) -> None:
+        if armed == self._armed:
+            return
+        self._armed = armed
+        _call_all(self._ends)
+        if armed:
+            for listener in self._listeners:
+                self._ends += [observe_calls(*method, listener) for method in listener.source.observed()]
 
     def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
-        """Record a call."""
-        if self.armed:
-            self._receive(self._names[bank], CodebookRecord.of_call(bank, tokens, mask, output))
+        """Record a call of a bank."""
+        if self._armed and self._is_due(self._names[bank]):
+            self._receive(self._names[bank], BankRecord.of_call(bank, tokens, mask, output))
         return output
+
+    def _is_due(self, name: str) -> bool:
+        calls = self._calls.get(name, 0)
+        self._calls[name] = calls + 1
+        # Not the same one of every few, which would be the same level where levels share a codebook.
+        return calls % self._interval == calls // self._interval % self._interval
 
     def close(self) -> None:
         """Record no further calls."""
+        self.armed = False
         for bank in self._names:
             bank.remove_observer(self)
         self._names.clear()
+        self._listeners.clear()
 
     def __enter__(self) -> "record_codebooks":
         self.armed = True
@@ -99,7 +123,35 @@ class record_codebooks(BankObserver):
         self.close()
 
 
-def over_processes(records: Mapping[str, CodebookRecord]) -> dict[str, CodebookRecord]:
+class _Listener:
+    """Observer of the calls of one source; it does not keep its recorder alive."""
+
+    def __init__(self, recorder: "weakref.ref[record_codebooks]", name: str, source: CodebookSource) -> None:
+        self.recorder, self.name, self.source = recorder, name, source
+
+    def before(self, call: Call) -> None:
+        recorder = self.recorder()
+        if recorder is None:
+            call.due = False
+        elif call.module is self.source.module:
+            call.due = recorder._is_due(self.name)
+        if call.due:
+            self.source.before(call)
+
+    def after(self, call: Call) -> None:
+        recorder = self.recorder()
+        record = self.source.after(call) if call.due else None
+        if record is not None and recorder is not None:
+            recorder._receive(self.name, record)
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+    functions.clear()
+
+
+def over_processes(records: Mapping[str, BankRecord]) -> dict[str, BankRecord]:
     """The records of all processes as one per bank, the same everywhere: their valid tokens in rank order.
 
     A bank that was not called on every process is left out. Terms are means over all tokens.
@@ -110,9 +162,9 @@ def over_processes(records: Mapping[str, CodebookRecord]) -> dict[str, CodebookR
     return {name: _joint(record) for name, record in records.items() if all(name in names for names in called)}
 
 
-def _joint(record: CodebookRecord) -> CodebookRecord:
+def _joint(record: BankRecord) -> BankRecord:
     tokens = record.valid_tokens()
     rows = gather_rows(tokens.transpose(0, 1).contiguous()).transpose(0, 1)
     weight = tokens.shape[1] / max(rows.shape[1], 1)
     terms = Decomposition(*(sum_over_processes(term * weight) for term in record.terms))
-    return CodebookRecord(rows, None, record.codebook, record.temperature, terms)
+    return BankRecord(rows, None, record.codebook, record.temperature, terms)

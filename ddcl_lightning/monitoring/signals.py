@@ -16,7 +16,7 @@ from ddcl_lightning.functional import (
     separation,
     total_variance,
 )
-from ddcl_lightning.monitoring.recording import CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord
 
 
 class Signal(ABC):
@@ -31,7 +31,7 @@ class Signal(ABC):
     name: str
 
     @abstractmethod
-    def read(self, record: CodebookRecord) -> Tensor:
+    def read(self, record: BankRecord) -> Tensor:
         """The signal of each head, ``(H,)``, from one batch of all processes together."""
 
     def sign(self, value: float, earlier: Sequence[float]) -> str | None:
@@ -174,7 +174,7 @@ class HeadSignals:
 
 @torch.no_grad()
 def read_signals(
-    record: CodebookRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
+    record: BankRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
 ) -> list[HeadSignals]:
     """Signals of each head from one record.
 

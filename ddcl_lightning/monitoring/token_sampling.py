@@ -17,7 +17,7 @@ from ddcl_lightning._utils.compat import silent_logging, to_device, train_batche
 from ddcl_lightning._utils.distributed import is_first_process
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
+from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.observer import BankObserver
@@ -56,7 +56,7 @@ def execution_order(trainer: pl.Trainer, module: pl.LightningModule, banks: Mapp
     """
     order: dict[str, None] = {}
 
-    def note(name: str, record: CodebookRecord) -> None:
+    def note(name: str, record: BankRecord) -> None:
         order.setdefault(name)
         if len(order) == len(banks):
             raise _Reached

@@ -15,7 +15,7 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from ddcl_lightning.callbacks._base import BankCallback
-from ddcl_lightning.monitoring.recording import CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord
 from ddcl_lightning.nn.discovery import find_banks
 from tests.tiny import LinearBackbone
 from tests.tiny import loader as blob_batches
@@ -67,8 +67,8 @@ def test_only_due_batches_are_observed_and_validation_never_is():
 
 def test_recording_costs_nothing_between_due_batches(monkeypatch):
     looks = []
-    of_call = CodebookRecord.of_call
-    monkeypatch.setattr(CodebookRecord, "of_call", lambda *args: looks.append(1) or of_call(*args))
+    of_call = BankRecord.of_call
+    monkeypatch.setattr(BankRecord, "of_call", lambda *args: looks.append(1) or of_call(*args))
     fit(Project(), Spy(every_n_batches=6))
     assert len(looks) == 2
 

@@ -9,7 +9,7 @@ from ddcl_lightning.callbacks.decomposition_check import exact_variance, find_vi
 from ddcl_lightning.functional import BankOutput, Decomposition, DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.functional import prototype_attention as right
 from ddcl_lightning.functional import prototype_attention_reference as reference
-from ddcl_lightning.monitoring.recording import CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord
 from ddcl_lightning.nn import bank as bank_module
 from ddcl_lightning.nn.bank import PrototypeBank
 from tests.tiny import absolute
@@ -245,12 +245,12 @@ def test_the_smallest_variance_is_the_exact_one_below_the_rounding_of_the_traine
     terms = right(tokens, prototypes, temperature).terms
     rounded = Decomposition(terms.loss, terms.ols, terms.variance * 0 - 1e-9)
     errors = decomposition_errors(tokens, prototypes, temperature, rounded)
-    record = CodebookRecord(tokens, None, prototypes, temperature, rounded)
+    record = BankRecord(tokens, None, prototypes, temperature, rounded)
     assert torch.equal(exact_variance(record, errors), exact.variance)
     assert float(exact.variance) > 0
     soft = torch.tensor([20.0])
     terms = right(tokens, prototypes, soft).terms
-    record = CodebookRecord(tokens, None, prototypes, soft, terms)
+    record = BankRecord(tokens, None, prototypes, soft, terms)
     errors = decomposition_errors(tokens, prototypes, soft, terms)
     assert torch.equal(exact_variance(record, errors), terms.variance.double())
 
