@@ -72,7 +72,7 @@ def check_signals(argument: str, signals: Sequence[Signal], taken: Collection[st
         earlier.add(name)
 
 
-def read_signal(signal: Signal, record: CodebookRecord) -> list[float]:
+def read_signal(signal: Signal, record: BankRecord) -> list[float]:
     """Values of a signal, one per head.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddcl_lightning import CodebookRecord, Signal
+from ddcl_lightning import BankRecord, Signal
 
 
 class LargestShare(Signal):
@@ -16,7 +16,7 @@ class LargestShare(Signal):
     def __init__(self, limit: float = 0.9) -> None:
         self.limit = limit
 
-    def read(self, record: CodebookRecord) -> Tensor:
+    def read(self, record: BankRecord) -> Tensor:
         codes = torch.cdist(record.valid_tokens(), record.codebook).argmin(-1)
         return torch.stack([head.bincount().max() / len(head) for head in codes])
 
