@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -137,6 +138,10 @@ class CodebookMonitor:
     def close(self) -> None:
         """Read no further calls."""
         self._recorder.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State without the model: a copy, as of a module that holds a monitor, keeps the numbers and reads nothing."""
+        return {**self.__dict__, "codebooks": {}}
 
     def __enter__(self) -> "CodebookMonitor":
         return self

@@ -113,6 +113,10 @@ class record_codebooks(BankObserver):
         self._names.clear()
         self._listeners.clear()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, and what a pickle gives back, records nothing."""
+        return record_codebooks, ({}, _ignore)
+
     def __enter__(self) -> "record_codebooks":
         self.armed = True
         return self
@@ -121,6 +125,10 @@ class record_codebooks(BankObserver):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _ignore(name: str, record: CodebookRecord) -> None:
+    """Receiver of a recorder without codebooks."""
 
 
 class _Listener:

@@ -128,9 +128,32 @@ def image_quantizer(module: str, name: str, **options: Any) -> Callable[[], nn.M
         pytest.importorskip("transformers")
         models = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
         config = type("Config", (), {"num_embeddings": K, "codebook_size": K, "embed_dim": DIM, **options})()
-        return getattr(models, name)(config)  # as it stands in the model
+        model: nn.Module = getattr(models, name)(config)  # as it stands in the model
+        if isinstance(model.embedding, nn.Linear):  # compares inner products
+            model.embedding.weight.data = normalize(model.embedding.weight.data, dim=-1)
+        return model
 
     return build
+
+
+def codec_quantizer(module: str, name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        pytest.importorskip("transformers")
+        models = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+        sizes = {"codebook_size": K, "codebook_dim": DIM, "hidden_size": DIM, "num_quantizers": 2, "frame_rate": 50}
+        model: nn.Module = getattr(models, name)(type("Config", (), sizes)())
+        for buffer, values in model.named_buffers():
+            if buffer.endswith("embed"):
+                nn.init.normal_(values, std=0.5)
+        return model
+
+    return build
+
+
+def encoded(model: Any) -> dict[str, Tensor]:
+    """The codes ``(L, B, T)`` of all levels, or ``(B, T)`` of one."""
+    codes = model.encode(tokens().mT)
+    return levels(codes.movedim(0, -1)) if codes.dim() == 3 else single(codes)
 
 
 def returned(shape: tuple[int, ...], place: int | None) -> Callable[[Any], dict[str, Tensor]]:
@@ -162,12 +185,15 @@ def drawn(model: Any) -> dict[str, Tensor]:
     return {"": noise.argmax(-1).view(-1, 2)}
 
 
-def finite_scalars() -> nn.Module:
-    models = pytest.importorskip("transformers.models.xcodec2.modeling_xcodec2")
-    quantizer: nn.Module = models.Xcodec2Quantizer(
-        type("C", (), {"quantization_dim": DIM, "quantization_levels": [4, 4]})()
-    )
-    return quantizer
+def finite_scalars(module: str, name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        models = pytest.importorskip(f"transformers.models.{module}.modeling_{module}")
+        quantizer: nn.Module = getattr(models, name)(
+            type("Config", (), {"quantization_dim": DIM, "quantization_levels": [4, 4]})()
+        )
+        return quantizer
+
+    return build
 
 
 def directions() -> nn.Linear:
@@ -221,6 +247,13 @@ class VQGAN(nn.Module):
         quantized = self.codes(indices).view(values.shape).movedim(-1, 1)
         self.codes(indices)  # a second look at the same codes
         return quantized, indices
+
+
+def library_head() -> nn.Module:
+    pytest.importorskip("vector_quantize_pytorch")
+    from ddcl_lightning.integrations.vector_quantize import LibraryVQ
+
+    return LibraryVQ("VectorQuantize", {"codebook_size": K}, embed_dim=DIM)
 
 
 def spread_out() -> nn.Module:
@@ -285,7 +318,24 @@ CASES: dict[str, Case] = {
     "Janus": Case(image_quantizer("janus", "JanusVQVAEVectorQuantizer", num_patches=4), returned((2, DIM, 10, 8), 2)),
     "GLM-Image": Case(image_quantizer("glm_image", "GlmImageVQVAEVectorQuantizer"), returned((2, DIM, 10, 12), 2)),
     "Emu3": Case(image_quantizer("emu3", "Emu3VQVAEVectorQuantizer"), returned((2, 3, DIM, 5, 8), None)),
-    "X-Codec 2": Case(finite_scalars, lambda model: {"quantizer": model(tokens())[1].squeeze(-1)}, vectors=False),
+    "Apertus": Case(
+        image_quantizer("apertus1p5", "Apertus1p5VisionTokenizerVectorQuantizer"), returned((2, DIM, 10, 12), None)
+    ),
+    "X-Codec": Case(codec_quantizer("xcodec", "XcodecResidualVectorQuantization"), encoded),
+    "WavTokenizer": Case(codec_quantizer("wavtokenizer", "WavTokenizerVectorQuantization"), encoded),
+    "Higgs": Case(
+        codec_quantizer("higgs_audio_v2_tokenizer", "HiggsAudioV2TokenizerResidualVectorQuantization"), encoded
+    ),
+    "NeuCodec": Case(
+        finite_scalars("neucodec", "NeuCodecQuantizer"),
+        lambda model: {"quantizer": model(tokens())[1].squeeze(-1)},
+        vectors=False,
+    ),
+    "X-Codec 2": Case(
+        finite_scalars("xcodec2", "Xcodec2Quantizer"),
+        lambda model: {"quantizer": model(tokens())[1].squeeze(-1)},
+        vectors=False,
+    ),
     "wav2vec 2.0": Case(gumbel, drawn),
     "SwAV": Case(
         SwaVPrototypes, lambda model: {f"heads.{i}": scores.argmax(-1) for i, scores in enumerate(model(tokens()))}
@@ -299,6 +349,7 @@ CASES: dict[str, Case] = {
         named={"": lambda module, inputs, output: (inputs[0], module.prototypes, output)},
     ),
     "VectorQuantizer": Case(spread_out, lambda model: single(model(tokens()).indices)),
+    "LibraryVQ": Case(library_head, lambda model: {"quantizer.layer": model(tokens()).codes.squeeze(-1)}),
     "VQPooling": Case(
         lambda: VQPooling(K, embed_dim=DIM), lambda model: {"quantizer": model(tokens()).codes.squeeze(-1)}
     ),

@@ -202,6 +202,20 @@ def test_a_monitor_that_is_gone_leaves_the_class_as_it_was() -> None:
     assert VectorQuantizer.forward is forward
 
 
+def test_a_module_that_holds_its_monitor_can_be_copied_and_pickled() -> None:
+    model = nn.Sequential(VectorQuantizer(2, 4))
+    model.monitor = CodebookMonitor(model, every_n_calls=1)
+    model(TOKENS[None])
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.monitor.report()["0"].num_tokens == 4
+        twin(TOKENS[None])
+        twin.monitor.close()
+        assert twin.monitor.report()["0"].num_tokens == 4
+    model(TOKENS[None])
+    assert model.monitor.report()["0"].num_tokens == 8
+    model.monitor.close()
+
+
 def test_one_in_so_many_calls_is_not_always_that_of_one_level() -> None:
     """Two calls a step, as of levels that share a codebook, and every second call is read."""
     model = VectorQuantizer(2, 4)

@@ -67,7 +67,10 @@ def find_codebooks(
         if OwnQuantizer.recognizes(child) and not any(_inside(other, path) for other in paths):
             paths[path] = OwnQuantizer(child)
     order = {path: number for number, path in enumerate(modules)}
-    codebooks = {_name(modules, path): paths[path] for path in sorted(paths, key=lambda path: order[path])}
+    codebooks: dict[str, Recordable] = {}
+    for path in sorted(paths, key=lambda path: order[path]):
+        name = _name(modules, path)
+        codebooks[path if name in codebooks else name] = paths[path]
     readers = dict(named) if isinstance(named, Mapping) else dict.fromkeys(named)
     return codebooks | {path: _named(modules, path, reader) for path, reader in readers.items()}
 
