@@ -60,7 +60,7 @@ def test_padding_takes_no_part_or_is_refused() -> None:
 
 def test_library_vq_refuses_unknown_quantizers_and_arguments() -> None:
     with pytest.raises(ValueError, match=r"quantizer must be one of .* Did you mean 'VectorQuantize'"):
-        LibraryVQ("VectorQuantize")
+        LibraryVQ("VectorQuantizer")
     with pytest.raises(ValueError, match="weight must be > 0; got 0"):
         LibraryVQ("FSQ", weight=0.0)
     with pytest.raises(ValueError, match=r"quantizer_args do not fit FSQ: .*level"):

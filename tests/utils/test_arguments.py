@@ -30,7 +30,7 @@ from ddcl_lightning.integrations import vector_quantize
 
 # Estimators check in fit, as scikit-learn wants it (tests/integrations/test_scikit_learn.py); these take no number of
 # the user's.
-LEFT_OUT = {"DDCLClustering", "PrototypePooling", "TransformersBackbone"}
+LEFT_OUT = {"BankCallback", "DDCLClustering", "PrototypePooling", "TransformersBackbone", "record_codebooks"}
 # Where -1 means something.
 NEGATIVE = {("TransformersBackbone", "layer")}
 
