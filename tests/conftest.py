@@ -29,3 +29,4 @@ def _fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     random.seed(0)
     yield
     torch.set_flush_denormal(False)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # or fixtures of the next module would see that of the last test

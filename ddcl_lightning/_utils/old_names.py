@@ -43,7 +43,8 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "SoftVectorQuantizer": _UNIT,
     "TemperatureAnnealing": {"per": "interval", "unit": "start=Temperature(value, unit)"},
     "TokenNormalized": {"relocate": "relocation_threshold", "balance": "load_exponent"},
-    "VQPooling": _BUDGET,
+    "VQPooling": {**_BUDGET, "beta": "commitment_weight", "dim": "code_dim"},
+    "VectorQuantizer": {"beta": "commitment_weight"},
 }
 # Classes and functions, by the module that one looks for them in.
 NAMES: dict[str, dict[str, str]] = {
