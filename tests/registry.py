@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def classes(base: type) -> list[type]:
         value
         for module in modules()
         for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, base) and not name.startswith("_")
+        if inspect.isclass(value) and not get_origin(value) and issubclass(value, base) and not name.startswith("_")
     }
     candidates = {value for value in candidates if not value.__module__.rpartition(".")[2].startswith("_")}
     shipped = (value for value in candidates if value.__module__.split(".")[0] in (ddcl_lightning.__name__, PLUGIN))
