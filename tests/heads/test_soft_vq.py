@@ -17,7 +17,7 @@ from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.optim.token_normalized import TokenNormalized
 
 
-def setup(**options: Any) -> tuple[SoftVQ, Tensor, Tensor]:
+def prepared(**options: Any) -> tuple[SoftVQ, Tensor, Tensor]:
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
     return SoftVQ(**{"num_codes": 4, "embed_dim": 6, **options}), torch.randn(3, 5, 6), mask
@@ -26,7 +26,7 @@ def setup(**options: Any) -> tuple[SoftVQ, Tensor, Tensor]:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("code_dim", [None, 2])
 def test_evaluation_by_hand(heads: int, code_dim: int | None) -> None:
-    head, tokens, mask = setup(num_heads=heads, code_dim=code_dim)
+    head, tokens, mask = prepared(num_heads=heads, code_dim=code_dim)
     readout = head.eval()(tokens.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
     assert readout.codes.shape == (3, 5, head.num_codebooks)
     assert bool((readout.codes[~mask] == -1).all())
@@ -43,7 +43,7 @@ def test_evaluation_by_hand(heads: int, code_dim: int | None) -> None:
 
 
 def test_training_gives_the_loss_and_its_signals() -> None:
-    head, tokens, mask = setup(code_dim=2)
+    head, tokens, mask = prepared(code_dim=2)
     readout = head(tokens, mask)
     assert readout.assignments is None
     assert readout.regularization.requires_grad
@@ -116,7 +116,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(tmp_path: Path, scale: Scal
 
 
 def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
-    head, tokens, _ = setup(num_heads=2, code_dim=2, gradient="soft", embedding_scale="per_dimension")
+    head, tokens, _ = prepared(num_heads=2, code_dim=2, gradient="soft", embedding_scale="per_dimension")
     head(tokens)  # the temperature has followed the tokens
     head.eval().save_pretrained(tmp_path)
     loaded = Head.from_pretrained(tmp_path)
@@ -138,7 +138,7 @@ def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
 )
 def test_soft_vq_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        setup(**options)
+        prepared(**options)
     if "num_heads" not in options:
         with pytest.raises(ValueError, match=message):
             SoftVQ(**{"num_codes": 4, **options})

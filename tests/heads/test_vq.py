@@ -9,7 +9,7 @@ from ddcl_lightning import Classification, DDCLReadoutModule, find_banks
 from ddcl_lightning.heads import VQPooling
 
 
-def setup(**options: object) -> tuple[VQPooling, Tensor, Tensor]:
+def prepared(**options: object) -> tuple[VQPooling, Tensor, Tensor]:
     head = VQPooling(**{"num_codes": 4, "embed_dim": 3, **options})
     torch.nn.init.normal_(head.quantizer.codebook)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 1, 0, 1]]).bool()
@@ -18,7 +18,7 @@ def setup(**options: object) -> tuple[VQPooling, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dim", [None, 2])
 def test_vq_gives_the_codes_and_losses_of_the_equations(dim: int | None) -> None:
-    head, tokens, mask = setup(code_dim=dim, commitment_weight=0.5, weight=0.3)
+    head, tokens, mask = prepared(code_dim=dim, commitment_weight=0.5, weight=0.3)
     head.eval()
     readout = head(tokens, mask)
     z = tokens if dim is None else tokens @ head.quantizer.projection.weight.mT
@@ -42,7 +42,7 @@ def test_vq_gives_the_codes_and_losses_of_the_equations(dim: int | None) -> None
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dim", [None, 2])
 def test_codes_are_in_the_readout(dim: int | None, training: bool) -> None:
-    head, tokens, mask = setup(code_dim=dim)
+    head, tokens, mask = prepared(code_dim=dim)
     readout = head.train(training)(tokens, mask)
     assert readout.codes.shape == (3, 5, head.num_codebooks)
     assert readout.codes.dtype == torch.int64
@@ -54,7 +54,7 @@ def test_codes_are_in_the_readout(dim: int | None, training: bool) -> None:
 
 
 def test_gradients_go_where_the_paper_sends_them() -> None:
-    head, tokens, _ = setup(weight=1.0)
+    head, tokens, _ = prepared(weight=1.0)
     readout = head(tokens)
     upstream = torch.randn_like(readout.pooled)
     (straight,) = torch.autograd.grad((readout.pooled * upstream).sum(), tokens, retain_graph=True)

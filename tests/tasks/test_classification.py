@@ -9,7 +9,7 @@ from ddcl_lightning._utils.batch import Batch
 LABELS = torch.tensor([0, 2, 1, 2])
 
 
-def setup(repulsion: float = 0.0, **options: object) -> tuple[Classification, ReadoutOutput]:
+def prepared(repulsion: float = 0.0, **options: object) -> tuple[Classification, ReadoutOutput]:
     torch.manual_seed(0)
     head = DDCLReadout(5, repulsion=repulsion, embed_dim=6)
     task = Classification(3, **options)  # type: ignore[arg-type]
@@ -25,7 +25,7 @@ def cross_entropy(task: Classification, readout: ReadoutOutput, weights: list[fl
 
 
 def test_classification_loss_is_cross_entropy_and_quantization_loss() -> None:
-    task, readout = setup(quantization_weight=0.25)
+    task, readout = prepared(quantization_weight=0.25)
     losses = task.losses(readout, (None, LABELS))
     expected = cross_entropy(task, readout, [1.0, 1.0, 1.0])
     torch.testing.assert_close(losses["cross_entropy"], expected)
@@ -35,20 +35,20 @@ def test_classification_loss_is_cross_entropy_and_quantization_loss() -> None:
 
 
 def test_class_weights_and_label_smoothing() -> None:
-    task, readout = setup(class_weights=[1.0, 3.0, 0.5])
+    task, readout = prepared(class_weights=[1.0, 3.0, 0.5])
     losses = task.losses(readout, {"y": LABELS.int()})
     torch.testing.assert_close(losses["cross_entropy"], cross_entropy(task, readout, [1.0, 3.0, 0.5]))
     assert "class_weights" in task.state_dict()
-    task, readout = setup(label_smoothing=0.1)
+    task, readout = prepared(label_smoothing=0.1)
     smooth = torch.nn.functional.cross_entropy(task.logits(readout), LABELS, label_smoothing=0.1)
     torch.testing.assert_close(task.losses(readout, {"y": LABELS})["cross_entropy"], smooth)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 def test_regularization_counts_in_full_whatever_the_weight(weight: float) -> None:
-    plain, readout = setup(quantization_weight=weight)
+    plain, readout = prepared(quantization_weight=weight)
     expected = plain.losses(readout, {"y": LABELS})["loss"]
-    task, readout = setup(repulsion=0.7, quantization_weight=weight)
+    task, readout = prepared(repulsion=0.7, quantization_weight=weight)
     losses = task.losses(readout, {"y": LABELS})
     torch.testing.assert_close(losses["regularization"], readout.regularization)
     torch.testing.assert_close(losses["loss"], expected + readout.regularization)
@@ -57,7 +57,7 @@ def test_regularization_counts_in_full_whatever_the_weight(weight: float) -> Non
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 def test_a_readout_without_prototypes_trains_on_the_cross_entropy_alone(weight: float) -> None:
-    task, readout = setup(quantization_weight=weight)
+    task, readout = prepared(quantization_weight=weight)
     bare = ReadoutOutput(readout.tokens, readout.pooled)
     losses = task.losses(bare, {"y": LABELS})
     assert set(losses) == {"loss", "cross_entropy"}
@@ -65,7 +65,7 @@ def test_a_readout_without_prototypes_trains_on_the_cross_entropy_alone(weight: 
 
 
 def test_metrics_and_predictions_by_hand() -> None:
-    task, readout = setup()
+    task, readout = prepared()
     task.classifier = nn.Linear(6, 3)
     with torch.no_grad():
         task.classifier.weight.zero_()
@@ -92,7 +92,7 @@ def test_metrics_and_predictions_by_hand() -> None:
     ],
 )
 def test_classification_refuses_labels_out_of_range(batch: Batch, message: str) -> None:
-    task, readout = setup()
+    task, readout = prepared()
     for call in (lambda: task.losses(readout, batch), lambda: task.update_metrics(task.metrics(), readout, batch)):
         with pytest.raises(ValueError, match=message):
             call()

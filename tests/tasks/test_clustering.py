@@ -7,7 +7,7 @@ from ddcl_lightning import Clustering, DDCLReadout, ReadoutOutput
 from ddcl_lightning.heads import Head
 
 
-def setup(heads: int = 1, repulsion: float = 0.0, num_classes: int | None = 2) -> tuple[Clustering, ReadoutOutput]:
+def prepared(heads: int = 1, repulsion: float = 0.0, num_classes: int | None = 2) -> tuple[Clustering, ReadoutOutput]:
     torch.manual_seed(0)
     head = DDCLReadout(3, num_heads=heads, repulsion=repulsion, embed_dim=6).eval()
     task = Clustering(num_classes)
@@ -16,7 +16,7 @@ def setup(heads: int = 1, repulsion: float = 0.0, num_classes: int | None = 2) -
 
 
 def test_loss_by_hand() -> None:
-    task, readout = setup(heads=2)
+    task, readout = prepared(heads=2)
     losses = task.losses(readout, None)
     terms = readout.loss_terms[0]
     torch.testing.assert_close(losses["loss"], terms.loss[0] + terms.loss[1])
@@ -25,7 +25,7 @@ def test_loss_by_hand() -> None:
 
 
 def test_regularization_is_added_once() -> None:
-    task, readout = setup(repulsion=0.7)
+    task, readout = prepared(repulsion=0.7)
     losses = task.losses(readout, None)
     torch.testing.assert_close(losses["loss"], losses["ols"] + losses["variance"] + readout.regularization)
 
@@ -37,7 +37,7 @@ def assigned(*clusters: list[int]) -> ReadoutOutput:
 
 
 def test_metrics_of_one_head() -> None:
-    task, _ = setup()
+    task, _ = prepared()
     metrics = task.metrics()
     task.update_metrics(metrics, assigned([0], [0], [2], [2]), {"y": torch.tensor([1, 1, 0, 1])})
     values = metrics[""].compute()
@@ -46,7 +46,7 @@ def test_metrics_of_one_head() -> None:
 
 
 def test_metrics_of_every_head() -> None:
-    task, _ = setup(heads=2)
+    task, _ = prepared(heads=2)
     metrics = task.metrics()
     task.update_metrics(metrics, assigned([0, 1], [0, 1], [2, 1], [2, 1]), {"y": torch.tensor([1, 1, 0, 0])})
     assert list(metrics) == ["head0_", "head1_"]
@@ -57,7 +57,7 @@ def test_metrics_of_every_head() -> None:
 
 @pytest.mark.parametrize(("num_classes", "batch"), [(None, {"y": torch.tensor([5, 6, 7])}), (2, {"x": None})])
 def test_without_labels_only_use_is_counted(num_classes: int | None, batch: dict[str, object]) -> None:
-    task, _ = setup(num_classes=num_classes)
+    task, _ = prepared(num_classes=num_classes)
     metrics = task.metrics()
     task.update_metrics(metrics, assigned([0], [1], [2]), batch)
     values = metrics[""].compute()
@@ -66,7 +66,7 @@ def test_without_labels_only_use_is_counted(num_classes: int | None, batch: dict
 
 
 def test_each_stage_gets_its_own_metrics() -> None:
-    task, _ = setup()
+    task, _ = prepared()
     assert task.metrics()[""] is not task.metrics()[""]
 
 
@@ -80,7 +80,7 @@ def test_clustering_refuses_heads_without_prototypes_and_readouts_without_assign
         Clustering(0)
     with pytest.raises(ValueError, match="needs a head with prototypes; got NoBank"):
         Clustering().build(NoBank())
-    task, readout = setup()
+    task, readout = prepared()
     untrained = ReadoutOutput(readout.tokens, readout.pooled, readout.loss_terms)
     with pytest.raises(RuntimeError, match="run the head in evaluation mode"):
         task.update_metrics(task.metrics(), untrained, {})
