@@ -81,8 +81,9 @@ class AssignmentWriter(BasePredictionWriter):
             raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
         if Path(self.path).is_dir() or not os.access(self.path if Path(self.path).exists() else folder, os.W_OK):
             raise ValueError(f"path must be a file that you may write; {self.path!r} is none. Choose another.")
-        refuse_input(self.path, _data_module(trainer), "path")
-        known = getattr(_data_module(trainer), "row_names", None)
+        data = compat.current_datamodule(trainer)
+        refuse_input(self.path, data, "path")
+        known = getattr(data, "row_names", None)
         if known is not None:
             check_names(self.columns or (), known)
 
@@ -118,7 +119,7 @@ class AssignmentWriter(BasePredictionWriter):
         self, trainer: pl.Trainer, batch: Any, numbers: list[int], size: int
     ) -> dict[str, list[Any]]:
         """Cells of the columns asked for, one for each of the numbers: those of B samples, each as often as heads."""
-        data = _data_module(trainer)
+        data: Any = compat.current_datamodule(trainer)
         if hasattr(data, "describe_rows"):
             cells: dict[str, list[Any]] = data.describe_rows(numbers, [*data.row_columns, *(self.columns or ())])
             return cells
@@ -144,12 +145,11 @@ class AssignmentWriter(BasePredictionWriter):
         if processes > 1:  # a sampler that pads the last batches of processes repeats samples
             table = table.drop_duplicates(keys)
         table = table.sort_values(keys, kind="stable")
-        left_out: dict[str, list[int]] = (
-            _data_module(trainer).left_out() if hasattr(_data_module(trainer), "left_out") else {}
-        )
+        data: Any = compat.current_datamodule(trainer)
+        left_out: dict[str, list[int]] = data.left_out() if hasattr(data, "left_out") else {}
         if self.dropped:
             numbers = [number for numbers in left_out.values() for number in numbers]
-            known = hasattr(_data_module(trainer), "describe_rows")
+            known = hasattr(data, "describe_rows")
             table = with_left_out(
                 table, left_out, self._requested_columns(trainer, None, numbers, len(numbers)) if known else {}
             )
@@ -230,10 +230,6 @@ def batch_column(batch: Any, name: str, size: int) -> list[Any]:
             f"{name!r} of one cell for each of its {size} samples. Leave it out, or add it to the batch."
         )
     return [writable(cell) for cell in (value.tolist() if isinstance(value, Tensor) else value)]
-
-
-def _data_module(trainer: pl.Trainer) -> Any:
-    return compat.current_datamodule(trainer)
 
 
 def _to_numpy(value: Tensor) -> "npt.NDArray[Any]":

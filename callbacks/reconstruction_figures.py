@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.distributed import sum_over_processes
 from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
+from ddcl_lightning.functional import code_counts
 from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
 from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms, draw_codebook_history, draw_images
 from ddcl_lightning.monitoring.plots import draw_usage
@@ -145,7 +145,7 @@ def mean_tokens(tokens: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, 
     """
     rows = codes.flatten() + 1
     sums = tokens.new_zeros(num_codes + 1, tokens.shape[-1]).index_add_(0, rows, tokens.flatten(0, 1))[1:]
-    counts = torch.bincount(rows, minlength=num_codes + 1)[1:]
+    counts = code_counts(codes.flatten(), num_codes)
     return sums / counts.clamp(min=1).unsqueeze(1), counts
 
 

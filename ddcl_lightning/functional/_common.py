@@ -99,6 +99,15 @@ def mark_padding(codes: Tensor, mask: Tensor | None) -> Tensor:
     return codes.masked_fill(~mask.reshape(*mask.shape, *[1] * (codes.dim() - mask.dim())), -1)
 
 
+def check_code_range(argument: str, codes: Tensor, size: str, num_codes: int) -> None:
+    """Raise a ValueError unless codes are in [0, ``num_codes``) or -1; ``size`` names that number in the error."""
+    if codes.numel() and not (int(codes.min()) >= -1 and int(codes.max()) < num_codes):
+        raise ValueError(
+            f"{argument} must be in [0, {size}), or -1 for padding; got values from {int(codes.min())} to "
+            f"{int(codes.max())}. Pass what encode returns."
+        )
+
+
 def masked_mean(values: Tensor, mask: Tensor | None, dim: Literal[-1, -2] = -1) -> Tensor:
     """Mean of values over the valid tokens.
 

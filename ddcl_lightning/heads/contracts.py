@@ -4,7 +4,7 @@ They look at types and shapes, never at values, so that none waits for an accele
 """
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def check_dimension(owner: nn.Module, name: str, meaning: str, where: str) -> in
         TypeError: If there is none, or no such integer.
     """
     value = getattr(owner, name, None)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _is_size(value):
         kind = type(owner).__name__
         raise TypeError(
             f"{kind}.{name} must be an integer of at least 1, {meaning}; got {_value(value)}. Set self.{name} in "
@@ -44,7 +44,7 @@ def check_created(head: Head, pooled_dim: Any) -> int:
     Raises:
         TypeError: If that is no integer >= 1.
     """
-    if isinstance(pooled_dim, bool) or not isinstance(pooled_dim, int) or pooled_dim < 1:
+    if not _is_size(pooled_dim):
         _refuse(
             f"{type(head).__name__}.create() must return pooled_dim, an integer of at least 1, the dimension of what "
             "pool() returns",
@@ -213,6 +213,10 @@ def check_columns(task: nn.Module, columns: Any, size: int) -> Mapping[str, Tens
 
 def _refuse(rule: str, given: str, remedy: str) -> NoReturn:
     raise TypeError(f"{rule}; got {given}. {remedy}.")
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _value(value: Any) -> str:

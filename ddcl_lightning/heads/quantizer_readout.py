@@ -2,10 +2,10 @@
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.functional import code_counts
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.contracts import check_quantizer, check_quantizer_output
 from ddcl_lightning.heads.pooling import mean_token
@@ -108,7 +108,5 @@ class QuantizerReadout(CodebookHead):
 
 def code_shares(codes: Tensor, num_codes: int) -> Tensor:
     """Share of each sample's tokens that have each code, ``(B, H, K)``, of codes ``(B, T, H)``, -1 at padding."""
-    rows = codes.transpose(1, 2) + 1
-    counts = torch.zeros(*rows.shape[:2], num_codes + 1, device=codes.device)
-    counts = counts.scatter_add_(2, rows, torch.ones_like(rows, dtype=counts.dtype))[..., 1:]
+    counts = code_counts(codes.transpose(1, 2), num_codes).float()
     return counts / counts.sum(-1, keepdim=True)

@@ -175,7 +175,7 @@ class DDCLAttention(nn.Module):
 
     def _sample(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """A prototype per token and head from its assignments, heads side by side, ``(B, T, num_heads * d)``."""
-        drawn = self.bank.decode(self.bank.sample(embedded))
+        drawn = self.bank.vectors(self.bank.sample(embedded))
         return zero_padding(drawn.to(embedded.dtype), mask)
 
     def _shift(self, tokens: Tensor, context: Tensor | None) -> Tensor | None:

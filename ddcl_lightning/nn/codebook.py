@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.functional import nearest_prototype
-from ddcl_lightning.functional._common import check_mask, mark_padding
+from ddcl_lightning.functional._common import check_code_range, check_mask, mark_padding, zero_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 
 
@@ -66,15 +66,14 @@ class Codebook(GuardedState):
         """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""
         if codes.is_floating_point() or codes.dtype == torch.bool:
             raise TypeError(f"codes must be integers; got {codes.dtype}. Pass those of encode.")
-        looks = codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel() > 0
-        if looks and not (int(codes.min()) >= -1 and int(codes.max()) < self.num_prototypes):
-            raise ValueError(
-                f"codes must be in [0, K = {self.num_prototypes}), or -1 for padding; got values from "
-                f"{int(codes.min())} to {int(codes.max())}."
-            )
+        if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_code_range("codes", codes, f"K = {self.num_prototypes}", self.num_prototypes)
+        return self.vectors(codes)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Prototypes of indices ``(*, H)`` as :meth:`decode` gives them, for indices of the bank's own, unchecked."""
         heads = torch.arange(self.num_heads, device=codes.device)
-        vectors = self.prototypes[heads, codes.clamp(min=0)]
-        return vectors.masked_fill((codes < 0).unsqueeze(-1), 0.0).flatten(-2)
+        return zero_padding(self.prototypes[heads, codes.clamp(min=0)], codes >= 0).flatten(-2)
 
     @torch.no_grad()
     def set_prototypes(self, prototypes: Tensor) -> None:

@@ -134,7 +134,7 @@ class SoftVectorQuantizer(Quantizer):
         straight = self.gradient == "straight_through" or not self.training
         output = self.bank.quantize(embedded, mask, straight_through=straight)
         assert output.codes is not None
-        hard = self.bank.decode(output.codes)
+        hard = self.bank.vectors(output.codes)
         value = output.centroids if self.training and self.training_output == "soft" else hard
         quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
         loss, signals = self._terms(output, hard.detach(), mask)
@@ -177,7 +177,7 @@ class SoftVectorQuantizer(Quantizer):
         fits = codes.dim() in (3, 4) and codes.shape[-1] == heads
         check_indices(indices, fits, size, f"(B, T{last}) or (B, H, W{last})")
         codes_of_tokens = codes.flatten(1, -2)
-        quantized = self._project(self.bank.decode(codes_of_tokens), (codes_of_tokens >= 0).all(-1))
+        quantized = self._project(self.bank.vectors(codes_of_tokens), (codes_of_tokens >= 0).all(-1))
         if codes.dim() == 3:
             return quantized
         return torch.unflatten(quantized.mT, -1, codes.shape[1:3])

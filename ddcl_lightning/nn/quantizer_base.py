@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.functional._common import check_code_range
 from ddcl_lightning.nn.discovery import find_banks
 
 
@@ -38,11 +39,7 @@ def check_indices(indices: Tensor, fits: bool, num_codes: int, shape: str) -> No
             f"indices must be integers of shape {shape}; got {indices.dtype} of shape {tuple(indices.shape)}. Pass "
             "what encode returns."
         )
-    if indices.numel() and not (int(indices.min()) >= -1 and int(indices.max()) < num_codes):
-        raise ValueError(
-            f"indices must be in [0, num_codes = {num_codes}), or -1 for padding; got values from "
-            f"{int(indices.min())} to {int(indices.max())}. Pass what encode returns."
-        )
+    check_code_range("indices", indices, f"num_codes = {num_codes}", num_codes)
 
 
 class Quantizer(nn.Module, ABC):

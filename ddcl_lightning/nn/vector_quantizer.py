@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.distributed import broadcast_object, token_weight
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.functional import code_counts, nearest_prototype
 from ddcl_lightning.functional._common import check_mask, mark_padding, masked_mean, require_valid_token, zero_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import initial_prototypes
@@ -96,7 +96,7 @@ class VectorQuantizer(GuardedState, Quantizer):
         codes = self._nearest(embedded)
         nearest = self.codebook[codes]
         codes = mark_padding(codes, mask)
-        self.counts.copy_(torch.bincount(codes.flatten() + 1, minlength=len(self.codebook) + 1)[1:])
+        self.counts.copy_(code_counts(codes.flatten(), len(self.codebook)))
 
         def distance(left: Tensor, right: Tensor) -> Tensor:
             squared = (left.float() - right.float()).square().sum(-1)

@@ -62,13 +62,7 @@ class ClassNames(ReadoutModule):
         """Refuse data with other classes."""
         self.refuse_other_classes(compat.current_datamodule(self.trainer))
 
-    def on_test_start(self) -> None:
-        """Refuse data with other classes."""
-        self.refuse_other_classes(compat.current_datamodule(self.trainer))
-
-    def on_predict_start(self) -> None:
-        """Refuse data with other classes."""
-        self.refuse_other_classes(compat.current_datamodule(self.trainer))
+    on_test_start = on_predict_start = on_validation_start
 
     def refuse_other_classes(self, data: Any) -> None:
         """Refuse data whose classes differ in number, name or order from those of the training data.
@@ -96,7 +90,7 @@ class ClassNames(ReadoutModule):
     def _refuse_more_classes(self, data: Any) -> None:
         """Say at once, and in the data's own names, that there are more classes than the task knows of."""
         given, known = classes_of(data), getattr(self.task, "num_classes", None)
-        if given is not None and _is_count(known) and _count(given) > int(known or 0):
+        if given is not None and _is_count(known) and _count(given) > known:
             raise ValueError(
                 f"num_classes of the task must be at least that of the data, {_listing(given)}; got {known}. Set it "
                 "(--model.task.init_args.num_classes), or correct the labels."

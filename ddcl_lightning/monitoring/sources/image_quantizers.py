@@ -31,14 +31,13 @@ class ImageQuantizer(CodebookSource):
             return None
         embedding = call.module.embedding
         codebook: Tensor = embedding.weight  # type: ignore[union-attr, assignment]
-        values = call.args[0] if call.args else next(iter(call.kwargs.values()), None)
         directions = (
             isinstance(embedding, nn.Linear)
             or type(call.module).__name__.startswith("GlmImage")
             or bool(getattr(call.module, "l2_norm", False))
         )
         return CodebookRecord.of_codes(
-            tokens_of(values, codebook.shape[1], codes.numel()),
+            tokens_of(call.first, codebook.shape[1], codes.numel()),
             codebook,
             codes.flatten(),
             geometry="cosine" if directions else "euclidean",

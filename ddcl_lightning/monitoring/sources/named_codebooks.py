@@ -55,8 +55,7 @@ class EmbeddingCodebook(CodebookSource):
         """The record of the indices in ``call.state``."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         codes = call.state
-        values = call.args[0] if call.args else next(iter(call.kwargs.values()), None)
-        return CodebookRecord.of_codes(tokens_of(values, weight.shape[1], codes.numel()), weight, codes.flatten())
+        return CodebookRecord.of_codes(tokens_of(call.first, weight.shape[1], codes.numel()), weight, codes.flatten())
 
 
 class ReadCodebook(CodebookSource):

@@ -35,6 +35,11 @@ class Call:
         """An argument by its position or its name; None where it was not given."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
 
+    @property
+    def first(self) -> Any:
+        """The first argument, whatever its name; None without any."""
+        return next(iter((*self.args, *self.kwargs.values())), None)
+
 
 class CallObserver(Protocol):
     """Protocol of what is shown both ends of a call."""
