@@ -199,7 +199,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
         terms = Decomposition(*(torch.zeros(1) for _ in range(3)))  # not read
         tokens = sample.gather().transpose(0, 1)
         observation = BankRecord(tokens, None, bank.prototypes.detach(), bank.temperature, terms)
-        signals = read_signals(observation, bank.detach_assignments)[0]
+        signals = read_signals(observation)[0]
         levels.append(
             {
                 "temperature_ratio": signals.temperature_ratio,

@@ -114,7 +114,7 @@ def state_at_end(module: DDCLReadoutModule, data: DigitsDataModule) -> dict[str,
     observed: list[BankRecord] = []
     with record_codebooks(find_banks(module), lambda _, observation: observed.append(observation)):
         module({"x": all_samples(data)[0]})
-    (signals,) = read_signals(observed[0], False, observed[0].valid_tokens())
+    (signals,) = read_signals(observed[0], observed[0].valid_tokens())
     energy = torch.linalg.eigvalsh(observed[0].tokens[0].double().T.cov()).clamp(min=1e-300)
     return {
         "delta": signals.delta_min,

@@ -10,7 +10,7 @@ from ddcl_lightning._utils.distributed import (
 from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.callbacks.adaptive_bank_size import AdaptiveBankSize
 from ddcl_lightning.callbacks.assignment_writer import AssignmentWriter
-from ddcl_lightning.callbacks.collapse_warning import CollapseError, CollapseWarning
+from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck, DecompositionViolationError
 from ddcl_lightning.callbacks.exact_resume import ExactResume
 from ddcl_lightning.callbacks.fit_summary import FitSummary
@@ -21,6 +21,7 @@ from ddcl_lightning.callbacks.ratio_guard import RatioGuard
 from ddcl_lightning.callbacks.reconstruction_figures import ReconstructionFigures
 from ddcl_lightning.callbacks.save_on_signal import SaveOnSignal
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
+from ddcl_lightning.monitoring.findings import CollapseError
 
 __all__ = [
     "AdaptiveBankSize",

@@ -1,5 +1,6 @@
 """What the callbacks share: finding the banks, and looking at them every so many batches."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
+from ddcl_lightning.monitoring.sources.finding import Recordable
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import require_banks
 
@@ -31,17 +33,17 @@ def is_new_run(trainer: pl.Trainer, stage: str) -> bool:
     return stage == "fit" and trainer.current_epoch == 0 and trainer.global_step == 0
 
 
-class BankCallback(Callback):
-    """Base of callbacks that read what passes through every bank in one of ``every_n_batches`` training batches.
+class CodebookCallback(Callback):
+    """Base of callbacks that read what passes through codebooks in one of ``every_n_batches`` training batches.
 
-    Between these batches nothing is read, copied or synchronized. Where a batch calls a bank several times, the last
-    call counts. Variants write :meth:`observe`, and :meth:`forget` where they remember more than the count of batches.
+    Between these batches nothing is read, copied or synchronized. Variants write :meth:`find`, :meth:`receive` and
+    :meth:`read`, and :meth:`forget` where they remember more than the count of batches.
 
     Args:
         every_n_batches: Interval, at least 1.
 
     Raises:
-        ValueError: If the interval is below 1 or the module holds no bank.
+        ValueError: If the interval is below 1.
     """
 
     @typed
@@ -51,8 +53,7 @@ class BankCallback(Callback):
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._due = self._reads = 0  # batches of this run
-        self._records: dict[str, BankRecord] = {}
-        self._banks: dict[str, PrototypeBank] = {}
+        self._codebooks: Mapping[str, Recordable] = {}
         self._recorder: record_codebooks | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -67,14 +68,33 @@ class BankCallback(Callback):
     def bank_resized(self, name: str) -> None:
         """Drop the state of single prototypes of a bank whose number of prototypes has changed."""
 
+    def find(self, pl_module: pl.LightningModule) -> Mapping[str, Recordable]:
+        """The codebooks to read, by name."""
+        raise NotImplementedError
+
+    def receive(self, name: str, record: Any) -> None:
+        """Take the record of a call on this process."""
+        raise NotImplementedError
+
+    def has_read(self) -> bool:
+        """True if there were calls on this process since the last reading."""
+        raise NotImplementedError
+
+    def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read what was received in one batch.
+
+        Called on all processes where one has anything. What is logged or decided has to be the same on all of them.
+        """
+        raise NotImplementedError
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
-        self._banks = require_banks(pl_module, type(self).__name__)
+        """Find the codebooks, which the module may have built in its own ``setup`` or ``configure_model``."""
+        self._codebooks = self.find(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach the recorder of the banks."""
+        """Attach the recorder of the codebooks."""
         self._due = self._reads = 0
-        self._recorder = record_codebooks(self._banks, self._records.__setitem__)
+        self._recorder = record_codebooks(self._codebooks, self.receive)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -87,33 +107,24 @@ class BankCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Pass the records of the batch to :meth:`observe`, and switch the recorder off before a validation."""
+        """Read what was recorded in the batch, and switch the recorder off before a validation."""
         assert self._recorder is not None
         due, self._recorder.armed = self._recorder.armed, False
         if not due:
             return
         self._due += 1
-        records = dict(self._records)
-        self._records.clear()
         # Readings are joint: where one process has something to read, all take part.
-        if any(gather_objects(bool(records))):
+        if any(gather_objects(self.has_read())):
             self._reads += 1
-            self.observe(trainer, pl_module, records)
-
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
-        """Read the records of one batch on this process, by the name of the bank.
-
-        Called on all processes where one has any. What is logged or decided has to be the same on all of them.
-        """
-        raise NotImplementedError
+            self.read(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove the recorder, with a warning if no bank was ever called."""
+        """Remove the recorder, with a warning if no codebook was ever called."""
         self._close()
-        if self._banks and self._due and not self._reads:
+        if self._codebooks and self._due and not self._reads:
             rank_zero_warn(
-                f"{type(self).__name__} saw no call of {', '.join(self._banks)} in {self._due} training batches, so it "
-                "has looked at nothing. It sees no calls from inside of a compiled module: compile the backbone only."
+                f"{type(self).__name__} saw no call of {', '.join(self._codebooks)} in {self._due} training batches, so "
+                "it has looked at nothing. It sees no calls from inside of a compiled module: compile the backbone only."
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -124,7 +135,6 @@ class BankCallback(Callback):
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-        self._records.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Number of batches seen, so that a resumed run looks at the same ones."""
@@ -133,3 +143,51 @@ class BankCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of batches."""
         self._batches = state_dict["batches"]
+
+
+class BankCallback(CodebookCallback):
+    """Base of callbacks that read every bank; where a batch calls one several times, the last call counts.
+
+    Variants write :meth:`observe`.
+
+    Args:
+        every_n_batches: Interval, at least 1.
+
+    Raises:
+        ValueError: If the interval is below 1, or at the start of training if the module holds no bank.
+    """
+
+    def __init__(self, every_n_batches: int) -> None:
+        super().__init__(every_n_batches)
+        self._banks: dict[str, PrototypeBank] = {}
+        self._records: dict[str, BankRecord] = {}
+
+    def find(self, pl_module: pl.LightningModule) -> dict[str, PrototypeBank]:
+        """Every bank."""
+        self._banks = require_banks(pl_module, type(self).__name__)
+        return self._banks
+
+    def receive(self, name: str, record: BankRecord) -> None:
+        """Keep the last record of every bank."""
+        self._records[name] = record
+
+    def has_read(self) -> bool:
+        """True if there are records."""
+        return bool(self._records)
+
+    def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the records to :meth:`observe`."""
+        records = dict(self._records)
+        self._records.clear()
+        self.observe(trainer, pl_module, records)
+
+    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
+        """Read the records of one batch on this process, by the name of the bank.
+
+        Called on all processes where one has any. What is logged or decided has to be the same on all of them.
+        """
+        raise NotImplementedError
+
+    def _close(self) -> None:
+        super()._close()
+        self._records.clear()

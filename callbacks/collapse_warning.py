@@ -1,76 +1,73 @@
-"""Early warning of a collapsing bank, with the sign, its numbers and what to do."""
+"""Early warning of a collapsing codebook, with the sign, its figures and what to do."""
 
 import math
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.distributed import broadcast_object
-from ddcl_lightning.callbacks._base import BankCallback, head_name, log_name
-from ddcl_lightning.monitoring.history import TREND_READINGS, HeadHistory, PrototypeUse, trend
-from ddcl_lightning.monitoring.recording import BankRecord, over_processes
-from ddcl_lightning.monitoring.signals import (
-    HeadSignals,
-    Signal,
-    check_signals,
-    read_sign,
-    read_signal,
-    read_signals,
-)
+from ddcl_lightning._utils.batch import Batch
+from ddcl_lightning._utils.compat import callbacks_of, train_batches
+from ddcl_lightning._utils.distributed import broadcast_object, world_size
+from ddcl_lightning.callbacks._base import CodebookCallback, head_name, log_name
+from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
+from ddcl_lightning.monitoring.additional import AdditionalSignals
+from ddcl_lightning.monitoring.code_window import TOKENS_PER_CODE
+from ddcl_lightning.monitoring.findings import CollapseError, Finding
+from ddcl_lightning.monitoring.health_report import MonitorReport
+from ddcl_lightning.monitoring.monitor import CodebookMonitor
+from ddcl_lightning.monitoring.probe import Probe
+from ddcl_lightning.monitoring.recording import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.signals import Signal
+from ddcl_lightning.monitoring.signs import CollapseRules
+from ddcl_lightning.monitoring.sources.base import CodebookSource
+from ddcl_lightning.monitoring.sources.finding import Named, Recordable, find_codebooks
+from ddcl_lightning.monitoring.token_sampling import run_without_trace
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.tasks.readout_module import ReadoutModule
 
-NOT_FINITE = "tokens or prototypes are NaN or infinite. Lower the learning rates or clip the gradients."
-
-SIGNS = ("above_critical", "falling", "flat", "merged", "uniform", "dead")
-TAKEN = (*HeadSignals.logged, "delta_trend", "dead_prototypes", "not_finite", *SIGNS)
+PROBE_SAMPLES = 512
+LARGEST_PASS = 20  # windows of a codebook: a pass over the data that is longer is not waited for
 
 
-class CollapseError(RuntimeError):
-    """Error that a bank is collapsing."""
+class CollapseWarning(CodebookCallback):
+    """Monitor of every codebook and every set of prototypes of a module, ours or not, in two levels.
 
+    A *notice* is a sign (:class:`~ddcl_lightning.CollapseRules` lists them); it is logged, kept in ``findings`` and
+    shown at the end, and never stops a run, for what looks like a collapse may be what a task wants. An *alarm* is a
+    sign together with harm that was measured: codes no longer tell apart the samples of a fixed probe that they told
+    apart at the start, the loss rises or stalls, values are no numbers. It warns, stops or raises.
 
-class CollapseWarning(BankCallback):
-    """Monitor of every bank for signs of a collapse, which logs every signal it reads.
+    The probe are the first 512 samples of the training data, run as training runs them, without a trace, at every 20th
+    reading, and at every third while there is a sign. A schedule of :class:`TemperatureAnnealing` that starts above
+    the critical temperature and ends below it is no sign.
 
-    The signs, in the order in which they tend to appear:
-
-    - *above_critical*: T / T_c >= 1. The bank is attracted to the mean from here on; Delta falls later.
-    - *falling*: Delta lost more than ``max_drop`` of its highest value and still falls. The warning says whether the
-      embeddings shrink with it or the prototypes approach each other. Where prototypes did not start from data, the
-      first 20 readings do not count: they have to travel to the tokens first.
-    - *flat*: the embeddings use less than ``min_dimension`` of the directions that they used at their best: they
-      become copies of a few. With few classes a task may want just that.
-    - *merged*: Delta is below ``min_separation`` times the scale of the tokens: two prototypes do the work of one.
-    - *uniform*: H is above ``max_entropy`` ln K: assignments say nothing about the tokens.
-    - *dead*: prototypes that were nearest to none of the last 50 K tokens, nor to any for 20 times as long as they used
-      to wait for one.
-
-    A sign is reported once when it has held for ``patience`` readings (a dead prototype at once, for it has been
-    watched long enough), and again only after it went away.
+    Every signal of a reading is logged as ``ddcl/SIGNAL/CODEBOOK``, those of banks (Delta, H, T / T_c) among them.
 
     Args:
         every_n_batches: Interval between readings.
-        on_collapse: ``"warn"``, ``"stop"`` (end training after this batch) or ``"raise"``.
-        min_separation: Smallest Delta relative to the root mean squared spread of the tokens.
-        max_drop: Share of its highest value that Delta may lose.
-        max_entropy: Largest H / ln K.
-        min_dimension: Smallest effective dimension of the embeddings relative to its highest value.
-        patience: Readings for which a sign must hold.
-        additional: Signals of your own (:class:`~ddcl_lightning.Signal`), which are logged, and reported where they
-            give a sign.
+        on_collapse: On an alarm ``"warn"``, ``"stop"`` (end training after this batch) or ``"raise"``.
+        named: Codebooks that are not recognised, see :func:`~ddcl_lightning.find_codebooks`.
+        kinds: Kinds of codebooks of your own.
+        rules: Thresholds.
+        probe: Whether to run the probe, which reads the first training batches once more.
+        additional: Signals of your own (:class:`~ddcl_lightning.Signal`) on banks, which are logged, and noticed where
+            they give a sign.
 
     Attributes:
-        signals: The latest signals, by bank, one entry per head.
-        reported: Every message so far.
+        report: Health of every codebook at the last reading.
+        findings: Every notice and alarm so far.
+        readings: Numbers of every reading so far, by the name of a codebook or head.
 
     Raises:
-        ValueError: If an argument is out of its range, or a signal of your own has no name, or that of another or of
-            the callback's; in use, if it does not return what :class:`~ddcl_lightning.Signal` says.
-        CollapseError: On a sign, with ``on_collapse="raise"``.
+        ValueError: If an argument is out of its range, the module holds no codebook, or a signal of your own has no
+            name, or that of another or of the callback's; in use, if it does not return what
+            :class:`~ddcl_lightning.Signal` says.
+        CollapseError: On an alarm, with ``on_collapse="raise"``.
     """
 
     @typed
@@ -78,193 +75,174 @@ class CollapseWarning(BankCallback):
         self,
         every_n_batches: int = 10,
         on_collapse: Literal["warn", "stop", "raise"] = "warn",
-        min_separation: float = 0.02,
-        max_drop: float = 0.5,
-        max_entropy: float = 0.98,
-        min_dimension: float = 0.25,
-        patience: int = 3,
+        named: Named = (),
+        kinds: Sequence[type[CodebookSource]] = (),
+        rules: CollapseRules | None = None,
+        probe: bool = True,
         additional: list[Signal] | None = None,
     ) -> None:
         super().__init__(every_n_batches)
         if on_collapse not in ("warn", "stop", "raise"):
             raise ValueError(f"on_collapse must be 'warn', 'stop' or 'raise'; got {on_collapse!r}.")
-        for name, value in (("max_drop", max_drop), ("max_entropy", max_entropy), ("min_dimension", min_dimension)):
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1]; got {value}.")
-        if min_separation < 0:
-            raise ValueError(f"min_separation must be >= 0; got {min_separation}.")
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1 reading; got {patience}.")
-        self.on_collapse, self.min_separation, self.max_drop = on_collapse, min_separation, max_drop
-        self.max_entropy, self.min_dimension, self.patience = max_entropy, min_dimension, patience
-        self.additional = list(additional or [])
-        check_signals("additional", self.additional, TAKEN)
-        self.signals: dict[str, list[HeadSignals]] = {}
-        self.reported: list[str] = []
-        self._watches: dict[tuple[str, int], HeadHistory] = {}
+        self.on_collapse, self.named, self.kinds, self.use_probe = on_collapse, named, tuple(kinds), probe
+        self.rules = rules or CollapseRules()
+        self.additional = AdditionalSignals(additional or [], self.rules.patience)
+        self.forget()
 
     def forget(self) -> None:
-        """Drop the signals and warnings of an earlier run."""
-        self.signals, self.reported, self._watches = {}, [], {}
+        """Drop the signals and findings of an earlier run."""
+        self.monitor = CodebookMonitor(rules=self.rules, on_collapse="ignore")
+        self.report = MonitorReport()
+        self.readings: dict[str, list[dict[str, float]]] = {}
+        self.additional.forget()
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Every notice and alarm so far, the earliest first."""
+        return sorted([*self.monitor.findings, *self.additional.findings], key=lambda finding: finding.step)
 
     def bank_resized(self, name: str) -> None:
         """Start the history of a resized bank anew, since readings of its earlier size would mislead."""
-        self._watches = {key: watch for key, watch in self._watches.items() if key[0] != name}
+        self.monitor.forget(name)
+        self.additional.forget(name)
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
-        """Read, log and judge the signals of one batch, that of all processes together."""
-        messages = [
-            message
-            for name, observed in over_processes(records).items()
-            for message in self._read_bank(trainer, pl_module, name, observed)
-        ]
+    def find(self, pl_module: pl.LightningModule) -> Mapping[str, Recordable]:
+        """Every codebook that is recognised or named.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        codebooks = find_codebooks(pl_module, self.named, self.kinds)
+        if not codebooks:
+            raise ValueError(
+                f"{type(self).__name__} found no codebook in {type(pl_module).__name__}. Name its module "
+                "(named=['quantizer.embedding']), or leave the callback out."
+            )
+        return codebooks
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the recorder, and take the probe."""
+        super().on_train_start(trainer, pl_module)
+        self._num_batches = trainer.num_training_batches
+        self._ordered = not isinstance(getattr(trainer.train_dataloader, "sampler", None), RandomSampler)
+        if self.use_probe:
+            batches = _first_batches(trainer)
+            self.monitor.use_probe(
+                Probe(pl_module, self._codebooks, lambda: run_without_trace(trainer, pl_module, batches))
+            )
+
+    def receive(self, name: str, record: CodebookRecord) -> None:
+        """Add the record of a call on this process."""
+        self.monitor.add(name, record, tokens_per_pass=self._tokens_per_pass(record))
+        if isinstance(record, BankRecord):
+            self.additional.receive(name, record)
+
+    def _tokens_per_pass(self, record: CodebookRecord) -> int:
+        """Tokens of a pass over the data, if codes may be dead only after a whole one; 0 where the order is random."""
+        batches = self._num_batches
+        codes = record.codes if record.codes is not None else record.tokens
+        if math.isinf(batches) or codes is None:
+            return 0
+        tokens = int(batches) * codes.shape[1] * world_size()
+        longest = LARGEST_PASS * TOKENS_PER_CODE * record.num_codes
+        return tokens if self._ordered or tokens <= longest else 0
+
+    def has_read(self) -> bool:
+        """True if there were calls since the last reading."""
+        return self.monitor.is_due
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss of the batch, where it is more than that of the codebooks, and read what was recorded."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and not (isinstance(pl_module, ReadoutModule) and pl_module.task.unsupervised):
+            self.monitor.add_loss(loss)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge, log and act on what was recorded on all processes together."""
+        new = self.monitor.check(
+            step=trainer.global_step,
+            planned_end=_planned_ends(trainer, self._codebooks),
+            from_data=all(bool(bank.initialized) for bank in _banks(self._codebooks).values()),
+        )
+        self.report = self.monitor.latest
+        values = {name: row.scalars() for name, row in self.report.items()}
+        added, notices = self.additional.read(trainer.global_step)
+        for name, numbers in added.items():
+            values.setdefault(name, {}).update(numbers)
+        for name, numbers in values.items():
+            pl_module.log_dict({log_name(name, key): value for key, value in numbers.items()})
+            self.readings.setdefault(name, []).append({"step": float(trainer.global_step), **numbers})
         # All have read the same; should rounding differ, they must still agree on whether to go on.
-        messages = broadcast_object(messages)
-        if messages:
-            self._act(trainer, messages)
+        self._act(trainer, broadcast_object([*new, *notices]))
 
-    def _read_bank(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, record: BankRecord) -> list[str]:
-        bank, tokens = self._banks[name], record.valid_tokens()
-        if tokens.shape[1] == 0 or not bool(torch.isfinite(tokens).all() & torch.isfinite(record.codebook).all()):
-            return [f"not_finite in {name} at step {trainer.global_step}: {NOT_FINITE}"] if tokens.shape[1] else []
-        fresh = (HeadHistory(PrototypeUse.empty(bank.num_prototypes)) for _ in range(bank.num_heads))
-        watches = [self._watches.setdefault((name, head), watch) for head, watch in enumerate(fresh)]
-        for watch, values in zip(watches, tokens, strict=True):
-            watch.add_tokens(values)
-        recent = torch.stack([torch.cat(list(watch.tokens)) for watch in watches])
-        self.signals[name] = read_signals(record, bank.detach_assignments, recent)
-        others = {signal.name: read_signal(signal, record) for signal in self.additional}
-        messages = []
-        for head, (watch, now) in enumerate(zip(watches, self.signals[name], strict=True)):
-            where = head_name(name, head, bank.num_heads)
-            added = {signal_name: values[head] for signal_name, values in others.items()}
-            triggered = self._judge(watch, now, bool(bank.initialized), added)
-            messages += [f"{sign} in {where} at step {trainer.global_step}: {text}" for sign, text in triggered.items()]
-            dead = len(watch.use.dead()) / now.num_prototypes
-            values = {**added, **now.scalars(), "delta_trend": trend(watch.log_delta), "dead_prototypes": dead}
-            module.log_dict({log_name(where, key): value for key, value in values.items()})
-        return messages
-
-    def _judge(
-        self, watch: HeadHistory, now: HeadSignals, from_data: bool, added: Mapping[str, float]
-    ) -> dict[str, str]:
-        """Update what is remembered and return the messages of signs that have just become due."""
-        watch.readings += 1
-        watch.use.add(now.counts)
-        signs = self._signs_of_additional(watch, added)
-        if now.num_prototypes > 1:
-            signs |= self._signs_of_several(watch, now, from_data)
-        triggered = {}
-        for sign, message in signs.items():
-            watch.streaks[sign] = watch.streaks.get(sign, 0) + 1 if message else 0
-            if message and watch.streaks[sign] == (1 if sign == "dead" else self.patience):
-                triggered[sign] = message
-        return triggered
-
-    def _signs_of_additional(self, watch: HeadHistory, added: Mapping[str, float]) -> dict[str, str]:
-        return {
-            signal.name: read_sign(signal, added[signal.name], watch.add_value(signal.name, added[signal.name]))
-            for signal in self.additional
-        }
-
-    def _signs_of_several(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
-        """Signs of a bank with several prototypes, whose separation is remembered."""
-        if now.delta_min > watch.peak_delta and (from_data or watch.readings > TREND_READINGS):
-            watch.peak_delta, watch.scale_at_peak = now.delta_min, now.scale
-        if now.dimension > watch.peak_dimension:
-            watch.peak_dimension = now.dimension
-        watch.log_delta.append(math.log(max(now.delta_min, 1e-300)))
-        return self._signs(watch, now, from_data)
-
-    def _signs(self, watch: HeadHistory, now: HeadSignals, from_data: bool) -> dict[str, str]:
-        """A message for each sign that is present, an empty string for each that is not."""
-        signs = dict.fromkeys(SIGNS, "")
-        first, second = now.closest
-        if now.temperature_ratio >= 1:
-            signs["above_critical"] = (
-                f"T = {now.temperature:.4g} is {now.temperature_ratio:.2f} times the critical temperature "
-                f"{now.critical:.4g}, so the prototypes are drawn to the mean whatever the learning rates. Lower the "
-                "temperature (TemperatureAnnealing(start=0.1) starts at a tenth of the critical one)."
-            )
-        if now.delta_min < (1 - self.max_drop) * watch.peak_delta and trend(watch.log_delta) < 0:
-            shrinks = now.scale < (1 - 0.5 * self.max_drop) * watch.scale_at_peak
-            spread = f"{watch.scale_at_peak:.4g} -> {now.scale:.4g}"
-            cause = (
-                f"the embeddings shrink with it (spread {spread}). Bound their scale "
-                "(embedding_scale='whiten'), add a task loss, or freeze the encoder (rho=0)"
-                if shrinks
-                else f"the spread of the embeddings does not ({spread}), so prototypes {first} and {second} approach "
-                "each other. Lower the temperature or rho, or add repulsion"
-            )
-            signs["falling"] = f"Delta fell from {watch.peak_delta:.4g} to {now.delta_min:.4g}; {cause}."
-        if now.dimension < self.min_dimension * watch.peak_dimension:
-            signs["flat"] = (
-                f"the embeddings' effective dimension fell from {watch.peak_dimension:.3g} to {now.dimension:.3g}: "
-                "they become copies of a few directions. Whiten them (embedding_scale='whiten'), lower rho or freeze "
-                "the encoder (rho=0); ignore it where a task with few classes asks for few directions."
-            )
-        if now.relative_separation < self.min_separation:
-            signs["merged"] = (
-                f"prototypes {first} and {second} are {now.delta_min:.4g} apart, {now.relative_separation:.2g} of the "
-                f"spread {now.scale:.4g} of the tokens. Lower the temperature (T / T_c = {now.temperature_ratio:.3g}) "
-                "so that they split, use fewer prototypes, or add repulsion."
-            )
-        if now.entropy_ratio > self.max_entropy:
-            signs["uniform"] = (
-                f"H = {now.entropy:.4g} is {now.entropy_ratio:.3f} of ln K, so every token is assigned to every "
-                f"prototype alike. Lower the temperature (T / T_c = {now.temperature_ratio:.3g})."
-            )
-        if dead := watch.use.dead():
-            shown = ", ".join(map(str, dead[:8])) + (", ..." if len(dead) > 8 else "")
-            remedy = "Lower" if from_data else "Start with KMeansInitialization, lower"
-            signs["dead"] = (
-                f"{len(dead)} of {now.num_prototypes} prototypes ({shown}) were nearest to none of the last "
-                f"{int(watch.use.idle[dead].min())} tokens looked at. {remedy} the rates of encoder and "
-                "prototypes, step the latter with TokenNormalized, or use fewer of them."
-            )
-        return signs
-
-    def _act(self, trainer: pl.Trainer, messages: list[str]) -> None:
-        self.reported += messages
+    def _act(self, trainer: pl.Trainer, new: list[Finding]) -> None:
+        alarms = [str(finding) for finding in new if finding.level == "alarm"]
+        if not alarms:
+            return
         if self.on_collapse == "raise":
-            raise CollapseError("; ".join(messages))
-        for message in messages:
-            rank_zero_warn(f"CollapseWarning: {message}")
+            raise CollapseError("; ".join(alarms))
+        for alarm in alarms:
+            rank_zero_warn(f"CollapseWarning: {alarm}")
         if self.on_collapse == "stop":
             trainer.should_stop = True
 
+    def verdict(self) -> str:
+        """One line for every codebook: how it is, and what was found when."""
+        return self.monitor.verdict(self.findings)
+
     def state_dict(self) -> dict[str, Any]:
-        """Recent tokens, highest separations, use and streaks: a resumed run warns as the uninterrupted one would."""
-        heads = {
-            f"{name}\n{head}": {
-                "tokens": [tokens.cpu().clone() for tokens in watch.tokens],
-                "readings": watch.readings,
-                "log_delta": list(watch.log_delta),
-                "peak_delta": watch.peak_delta,
-                "scale_at_peak": watch.scale_at_peak,
-                "peak_dimension": watch.peak_dimension,
-                "use": dict(vars(watch.use)),
-                "streaks": dict(watch.streaks),
-                "values": dict(watch.values),
-            }
-            for (name, head), watch in self._watches.items()
+        """All that was read and found: a resumed run warns as the uninterrupted one would."""
+        return {
+            **super().state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "additional": self.additional.state_dict(),
+            "readings": {name: [dict(reading) for reading in readings] for name, readings in self.readings.items()},
         }
-        return {**super().state_dict(), "heads": heads, "reported": list(self.reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the histories of all heads and what was reported."""
+        """Restore what was read and found."""
         super().load_state_dict(state_dict)
-        self.reported = list(state_dict["reported"])
-        for key, saved in state_dict["heads"].items():
-            name, head = key.split("\n")
-            self._watches[name, int(head)] = HeadHistory(
-                tokens=deque(saved["tokens"]),
-                readings=saved["readings"],
-                log_delta=deque(saved["log_delta"], maxlen=TREND_READINGS),
-                peak_delta=saved["peak_delta"],
-                scale_at_peak=saved["scale_at_peak"],
-                peak_dimension=saved["peak_dimension"],
-                use=PrototypeUse(**saved["use"]),
-                streaks=dict(saved["streaks"]),
-                values=dict(saved["values"]),
-            )
+        self.monitor.load_state_dict(state_dict["monitor"])
+        self.additional.load_state_dict(state_dict["additional"])
+        self.readings = {name: list(readings) for name, readings in state_dict["readings"].items()}
+
+
+def _banks(codebooks: Mapping[str, Recordable]) -> dict[str, PrototypeBank]:
+    return {name: codebook for name, codebook in codebooks.items() if isinstance(codebook, PrototypeBank)}
+
+
+def _planned_ends(trainer: pl.Trainer, codebooks: Mapping[str, Recordable]) -> dict[str, float]:
+    """Temperature of every bank and head at the end of its schedule, if there is one, by their names."""
+    ends: dict[str, float] = {}
+    annealings = [callback for callback in callbacks_of(trainer) if isinstance(callback, TemperatureAnnealing)]
+    for name, bank in _banks(codebooks).items():
+        for annealing in annealings:
+            planned = annealing.end_of(name, bank)
+            if planned is not None:
+                ends |= {head_name(name, head, bank.num_heads): end for head, end in enumerate(planned)}
+    return ends
+
+
+def _first_batches(trainer: pl.Trainer) -> list[Batch]:
+    """The first training batches of this process, of some 512 samples."""
+    batches: list[Batch] = []
+    samples = 0
+    for batch in train_batches(trainer):
+        batches.append(batch)
+        samples += _size(batch)
+        if samples >= PROBE_SAMPLES:
+            break
+    return batches
+
+
+def _size(batch: Any) -> int:
+    """Samples of a batch of any structure: the length of its first tensor or list."""
+    if isinstance(batch, (Tensor, str)):
+        return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
+    values = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if isinstance(values, Sequence) and len(values):
+        return len(values) if isinstance(values[0], (str, int, float)) else _size(values[0])
+    return 1

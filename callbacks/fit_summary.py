@@ -139,8 +139,15 @@ class FitSummary(Callback):
         signals: list[list[HeadSignals]] = []
         for bank, tokens in zip(banks, evaluation.tokens.values(), strict=True):
             terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
-            record = BankRecord(tokens, None, bank.prototypes.detach().cpu(), bank.temperature.cpu(), terms)
-            signals.append(read_signals(record, bank.detach_assignments))
+            record = BankRecord(
+                tokens,
+                None,
+                bank.prototypes.detach().cpu(),
+                bank.temperature.cpu(),
+                terms,
+                detach_assignments=bank.detach_assignments,
+            )
+            signals.append(read_signals(record))
         return self._format(trainer, module, signals)
 
     def _fill_probes(self, train: Readouts, test: Readouts) -> None:

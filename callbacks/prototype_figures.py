@@ -44,7 +44,7 @@ class PrototypeFigures(BankCallback):
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, records: dict[str, BankRecord]) -> None:
         """Add one point to the curves."""
         for name, observed in over_processes(records).items():
-            signals = read_signals(observed, self._banks[name].detach_assignments)
+            signals = read_signals(observed)
             self._latest[name] = (observed, signals)
             for head, values in enumerate(signals):
                 point = {"step": float(trainer.global_step), **values.scalars()}

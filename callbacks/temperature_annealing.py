@@ -173,6 +173,17 @@ class TemperatureAnnealing(Callback):
         """Count the step; ``trainer.global_step`` counts that of every optimizer under manual optimization."""
         self._steps += trainer.global_step > self._step_before
 
+    def end_of(self, name: str, bank: PrototypeBank) -> list[float] | None:
+        """T of every head at the end of the schedule, on the tokens of now; None for a bank that is not annealed.
+
+        A callable has no end that is known before; it only falls, so its present value stands for it.
+        """
+        if name not in self._banks:
+            return None
+        last = self._last if callable(self.schedule) else [end for _, end in self._ends]
+        values = last if len(last) == bank.num_heads else last * bank.num_heads
+        return (torch.tensor(values) * bank.temperature_state.reference().cpu()).tolist()
+
     def value(self, position: float) -> float | list[float]:
         """Temperature at a position (epochs or steps from the start), in the unit of ``start``; per head for lists."""
         values = self._values(position)

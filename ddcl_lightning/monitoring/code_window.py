@@ -1,7 +1,8 @@
 """Statistics of a codebook over its latest tokens: additive, and of bounded size."""
 
 import math
-from dataclasses import replace
+from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,29 +10,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.distributed import gather_objects, world_size
-from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.functional import code_counts, effective_number, effective_rank, nearest_codes, total_variance
-from ddcl_lightning.monitoring.health_report import CodebookReport
-from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.functional import Decomposition, code_counts
+from ddcl_lightning.monitoring.health_report import CodebookReport, report_of_codes, report_of_tokens
+from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.signals import read_signals
 
-TOKENS_PER_CODE = 50  # a code without any of so many times K tokens is dead
-SAMPLE = 2048  # tokens that are kept of each half of the window
-SAMPLE_OF_CALL = 256  # of each call at most
-ENOUGH = 1024  # tokens for a rank: with as many, the older half of the window is left out
-MAX_COMPARED = 4096  # codes whose nearest other is looked for; of more codes every n-th
-
-
-class _Half:
-    """One half of the window: counts ``(H, K)``, and tokens ``(M, H, d + 1)`` whose last number is an error."""
-
-    def __init__(self, counts: Tensor, seed: int) -> None:
-        self.counts = counts
-        self.num_tokens = 0
-        self.sample = Reservoir(SAMPLE, seed)
+TOKENS_PER_CODE = 50  # a code without any of so many times K tokens is dead ...
+PATIENCE = 20  # ... if it has waited so many times as long as it used to wait for one
+SAMPLE = 2048  # latest tokens that are kept at least, over all processes
 
 
 class CodeWindow:
-    """Counts and tokens of one codebook over its last ``size`` tokens, and as many before them at most.
+    """Counts of one codebook over its last ``size`` tokens, and as many before them at most; and its latest tokens.
 
     Args:
         record: The first record, for the sizes.
@@ -42,12 +32,14 @@ class CodeWindow:
         self.num_heads, self.num_codes, self.geometry = record.num_heads, record.num_codes, record.geometry
         self.size = max(TOKENS_PER_CODE * self.num_codes, tokens_per_pass)
         self.codebook: Tensor | None = None
-        self._non_finite = torch.zeros(record.num_heads, dtype=torch.int64)
-        self._halves = [self._half(), self._half()]  # the older one first
-        self._rows = np.random.default_rng(0)
-
-    def _half(self) -> _Half:
-        return _Half(torch.zeros(self.num_heads, self.num_codes, dtype=torch.int64), seed=0)
+        self._bank: BankRecord | None = None  # the last record of a bank, without its tokens
+        self._counts = torch.zeros(2, self.num_heads, self.num_codes, dtype=torch.int64)  # the older half first
+        self._num_tokens = [0, 0]
+        self._hits = torch.zeros(self.num_heads, self.num_codes, dtype=torch.int64)  # of all tokens so far
+        self._idle = torch.zeros_like(self._hits)  # tokens since the last one of a code
+        self._non_finite = torch.zeros(self.num_heads, dtype=torch.int64)
+        self._sample: deque[Tensor] = deque()  # (M, H, d + 1) of each reading; the last number is an error
+        self._readings = 0
 
     def fits(self, record: CodebookRecord) -> bool:
         """True if a record is of a codebook of the same sizes."""
@@ -56,38 +48,58 @@ class CodeWindow:
     @torch.no_grad()
     def add(self, record: CodebookRecord) -> None:
         """Add the record of a call. It waits for the device."""
-        if record.codes is None:
+        codes = record.hard_codes()
+        if codes is None:
             return
-        wrong = (record.codes < -1) | (record.codes >= self.num_codes)
-        codes = record.codes.masked_fill(wrong, -1)
+        wrong = (codes < -1) | (codes >= self.num_codes)
+        codes = codes.masked_fill(wrong, -1)
         if record.mask is not None:
             codes = codes.masked_fill(~record.mask, -1)
-        counts = code_counts(codes, self.num_codes).cpu()
         self._non_finite += wrong.sum(-1).cpu()
-        half = self._halves[1]
-        half.counts += counts
-        half.num_tokens += int((codes >= 0).any(0).sum())
-        self.codebook = record.codebook
+        if self._num_tokens[1] * world_size() >= self.size:
+            self._counts = torch.stack([self._counts[1], torch.zeros_like(self._counts[1])])
+            self._num_tokens = [self._num_tokens[1], 0]
+        counts = code_counts(codes, self.num_codes).cpu()
+        number = int((codes >= 0).any(0).sum())
+        self._counts[1] += counts
+        self._num_tokens[1] += number
+        self._hits += counts
+        self._idle = torch.where(counts > 0, 0, self._idle + number)
+        self._readings += 1
+        self.codebook = None if record.codebook is None else record.codebook.detach()
         if record.tokens is not None:
-            self._add_tokens(half.sample, record.tokens, codes)
-        if half.num_tokens * world_size() >= self.size:
-            self._halves = [half, self._half()]
+            self._add_tokens(record.tokens, codes)
+        if isinstance(record, BankRecord):
+            zeros = torch.zeros(self.num_heads)
+            self._bank = BankRecord(
+                record.codebook[:, :0],
+                None,
+                record.codebook.cpu(),
+                record.temperature.cpu(),
+                Decomposition(zeros, zeros, zeros),
+                detach_assignments=record.detach_assignments,
+            )
 
-    def _add_tokens(self, sample: Reservoir, tokens: Tensor, codes: Tensor) -> None:
-        """Add a few valid tokens and the squared distances to their codes."""
+    def _add_tokens(self, tokens: Tensor, codes: Tensor) -> None:
+        """Add some valid tokens and the squared distances to their codes; the oldest that are not needed go."""
         valid = (codes >= 0).any(0)
         finite = torch.isfinite(tokens).all(-1)
         self._non_finite += (~finite & valid).sum(-1).cpu()
         rows = torch.nonzero(valid & finite.all(0)).flatten().cpu().numpy()
-        if len(rows) > SAMPLE_OF_CALL:
-            rows = self._rows.choice(rows, SAMPLE_OF_CALL, replace=False)
+        enough = math.ceil(SAMPLE / world_size())
+        if len(rows) > enough:  # of any place: every n-th token might be the same place of each sample
+            rows = np.sort(np.random.default_rng(self._readings).choice(rows, enough, replace=False))
+        if not len(rows):
+            return
         chosen = torch.from_numpy(rows).to(tokens.device)
         z, k = self._scaled(tokens[:, chosen]), codes[:, chosen]
         error = torch.full(z.shape[:2], math.nan, device=z.device)
         if self.codebook is not None:
             vectors = self._scaled(self.codebook).gather(1, k.clamp(min=0).unsqueeze(-1).expand_as(z))
             error = (z - vectors).square().sum(-1).masked_fill(k < 0, math.nan)
-        sample.add(torch.cat([z, error.unsqueeze(-1)], -1).transpose(0, 1))
+        self._sample.append(torch.cat([z, error.unsqueeze(-1)], -1).transpose(0, 1).cpu())
+        while sum(map(len, self._sample)) - len(self._sample[0]) >= enough:
+            self._sample.popleft()
 
     def _scaled(self, vectors: Tensor) -> Tensor:
         return normalize(vectors.float(), dim=-1) if self.geometry == "cosine" else vectors.float()
@@ -95,74 +107,71 @@ class CodeWindow:
     @torch.no_grad()
     def report(self, duplicate_distance: float) -> list[CodebookReport]:
         """Health of each head, the same on every process; all have to call it."""
-        halves = self._halves
-        counts = torch.stack(gather_objects(halves[0].counts + halves[1].counts)).sum(0)
-        num_tokens = sum(gather_objects(sum(half.num_tokens for half in halves)))
-        older, newer = (_gather(half.sample) for half in halves)
-        rows = [sample for sample in (older, newer) if sample is not None]
-        if newer is not None and len(newer) >= ENOUGH:
-            rows = [newer]
-        non_finite = torch.stack(gather_objects(self._non_finite)).sum(0)
+        parts = gather_objects((self._counts, sum(self._num_tokens), self._non_finite, list(self._sample)))
+        dead = self._dead()
+        counts = torch.stack([part[0] for part in parts]).sum((0, 1))
+        num_tokens, non_finite = sum(part[1] for part in parts), torch.stack([part[2] for part in parts]).sum(0)
+        rows = torch.cat([sample for part in parts for sample in part[3]] or [torch.empty(0, self.num_heads, 1)])
+        latest = [part[3][-1] for part in parts if part[3]]
         books = None if self.codebook is None else self._scaled(self.codebook).cpu()
+        banks = self._bank_signals(rows, torch.cat(latest)) if latest else None
         reports = []
         for head in range(self.num_heads):
-            counted = CodebookReport(
-                num_codes=self.num_codes,
-                num_tokens=num_tokens,
-                usage=float((counts[head] > 0).double().mean()),
-                perplexity=float(effective_number(counts[head])),
-                dead=tuple(torch.nonzero(counts[head] == 0).flatten().tolist()) if num_tokens >= self.size else None,
-                non_finite=int(non_finite[head]),
-            )
-            tokens = torch.cat(rows)[:, head].double() if rows else torch.empty(0, 1)
-            reports.append(_add_codes(_add_sample(counted, tokens), tokens, books, head, duplicate_distance))
+            lost = dead[head] if num_tokens >= self.size else None
+            report = CodebookReport.of_counts(counts[head], num_tokens, int(non_finite[head]), lost)
+            report = report_of_tokens(report, rows[:, head].double())
+            if books is not None:
+                report = report_of_codes(report, rows[:, head, :-1].double(), books[head].double(), duplicate_distance)
+            if banks is not None:
+                report = report.of_bank(banks[head])
+            reports.append(report)
         return reports
 
+    def _dead(self) -> Tensor:
+        """Codes that have waited for a token too long, ``(H, K)`` boolean."""
+        hits, idle = (torch.stack(values) for values in zip(*gather_objects((self._hits, self._idle)), strict=True))
+        seen = sum(gather_objects(int(self._hits[0].sum())))
+        waiting = idle.min(0).values * len(idle)  # the process that saw it last counts
+        share = hits.sum(0) / (seen - waiting).clamp(min=1)
+        return waiting >= (PATIENCE / share).nan_to_num(posinf=0.0).clamp(min=self.size)
 
-def _add_sample(report: CodebookReport, rows: Tensor) -> CodebookReport:
-    """A report with the values of tokens ``(M, d + 1)``, whose last number is their error."""
-    if not len(rows):
-        return report
-    tokens, errors = rows[:, :-1], rows[:, -1]
-    variance = float(total_variance(tokens))
-    return replace(
-        report,
-        token_rank=float(effective_rank(tokens)),
-        dim=tokens.shape[1],
-        commitment=float(errors.nanmean()) / variance if variance > 0 else math.nan,
-    )
+    def _bank_signals(self, rows: Tensor, latest: Tensor) -> list[Any] | None:
+        if self._bank is None or not bool(torch.isfinite(self._bank.codebook).all()):
+            return None
+        tokens = latest[..., :-1].transpose(0, 1)
+        record = BankRecord(
+            tokens,
+            None,
+            self._bank.codebook,
+            self._bank.temperature,
+            self._bank.terms,
+            detach_assignments=self._bank.detach_assignments,
+        )
+        return list(read_signals(record, rows[..., :-1].transpose(0, 1)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to report as the uninterrupted one would: tensors and plain numbers."""
+        return {
+            "sizes": [self.num_heads, self.num_codes, self.size],
+            "geometry": self.geometry,
+            "counts": self._counts.clone(),
+            "num_tokens": list(self._num_tokens),
+            "hits": self._hits.clone(),
+            "idle": self._idle.clone(),
+            "non_finite": self._non_finite.clone(),
+            "sample": [rows.clone() for rows in self._sample],
+            "readings": self._readings,
+        }
 
-def _add_codes(
-    report: CodebookReport, rows: Tensor, books: Tensor | None, head: int, duplicate_distance: float
-) -> CodebookReport:
-    """A report with the values of the codes of one head."""
-    if books is None:
-        return report
-    codes = books[head].double()
-    finite = torch.nonzero(torch.isfinite(codes).all(-1)).flatten()
-    report = replace(report, dim=codes.shape[1], non_finite=report.non_finite + len(codes) - len(finite))
-    codes = codes[finite]
-    if not len(codes):
-        return report
-    report = replace(report, code_rank=float(effective_rank(codes)))
-    if len(codes) < 2:
-        return report
-    spread = float((total_variance(rows[:, :-1]) if len(rows) else codes.square().sum(-1).mean()).sqrt())
-    step = math.ceil(len(codes) / MAX_COMPARED)
-    distances, others = nearest_codes(codes, torch.arange(0, len(codes), step))
-    first = int(distances.argmin())
-    least = float(distances[first])
-    pair = sorted((int(finite[first * step]), int(finite[others[first]])))
-    close = float((distances <= duplicate_distance * spread).double().mean())
-    return replace(
-        report,
-        separation=0.0 if least == 0 else least / spread if spread > 0 else math.nan,
-        closest=(pair[0], pair[1]),
-        duplicates=round(close * len(codes)),
-    )
-
-
-def _gather(sample: Reservoir) -> Tensor | None:
-    """The sample of all processes, or None if it is empty on all of them."""
-    return sample.gather() if any(gather_objects(sample.num_rows > 0)) else None
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "CodeWindow":
+        """The window of a saved state; codes and temperature come with the next record."""
+        window = cls.__new__(cls)
+        window.num_heads, window.num_codes, window.size = state["sizes"]
+        window.geometry = state["geometry"]
+        window.codebook, window._bank = None, None
+        window._counts, window._num_tokens = state["counts"].clone(), list(state["num_tokens"])
+        window._hits, window._idle = state["hits"].clone(), state["idle"].clone()
+        window._non_finite, window._readings = state["non_finite"].clone(), state["readings"]
+        window._sample = deque(rows.clone() for rows in state["sample"])
+        return window

@@ -2,9 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional import effective_number, effective_rank, nearest_codes, total_variance
+from ddcl_lightning.monitoring.signals import HeadSignals
 
 SHOWN_DEAD = 4  # indices of dead codes in a table
+MAX_COMPARED = 4096  # codes whose nearest other is looked for; of more codes every n-th
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,15 @@ class CodebookReport:
         token_rank: Effective rank of the tokens (:func:`~ddcl_lightning.functional.effective_rank`), in [1, d].
         code_rank: That of the codes.
         dim: d, or 0.
+        spread: Root mean squared distance of the tokens to their mean.
         commitment: Mean squared distance of tokens to their codes over their variance: 0 where they coincide, 1 where
             the codes tell no more than the mean.
+        reach: Relative distance of the farthest code to the mean of the tokens.
+        farthest: That code.
         non_finite: Tokens and codes with NaN or infinity, and codes outside of [0, K), that were met.
+        explained: Share of the variance that a fixed probe's embeddings had at the start which its codes of now
+            explain, adjusted for K.
+        bank: Signals of a bank, which has a temperature.
     """
 
     num_codes: int
@@ -42,8 +55,87 @@ class CodebookReport:
     token_rank: float = math.nan
     code_rank: float = math.nan
     dim: int = 0
+    spread: float = math.nan
     commitment: float = math.nan
+    reach: float = math.nan
+    farthest: int | None = None
     non_finite: int = 0
+    explained: float = math.nan
+    bank: HeadSignals | None = None
+
+    @classmethod
+    def of_counts(cls, counts: Tensor, num_tokens: int, non_finite: int, dead: Tensor | None) -> "CodebookReport":
+        """The report of counts ``(K,)`` alone, with the codes that are dead, ``(K,)`` boolean, where that is known."""
+        return cls(
+            num_codes=len(counts),
+            num_tokens=num_tokens,
+            usage=float((counts > 0).double().mean()),
+            perplexity=float(effective_number(counts)),
+            dead=None if dead is None else tuple(torch.nonzero(dead).flatten().tolist()),
+            non_finite=non_finite,
+        )
+
+    def of_bank(self, signals: HeadSignals) -> "CodebookReport":
+        """This report with the signals of a bank."""
+        return replace(self, bank=signals)
+
+    def scalars(self) -> dict[str, float]:
+        """Its numbers that are known, by name, for a logger; the signals of a bank among them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name in LOGGED}
+        if self.dead is not None:
+            values["dead"] = len(self.dead) / self.num_codes
+        if self.duplicates is not None:
+            values["near_duplicates"] = self.duplicates / self.num_codes
+        if self.bank is not None:
+            values |= self.bank.scalars()
+        return {name: float(value) for name, value in values.items() if not math.isnan(value)}
+
+
+LOGGED = ("usage", "perplexity", "separation", "token_rank", "code_rank", "spread", "commitment", "reach", "explained")
+
+
+def report_of_tokens(report: CodebookReport, rows: Tensor) -> CodebookReport:
+    """A report with the values of tokens ``(M, d + 1)`` in float64, whose last number is their squared error."""
+    if not len(rows):
+        return report
+    tokens, errors = rows[:, :-1], rows[:, -1]
+    variance = float(total_variance(tokens))
+    return replace(
+        report,
+        token_rank=float(effective_rank(tokens)),
+        dim=tokens.shape[1],
+        spread=math.sqrt(variance),
+        commitment=float(errors.nanmean()) / variance if variance > 0 else math.nan,
+    )
+
+
+def report_of_codes(report: CodebookReport, tokens: Tensor, codes: Tensor, duplicate_distance: float) -> CodebookReport:
+    """A report with the values of codes ``(K, d)`` beside tokens ``(M, d)``, both in float64."""
+    finite = torch.nonzero(torch.isfinite(codes).all(-1)).flatten()
+    report = replace(report, dim=codes.shape[1], non_finite=report.non_finite + len(codes) - len(finite))
+    codes = codes[finite]
+    if not len(codes):
+        return report
+    report = replace(report, code_rank=float(effective_rank(codes)))
+    spread = report.spread if len(tokens) else float(codes.square().sum(-1).mean().sqrt())
+    if len(tokens) and spread > 0:
+        distances = (codes - tokens.mean(0)).norm(dim=-1)
+        last = int(distances.argmax())
+        report = replace(report, reach=float(distances[last]) / spread, farthest=int(finite[last]))
+    if len(codes) < 2:
+        return report
+    step = math.ceil(len(codes) / MAX_COMPARED)
+    distances, others = nearest_codes(codes, torch.arange(0, len(codes), step))
+    first = int(distances.argmin())
+    least = float(distances[first])
+    pair = sorted((int(finite[first * step]), int(finite[others[first]])))
+    close = float((distances <= duplicate_distance * spread).double().mean())
+    return replace(
+        report,
+        separation=0.0 if least == 0 else least / spread if spread > 0 else math.nan,
+        closest=(pair[0], pair[1]),
+        duplicates=round(close * len(codes)),
+    )
 
 
 COLUMNS: dict[str, Callable[[CodebookReport], str]] = {

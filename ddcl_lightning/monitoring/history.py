@@ -1,77 +1,132 @@
-"""State of CollapseWarning between its readings."""
+"""What is remembered of a codebook and of the loss between readings: plain numbers, which a checkpoint can hold."""
 
 import math
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
 
-ENOUGH_TOKENS = 2048  # for one covariance: earlier readings are kept until there are as many
+from ddcl_lightning.monitoring.health_report import CodebookReport
+
 TREND_READINGS = 20
-
-
-@dataclass
-class PrototypeUse:
-    """Waiting times of prototypes for a token; ``(K,)`` each."""
-
-    hits: Tensor  # tokens nearest to each so far
-    idle: Tensor  # tokens seen since the last of them
-    share: Tensor  # share of the tokens that was its, when it was last hit
-    num_tokens: int = 0
-
-    @classmethod
-    def empty(cls, size: int) -> "PrototypeUse":
-        """Waiting times of K prototypes before the first token."""
-        return cls(torch.zeros(size), torch.zeros(size), torch.zeros(size))
-
-    def add(self, counts: Tensor) -> None:
-        """Add the counts ``(K,)`` of one batch."""
-        self.num_tokens += int(counts.sum())
-        self.hits = self.hits + counts
-        hit = counts > 0
-        self.idle = torch.where(hit, 0.0, self.idle + counts.sum())
-        self.share = torch.where(hit, self.hits / max(self.num_tokens, 1), self.share)
-
-    def dead(self) -> list[int]:
-        """Prototypes without a token among 50 K, and for 20 times as long as they used to wait for one."""
-        patience = (20 / self.share).nan_to_num(posinf=0.0).clamp(min=50 * len(self.idle))
-        return torch.nonzero(self.idle >= patience).flatten().tolist()
+TRAVEL_READINGS = 20  # for which codes that did not start from data may travel to the tokens
+FALLING = ("separation", "delta", "token_rank", "code_rank", "spread", "perplexity", "explained")
 
 
 @dataclass
 class HeadHistory:
-    """State of one head between readings."""
+    """State of one head of a codebook between readings.
 
-    use: PrototypeUse
-    tokens: deque[Tensor] = field(default_factory=deque)
+    Attributes:
+        readings: Their number so far.
+        first: First known value of each number.
+        best: Highest value of each.
+        lowest: Lowest value of each.
+        recent: The latest 20 values of each, the oldest first.
+        streaks: Readings in a row with a sign, by its name.
+        planned: Whether the temperature started above the critical one and is planned to fall below it.
+    """
+
     readings: int = 0
-    log_delta: deque[float] = field(default_factory=lambda: deque(maxlen=TREND_READINGS))
-    peak_delta: float = 0.0
-    scale_at_peak: float = math.nan
-    peak_dimension: float = 0.0
+    first: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    lowest: dict[str, float] = field(default_factory=dict)
+    recent: dict[str, list[float]] = field(default_factory=dict)
     streaks: dict[str, int] = field(default_factory=dict)
-    values: dict[str, list[float]] = field(default_factory=dict)  # the latest of additional signals, by name
+    planned: bool = False
+
+    def add(self, now: CodebookReport, from_data: bool = True) -> None:
+        """Add one reading. Codes that did not start from data have no best separation before they have travelled."""
+        self.readings += 1
+        values = numbers(now)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                continue
+            self.first.setdefault(name, value)
+            travels = name in ("separation", "delta") and not from_data and self.readings <= TRAVEL_READINGS
+            if not travels:
+                self.best[name] = max(value, self.best.get(name, -math.inf))
+            self.lowest[name] = min(value, self.lowest.get(name, math.inf))
+            self.add_value(name, value)
 
     def add_value(self, name: str, value: float) -> list[float]:
-        """Keep the value of a signal; those before it, at most 20."""
-        earlier = self.values.get(name, [])
-        self.values[name] = [*earlier, value][-TREND_READINGS:]
+        """Keep a value; those before it, at most 20."""
+        earlier = self.recent.get(name, [])
+        self.recent[name] = [*earlier, value][-TREND_READINGS:]
         return earlier
 
-    def add_tokens(self, tokens: Tensor) -> None:
-        """Add every n-th of a batch's ``(N, d)`` tokens, and drop the oldest that are no longer needed."""
-        self.tokens = deque(earlier.to(tokens.device) for earlier in self.tokens)  # a resumed run's come from a file
-        self.tokens.append(tokens[:: math.ceil(len(tokens) / ENOUGH_TOKENS)].float())
-        while sum(map(len, self.tokens)) - len(self.tokens[0]) >= ENOUGH_TOKENS:
-            self.tokens.popleft()
+    def share_of_best(self, name: str) -> float:
+        """The latest value over the highest one; NaN where it is not known."""
+        recent, best = self.recent.get(name), self.best.get(name, math.nan)
+        return recent[-1] / best if recent and best > 0 else math.nan
+
+    def is_falling(self, name: str) -> bool:
+        """True if the logarithm of the latest values falls, by its least-squares line."""
+        values = self.recent.get(name, [])
+        return trend([math.log(max(value, 1e-300)) for value in values]) < 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain numbers."""
+        return asdict(self)
 
 
-def trend(values: deque[float]) -> float:
+def numbers(now: CodebookReport) -> dict[str, float]:
+    """Numbers of a report whose course is followed."""
+    values = {name: getattr(now, name) for name in ("separation", "token_rank", "code_rank", "spread")}
+    values |= {"perplexity": now.perplexity, "explained": now.explained, "commitment": now.commitment}
+    values |= {"reach": now.reach, "dead": math.nan if now.dead is None else float(len(now.dead))}
+    if now.bank is not None:
+        values |= {"delta": now.bank.delta_min, "temperature": now.bank.temperature}
+    return values
+
+
+@dataclass
+class LossHistory:
+    """Course of a smoothed loss.
+
+    Attributes:
+        readings: Their number so far.
+        smooth: Mean of the latest readings, exponentially weighted.
+        first: Its first value.
+        lowest: Its lowest value.
+        since_lowest: Readings since then.
+    """
+
+    readings: int = 0
+    smooth: float = math.nan
+    first: float = math.nan
+    lowest: float = math.inf
+    since_lowest: int = 0
+
+    def add(self, loss: float, weight: float = 0.2) -> None:
+        """Add the mean loss since the last reading."""
+        self.readings += 1
+        if not math.isfinite(loss):
+            return
+        self.smooth = loss if math.isnan(self.smooth) else self.smooth + weight * (loss - self.smooth)
+        self.first = self.smooth if math.isnan(self.first) else self.first
+        self.since_lowest += 1
+        if self.smooth < self.lowest - 0.005 * (self.first - self.lowest if math.isfinite(self.lowest) else 0.0):
+            self.lowest, self.since_lowest = self.smooth, 0
+
+    @property
+    def regain(self) -> float:
+        """Share of the whole fall of the loss that it has risen again; NaN before it fell."""
+        fall = self.first - self.lowest
+        return (self.smooth - self.lowest) / fall if fall > 0 else math.nan
+
+
+def trend(values: list[float]) -> float:
     """Slope of the least-squares line through equally spaced values, per reading; 0 for fewer than two."""
     if len(values) < 2:
         return 0.0
-    y = torch.tensor(list(values), dtype=torch.float64)
+    y = torch.tensor(values, dtype=torch.float64)
     x = torch.arange(len(y), dtype=torch.float64)
     x -= x.mean()
     return float((x * y).sum() / x.square().sum())
+
+
+def histories_from(state: Mapping[str, Mapping[str, Any]]) -> dict[str, HeadHistory]:
+    """Histories of what ``state_dict`` of each gave."""
+    return {name: HeadHistory(**saved) for name, saved in state.items()}

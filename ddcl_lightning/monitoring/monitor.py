@@ -1,19 +1,31 @@
 """The health of any codebook in any loop, without Lightning."""
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning._utils.distributed import gather_objects, is_first_process
 from ddcl_lightning.monitoring.code_window import CodeWindow
-from ddcl_lightning.monitoring.health_report import CodebookReport, MonitorReport
+from ddcl_lightning.monitoring.findings import CollapseError, Finding, verdict
+from ddcl_lightning.monitoring.health_report import MonitorReport
+from ddcl_lightning.monitoring.judge import Judge
+from ddcl_lightning.monitoring.probe import Probe
 from ddcl_lightning.monitoring.recording import record_codebooks
 from ddcl_lightning.monitoring.records import CodebookRecord, Geometry
+from ddcl_lightning.monitoring.signs import CollapseRules
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.finding import Named, find_codebooks
+
+PROBE_INTERVAL = 20  # readings between two of the probe while there is no sign
+SUSPICION_INTERVAL = 3  # and while there is one
+MAX_LOSSES = 1000  # that wait for a reading
 
 
 class CodebookMonitor:
@@ -21,12 +33,14 @@ class CodebookMonitor:
 
         monitor = CodebookMonitor(model)  # before the loop
         ...
+        monitor.check(loss)  # after each step: warns where a codebook collapses
+        ...
         print(monitor.report())  # whenever wanted
 
     It reads one in ``every_n_calls`` calls of each codebook that :func:`~ddcl_lightning.find_codebooks` finds; between
     them nothing is read, copied or synchronised. Its size is bounded: counts over the latest tokens, at least 50 for
     each code, and a sample of tokens. The model, its copies and its pickles stay as they are. Several processes have
-    their own monitors; :meth:`report` puts them together and is to be called on all.
+    their own monitors; :meth:`report` and :meth:`check` put them together and are to be called on all.
 
     Args:
         model: Where to look for codebooks, or None to use :meth:`update` alone.
@@ -36,11 +50,18 @@ class CodebookMonitor:
         every_n_calls: Interval between readings of a codebook, at least 1.
         tokens_per_pass: Tokens of one pass over the data, if codes are to count as dead only after a whole pass: for
             data in an order, such as by class.
-        duplicate_distance: Distance, relative to the spread of the tokens, up to which codes are near-duplicates.
+        probe: A function that calls the model with some 512 samples, always the same, as
+            ``lambda: model(images[:512])``. It lets the monitor measure whether codes still tell apart what they told
+            apart at the start, and is called in evaluation mode, without gradients, at every 20th reading, and at every
+            third while there is a sign.
+        rules: Thresholds.
+        on_collapse: What :meth:`check` does on an alarm: ``"warn"``, ``"raise"``, or ``"ignore"`` beyond returning it.
 
     Attributes:
         armed: Whether calls are read. Set it to False for an evaluation that is not to count.
         codebooks: What was found, by name.
+        findings: All notices and alarms so far.
+        latest: The report of the last check.
 
     Raises:
         ValueError: If there is no codebook in the model, a name is wrong, or a number out of its range.
@@ -55,14 +76,25 @@ class CodebookMonitor:
         *,
         every_n_calls: int = 10,
         tokens_per_pass: int | None = None,
-        duplicate_distance: float = 0.02,
+        probe: Callable[[], Any] | None = None,
+        rules: CollapseRules | None = None,
+        on_collapse: Literal["warn", "raise", "ignore"] = "warn",
     ) -> None:
         require_at_least(1, every_n_calls=every_n_calls, tokens_per_pass=tokens_per_pass)
-        if not duplicate_distance >= 0:
-            raise ValueError(f"duplicate_distance must be >= 0; got {duplicate_distance}.")
-        self.duplicate_distance = duplicate_distance
-        self._tokens_per_pass = tokens_per_pass or 0
+        if on_collapse not in ("warn", "raise", "ignore"):
+            raise ValueError(f"on_collapse must be 'warn', 'raise' or 'ignore'; got {on_collapse!r}.")
+        self.rules, self.on_collapse = rules or CollapseRules(), on_collapse
+        self.tokens_per_pass = tokens_per_pass or 0
         self._windows: dict[str, CodeWindow] = {}
+        self._judge = Judge(self.rules)
+        self._unread = False  # whether there is something to judge
+        self._losses: list[Tensor | float] = []
+        self._steps = 0
+        self._readings = 0
+        self._probed = 0  # reading of the last probe
+        self._first: dict[str, Tensor] = {}  # first embeddings of a probe that is not there yet
+        self._explained: dict[str, list[float]] = {}
+        self.latest = MonitorReport()
         self.codebooks = {} if model is None else find_codebooks(model, named, kinds)
         if model is not None and not self.codebooks:
             raise ValueError(
@@ -70,7 +102,12 @@ class CodebookMonitor:
                 "(named=['quantizer.embedding']), with a function that reads its calls where it is neither nn.Linear "
                 "nor nn.Embedding; or call update(tokens, codebook, indices) in the loop."
             )
-        self._recorder = record_codebooks(self.codebooks, self._add, armed=True, every_n_calls=every_n_calls)
+        if probe is not None and model is None:
+            raise ValueError("probe needs the model that it calls; got no model. Pass it as the first argument.")
+        self.probe: Probe | None = None
+        self._recorder = record_codebooks(self.codebooks, self.add, armed=True, every_n_calls=every_n_calls)
+        if probe is not None and model is not None:
+            self.use_probe(Probe(model, self.codebooks, probe))
 
     @property
     def armed(self) -> bool:
@@ -80,6 +117,11 @@ class CodebookMonitor:
     @armed.setter
     def armed(self, armed: bool) -> None:
         self._recorder.armed = armed
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All notices and alarms so far, the earliest first."""
+        return list(self._judge.findings)
 
     def update(
         self,
@@ -107,15 +149,97 @@ class CodebookMonitor:
             TypeError: If the indices are not integers or the mask is not boolean.
             ValueError: If sizes do not fit.
         """
-        self._add(
-            name, CodebookRecord.of_codes(tokens, codebook, indices, mask, num_codes=num_codes, geometry=geometry)
-        )
+        self.add(name, CodebookRecord.of_codes(tokens, codebook, indices, mask, num_codes=num_codes, geometry=geometry))
 
-    def _add(self, name: str, record: CodebookRecord) -> None:
+    def add(self, name: str, record: CodebookRecord, tokens_per_pass: int = 0) -> None:
+        """Add the record of a call of the codebook of that name."""
         window = self._windows.get(name)
         if window is None or not window.fits(record):  # one that was resized starts anew
-            window = self._windows[name] = CodeWindow(record, self._tokens_per_pass)
+            window = self._windows[name] = CodeWindow(record, tokens_per_pass or self.tokens_per_pass)
+            self._judge.forget(name)
         window.add(record)
+        self._unread = True
+
+    def check(
+        self,
+        loss: Tensor | float | None = None,
+        *,
+        step: int | None = None,
+        planned_end: Mapping[str, float] | None = None,
+        from_data: bool = True,
+    ) -> list[Finding]:
+        """Judge what was read since the last time, and warn of alarms; to be called after every step.
+
+        Args:
+            loss: Of this step, of the task or the reconstruction. Leave it out where the codebook's own loss is all
+                that is trained: that one falls when everything collapses.
+            step: Number of the step, by default that of the calls of this method.
+            planned_end: Temperature that a schedule ends at, by the name of the bank in the report.
+            from_data: Whether codes started from tokens; others have to travel to them first.
+
+        Returns:
+            What is new: notices, which may be harmless, and alarms. Nothing where no call was read.
+
+        Raises:
+            CollapseError: On an alarm, with ``on_collapse="raise"``.
+        """
+        self._steps = self._steps + 1 if step is None else step
+        if loss is not None:
+            self.add_loss(loss)
+        if not self._unread:
+            return []
+        self._unread = False
+        self._readings += 1
+        if self._probe_is_due():
+            self._read_probe()
+        self.latest = self._with_probe(self.report())
+        loss = self._mean_loss()
+        new = self._judge.judge(self._steps, self.latest, loss, planned_end=planned_end, from_data=from_data)
+        alarms = [str(finding) for finding in new if finding.level == "alarm"]
+        if alarms and self.on_collapse == "raise":
+            raise CollapseError("; ".join(alarms))
+        if self.on_collapse == "warn" and is_first_process():
+            for alarm in alarms:
+                warnings.warn(f"CodebookMonitor: {alarm}", stacklevel=2)
+        return new
+
+    def add_loss(self, loss: Tensor | float) -> None:
+        """Keep the loss of a step until the next reading, without waiting for it."""
+        self._losses = [*self._losses, loss.detach() if isinstance(loss, Tensor) else loss][-MAX_LOSSES:]
+
+    @property
+    def is_due(self) -> bool:
+        """True if there is something that :meth:`check` has not judged."""
+        return self._unread
+
+    def use_probe(self, probe: Probe) -> None:
+        """Take a probe, and read it before the first step."""
+        self.probe = probe
+        probe.load_state_dict(self._first)
+        self._first = {}
+        if not self._readings:
+            self._read_probe()
+
+    def _read_probe(self) -> None:
+        if self.probe is not None:
+            self._probed, self._explained = self._readings, self.probe.read()
+
+    def _probe_is_due(self) -> bool:
+        """True now and then, more often while there is a sign."""
+        suspicious = any(self._judge.is_suspicious(name) for name in self.latest)
+        return self._readings - self._probed >= (SUSPICION_INTERVAL if suspicious else PROBE_INTERVAL)
+
+    def _with_probe(self, report: MonitorReport) -> MonitorReport:
+        """A report with what the last probe told."""
+        values = _by_head(self._explained)
+        return MonitorReport({name: replace(row, explained=values.get(name, math.nan)) for name, row in report.items()})
+
+    def _mean_loss(self) -> float | None:
+        """Mean loss since the last reading over all processes; here it is waited for."""
+        losses, self._losses = self._losses, []
+        mean = float(torch.stack([torch.as_tensor(loss).float() for loss in losses]).mean()) if losses else None
+        means = [each for each in gather_objects(mean) if each is not None]
+        return sum(means) / len(means) if means else None
 
     def report(self) -> MonitorReport:
         """Health of every codebook that was called, by name, one entry per head; ``print`` shows a table.
@@ -123,25 +247,57 @@ class CodebookMonitor:
         Heads are ``name/head0`` and so on. Where several processes train, all have to call it.
         """
         called = gather_objects(list(self._windows))
-        report = MonitorReport()
-        for name, window in self._windows.items():
-            if all(name in names for names in called):
-                heads: list[CodebookReport] = window.report(self.duplicate_distance)
-                single = len(heads) == 1
-                report.update({name if single else f"{name}/head{head}": row for head, row in enumerate(heads)})
-        return report
+        rows = {
+            name: window.report(self.rules.duplicate_distance)
+            for name, window in self._windows.items()
+            if all(name in names for names in called)
+        }
+        return MonitorReport(_by_head(rows))
+
+    def verdict(self, findings: Sequence[Finding] | None = None) -> str:
+        """One line for every codebook: how it was at the last reading, and what was found when."""
+        given = self.findings if findings is None else findings
+        return "\n".join(verdict(name, row, given) for name, row in self.latest.items())
+
+    def forget(self, name: str) -> None:
+        """Start the history of a codebook anew, after it was changed from outside."""
+        self._windows.pop(name, None)
+        self._judge.forget(name)
 
     def reset(self) -> None:
-        """Forget what was read."""
+        """Forget what was read and found."""
         self._windows.clear()
+        self._judge = Judge(self.rules)
+        self._losses, self._unread, self._readings, self._probed, self._steps = [], False, 0, 0, 0
 
     def close(self) -> None:
         """Read no further calls."""
         self._recorder.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed loop needs to go on as the uninterrupted one would: tensors and plain values."""
+        return {
+            "windows": {name: window.state_dict() for name, window in self._windows.items()},
+            "judge": self._judge.state_dict(),
+            "counts": [self._steps, self._readings, self._probed],
+            "probe": self._first if self.probe is None else self.probe.state_dict(),
+            "explained": {name: list(values) for name, values in self._explained.items()},
+            "losses": [float(loss) for loss in self._losses],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._windows = {name: CodeWindow.from_state(saved) for name, saved in state["windows"].items()}
+        self._judge.load_state_dict(state["judge"])
+        self._steps, self._readings, self._probed = state["counts"]
+        self._losses = list(state["losses"])
+        self._first, self._explained = dict(state["probe"]), dict(state["explained"])
+        if self.probe is not None:
+            self.use_probe(self.probe)
+
     def __getstate__(self) -> dict[str, Any]:
         """State without the model: a copy, as of a module that holds a monitor, keeps the numbers and reads nothing."""
-        return {**self.__dict__, "codebooks": {}}
+        return {**self.__dict__, "codebooks": {}, "probe": None}
 
     def __enter__(self) -> "CodebookMonitor":
         return self
@@ -150,3 +306,11 @@ class CodebookMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _by_head(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Values of every head, by the name of the codebook, with that of the head where there are several."""
+    named: dict[str, Any] = {}
+    for name, heads in values.items():
+        named.update({name if len(heads) == 1 else f"{name}/head{head}": row for head, row in enumerate(heads)})
+    return named

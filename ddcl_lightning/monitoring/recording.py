@@ -175,4 +175,6 @@ def _joint(record: BankRecord) -> BankRecord:
     rows = gather_rows(tokens.transpose(0, 1).contiguous()).transpose(0, 1)
     weight = tokens.shape[1] / max(rows.shape[1], 1)
     terms = Decomposition(*(sum_over_processes(term * weight) for term in record.terms))
-    return BankRecord(rows, None, record.codebook, record.temperature, terms)
+    return BankRecord(
+        rows, None, record.codebook, record.temperature, terms, detach_assignments=record.detach_assignments
+    )

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional import BankOutput, Decomposition
+from ddcl_lightning.functional import BankOutput, Decomposition, nearest_prototype
 from ddcl_lightning.nn.bank import PrototypeBank
 
 Geometry = Literal["euclidean", "cosine"]
@@ -98,6 +98,10 @@ class CodebookRecord:
             columns = columns.masked_fill(~valid, -1)
         return cls(rows, valid, book, codes=columns, num_codes=num_codes, geometry=geometry)
 
+    def hard_codes(self) -> Tensor | None:
+        """Hard codes ``(H, N)``, -1 at padding, or None where they are not known."""
+        return self.codes
+
     @property
     def num_heads(self) -> int:
         """H."""
@@ -123,12 +127,17 @@ class CodebookRecord:
 
 @dataclass(frozen=True)
 class BankRecord(CodebookRecord):
-    """Record of a call of a :class:`~ddcl_lightning.PrototypeBank`, which has everything but, at times, codes."""
+    """Record of a call of a :class:`~ddcl_lightning.PrototypeBank`, which has everything but, at times, codes.
+
+    Attributes:
+        detach_assignments: The bank's own setting, on which T_c depends.
+    """
 
     tokens: Tensor
     codebook: Tensor
     temperature: Tensor
     terms: Decomposition
+    detach_assignments: bool = False
 
     @classmethod
     def of_call(cls, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> "BankRecord":
@@ -136,7 +145,15 @@ class BankRecord(CodebookRecord):
         heads, flat_mask = bank.split_heads(tokens.detach(), mask)
         terms = Decomposition(*((term.detach() / output.scale).to(term.dtype) for term in output.terms))
         codes = None if output.codes is None else output.codes.reshape(-1, bank.num_heads).T
-        return cls(heads, flat_mask, bank.prototypes.detach().clone(), bank.temperature.clone(), terms, codes)
+        prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
+        return cls(heads, flat_mask, prototypes, temperature, terms, codes, detach_assignments=bank.detach_assignments)
+
+    def hard_codes(self) -> Tensor:
+        """Hard codes ``(H, N)``, -1 at padding: those of the call, or the nearest prototypes."""
+        if self.codes is not None:
+            return self.codes
+        nearest = nearest_prototype(self.tokens, self.codebook)
+        return nearest if self.mask is None else nearest.masked_fill(~self.mask, -1)
 
 
 def _flat_mask(mask: Tensor, codes: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ddcl_lightning.functional import (
     separation,
     total_variance,
 )
-from ddcl_lightning.monitoring.recording import BankRecord
+from ddcl_lightning.monitoring.records import BankRecord
 
 
 class Signal(ABC):
@@ -173,14 +173,11 @@ class HeadSignals:
 
 
 @torch.no_grad()
-def read_signals(
-    record: BankRecord, detach_assignments: bool = False, recent_tokens: Tensor | None = None
-) -> list[HeadSignals]:
+def read_signals(record: BankRecord, recent_tokens: Tensor | None = None) -> list[HeadSignals]:
     """Signals of each head from one record.
 
     Args:
         record: What a forward call of the bank read.
-        detach_assignments: The bank's own setting, on which T_c depends.
         recent_tokens: Valid tokens ``(H, M, d)`` of this and earlier batches, for a steadier T_c and scale; by default
             this batch's.
 
@@ -190,7 +187,7 @@ def read_signals(
     tokens = record.valid_tokens() if recent_tokens is None else recent_tokens
     apart = separation(record.codebook)
     use = assignment_statistics(record.tokens, record.codebook, record.temperature, record.mask)
-    critical = critical_temperature(tokens, detach_assignments=detach_assignments)
+    critical = critical_temperature(tokens, detach_assignments=record.detach_assignments)
     scale, dimension = total_variance(tokens).sqrt(), effective_dimension(tokens)
     return [
         HeadSignals(

@@ -1,0 +1,53 @@
+"""What a monitor has to say: findings of two levels, and a verdict."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ddcl_lightning.monitoring.health_report import CodebookReport
+
+
+class CollapseError(RuntimeError):
+    """Error that a codebook collapses."""
+
+
+Level = Literal["notice", "alarm"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a monitor says of a codebook.
+
+    Attributes:
+        level: ``"notice"``: a sign, which may be harmless. ``"alarm"``: a sign, and harm that was measured.
+        sign: Its name.
+        codebook: Name of the codebook, with that of the head where there are several.
+        step: Step at which it was read.
+        text: Figures, codes and remedy.
+    """
+
+    level: Level
+    sign: str
+    codebook: str
+    step: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.sign} in {self.codebook or 'the codebook'} at step {self.step}: {self.text}"
+
+
+def verdict(name: str, now: CodebookReport, findings: Sequence[Finding]) -> str:
+    """One line on a codebook: how it is now, and which signs came when, confirmed by harm or not."""
+    about = [f"perplexity {now.perplexity:.1f} of {now.num_codes}"]
+    if not math.isnan(now.explained):
+        about.append(f"explains {now.explained:.0%} of the first variance of the probe")
+    own = [finding for finding in findings if finding.codebook == name]
+    alarms = {finding.sign: finding.step for finding in own if finding.level == "alarm"}
+    notices = {finding.sign: finding.step for finding in reversed(own) if finding.sign not in alarms}
+    if alarms:
+        about.append("ALARM: " + ", ".join(f"{sign} at step {step}" for sign, step in alarms.items()))
+    if notices:
+        listed = ", ".join(f"{sign} at step {step}" for sign, step in reversed(notices.items()))
+        about.append(f"noticed, no harm measured: {listed}")
+    return f"{name or 'codebook'}: {'; '.join(about if own else [*about, 'no sign of a collapse'])}"

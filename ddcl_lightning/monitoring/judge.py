@@ -1,0 +1,124 @@
+"""From readings to findings: which signs have held long enough, and which of them come with measured harm."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ddcl_lightning.monitoring.findings import Finding
+from ddcl_lightning.monitoring.harm import measured_harm
+from ddcl_lightning.monitoring.health_report import CodebookReport
+from ddcl_lightning.monitoring.history import HeadHistory, LossHistory
+from ddcl_lightning.monitoring.signs import OF_ANNEALING, SEVERAL_CODES, SIGNS, CollapseRules
+
+END_OF_ANNEALING = 0.2  # T / T_c below which a planned schedule explains no sign any more
+
+
+class Judge:
+    """Judge of the readings of every codebook, one after the other.
+
+    Args:
+        rules: Thresholds.
+
+    Attributes:
+        histories: By the name of a codebook or head.
+        loss: Course of the loss, if it is given.
+        findings: All so far.
+    """
+
+    def __init__(self, rules: CollapseRules) -> None:
+        self.rules = rules
+        self.histories: dict[str, HeadHistory] = {}
+        self.loss = LossHistory()
+        self.findings: list[Finding] = []
+
+    def judge(
+        self,
+        step: int,
+        reports: Mapping[str, CodebookReport],
+        loss: float | None = None,
+        *,
+        planned_end: Mapping[str, float] | None = None,
+        from_data: bool = True,
+    ) -> list[Finding]:
+        """Findings that are new with this reading.
+
+        Args:
+            step: Step of the reading.
+            reports: Health by the name of a codebook or head.
+            loss: Mean loss since the last reading, of a task or a reconstruction; None where the only loss is that of
+                the codebook.
+            planned_end: Temperature that a schedule ends at, by the same names.
+            from_data: Whether codes started from tokens.
+        """
+        if loss is not None:
+            self.loss.add(loss)
+        new = []
+        for name, now in reports.items():
+            past = self.histories.setdefault(name, HeadHistory())
+            end = (planned_end or {}).get(name, float("inf"))
+            if past.readings == 0 and now.bank is not None and now.bank.temperature_ratio >= 1:
+                past.planned = end < now.bank.critical
+            past.add(now, from_data)
+            new += self._judge(step, name, now, past, end)
+        self.findings += new
+        return new
+
+    def _judge(self, step: int, name: str, now: CodebookReport, past: HeadHistory, end: float) -> list[Finding]:
+        texts = {sign: find(now, past, self.rules) for sign, find in SIGNS.items()}
+        for sign in (
+            *(SEVERAL_CODES if now.num_codes < 2 else ()),
+            *(OF_ANNEALING if _anneals(now, past, end) else ()),
+        ):
+            texts[sign] = ""
+        new = []
+        for sign, text in texts.items():
+            past.streaks[sign] = past.streaks.get(sign, 0) + 1 if text else 0
+            if past.streaks[sign] == self._patience(sign):
+                new.append(Finding("notice", sign, name, step, text))
+        holding = {sign: text for sign, text in texts.items() if past.streaks[sign] >= self._patience(sign)}
+        harm = measured_harm(now, past, self.loss, self.rules, holding)
+        past.streaks["harm"] = past.streaks.get("harm", 0) + 1 if harm else 0
+        if harm and past.streaks["harm"] == self._patience(harm.sign):
+            text = f"{holding[harm.sign]} Harm: {harm.text}."
+            new.append(Finding("alarm", harm.sign, name, step, text))
+        return new
+
+    def _patience(self, sign: str) -> int:
+        """Dead codes have been watched for long, and a value that is no number says enough."""
+        return 1 if sign in ("dead", "few_codes", "non_finite") else self.rules.patience
+
+    def is_suspicious(self, name: str) -> bool:
+        """True if a sign holds, so that harm is worth a measurement."""
+        past = self.histories.get(name)
+        return past is not None and any(past.streaks.get(sign, 0) >= self._patience(sign) for sign in SIGNS)
+
+    def forget(self, name: str) -> None:
+        """Drop the history of a codebook, and of its heads, that was resized."""
+        self.histories = {
+            key: past for key, past in self.histories.items() if key != name and not key.startswith(f"{name}/head")
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Histories, loss and findings as plain numbers and text."""
+        return {
+            "heads": {name: past.state_dict() for name, past in self.histories.items()},
+            "loss": vars(self.loss).copy(),
+            "findings": [vars(finding).copy() for finding in self.findings],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.histories = {name: HeadHistory(**saved) for name, saved in state["heads"].items()}
+        self.loss = LossHistory(**state["loss"])
+        self.findings = [Finding(**saved) for saved in state["findings"]]
+
+
+def _anneals(now: CodebookReport, past: HeadHistory, end: float) -> bool:
+    """True while a temperature that started above the critical one falls as planned; the separation starts anew."""
+    if not past.planned or now.bank is None:
+        return False
+    if now.bank.temperature_ratio > END_OF_ANNEALING and now.bank.temperature > end * (1 + 1e-6):
+        for name in ("delta", "separation", "code_rank", "perplexity"):
+            past.best.pop(name, None)
+        return True
+    past.planned = False
+    return False
