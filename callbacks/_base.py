@@ -123,8 +123,9 @@ class CodebookCallback(Callback):
         self._close()
         if self._codebooks and self._due and not self._reads:
             rank_zero_warn(
-                f"{type(self).__name__} saw no call of {', '.join(self._codebooks)} in {self._due} training batches, so "
-                "it has looked at nothing. It sees no calls from inside of a compiled module: compile the backbone only."
+                f"{type(self).__name__} saw no call of {', '.join(self._codebooks)} in {self._due} training batches, "
+                "so it has looked at nothing. It sees no calls from inside of a compiled module: compile the backbone "
+                "only."
             )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

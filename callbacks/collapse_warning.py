@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import callbacks_of, train_batches
-from ddcl_lightning._utils.distributed import broadcast_object, world_size
+from ddcl_lightning._utils.distributed import broadcast_object, inform, world_size
 from ddcl_lightning.callbacks._base import CodebookCallback, head_name, log_name
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.additional import AdditionalSignals
@@ -113,7 +113,9 @@ class CollapseWarning(CodebookCallback):
             ValueError: If there is none.
         """
         codebooks = find_codebooks(pl_module, self.named, self.kinds)
-        if not codebooks:
+        if not codebooks and isinstance(pl_module, ReadoutModule):
+            inform(f"{type(self).__name__} stays idle: {type(pl_module).__name__} holds no codebook.")
+        elif not codebooks:
             raise ValueError(
                 f"{type(self).__name__} found no codebook in {type(pl_module).__name__}. Name its module "
                 "(named=['quantizer.embedding']), or leave the callback out."

@@ -228,7 +228,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no_bank": (
         lambda: fit(bankless_module(), loader(), CollapseWarning()),
         ValueError,
-        "CollapseWarning found no PrototypeBank",
+        "CollapseWarning found no codebook in ",
     ),
     "check_every_zero": (
         lambda: DecompositionCheck(every_n_batches=0),

@@ -150,7 +150,7 @@ class CodeWindow:
         return list(read_signals(record, rows[..., :-1].transpose(0, 1)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to report as the uninterrupted one would: tensors and plain numbers."""
+        """State with which a resumed run reports as the uninterrupted one would: tensors and plain numbers."""
         return {
             "sizes": [self.num_heads, self.num_codes, self.size],
             "geometry": self.geometry,

@@ -275,7 +275,7 @@ class CodebookMonitor:
         self._recorder.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed loop needs to go on as the uninterrupted one would: tensors and plain values."""
+        """State with which a resumed loop goes on as the uninterrupted one would: tensors and plain values."""
         return {
             "windows": {name: window.state_dict() for name, window in self._windows.items()},
             "judge": self._judge.state_dict(),

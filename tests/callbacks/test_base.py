@@ -49,7 +49,7 @@ def test_every_callback_attaches_to_any_project(name, tmp_path):
     check = callbacks[2]
     assert (check.checks, check.violations) == (12 * len(banks), 0)
     logged = {key.split("/")[1] for key in trainer.callback_metrics if key.startswith("ddcl/")}
-    assert {"temperature", "delta_min", "delta_relative", "delta_trend", "temperature_ratio", "entropy"} <= logged
+    assert {"temperature", "delta_min", "delta_relative", "temperature_ratio", "entropy"} <= logged
     # Nothing stays behind.
     assert not any(bank._active_observers() for bank in banks.values())
 
@@ -75,7 +75,7 @@ def test_recording_costs_nothing_between_due_batches(monkeypatch):
 
 @pytest.mark.parametrize(
     "callback",
-    [Spy(), TemperatureAnnealing(), KMeansInitialization(), RatioGuard(), DecompositionCheck(), CollapseWarning()],
+    [Spy(), TemperatureAnnealing(), KMeansInitialization(), RatioGuard(), DecompositionCheck()],
 )
 def test_a_module_without_a_bank_is_refused(callback):
     module = Project()

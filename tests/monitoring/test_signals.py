@@ -22,10 +22,10 @@ def look(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Cod
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_signals_of_every_head(detach: bool) -> None:
-    bank = PrototypeBank(5, 3, num_heads=2, temperature=absolute([0.5, 2.0]))
+    bank = PrototypeBank(5, 3, num_heads=2, temperature=absolute([0.5, 2.0]), detach_assignments=detach)
     tokens, mask = torch.randn(4, 6, 6), torch.rand(4, 6) < 0.7
     observed = look(bank, tokens.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
-    for head, signals in enumerate(read_signals(observed, detach)):
+    for head, signals in enumerate(read_signals(observed)):
         valid, prototypes = tokens[mask][:, 3 * head : 3 * head + 3], bank.prototypes[head].detach()
         q, apart = soft_assign(valid, prototypes, signals.temperature), separation(prototypes)
         entropy = float(-(q * q.log()).sum(1).mean())
