@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
@@ -20,6 +21,7 @@ from ddcl_lightning.monitoring.code_window import TOKENS_PER_CODE
 from ddcl_lightning.monitoring.findings import CollapseError, Finding
 from ddcl_lightning.monitoring.health_report import MonitorReport
 from ddcl_lightning.monitoring.monitor import CodebookMonitor
+from ddcl_lightning.monitoring.plots import draw_course
 from ddcl_lightning.monitoring.probe import Probe
 from ddcl_lightning.monitoring.recording import BankRecord, CodebookRecord
 from ddcl_lightning.monitoring.signals import Signal
@@ -31,6 +33,7 @@ from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 PROBE_SAMPLES = 512
+MAX_POINTS = 2000  # of a course; beyond, every second one goes
 LARGEST_PASS = 20  # windows of a codebook: a pass over the data that is longer is not waited for
 
 
@@ -61,7 +64,7 @@ class CollapseWarning(CodebookCallback):
     Attributes:
         report: Health of every codebook at the last reading.
         findings: Every notice and alarm so far.
-        readings: Numbers of every reading so far, by the name of a codebook or head.
+        readings: Numbers of the readings so far, by the name of a codebook or head.
 
     Raises:
         ValueError: If an argument is out of its range, the module holds no codebook, or a signal of your own has no
@@ -133,6 +136,14 @@ class CollapseWarning(CodebookCallback):
                 Probe(pl_module, self._codebooks, lambda: run_without_trace(trainer, pl_module, batches))
             )
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the probe before the first step of the run, when everything is initialized."""
+        if not self._batches:
+            self.monitor.read_probe()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
     def receive(self, name: str, record: CodebookRecord) -> None:
         """Add the record of a call on this process."""
         self.monitor.add(name, record, tokens_per_pass=self._tokens_per_pass(record))
@@ -176,7 +187,10 @@ class CollapseWarning(CodebookCallback):
             values.setdefault(name, {}).update(numbers)
         for name, numbers in values.items():
             pl_module.log_dict({log_name(name, key): value for key, value in numbers.items()})
-            self.readings.setdefault(name, []).append({"step": float(trainer.global_step), **numbers})
+            course = self.readings.setdefault(name, [])
+            course.append({"step": float(trainer.global_step), **numbers})
+            if len(course) > MAX_POINTS:
+                del course[1::2]
         # All have read the same; should rounding differ, they must still agree on whether to go on.
         self._act(trainer, broadcast_object([*new, *notices]))
 
@@ -194,6 +208,17 @@ class CollapseWarning(CodebookCallback):
     def verdict(self) -> str:
         """One line for every codebook: how it is, and what was found when."""
         return self.monitor.verdict(self.findings)
+
+    def courses(self) -> dict[str, Figure]:
+        """Pictures of the signals of every codebook over steps, with the moments of its findings."""
+        return {
+            name: draw_course(
+                readings,
+                [(find.step, find.sign, find.level == "alarm") for find in self.findings if find.codebook == name],
+                name or "the codebook",
+            )
+            for name, readings in self.readings.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All that was read and found: a resumed run warns as the uninterrupted one would."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning._utils.compat import to_device, train_batches
+from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report, skipped
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.callbacks._base import is_new_run
+from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.metrics.evaluation_pass import flat_loaders
@@ -217,7 +218,7 @@ class FitSummary(Callback):
         }
         lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
         if not signals:
-            return "\n".join(lines)
+            return "\n".join([*lines, *_verdicts(trainer)])
         for level, heads in enumerate(signals, 1):
             for head, now in enumerate(heads):
                 places = [f"level {level}"] * (len(signals) > 1) + [f"head {head}"] * (len(heads) > 1)
@@ -226,10 +227,11 @@ class FitSummary(Callback):
                     f"{prefix}Delta {now.delta_min:.4g} (mean {now.delta_mean:.4g}), embeddings' spread "
                     f"{now.scale:.4g}, H / ln K {now.entropy_ratio:.3f}, T / T_c {now.temperature_ratio:.3g}"
                 )
-        checks = [callback for callback in trainer.callbacks if isinstance(callback, DecompositionCheck)]  # type: ignore[attr-defined]
+        checks = [callback for callback in callbacks_of(trainer) if isinstance(callback, DecompositionCheck)]
         lines += [f"decomposition: {c.violations} violations in {c.checks} checks" for c in checks] or [
             "decomposition: not checked (add DecompositionCheck)"
         ]
+        lines += _verdicts(trainer)
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,6 +241,13 @@ class FitSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the baseline from before training."""
         self._before = state_dict["before"]
+
+
+def _verdicts(trainer: pl.Trainer) -> list[str]:
+    """What a CollapseWarning has to say of every codebook, a line each."""
+    watches = [callback for callback in callbacks_of(trainer) if isinstance(callback, CollapseWarning)]
+    lines = [f"health of {line}" for watch in watches for line in watch.verdict().splitlines()]
+    return lines or ["health of codebooks: not watched (add CollapseWarning)"]
 
 
 def _num_clusters(module: ReadoutModule, now: Readouts) -> int:

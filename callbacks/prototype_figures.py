@@ -6,8 +6,10 @@ import lightning.pytorch as pl
 from matplotlib.figure import Figure
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.compat import callbacks_of
 from ddcl_lightning.callbacks._base import BankCallback, head_name
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
+from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.monitoring.plots import draw_bank, draw_history, draw_usage
 from ddcl_lightning.monitoring.recording import BankRecord, over_processes
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
@@ -36,6 +38,7 @@ class PrototypeFigures(BankCallback):
         self._history: dict[str, list[dict[str, float]]] = {}
         self._latest: dict[str, tuple[BankRecord, list[HeadSignals]]] = {}
         self._drawn_at = -1
+        self._courses: dict[str, Figure] = {}
 
     def forget(self) -> None:
         """Drop the curves of an earlier run."""
@@ -66,10 +69,12 @@ class PrototypeFigures(BankCallback):
 
     def _draw(self, trainer: pl.Trainer) -> None:
         self._drawn_at = trainer.global_step
+        watches = [callback for callback in callbacks_of(trainer) if isinstance(callback, CollapseWarning)]
+        self._courses = {f"health/{name}": course for watch in watches for name, course in watch.courses().items()}
         show(trainer, self._figures, type(self).__name__)
 
     def _figures(self) -> dict[str, Figure]:
-        figures = {}
+        figures = dict(self._courses)
         for name, (observed, signals) in self._latest.items():
             tokens = observed.valid_tokens()
             for head, values in enumerate(signals):

@@ -91,7 +91,18 @@ class CodebookReport:
         return {name: float(value) for name, value in values.items() if not math.isnan(value)}
 
 
-LOGGED = ("usage", "perplexity", "separation", "token_rank", "code_rank", "spread", "commitment", "reach", "explained")
+LOGGED = (
+    "num_codes",
+    "usage",
+    "perplexity",
+    "separation",
+    "token_rank",
+    "code_rank",
+    "spread",
+    "commitment",
+    "reach",
+    "explained",
+)
 
 
 def report_of_tokens(report: CodebookReport, rows: Tensor) -> CodebookReport:

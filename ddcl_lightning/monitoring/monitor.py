@@ -108,6 +108,7 @@ class CodebookMonitor:
         self._recorder = record_codebooks(self.codebooks, self.add, armed=True, every_n_calls=every_n_calls)
         if probe is not None and model is not None:
             self.use_probe(Probe(model, self.codebooks, probe))
+            self.read_probe()
 
     @property
     def armed(self) -> bool:
@@ -191,7 +192,7 @@ class CodebookMonitor:
         self._unread = False
         self._readings += 1
         if self._probe_is_due():
-            self._read_probe()
+            self.read_probe()
         self.latest = self._with_probe(self.report())
         loss = self._mean_loss()
         new = self._judge.judge(self._steps, self.latest, loss, planned_end=planned_end, from_data=from_data)
@@ -213,14 +214,13 @@ class CodebookMonitor:
         return self._unread
 
     def use_probe(self, probe: Probe) -> None:
-        """Take a probe, and read it before the first step."""
+        """Take a probe; it goes on from the first embeddings of a state that was loaded."""
         self.probe = probe
         probe.load_state_dict(self._first)
         self._first = {}
-        if not self._readings:
-            self._read_probe()
 
-    def _read_probe(self) -> None:
+    def read_probe(self) -> None:
+        """Read the probe now; all processes have to call it."""
         if self.probe is not None:
             self._probed, self._explained = self._readings, self.probe.read()
 

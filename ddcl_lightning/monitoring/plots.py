@@ -58,6 +58,67 @@ def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
     return figure
 
 
+COURSES = {
+    "codes in use": {
+        "perplexity": "perplexity / K",
+        "usage": "share in use",
+        "explained": "variance of the probe's\nfirst embeddings explained",
+    },
+    "directions, relative to the best": {"token_rank": "rank of the tokens", "code_rank": "rank of the codes"},
+    "distances over the tokens' spread": {
+        "separation": "closest pair of codes",
+        "commitment": "token to code, squared",
+    },
+}
+
+
+def draw_course(
+    readings: Sequence[dict[str, float]],
+    moments: Sequence[tuple[float, str, bool]],
+    title: str,
+) -> Figure:
+    """Signals of any codebook over steps, with the moments of its notices and alarms.
+
+    Args:
+        readings: Numbers with ``step`` and ``num_codes``, as :class:`~ddcl_lightning.CollapseWarning` keeps them.
+        moments: Step, sign, and whether it was an alarm.
+        title: Name of the codebook.
+    """
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    axes = figure.subplots(len(COURSES), 1, sharex=True)
+    for axis, (label, names) in zip(axes, COURSES.items(), strict=True):
+        for name, text in names.items():
+            points = [(reading["step"], _scaled(name, reading)) for reading in readings if name in reading]
+            if not points:
+                continue
+            steps, values = zip(*points, strict=True)
+            best = max(values) if name.endswith("rank") else 1.0
+            marker = "o" if len(points) < 20 else ""
+            axis.plot(steps, [value / best for value in values], label=text, marker=marker, markersize=4)
+        for number, (step, sign, alarm) in enumerate(moments):
+            axis.axvline(step, color="tab:red" if alarm else "gray", linestyle="-" if alarm else ":", linewidth=1.2)
+            if axis is axes[0]:
+                axis.annotate(
+                    f"{'ALARM: ' if alarm else ''}{sign}",
+                    (step, 1.02 + 0.06 * (number % 3)),
+                    xycoords=("data", "axes fraction"),
+                    fontsize="small",
+                    color="tab:red" if alarm else "gray",
+                )
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel(label, fontsize="small")
+        if axis.lines:
+            _finish(axis)
+    figure.suptitle(f"Health of {title}", x=0.01, ha="left")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _scaled(name: str, reading: dict[str, float]) -> float:
+    return reading[name] / reading["num_codes"] if name == "perplexity" else reading[name]
+
+
 def draw_bank(tokens: Tensor, prototypes: Tensor, title: str) -> Figure:
     """Prototypes over tokens in the tokens' first two principal components.
 
