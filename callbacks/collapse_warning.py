@@ -17,6 +17,7 @@ from ddcl_lightning._utils.distributed import broadcast_object, inform, world_si
 from ddcl_lightning.callbacks._base import CodebookCallback, head_name, log_name
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.additional import AdditionalSignals
+from ddcl_lightning.monitoring.before_training import remarks_on
 from ddcl_lightning.monitoring.code_window import TOKENS_PER_CODE
 from ddcl_lightning.monitoring.findings import CollapseError, Finding
 from ddcl_lightning.monitoring.health_report import MonitorReport
@@ -139,10 +140,24 @@ class CollapseWarning(CodebookCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Read the probe before the first step of the run, when everything is initialized."""
+        """Read the probe before the first step of the run, when everything is initialized, and say what is known."""
         if not self._batches:
             self.monitor.read_probe()
+            self._say_before_training(trainer)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _say_before_training(self, trainer: pl.Trainer) -> None:
+        """Say once what can be said without training; problems are notices too."""
+        probe = self.monitor.probe
+        first = {} if probe is None else probe.state_dict()
+        ends = _planned_ends(trainer, self._codebooks)
+        for remark in remarks_on(self._codebooks, trainer.optimizers, first, ends):
+            sentence = f"CollapseWarning: {remark.codebook}: {remark.text}"
+            if remark.problem:
+                rank_zero_warn(sentence)
+                self.monitor.add_finding(Finding("notice", remark.sign, remark.codebook, 0, remark.text))
+            else:
+                inform(sentence)
 
     def receive(self, name: str, record: CodebookRecord) -> None:
         """Add the record of a call on this process."""
@@ -226,6 +241,7 @@ class CollapseWarning(CodebookCallback):
             **super().state_dict(),
             "monitor": self.monitor.state_dict(),
             "additional": self.additional.state_dict(),
+            "verdict": self.verdict(),
             "readings": {name: [dict(reading) for reading in readings] for name, readings in self.readings.items()},
         }
 

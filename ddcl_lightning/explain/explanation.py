@@ -165,6 +165,7 @@ class Explanation:
         accuracy: Share of right predictions on the samples read, where the task predicts classes.
         heads: One per head of the last bank.
         inputs: Inputs, in order.
+        health: What a CollapseWarning found in training, a line for each codebook; empty where none watched.
     """
 
     data: str
@@ -176,6 +177,7 @@ class Explanation:
     accuracy: float | None
     heads: list[HeadView]
     inputs: list[InputView]
+    health: tuple[str, ...] = ()
 
     @property
     def token_level(self) -> bool:

@@ -95,8 +95,14 @@ def _header(explanation: Explanation, title: str) -> str:
     links.append('<a href="#guide">How to read this</a>')
     return (
         f'<header><h1>{escape(title)}</h1><p class="path">{path}{weights}</p><p class="lede">{escape(lede)}</p>'
-        f'<p class="soft">{" · ".join(links)}</p>{_fact_list(facts)}</header>'
+        f'<p class="soft">{" · ".join(links)}</p>{_fact_list(facts)}{_health(explanation)}</header>'
     )
+
+
+def _health(explanation: Explanation) -> str:
+    """What was found in training, a line for each codebook."""
+    lines = "".join(f'<p class="soft">Health in training of {escape(line)}</p>' for line in explanation.health)
+    return lines or '<p class="soft">Health in training: not watched (CollapseWarning was not there).</p>'
 
 
 Fact = tuple[str, str, str]  # title, value, what it means

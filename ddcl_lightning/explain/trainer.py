@@ -1,6 +1,7 @@
 """``ddcl explain``: a Trainer whose further stage is a report."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -68,6 +69,7 @@ class ExplainingTrainer(pl.Trainer):
                 to_device=lambda batch: compat.to_device(self, batch),
                 progress=self.progress_bar_callback is not None,
             )
+        explanation = replace(explanation, health=_health(str(ckpt_path)))
         write_text(output, render(explanation))
         _announce(output, explanation)
 
@@ -92,6 +94,13 @@ class ExplainingTrainer(pl.Trainer):
             if (sentence := other_model(str(error), ckpt_path)) is None:
                 raise
             raise ValueError(sentence) from error
+
+
+def _health(checkpoint: str) -> tuple[str, ...]:
+    """What a CollapseWarning found until the checkpoint was written."""
+    states = read_checkpoint(checkpoint).get("callbacks", {})
+    found = (state.get("verdict", "") for key, state in states.items() if key.startswith("CollapseWarning"))
+    return tuple(line for verdict in found for line in verdict.splitlines())
 
 
 def _announce(output: str, explanation: Explanation) -> None:

@@ -219,6 +219,10 @@ class CodebookMonitor:
         probe.load_state_dict(self._first)
         self._first = {}
 
+    def add_finding(self, finding: Finding) -> None:
+        """Add what was found by other means."""
+        self._judge.findings.append(finding)
+
     def read_probe(self) -> None:
         """Read the probe now; all processes have to call it."""
         if self.probe is not None:
