@@ -15,10 +15,12 @@ class Harm:
     Attributes:
         sign: The sign that it confirms.
         text: What was measured.
+        patience: Readings for which it must hold: one where it was measured on a fixed probe.
     """
 
     sign: str
     text: str
+    patience: int = 1
 
 
 def measured_harm(
@@ -30,6 +32,11 @@ def measured_harm(
     first = next(iter(signs))
     if "non_finite" in signs:
         return Harm("non_finite", "no number can be trained on")
+    if loss.readings:
+        regain = loss.regain
+        if regain > rules.max_regain:
+            return Harm(first, f"the loss has risen again by {regain:.0%} of its fall", rules.patience)
+        return None
     share = past.share_of_best("explained")
     if share < rules.min_explained:
         return Harm(
@@ -37,7 +44,4 @@ def measured_harm(
             f"the codes explain {past.recent['explained'][-1]:.0%} of the probe's first variance, at best "
             f"{past.best['explained']:.0%}",
         )
-    regain = loss.regain
-    if "flat" in signs and loss.readings and (regain > rules.max_regain or loss.since_lowest > 10):
-        return Harm("flat", f"the loss has risen again by {regain:.0%} of its fall")
     return None

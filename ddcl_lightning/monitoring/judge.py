@@ -77,7 +77,7 @@ class Judge:
         holding = {sign: text for sign, text in texts.items() if past.streaks[sign] >= self._patience(sign)}
         harm = measured_harm(now, past, self.loss, self.rules, holding)
         past.streaks["harm"] = past.streaks.get("harm", 0) + 1 if harm else 0
-        if harm and past.streaks["harm"] == self._patience(harm.sign):
+        if harm and past.streaks["harm"] == harm.patience:
             text = f"{holding[harm.sign]} Harm: {harm.text}."
             new.append(Finding("alarm", harm.sign, name, step, text))
         return new

@@ -37,7 +37,7 @@ class CollapseRules:
     max_dead: float = 0.1
     max_reach: float = 10.0
     patience: int = 3
-    min_explained: float = 0.85
+    min_explained: float = 0.9
     max_regain: float = 0.1
 
     def __post_init__(self) -> None:
