@@ -47,7 +47,8 @@ class CollapseWarning(CodebookCallback):
     apart at the start, the loss rises or stalls, values are no numbers. It warns, stops or raises.
 
     The probe are the first 512 samples of the training data, run as training runs them, without a trace, at every 20th
-    reading, and at every third while there is a sign. A schedule of :class:`TemperatureAnnealing` that starts above
+    reading at most, and at every third while there is a sign; less often where it would take more than 1 % of the
+    training, or 5 % while there is a sign. A schedule of :class:`TemperatureAnnealing` that starts above
     the critical temperature and ends below it is no sign.
 
     Every signal of a reading is logged as ``ddcl/SIGNAL/CODEBOOK``, those of banks (Delta, H, T / T_c) among them.
@@ -133,9 +134,9 @@ class CollapseWarning(CodebookCallback):
         self._ordered = not isinstance(getattr(trainer.train_dataloader, "sampler", None), RandomSampler)
         if self.use_probe:
             batches = _first_batches(trainer)
-            self.monitor.use_probe(
-                Probe(pl_module, self._codebooks, lambda: run_without_trace(trainer, pl_module, batches))
-            )
+            probe = Probe(pl_module, self._codebooks, lambda: run_without_trace(trainer, pl_module, batches))
+            # A forward pass takes a third of a step, and the probe 1 % of the training, 5 % while there is a sign.
+            self.monitor.use_probe(probe, math.ceil(len(batches) / 3 / 0.05 / self.every_n_batches))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -190,8 +191,8 @@ class CollapseWarning(CodebookCallback):
 
     def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge, log and act on what was recorded on all processes together."""
-        new = self.monitor.check(
-            step=trainer.global_step,
+        new = self.monitor.judge(
+            trainer.global_step,
             planned_end=_planned_ends(trainer, self._codebooks),
             from_data=all(bool(bank.initialized) for bank in _banks(self._codebooks).values()),
         )

@@ -39,7 +39,7 @@ class AdditionalSignals:
             return
         for remembered in (self._values, self._streaks):
             for key in [key for key in remembered if key == name or key.startswith(f"{name}/head")]:
-                del remembered[key]  # type: ignore[attr-defined]
+                del remembered[key]
 
     def receive(self, name: str, record: BankRecord) -> None:
         """Keep the last record of a bank, if there is a signal to read it."""

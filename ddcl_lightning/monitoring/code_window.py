@@ -133,7 +133,8 @@ class CodeWindow:
         seen = sum(gather_objects(int(self._hits[0].sum())))
         waiting = idle.min(0).values * len(idle)  # the process that saw it last counts
         share = hits.sum(0) / (seen - waiting).clamp(min=1)
-        return waiting >= (PATIENCE / share).nan_to_num(posinf=0.0).clamp(min=self.size)
+        patience: Tensor = (PATIENCE / share).nan_to_num(posinf=0.0).clamp(min=self.size)
+        return waiting >= patience
 
     def _bank_signals(self, rows: Tensor, latest: Tensor) -> list[Any] | None:
         if self._bank is None or not bool(torch.isfinite(self._bank.codebook).all()):

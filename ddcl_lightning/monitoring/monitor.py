@@ -92,6 +92,7 @@ class CodebookMonitor:
         self._steps = 0
         self._readings = 0
         self._probed = 0  # reading of the last probe
+        self._probe_interval = 1  # readings
         self._first: dict[str, Tensor] = {}  # first embeddings of a probe that is not there yet
         self._explained: dict[str, list[float]] = {}
         self.latest = MonitorReport()
@@ -184,18 +185,22 @@ class CodebookMonitor:
         Raises:
             CollapseError: On an alarm, with ``on_collapse="raise"``.
         """
-        self._steps = self._steps + 1 if step is None else step
         if loss is not None:
             self.add_loss(loss)
-        if not self._unread:
-            return []
+        self._steps = self._steps + 1 if step is None else step
+        return self.judge(self._steps, planned_end=planned_end, from_data=from_data) if self._unread else []
+
+    def judge(
+        self, step: int, *, planned_end: Mapping[str, float] | None = None, from_data: bool = True
+    ) -> list[Finding]:
+        """Judge what was read, as :meth:`check` does where there is something; on all processes, or on none."""
         self._unread = False
         self._readings += 1
         if self._probe_is_due():
             self.read_probe()
         self.latest = self._with_probe(self.report())
         loss = self._mean_loss()
-        new = self._judge.judge(self._steps, self.latest, loss, planned_end=planned_end, from_data=from_data)
+        new = self._judge.judge(step, self.latest, loss, planned_end=planned_end, from_data=from_data)
         alarms = [str(finding) for finding in new if finding.level == "alarm"]
         if alarms and self.on_collapse == "raise":
             raise CollapseError("; ".join(alarms))
@@ -213,9 +218,14 @@ class CodebookMonitor:
         """True if there is something that :meth:`check` has not judged."""
         return self._unread
 
-    def use_probe(self, probe: Probe) -> None:
-        """Take a probe; it goes on from the first embeddings of a state that was loaded."""
-        self.probe = probe
+    def use_probe(self, probe: Probe, readings: int = 1) -> None:
+        """Take a probe; it goes on from the first embeddings of a state that was loaded.
+
+        Args:
+            probe: The probe.
+            readings: Its cost: so many readings apart it takes as long as 5 % of the training between them.
+        """
+        self.probe, self._probe_interval = probe, readings
         probe.load_state_dict(self._first)
         self._first = {}
 
@@ -231,7 +241,8 @@ class CodebookMonitor:
     def _probe_is_due(self) -> bool:
         """True now and then, more often while there is a sign."""
         suspicious = any(self._judge.is_suspicious(name) for name in self.latest)
-        return self._readings - self._probed >= (SUSPICION_INTERVAL if suspicious else PROBE_INTERVAL)
+        patience = SUSPICION_INTERVAL if suspicious else PROBE_INTERVAL
+        return self._readings - self._probed >= max(patience, self._probe_interval * (1 if suspicious else 5))
 
     def _with_probe(self, report: MonitorReport) -> MonitorReport:
         """A report with what the last probe told."""

@@ -91,7 +91,7 @@ def explained_variance(tokens: Tensor, codes: Tensor, num_codes: int) -> float:
     """
     valid = (codes >= 0) & (codes < num_codes) & torch.isfinite(tokens).all(-1)
     z, k = tokens[valid].double(), codes[valid]
-    used, k = k.unique(return_inverse=True)
+    used, k = torch.unique(k, return_inverse=True)
     number, size = len(z), len(used)
     if number <= size:
         return math.nan
