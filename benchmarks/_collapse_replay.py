@@ -55,7 +55,7 @@ def record_of(fields: dict[str, Any], soft: bool) -> CodebookRecord:
 
 
 def replay(recording: Recording, monitor: CodebookMonitor | None = None) -> list[Finding]:
-    """What the monitor finds in a recorded run, as it would have in the loop."""
+    """Findings of the monitor in a recorded run, as it would have had them in the loop."""
     monitor = monitor or CodebookMonitor(on_collapse="ignore")
     probe = RecordedProbe(recording)
     monitor.use_probe(probe)  # type: ignore[arg-type]

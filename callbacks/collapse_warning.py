@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
@@ -46,7 +46,8 @@ class CollapseWarning(CodebookCallback):
     sign together with harm that was measured: codes no longer tell apart the samples of a fixed probe that they told
     apart at the start, the loss rises or stalls, values are no numbers. It warns, stops or raises.
 
-    The probe are the first 512 samples of the training data, run as training runs them, without a trace, at every 20th
+    The probe are 512 samples of the training data, of a loader that shuffles random ones, run as training runs them,
+    without a trace, at every 20th
     reading at most, and at every third while there is a sign; less often where it would take more than 1 % of the
     training, or 5 % while there is a sign. A schedule of :class:`TemperatureAnnealing` that starts above
     the critical temperature and ends below it is no sign.
@@ -59,7 +60,7 @@ class CollapseWarning(CodebookCallback):
         named: Codebooks that are not recognised, see :func:`~ddcl_lightning.find_codebooks`.
         kinds: Kinds of codebooks of your own.
         rules: Thresholds.
-        probe: Whether to run the probe, which reads the first training batches once more.
+        probe: Whether to run the probe, which reads some training batches once more.
         additional: Signals of your own (:class:`~ddcl_lightning.Signal`) on banks, which are logged, and noticed where
             they give a sign.
 
@@ -131,7 +132,7 @@ class CollapseWarning(CodebookCallback):
         """Attach the recorder, and take the probe."""
         super().on_train_start(trainer, pl_module)
         self._num_batches = trainer.num_training_batches
-        self._ordered = not isinstance(getattr(trainer.train_dataloader, "sampler", None), RandomSampler)
+        self._ordered = not _is_shuffled(trainer.train_dataloader)
         if self.use_probe:
             batches = _first_batches(trainer)
             probe = Probe(pl_module, self._codebooks, lambda: run_without_trace(trainer, pl_module, batches))
@@ -270,11 +271,19 @@ def _planned_ends(trainer: pl.Trainer, codebooks: Mapping[str, Recordable]) -> d
     return ends
 
 
+def _is_shuffled(loader: Any) -> bool:
+    """True if the training data come in a random order."""
+    sampler = getattr(loader, "sampler", None)
+    return isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) or bool(
+        getattr(sampler, "shuffle", False)
+    )
+
+
 def _first_batches(trainer: pl.Trainer) -> list[Batch]:
-    """The first training batches of this process, of some 512 samples."""
+    """The first batches of a pass over the training data of this process, of some 512 samples."""
     batches: list[Batch] = []
     samples = 0
-    for batch in train_batches(trainer):
+    for batch in train_batches(trainer, seed=0):  # a resumed run takes the same ones
         batches.append(batch)
         samples += _size(batch)
         if samples >= PROBE_SAMPLES:

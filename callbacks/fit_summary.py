@@ -244,7 +244,7 @@ class FitSummary(Callback):
 
 
 def _verdicts(trainer: pl.Trainer) -> list[str]:
-    """What a CollapseWarning has to say of every codebook, a line each."""
+    """Verdicts of every CollapseWarning, one line for each codebook."""
     watches = [callback for callback in callbacks_of(trainer) if isinstance(callback, CollapseWarning)]
     lines = [f"health of {line}" for watch in watches for line in watch.verdict().splitlines()]
     return lines or ["health of codebooks: not watched (add CollapseWarning)"]

@@ -63,7 +63,7 @@ def train(folder: Path, processes: int, create: Callable[[], tuple[Head, Task]],
         TemperatureAnnealing(),
         KMeansInitialization(num_restarts=2, progress=False),
         DecompositionCheck(every_n_batches=1),
-        CollapseWarning(every_n_batches=1, max_drop=1.0, min_separation=0.0),
+        CollapseWarning(every_n_batches=1),
         SaveState(folder),
     ]
     settings: dict[str, Any] = {"devices": processes, "strategy": "ddp" if processes > 1 else "auto"}

@@ -5,12 +5,14 @@
 
 import copy
 import gc
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
@@ -128,16 +130,22 @@ def given_by_cli() -> bool:
     return _given_hyperparameters.get() is not None
 
 
-def train_batches(trainer: pl.Trainer) -> Iterator[Batch]:
+def train_batches(trainer: pl.Trainer, seed: int | None = None) -> Iterator[Batch]:
     """One pass over the training batches of this process, before or between the batches of training.
 
-    The trainer's own iterators, the state of its loaders and the global random state stay as they are.
+    The trainer's own iterators, the state of its loaders and the global random state stay as they are. With a seed
+    the pass is the same one in a run that was resumed.
     """
     trainer.fit_loop.setup_data()  # no effect where it has run; needed in on_fit_start
     loaders = apply_to_collection(trainer.train_dataloader, DataLoader, _independent_loader)
     states = _collect_rng_states()
     generators = [(generator, generator.get_state()) for generator in _generators(trainer.train_dataloader)]
+    samplers = [(sampler, sampler.epoch) for sampler in _holders(trainer.train_dataloader) if hasattr(sampler, "epoch")]
     try:
+        if seed is not None:
+            _seed_all(seed, [generator for generator, _ in generators])
+            for sampler, _ in samplers:
+                sampler.epoch = 0
         for batch, batch_idx, _ in CombinedLoader(loaders, "max_size_cycle"):
             if batch_idx >= trainer.num_training_batches:
                 return
@@ -146,17 +154,33 @@ def train_batches(trainer: pl.Trainer) -> Iterator[Batch]:
         _set_rng_states(states)
         for generator, state in generators:
             generator.set_state(state)
+        for sampler, epoch in samplers:
+            sampler.epoch = epoch
 
 
-def _generators(loaders: Any) -> list[torch.Generator]:
-    """Random generators of the loaders' own, whose state decides the order of the next pass."""
+def _seed_all(seed: int, generators: Sequence[torch.Generator]) -> None:
+    """Seed torch, numpy, Python and generators of the user's own, in silence."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - data sets draw from it
+    random.seed(seed)
+    for generator in generators:
+        generator.manual_seed(seed)
+
+
+def _holders(loaders: Any) -> list[Any]:
+    """Loaders and their samplers: what decides the order of a pass."""
     holders: list[Any] = []
     apply_to_collection(
         loaders, DataLoader, lambda loader: holders.extend([loader, loader.sampler, loader.batch_sampler])
     )
     holders += [getattr(holder, "sampler", None) for holder in holders]
-    generators = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if g is not None}
-    return list(generators.values())
+    return list({id(holder): holder for holder in holders}.values())
+
+
+def _generators(loaders: Any) -> list[torch.Generator]:
+    """Random generators of the loaders' own, whose state decides the order of the next pass."""
+    generators = (getattr(holder, "generator", None) for holder in _holders(loaders))
+    return list({id(generator): generator for generator in generators if generator is not None}.values())
 
 
 def _independent_loader(loader: "DataLoader[Any]") -> "DataLoader[Any]":

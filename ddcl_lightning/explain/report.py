@@ -100,7 +100,7 @@ def _header(explanation: Explanation, title: str) -> str:
 
 
 def _health(explanation: Explanation) -> str:
-    """What was found in training, a line for each codebook."""
+    """Verdicts of training, one line for each codebook."""
     lines = "".join(f'<p class="soft">Health in training of {escape(line)}</p>' for line in explanation.health)
     return lines or '<p class="soft">Health in training: not watched (CollapseWarning was not there).</p>'
 

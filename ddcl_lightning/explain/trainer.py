@@ -97,7 +97,7 @@ class ExplainingTrainer(pl.Trainer):
 
 
 def _health(checkpoint: str) -> tuple[str, ...]:
-    """What a CollapseWarning found until the checkpoint was written."""
+    """Verdicts of a CollapseWarning at the time of the checkpoint."""
     states = read_checkpoint(checkpoint).get("callbacks", {})
     found = (state.get("verdict", "") for key, state in states.items() if key.startswith("CollapseWarning"))
     return tuple(line for verdict in found for line in verdict.splitlines())

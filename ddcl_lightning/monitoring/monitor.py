@@ -219,15 +219,15 @@ class CodebookMonitor:
         return self._unread
 
     def use_probe(self, probe: Probe, readings: int = 1) -> None:
-        """Take a probe; it goes on from the first embeddings of a state that was loaded.
+        """Take a probe; it goes on from the first embeddings of the one before, or of a state that was loaded.
 
         Args:
             probe: The probe.
             readings: Its cost: so many readings apart it takes as long as 5 % of the training between them.
         """
-        self.probe, self._probe_interval = probe, readings
-        probe.load_state_dict(self._first)
-        self._first = {}
+        first = self._first if self.probe is None else self.probe.state_dict()
+        self.probe, self._probe_interval, self._first = probe, readings, {}
+        probe.load_state_dict(first)
 
     def add_finding(self, finding: Finding) -> None:
         """Add what was found by other means."""
@@ -240,7 +240,7 @@ class CodebookMonitor:
 
     def _probe_is_due(self) -> bool:
         """True now and then, more often while there is a sign."""
-        suspicious = any(self._judge.is_suspicious(name) for name in self.latest)
+        suspicious = any(self._judge.is_suspicious(name) for name in self._judge.histories)
         patience = SUSPICION_INTERVAL if suspicious else PROBE_INTERVAL
         return self._readings - self._probed >= max(patience, self._probe_interval * (1 if suspicious else 5))
 
@@ -264,8 +264,8 @@ class CodebookMonitor:
         called = gather_objects(list(self._windows))
         rows = {
             name: window.report(self.rules.duplicate_distance)
-            for name, window in self._windows.items()
-            if all(name in names for names in called)
+            for name in called[0]  # in one order everywhere
+            if (window := self._windows.get(name)) and all(name in names for names in called)
         }
         return MonitorReport(_by_head(rows))
 
@@ -308,7 +308,7 @@ class CodebookMonitor:
         self._losses = list(state["losses"])
         self._first, self._explained = dict(state["probe"]), dict(state["explained"])
         if self.probe is not None:
-            self.use_probe(self.probe)
+            self.probe.load_state_dict(self._first)
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the model: a copy, as of a module that holds a monitor, keeps the numbers and reads nothing."""

@@ -1,7 +1,8 @@
 """A fixed probe of a model: whether its codes still tell the samples apart that they told apart at the start."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.modes import evaluating
+from ddcl_lightning._utils.random_state import random_states, set_random_states
 from ddcl_lightning.functional import total_variance
 from ddcl_lightning.monitoring.recording import record_codebooks
 from ddcl_lightning.monitoring.records import CodebookRecord
@@ -37,10 +39,8 @@ class Probe:
     def read(self) -> dict[str, list[float]]:
         """Share of each head, by codebook; all processes have to call it, and get the mean of their own probes."""
         records: dict[str, list[CodebookRecord]] = {}
-        recorder = record_codebooks(
-            self._codebooks, lambda name, record: records.setdefault(name, []).append(record), armed=True
-        )
-        with recorder, evaluating(self._model), torch.no_grad():
+        recorder = record_codebooks(self._codebooks, lambda name, record: records.setdefault(name, []).append(record))
+        with recorder.alone(), evaluating(self._model), torch.no_grad(), self._unchanged():
             self._forward()
         values = {name: self._explained(name, called) for name, called in records.items()}
         everywhere = gather_objects(values)
@@ -49,6 +49,29 @@ class Probe:
             for name in values
             if all(len(each.get(name, ())) == len(values[name]) for each in everywhere)
         }
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Context manager in which everything draws the same numbers each time; what the model has is put back.
+
+        That are its buffers, and codes, which some modules set in their first call.
+        """
+        device = next((tensor.device for tensor in self._model.parameters()), torch.device("cpu"))
+        state = random_states(device)
+        books = [book if isinstance(book, nn.Module) else book.module for book in self._codebooks.values()]
+        kept = [(child, *pair) for child in self._model.modules() for pair in child.named_buffers(recurse=False)]
+        kept += [(book, *pair) for book in books for pair in book.named_parameters(recurse=False)]
+        values = [tensor.detach().clone() for *_, tensor in kept]
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            set_random_states(state, device)
+            for (child, name, tensor), value in zip(kept, values, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+                if getattr(child, name) is not tensor:
+                    setattr(child, name, tensor)
 
     def _explained(self, name: str, called: list[CodebookRecord]) -> list[float]:
         tokens, codes = zip(*(_rows(record) for record in called), strict=True)

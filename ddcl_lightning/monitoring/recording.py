@@ -1,9 +1,10 @@
 """One way to record what passes through codebooks, ours or anybody's."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ class record_codebooks(BankObserver):
     Raises:
         ValueError: If the interval is below 1.
     """
+
+    _only: ClassVar["record_codebooks | None"] = None  # the one that records alone for a while
 
     @overload
     def __init__(
@@ -95,9 +98,23 @@ class record_codebooks(BankObserver):
 
     def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
         """Record a call of a bank."""
-        if self._armed and self._is_due(self._names[bank]):
+        if self._armed and not self._is_muted and self._is_due(self._names[bank]):
             self._receive(self._names[bank], BankRecord.of_call(bank, tokens, mask, output))
         return output
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context manager in which this recorder records, and no other one: for calls that are no part of a run."""
+        before, record_codebooks._only = record_codebooks._only, self
+        try:
+            with self:
+                yield
+        finally:
+            record_codebooks._only = before
+
+    @property
+    def _is_muted(self) -> bool:
+        return record_codebooks._only not in (None, self)
 
     def _is_due(self, name: str) -> bool:
         calls = self._calls.get(name, 0)
@@ -139,7 +156,7 @@ class _Listener:
 
     def before(self, call: Call) -> None:
         recorder = self.recorder()
-        if recorder is None:
+        if recorder is None or recorder._is_muted:
             call.due = False
         elif call.module is self.source.module:
             call.due = recorder._is_due(self.name)

@@ -12,6 +12,7 @@ from toys import Project, TwoLevels, TwoOptimizers, blobs, fit, loader
 from ddcl_lightning import (
     Clustering,
     ClusteringMetrics,
+    CollapseRules,
     DDCLReadout,
     DDCLReadoutModule,
     Head,
@@ -247,12 +248,12 @@ def test_metrics_follow_the_size() -> None:
 
 def test_collapse_warning_looks_anew_after_a_change() -> None:
     """The smallest distance falls where one prototype becomes two: no sign of a collapse."""
-    module, watch = Project(num_prototypes=2), CollapseWarning(every_n_batches=1, patience=1)
+    module, watch = Project(num_prototypes=2), CollapseWarning(every_n_batches=1, rules=CollapseRules(patience=1))
     fit(module, TemperatureAnnealing(), KMeansInitialization(progress=False), watch, AdaptiveBankSize(), data=six(),
         max_epochs=12)  # fmt: skip
     assert module.layer.bank.num_prototypes == 6
-    assert watch.reported == []
-    assert len(next(iter(watch._watches.values())).use.hits) == 6
+    assert watch.findings == []
+    assert watch.report["layer.bank"].num_codes == 6
 
 
 def refusal(module: pl.LightningModule, data: Any = None, **kwargs: Any) -> str:

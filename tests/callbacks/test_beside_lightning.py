@@ -53,7 +53,7 @@ def ours() -> list[pl.Callback]:
     return [
         KMeansInitialization(progress=False),
         TemperatureAnnealing(),
-        CollapseWarning(max_drop=1.0, min_separation=0.0),
+        CollapseWarning(),
         DecompositionCheck(),
         PrototypeFigures(),
         RatioGuard(),
