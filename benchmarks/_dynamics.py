@@ -76,14 +76,16 @@ def equilibrium(tokens: Tensor, size: int, fraction: float, detach: bool, seed: 
     return settled(tokens, p, temperature, detach, 20_000, rate), temperature
 
 
-def measured_limit(tokens: Tensor, prototypes: Tensor, temperature: float, detach: bool, largest: float) -> float:
+def measured_limit(
+    tokens: Tensor, prototypes: Tensor, temperature: float, detach: bool, largest: float, steps: int
+) -> float:
     """Largest rate of plain gradient steps at which a small perturbation of an equilibrium shrinks, by bisection."""
     generator = torch.Generator().manual_seed(0)
     perturbation = 1e-7 * torch.randn(prototypes.shape, generator=generator, dtype=torch.float64)
 
     def shrinks(rate: float) -> bool:
         p = prototypes + perturbation
-        for _ in range(400):
+        for _ in range(steps):
             p = p - rate * gradient(tokens, p, temperature, detach)
         return bool((p - prototypes).norm() < perturbation.norm())
 

@@ -323,7 +323,7 @@ def fit_with_one_rate() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), lr=0.1)
 
-    fit(OneRate(), loader(), RatioGuard())
+    fit(OneRate(), loader(), RatioGuard(on_violation="raise"))
 
 
 def empty_metric() -> None:
