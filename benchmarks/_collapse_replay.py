@@ -13,6 +13,7 @@ from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
 
 Recording = dict[str, Any]
 TERMS = ("loss", "ols", "variance")
+SOFT = ("clustering", "classification")  # models with a readout, whose calls return soft assignments alone
 
 
 class RecordedProbe:
@@ -41,15 +42,16 @@ class RecordedProbe:
         pass
 
 
-def record_of(fields: dict[str, Any]) -> CodebookRecord:
-    """One record of a reading."""
+def record_of(fields: dict[str, Any], soft: bool) -> CodebookRecord:
+    """One record of a reading; the calls of soft readouts returned no codes."""
     shared = [fields[name] for name in ("tokens", "mask", "codebook")]
     if fields.get("temperature") is None:
         codes, size, geometry = fields["codes"], fields["num_codes"], fields["geometry"]
         return CodebookRecord(*shared, codes=codes, num_codes=size, geometry=geometry)
     terms = Decomposition(*(fields["terms"][name] for name in TERMS))
     detach = bool(fields["detach_assignments"])
-    return BankRecord(*shared, fields["temperature"], terms, fields["codes"], detach_assignments=detach)
+    codes = None if soft else fields["codes"]
+    return BankRecord(*shared, fields["temperature"], terms, codes, detach_assignments=detach)
 
 
 def replay(recording: Recording, monitor: CodebookMonitor | None = None) -> list[Finding]:
@@ -64,7 +66,7 @@ def replay(recording: Recording, monitor: CodebookMonitor | None = None) -> list
             monitor.read_probe()
         ends: dict[str, float] = {}
         for name, fields in reading["records"].items():
-            record = record_of(fields)
+            record = record_of(fields, recording["config"]["model"] in SOFT)
             monitor.add(name, record)
             if fields.get("planned_end") is not None:
                 ends |= _planned(name, record, fields["planned_end"])

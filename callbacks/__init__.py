@@ -12,6 +12,7 @@ from ddcl_lightning.callbacks.adaptive_bank_size import AdaptiveBankSize
 from ddcl_lightning.callbacks.assignment_writer import AssignmentWriter
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck, DecompositionViolationError
+from ddcl_lightning.callbacks.descent_check import DescentCheck, DescentViolationError
 from ddcl_lightning.callbacks.exact_resume import ExactResume
 from ddcl_lightning.callbacks.fit_summary import FitSummary
 from ddcl_lightning.callbacks.kmeans_initialization import KMeansInitialization
@@ -31,6 +32,8 @@ __all__ = [
     "CollapseWarning",
     "DecompositionCheck",
     "DecompositionViolationError",
+    "DescentCheck",
+    "DescentViolationError",
     "ExactResume",
     "FitSummary",
     "KMeansInitialization",

@@ -148,7 +148,7 @@ def _refuse_finetuning(callback: BackboneFinetuning, trainer: pl.Trainer, module
             rate *= callback.lambda_func(epoch + 1)
         if rate >= module.lr_prototypes and not module.allow_unstable:
             raise ValueError(
-                f"{name} would raise the encoder's rate to that of the prototypes in epoch {epoch} (rho < 1, Theorem "
-                "1); give it a lambda_func that grows less, such as lambda epoch: 1.0, or a smaller "
-                "backbone_initial_ratio_lr."
+                f"{name} would raise the encoder's rate to that of the prototypes in epoch {epoch}, but rho must stay "
+                "< 1 without allow_unstable; give it a lambda_func that grows less, such as lambda epoch: 1.0, or a "
+                "smaller backbone_initial_ratio_lr."
             )

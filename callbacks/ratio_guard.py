@@ -1,4 +1,4 @@
-"""Check of rho < 1 for modules with optimizers of their own."""
+"""The ratio of the rates in modules with optimizers of their own."""
 
 from typing import Any, Literal
 
@@ -14,21 +14,26 @@ from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 
 class RatioGuard(Callback):
-    """Callback that checks that the encoder's rate stays below the prototypes' (Theorem 1), and logs the ratio.
+    """Callback that logs the ratio of the encoder's rate to that of the prototypes, and tells where it is large.
+
+    The ratio rho sets how fast an encoder that trains on the quantization loss alone shrinks or merges its embeddings.
+    It does not decide whether: local stability is the same for every rho > 0, and Theorem 1 of the paper has no bound
+    to check (``docs/stability.md``). What prevents a collapse is a bound on the scale of the embeddings, or a loss of
+    the encoder's own; with these a rho of 1, that of a plain optimizer, may serve well.
 
     For modules with one optimizer whose parameter groups separate prototypes from the rest
     (:func:`~ddcl_lightning.two_timescale_groups` makes them), or with two optimizers. Every trainable parameter that is
-    no prototype counts as encoder unless ``ignore`` names it. A :class:`~ddcl_lightning.DDCLReadoutModule` checks rho
-    itself, and gives this callback the parameters of its encoder.
+    no prototype counts as encoder unless ``ignore`` names it. A :class:`~ddcl_lightning.DDCLReadoutModule` refuses
+    rho >= 1 itself, and gives this callback the parameters of its encoder.
 
     Args:
-        max_ratio: Largest ``rho = lr_encoder / lr_prototypes``, in (0, 1]; rho must stay below it.
+        max_ratio: In (0, 1]; a ``rho = lr_encoder / lr_prototypes`` of this or more is reported.
         ignore: Prefixes of parameter names that are neither encoder nor prototypes (a classifier, say).
-        on_violation: ``"raise"`` or ``"warn"`` (once per run).
+        on_violation: ``"warn"``, once per run, or ``"raise"``.
 
     Raises:
         ValueError: If an argument is out of its range or the module holds no bank.
-        RuntimeError: On a violation, with ``on_violation="raise"``.
+        RuntimeError: Where rho is too large, with ``on_violation="raise"``.
     """
 
     @typed
@@ -36,7 +41,7 @@ class RatioGuard(Callback):
         self,
         max_ratio: float = 1.0,
         ignore: tuple[str, ...] | list[str] = (),
-        on_violation: Literal["raise", "warn"] = "raise",
+        on_violation: Literal["raise", "warn"] = "warn",
     ) -> None:
         if not 0 < max_ratio <= 1:
             raise ValueError(f"max_ratio must be in (0, 1]; got {max_ratio}.")
@@ -75,8 +80,10 @@ class RatioGuard(Callback):
 
     def _report(self, trainer: pl.Trainer, ratio: float) -> None:
         message = (
-            f"rho = lr_encoder / lr_prototypes is {ratio:.3g} at step {trainer.global_step} and must stay below "
-            f"{self.max_ratio:g} (Theorem 1). Give the prototypes their own parameter group with a larger rate: "
+            f"rho = lr_encoder / lr_prototypes is {ratio:.3g} at step {trainer.global_step}, not below max_ratio = "
+            f"{self.max_ratio:g}. The larger rho is, the faster an encoder that trains on the quantization loss alone "
+            "collapses; no rho prevents that, but a bound on the scale of its embeddings (embedding_scale='whiten') or "
+            "a loss of its own does. For slower encoders: "
             "torch.optim.Adam(two_timescale_groups(self, lr_prototypes=1e-2, rho=0.1))."
         )
         if self.on_violation == "raise":

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
     """Trains a backbone, a readout head and a task with two optimizers and one backward pass.
 
-    The prototypes are the fast subsystem and the encoder the slow one (Theorem 1): ``rho`` is the ratio of their
-    rates, and the encoder's rate is derived from it, so an unstable pair cannot be written by accident. What
+    The prototypes are the fast subsystem and the encoder the slow one: ``rho`` is the ratio of their rates, and the
+    encoder's rate is derived from it, so that the encoder cannot be the faster one by accident. What
     belongs to the task (a classifier, a decoder) steps with the encoder's optimizer at its own rate.
 
-    rho < 1 slows a collapse down; it does not prevent it. An encoder that trains on the quantization loss
+    rho < 1 slows a collapse down; it does not prevent it (``docs/stability.md``). An encoder that trains on the quantization loss
     alone lowers it by shrinking its embeddings at any ratio, so such a head bounds their scale unless told otherwise.
 
     Args:

@@ -132,7 +132,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "at least 2 D = 8 valid tokens; the first has 7",
     ),
-    "repulsion_of_one": (lambda: F.log_barrier(torch.ones(1, 4)), ValueError, "at least 2 prototypes.*K = 1"),
+    "repulsion_of_one": (lambda: F.repulsion_energy(torch.ones(1, 4)), ValueError, "at least 2 prototypes.*K = 1"),
     # Starts
     "more_prototypes_than_points": (
         lambda: initial_prototypes(torch.randn(3, 2).repeat(5, 1), 4),
@@ -323,7 +323,7 @@ def fit_with_one_rate() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), lr=0.1)
 
-    fit(OneRate(), loader(), RatioGuard())
+    fit(OneRate(), loader(), RatioGuard(on_violation="raise"))
 
 
 def empty_metric() -> None:

@@ -243,7 +243,7 @@ def test_a_rescaled_rate_is_kept_while_it_is_safe() -> None:
 def test_unstable_ratio_needs_permission_and_warns() -> None:
     with pytest.raises(ValueError, match="allow_unstable=True"):
         clustering_module(rho=1.0)
-    with pytest.warns(UserWarning, match="outside of the stable range"):
+    with pytest.warns(UserWarning, match="prototypes lag behind the encoder"):
         module = clustering_module(rho=2.0, allow_unstable=True)
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(module, loader())

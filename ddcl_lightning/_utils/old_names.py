@@ -53,6 +53,7 @@ NAMES: dict[str, dict[str, str]] = {
     "functional": {
         "TokenMeans": "functional.TokenStatistics",
         "cells": "functional.cells_of",
+        "log_barrier": "functional.repulsion_energy",
         "merge_cells": "functional.TokenStatistics.merge",
         "merge_token_means": "functional.TokenStatistics.merge",
     },

@@ -20,7 +20,7 @@ from ddcl_lightning.functional.diagnostics import (
     Separation,
     assignment_statistics,
     effective_dimension,
-    log_barrier,
+    repulsion_energy,
     separation,
     total_variance,
 )
@@ -30,10 +30,12 @@ from ddcl_lightning.functional.phase_transition import (
     critical_factor,
     critical_temperature,
     prototype_critical_temperatures,
+    split_margins,
 )
 from ddcl_lightning.functional.quantization import quantize
 from ddcl_lightning.functional.slots import prototype_slots
 from ddcl_lightning.functional.split import SplitTest, split_test
+from ddcl_lightning.functional.stability import descent_violation, free_energy, largest_stable_rate, lyapunov
 from ddcl_lightning.functional.token_statistics import Cells, TokenStatistics, cells_of, code_counts
 
 __all__ = [
@@ -53,10 +55,13 @@ __all__ = [
     "critical_temperature",
     "decompose",
     "decomposition_errors",
+    "descent_violation",
     "effective_dimension",
     "effective_number",
     "effective_rank",
-    "log_barrier",
+    "free_energy",
+    "largest_stable_rate",
+    "lyapunov",
     "masked_mean",
     "nearest_codes",
     "nearest_prototype",
@@ -65,9 +70,11 @@ __all__ = [
     "prototype_critical_temperatures",
     "prototype_slots",
     "quantize",
+    "repulsion_energy",
     "sample_codes",
     "separation",
     "soft_assign",
+    "split_margins",
     "split_test",
     "token_means",
     "total_variance",

@@ -144,30 +144,38 @@ def _centred(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return zero_padding(z - masked_mean(z, mask, dim=-2).unsqueeze(-2), mask)
 
 
-def log_barrier(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """Log-barrier repulsion ``-mean_{j<k} ln(||p_j - p_k||^2 / scale^2)``, which grows without bound as two meet.
+def repulsion_energy(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Repulsion ``mean_{j<k} ln(1 + scale^2 / ||p_j - p_k||^2) >= 0``, which grows without bound as two meet.
 
     The paper's free energy (eq. 15) needs a repulsion of this kind for its global result; the plain loss has
-    none at coinciding prototypes. A pair that coincides exactly has no direction to part in: it enters with a large
+    none at coinciding prototypes. Nearer than the scale a pair is driven apart as by ``-ln ||p_j - p_k||^2``; beyond
+    it the force falls with the third power of the distance, and the energy ends at 0: no prototype can lower it without
+    limit by running away. A pair that coincides exactly has no direction to part in: it enters with a large
     finite value and no gradient.
 
     Args:
         prototypes: ``(..., K, d)``; K must be at least 2.
-        scale: Length that makes the barrier zero, a float or ``(...)``; it shifts the value, not the gradient.
+        scale: Length within which prototypes repel, >= 0, that of the tokens' spread as a rule; a float or ``(...)``.
 
     Returns:
         ``(...)``, float32 or wider. Stores the ``K^2`` distances: meant for banks of up to a few thousand prototypes.
 
     Raises:
-        ValueError: If there are fewer than two prototypes, or more than 16,384.
+        ValueError: If there are fewer than two prototypes, or more than 16,384, or a scale is a negative number.
     """
     size = prototypes.shape[-2]
     if size < 2:
         raise ValueError(f"prototypes must hold at least 2 prototypes for a repulsion; got K = {size}.")
     if size * size > 64 * CHUNK_ELEMENTS:
-        raise ValueError(f"log_barrier stores K^2 distances; got K = {size}. Use it with at most 16,384 prototypes.")
+        raise ValueError(
+            f"repulsion_energy stores K^2 distances; got K = {size}. Use it with at most 16,384 prototypes."
+        )
+    if not isinstance(scale, Tensor) and not scale >= 0:
+        raise ValueError(f"scale must be >= 0, a length such as the spread of the tokens; got {scale}.")
     p = prototypes.to(accumulation_dtype(prototypes))
     first, second = torch.triu_indices(size, size, offset=1, device=p.device)
     distances = torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist")[..., first, second]
-    mean_log = distances.clamp(min=torch.finfo(p.dtype).tiny).log().mean(-1)
-    return 2 * (torch.as_tensor(scale, dtype=p.dtype, device=p.device).log() - mean_log)
+    log_distances = distances.clamp(min=torch.finfo(p.dtype).tiny).log()
+    log_scale = torch.as_tensor(scale, dtype=p.dtype, device=p.device).log().unsqueeze(-1)
+    ratio = 2 * (log_scale - log_distances)
+    return torch.logaddexp(ratio, torch.zeros_like(ratio)).mean(-1)

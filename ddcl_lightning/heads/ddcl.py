@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning.functional import log_barrier
+from ddcl_lightning.functional import repulsion_energy
 from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.pooling import first_token, mean_token
@@ -44,7 +44,8 @@ class DDCLReadout(Head):
             task loss (of the four, the one that kept both the separation and the accuracy at every rho; see
             docs/measurements.md), and does nothing otherwise.
         detach_assignments: Hold assignments constant in the backward pass (eq. 10).
-        repulsion: Weight >= 0 of the log-barrier repulsion between prototypes.
+        repulsion: Weight >= 0 of the repulsion between prototypes that are nearer than the tokens' standard deviation
+            (:func:`~ddcl_lightning.functional.repulsion_energy`), which is held constant in the backward pass.
         embed_dim: Dimension of the tokens, for use outside of a module; otherwise taken from the backbone.
         tokens: ``"all"`` reads every valid token; ``"first"`` only the first valid one (the encoder's CLS vector, as
             the paper does); ``"mean"`` the mean valid token, one vector per document to cluster. With the last two
@@ -119,6 +120,7 @@ class DDCLReadout(Head):
             output_projection=self.residual,
             embedding_scale="none" if self.embedding_scale == "auto" else self.embedding_scale,
             detach_assignments=self.detach_assignments,
+            measure_variance=self.repulsion > 0,
         )
         centroid, histogram = self.attention.output_dim, self.num_heads * self.num_prototypes
         self.pooled_dim = {
@@ -194,7 +196,9 @@ class DDCLReadout(Head):
             pooled = self._pool(output.tokens, assignments, mask)
         regularization = None
         if self.repulsion > 0:
-            regularization = self.repulsion * log_barrier(self.attention.bank.prototypes).sum()
+            bank = self.attention.bank
+            scale = bank.temperature_state.variance.sqrt()  # 0 before the first tokens, and no repulsion then
+            regularization = self.repulsion * repulsion_energy(bank.prototypes, scale).sum()
         return ReadoutOutput(output.tokens, pooled, [output.terms], assignments, regularization)
 
     def _pool(self, tokens: Tensor, assignments: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """What can be said of codebooks before the first step: facts, and what will not work."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -71,9 +72,15 @@ def _codes_of(codebook: Recordable) -> Iterator[nn.Parameter]:
 
 
 def _unmoved(name: str, codebook: Recordable, optimizers: list[Optimizer]) -> list[Remark]:
-    moved = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    if not optimizers or all(id(p) in moved for p in _codes_of(codebook)):
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    times = [held[id(p)] for p in _codes_of(codebook)]
+    if not optimizers or all(number == 1 for number in times):
         return []
+    if max(times) > 1:
+        text = (
+            f"the codes are held {max(times)} times by the optimizers, so that each step moves them twice. Leave one."
+        )
+        return [Remark("moved_twice", name, text, True)]
     text = (
         "the codes are trainable, and in no optimizer: they will stay as they are. Add them to one, or freeze them "
         "with requires_grad_(False)."
@@ -102,8 +109,8 @@ def _schedule(label: str, bank: PrototypeBank, head: int, tokens: Tensor, end: f
     last = first if end is None else end / critical
     course = f"T / T_c is {first:.3g}" + ("" if end is None else f", and {last:.3g} at the end of its schedule")
     if last >= 1:
-        text = f"{course}: the prototypes are drawn to one point all the time. End below 1; 0.1 is a good start."
-        return [Remark("above_critical", label, text, True)]
+        text = f"{course}: where the quantization loss is trained, it draws the prototypes to one point all the time."
+        return [Remark("above_critical", label, text, False)]
     if first >= 1:
         course += ": deterministic annealing, during which merged prototypes are no sign"
     return [Remark("temperature", label, f"{course}.", False)]

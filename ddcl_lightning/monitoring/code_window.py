@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class CodeWindow:
         self._non_finite = torch.zeros(self.num_heads, dtype=torch.int64)
         self._sample: deque[Tensor] = deque()  # (M, H, d + 1) of each reading; the last number is an error
         self._readings = 0
+        self._quantizes = False
 
     def fits(self, record: CodebookRecord) -> bool:
         """True if a record is of a codebook of the same sizes."""
@@ -51,6 +53,7 @@ class CodeWindow:
         codes = record.hard_codes()
         if codes is None:
             return
+        self._quantizes = record.codes is not None
         wrong = (codes < -1) | (codes >= self.num_codes)
         codes = codes.masked_fill(wrong, -1)
         if record.mask is not None:
@@ -124,7 +127,7 @@ class CodeWindow:
                 report = report_of_codes(report, rows[:, head, :-1].double(), books[head].double(), duplicate_distance)
             if banks is not None:
                 report = report.of_bank(banks[head])
-            reports.append(report)
+            reports.append(replace(report, quantizes=self._quantizes))
         return reports
 
     def _dead(self) -> Tensor:
@@ -170,7 +173,7 @@ class CodeWindow:
         window = cls.__new__(cls)
         window.num_heads, window.num_codes, window.size = state["sizes"]
         window.geometry = state["geometry"]
-        window.codebook, window._bank = None, None
+        window.codebook, window._bank, window._quantizes = None, None, False
         window._counts, window._num_tokens = state["counts"].clone(), list(state["num_tokens"])
         window._hits, window._idle = state["hits"].clone(), state["idle"].clone()
         window._non_finite, window._readings = state["non_finite"].clone(), state["readings"]

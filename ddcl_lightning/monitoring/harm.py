@@ -1,11 +1,17 @@
 """Harm that can be measured without labels: what makes an alarm of a sign."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from ddcl_lightning.monitoring.health_report import CodebookReport
 from ddcl_lightning.monitoring.history import HeadHistory, LossHistory
 from ddcl_lightning.monitoring.signs import CollapseRules
+
+SEVERE = ("uniform", "few_codes", "flat", "exploding", "drifting", "diverging")  # beside a loss that never fell
+HARDLY = 0.1  # of a loss: a fall that is none
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,46 @@ def measured_harm(
     """Harm beside signs that hold, or None."""
     if not signs:
         return None
-    first = next(iter(signs))
     if "non_finite" in signs:
         return Harm("non_finite", "no number can be trained on")
-    if loss.readings:
-        regain = loss.regain
-        if regain > rules.max_regain:
-            return Harm(first, f"the loss has risen again by {regain:.0%} of its fall", rules.patience)
-        return None
-    share = past.share_of_best("explained")
-    if share < rules.min_explained:
+    first = next(iter(signs))
+    found = _told_by_codes(now, loss, rules, signs)
+    return found or (_of_loss(loss, rules, first, signs) if loss.readings else _of_probe(past, rules, first))
+
+
+def _told_by_codes(
+    now: CodebookReport, loss: LossHistory, rules: CollapseRules, signs: Mapping[str, str]
+) -> Harm | None:
+    """Codes that tell next to nothing of the tokens; soft ones matter where they are all that goes on."""
+    if "uniform" in signs and now.bank is not None and (now.quantizes or not loss.readings):
+        told = float(torch.special.entr(now.bank.mass.double()).sum()) - now.bank.entropy
         return Harm(
-            first,
-            f"the codes explain {past.recent['explained'][-1]:.0%} of the probe's first variance, at best "
-            f"{past.best['explained']:.0%}",
+            "uniform", f"the assignments tell {max(told, 0.0):.2g} of ln K = {math.log(now.num_codes):.2g} nats"
         )
+    told = math.log(now.perplexity) if now.perplexity > 0 else math.nan
+    if "few_codes" in signs and told < rules.min_information * math.log(now.num_codes):
+        return Harm("few_codes", f"the codes tell {told:.2g} of ln K = {math.log(now.num_codes):.2g} nats of a token")
     return None
+
+
+def _of_loss(loss: LossHistory, rules: CollapseRules, first: str, signs: Mapping[str, str]) -> Harm | None:
+    """A loss that rises again, or that stalls early while the tokens explode."""
+    regain = loss.regain
+    if regain > rules.max_regain:
+        text = f"the loss has risen again by {regain:.0%} of its fall"
+        return Harm(first, text, 1 if loss.has_jumped else rules.patience)
+    text = f"the loss has stalled at {loss.lowest:.4g}, where it began at {loss.first:.4g}"
+    if "exploding" in signs and loss.has_stalled(rules.min_fall):
+        return Harm("exploding", text, rules.patience)
+    severe = next((sign for sign in SEVERE if sign in signs), None)
+    if severe is not None and loss.has_stalled(HARDLY):
+        return Harm(severe, text, rules.patience)
+    return None
+
+
+def _of_probe(past: HeadHistory, rules: CollapseRules, first: str) -> Harm | None:
+    """Codes that no longer tell apart what they told apart, where the codebook's own loss is all that is trained."""
+    if not past.share_of_best("explained") < rules.min_explained:
+        return None
+    now, best = past.recent["explained"][-1], past.best["explained"]
+    return Harm(first, f"the codes explain {now:.0%} of the probe's first variance, at best {best:.0%}")

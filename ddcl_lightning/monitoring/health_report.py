@@ -41,6 +41,7 @@ class CodebookReport:
         non_finite: Tokens and codes with NaN or infinity, and codes outside of [0, K), that were met.
         explained: Share of the variance that a fixed probe's embeddings had at the start which its codes of now
             explain, adjusted for K.
+        quantizes: Whether the calls returned hard codes, rather than soft assignments alone.
         bank: Signals of a bank, which has a temperature.
     """
 
@@ -61,6 +62,7 @@ class CodebookReport:
     farthest: int | None = None
     non_finite: int = 0
     explained: float = math.nan
+    quantizes: bool = False
     bank: HeadSignals | None = None
 
     @classmethod

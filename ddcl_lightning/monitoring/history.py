@@ -100,7 +100,7 @@ class LossHistory:
     lowest: float = math.inf
     since_lowest: int = 0
 
-    def add(self, loss: float, weight: float = 0.2) -> None:
+    def add(self, loss: float, weight: float = 0.5) -> None:
         """Add the mean loss since the last reading."""
         self.readings += 1
         if not math.isfinite(loss):
@@ -116,6 +116,15 @@ class LossHistory:
         """Share of the whole fall of the loss that it has risen again; NaN before it fell."""
         fall = self.first - self.lowest
         return (self.smooth - self.lowest) / fall if fall > 0 else math.nan
+
+    @property
+    def has_jumped(self) -> bool:
+        """True if it has risen again by more than half of its fall."""
+        return self.regain > 0.5
+
+    def has_stalled(self, min_fall: float) -> bool:
+        """True if it has no new lowest value for a quarter of the readings, after a fall by less than a share."""
+        return 0 < (1 - min_fall) * self.first < self.lowest and self.since_lowest >= max(5, self.readings / 4)
 
 
 def trend(values: list[float]) -> float:

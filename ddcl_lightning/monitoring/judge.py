@@ -75,6 +75,8 @@ class Judge:
             if past.streaks[sign] == self._patience(sign):
                 new.append(Finding("notice", sign, name, step, text))
         holding = {sign: text for sign, text in texts.items() if past.streaks[sign] >= self._patience(sign)}
+        if self.loss.has_jumped:  # no time to wait for a sign to last
+            holding = {sign: text for sign, text in texts.items() if text}
         harm = measured_harm(now, past, self.loss, self.rules, holding)
         past.streaks["harm"] = past.streaks.get("harm", 0) + 1 if harm else 0
         if harm and past.streaks["harm"] == harm.patience:

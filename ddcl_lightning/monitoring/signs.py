@@ -20,9 +20,12 @@ class CollapseRules:
         min_rank: Smallest effective rank, of tokens and of codes, relative to its highest value.
         min_perplexity: Smallest perplexity relative to K.
         max_dead: Largest share of dead codes.
+        max_growth: Largest growth of the tokens' spread since the start.
         max_reach: Largest distance of a code to the mean of the tokens, relative to their spread.
         patience: Readings for which a sign must hold.
         min_explained: Smallest share of a probe's first variance that codes explain, relative to its highest value.
+        min_information: Smallest logarithm of the perplexity relative to ln K.
+        min_fall: Smallest fall of the loss, relative to its first value, before it may stall.
         max_regain: Largest share of its fall that the loss may rise again.
 
     Raises:
@@ -36,15 +39,26 @@ class CollapseRules:
     min_perplexity: float = 0.25
     max_dead: float = 0.1
     max_reach: float = 10.0
+    max_growth: float = 10.0
     patience: int = 3
     min_explained: float = 0.9
+    min_information: float = 0.2
+    min_fall: float = 0.65
     max_regain: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("max_drop", "max_entropy", "min_rank", "min_perplexity", "min_explained"):
+        for name in (
+            "max_drop",
+            "max_entropy",
+            "min_rank",
+            "min_perplexity",
+            "min_explained",
+            "min_information",
+            "min_fall",
+        ):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1]; got {getattr(self, name)}.")
-        for name in ("duplicate_distance", "max_dead", "max_reach", "max_regain"):
+        for name in ("duplicate_distance", "max_dead", "max_reach", "max_growth", "max_regain"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
         require_at_least(1, patience=self.patience)
@@ -185,6 +199,17 @@ def diverging(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
     )
 
 
+def exploding(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
+    """Tokens whose spread has grown many times."""
+    growth = now.spread / past.first["spread"] if past.first.get("spread") else math.nan
+    if not growth > rules.max_growth:
+        return ""
+    return (
+        f"the spread of the tokens has grown {growth:.3g} times, from {past.first['spread']:.4g} to {now.spread:.4g}. "
+        "Lower the learning rate of the encoder, clip its gradients, or bound the scale (embedding_scale='whiten')."
+    )
+
+
 SIGNS: Mapping[str, Sign] = {
     sign.__name__: sign
     for sign in (
@@ -199,6 +224,7 @@ SIGNS: Mapping[str, Sign] = {
         few_codes,
         drifting,
         diverging,
+        exploding,
     )
 }
 # What a temperature that was planned to start above the critical one looks like until it has fallen.

@@ -65,6 +65,7 @@ class DDCLAttention(nn.Module):
             ``W_c`` zero at the start (section 8.7). Distances see only ``z - W_c context``, so that the
             layer stays one attention call and the decomposition holds exactly for every sample. Anneal from T_c: from
             a colder start, prototypes divide the contexts among themselves before the shift has been learned.
+        measure_variance: Follow the variance of the tokens for temperatures that need none too; not with ``bank``.
 
     Raises:
         ValueError: If sizes do not fit: ``embed_dim`` not divisible by ``num_heads`` without a ``prototype_dim``,
@@ -88,6 +89,7 @@ class DDCLAttention(nn.Module):
         bank: PrototypeBank | None = None,
         sampling: bool = False,
         context_dim: int | None = None,
+        measure_variance: bool = False,
     ) -> None:
         super().__init__()
         require_at_least(1, embed_dim=embed_dim, prototype_dim=prototype_dim)
@@ -100,6 +102,7 @@ class DDCLAttention(nn.Module):
                 prototype_dim=prototype_dim,
                 temperature=None if temperature == DEFAULT_TEMPERATURE else temperature,
                 detach_assignments=detach_assignments or None,
+                measure_variance=measure_variance or None,
             )
         elif num_prototypes is None:
             raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
@@ -110,6 +113,7 @@ class DDCLAttention(nn.Module):
                 num_heads=num_heads,
                 temperature=temperature,
                 detach_assignments=detach_assignments,
+                measure_variance=measure_variance,
             )
         if output_projection is None:
             output_projection = residual or bank.num_heads > 1

@@ -65,7 +65,8 @@ class TwoOptimizerModule(pl.LightningModule):
             raise ValueError(f"freeze_prototypes_steps must be at least 0 steps; got {freeze_prototypes_steps}.")
         if rho >= 1:
             pl.utilities.rank_zero_warn(
-                f"rho = {rho} >= 1 is outside of the stable range (Theorem 1): expect prototypes to lag the encoder."
+                f"rho = {rho} >= 1: prototypes lag behind the encoder, and where nothing bounds the scale of the "
+                "embeddings and the encoder has no loss of its own, they collapse sooner."
             )
         self.lr_prototypes, self.rho, self.allow_unstable = lr_prototypes, rho, allow_unstable
         self.lr_task = lr_prototypes if lr_task is None else lr_task

@@ -13,13 +13,14 @@ from ddcl_lightning.nn.discovery import find_banks
 
 
 def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
-    """Raise unless ``0 <= rho < 1`` (Theorem 1), or any ``rho >= 0`` where the unstable range is allowed."""
+    """Raise unless ``0 <= rho < 1``, or any finite ``rho >= 0`` where ``allow_unstable``."""
     if not rho >= 0 or math.isinf(rho):
         raise ValueError(f"rho = lr_encoder / lr_prototypes must be finite and >= 0; got {rho}.")
     if rho >= 1 and not allow_unstable:
         raise ValueError(
-            f"rho = lr_encoder / lr_prototypes must be < 1 for prototypes to follow the encoder (Theorem 1; at most "
-            f"0.1 is the rule of thumb); got {rho}. Lower rho, or set allow_unstable=True for an ablation."
+            f"rho = lr_encoder / lr_prototypes must be < 1, so that prototypes move faster than the encoder; got {rho}. "
+            "It sets the speed of a collapse; what prevents one is a bound on the scale of the embeddings or a loss of "
+            "the encoder's own. Lower rho (the paper takes at most 0.1), or set allow_unstable=True."
         )
 
 

@@ -33,17 +33,33 @@ def test_two_optimizers_pass():
 
 
 @pytest.mark.parametrize("make", [Project, lambda: Grouped(rho=1.0), lambda: Grouped(rho=3.0)])
-def test_rho_of_one_or_more_is_refused_before_the_first_step(make):
+def test_rho_of_one_or_more_is_refused_before_the_first_step_where_asked(make):
     module = make()
-    with pytest.raises(RuntimeError, match=r"rho = lr_encoder / lr_prototypes is [13] at step 0 and must stay below 1"):
-        fit(module, RatioGuard())
+    message = r"rho = lr_encoder / lr_prototypes is [13] at step 0, not below max_ratio = 1"
+    with pytest.raises(RuntimeError, match=message):
+        fit(module, RatioGuard(on_violation="raise"))
     assert module.losses == []
+
+
+def test_a_plain_optimizer_is_not_stopped_and_the_sentence_claims_no_stability():
+    class Plain(Project):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    module = Plain()
+    with pytest.warns(UserWarning, match="rho = lr_encoder") as caught:
+        fit(module, RatioGuard())
+    assert len(module.losses) == 12
+    (message,) = (str(warning.message) for warning in caught if "rho" in str(warning.message))
+    assert "Theorem" not in message
+    assert "no rho prevents that, but a bound on the scale" in message
+    assert "a loss of its own" in message
 
 
 def test_a_stricter_bound():
     fit(Grouped(rho=0.4), RatioGuard(max_ratio=0.5))
-    with pytest.raises(RuntimeError, match=r"is 0.5 at step 0 and must stay below 0.5"):
-        fit(Grouped(rho=0.5), RatioGuard(max_ratio=0.5))
+    with pytest.raises(RuntimeError, match=r"is 0.5 at step 0, not below max_ratio = 0.5"):
+        fit(Grouped(rho=0.5), RatioGuard(max_ratio=0.5, on_violation="raise"))
 
 
 def test_rates_that_drift_on_the_way_are_caught():
@@ -54,11 +70,11 @@ def test_rates_that_drift_on_the_way_are_caught():
 
     module = Drifting()
     with pytest.raises(RuntimeError, match="is 1 at step 1"):
-        fit(module, RatioGuard())
+        fit(module, RatioGuard(on_violation="raise"))
 
 
 def test_a_warning_comes_once_a_run():
-    guard = RatioGuard(on_violation="warn")
+    guard = RatioGuard()
     for _ in range(2):
         with pytest.warns(UserWarning, match="rho = lr_encoder") as caught:
             fit(Project(), guard)
@@ -83,7 +99,7 @@ def test_parameters_behind_the_bank_can_be_ignored_and_frozen_ones_are():
             )
 
     with pytest.raises(RuntimeError, match="is 10 at step 0"):
-        fit(Classifier(), RatioGuard())
+        fit(Classifier(), RatioGuard(on_violation="raise"))
     assert float(fit(Classifier(), RatioGuard(ignore=["classifier"])).callback_metrics["rho"]) == pytest.approx(0.1)
     frozen = Classifier()
     frozen.classifier.requires_grad_(False)

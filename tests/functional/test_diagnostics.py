@@ -1,6 +1,7 @@
 """Separation, entropy, usage, variance and repulsion against their definitions."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from ddcl_lightning.functional import (
     assignment_statistics,
     effective_dimension,
-    log_barrier,
     nearest_prototype,
+    prototype_attention,
+    repulsion_energy,
     separation,
     soft_assign,
     total_variance,
@@ -98,48 +100,87 @@ def test_total_variance_is_the_trace_of_the_covariance() -> None:
     torch.testing.assert_close(total_variance(tokens), tokens.var(1, correction=0).sum(-1))
 
 
-def test_log_barrier_is_minus_the_mean_log_of_squared_distances() -> None:
+def test_repulsion_energy_is_the_mean_over_pairs() -> None:
     prototypes = normal(2, 5, 3).requires_grad_()
-    barrier = log_barrier(prototypes, scale=2.0)
+    scale = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    energy = repulsion_energy(prototypes, scale)
     pairs = [(j, k) for k in range(5) for j in range(k)]
     squared = torch.stack([(prototypes[:, j] - prototypes[:, k]).square().sum(-1) for j, k in pairs])
-    expected = -(squared / 4).log().mean(0)
-    torch.testing.assert_close(barrier, expected)
+    expected = (1 + scale.square() / squared).log().mean(0)
+    torch.testing.assert_close(energy, expected)
     weights = torch.tensor([1.0, -2.0])
     actual_gradient, expected_gradient = (
-        torch.autograd.grad((value * weights).sum(), prototypes)[0] for value in (barrier, expected)
+        torch.autograd.grad((value * weights).sum(), prototypes)[0] for value in (energy, expected)
     )
     torch.testing.assert_close(actual_gradient, expected_gradient)
-    assert torch.autograd.gradcheck(log_barrier, (prototypes,))
+    assert torch.autograd.gradcheck(repulsion_energy, (prototypes,))
 
 
-def test_log_barrier_pushes_apart_and_scale_only_shifts_it() -> None:
+def test_repulsion_energy_pushes_apart_within_the_scale_and_ends_at_zero() -> None:
     line = torch.tensor([[0.0], [1.0]], requires_grad=True)
-    barrier = log_barrier(line)
-    barrier.backward()
-    assert barrier.item() == 0
+    energy = repulsion_energy(line)
+    energy.backward()
+    assert energy.item() == pytest.approx(math.log(2))
     assert line.grad is not None
-    assert line.grad.flatten().tolist() == [2.0, -2.0]  # descent moves the first down and the second up
-    assert log_barrier(line, torch.tensor(math.e)).item() == pytest.approx(2)
-    far = log_barrier(10 * line.detach())
-    assert float(far) == pytest.approx(-2 * math.log(10))
-    assert log_barrier(line.detach().half()).dtype == torch.float32
+    assert line.grad.flatten().tolist() == [1.0, -1.0]  # descent moves the first down and the second up
+    assert repulsion_energy(line.detach().half()).dtype == torch.float32
+    near, far = (float(repulsion_energy(distance * line.detach().double())) for distance in (1e-6, 1e6))
+    assert near == pytest.approx(12 * math.log(10))  # as minus ln of the squared distance
+    assert 0 < far < 1e-11
+    assert repulsion_energy(line, 0.0).item() == 0
 
 
-def test_log_barrier_of_coinciding_prototypes_is_large_and_finite() -> None:
+@pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
+def test_repulsion_energy_is_never_below_zero(scale: float) -> None:
+    prototypes = normal(50, 6, 3) * torch.logspace(-8, 8, 50, dtype=torch.float64).reshape(-1, 1, 1)
+    assert bool((repulsion_energy(prototypes, scale) >= 0).all())
+
+
+def test_a_prototype_without_mass_does_not_run_away_for_energy() -> None:
+    """As it did under minus ln of the squared distance, whose energy has no lower bound."""
+    tokens = normal(60, 2)
+    scale = float(total_variance(tokens).sqrt())
+
+    def barrier(prototypes: Tensor) -> Tensor:
+        return -2 * torch.pdist(prototypes).log().mean()
+
+    def course(repulsion: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """How far the prototype ends, in scales, and how much energy that has brought from half of the steps on."""
+        p = torch.cat([tokens[:3], torch.tensor([[40.0, 0.0]], dtype=torch.float64)]).requires_grad_()
+        assert float(assignment_statistics(tokens, p.detach(), 0.5).mass[3]) == 0
+        optimizer, energies = torch.optim.SGD([p], lr=0.5), []
+        for _ in range(1000):
+            optimizer.zero_grad()
+            loss = prototype_attention(tokens, p, 0.5).terms.loss + repulsion(p)
+            loss.backward()
+            optimizer.step()
+            energies.append(float(loss.detach()))
+        return float(p.detach()[3].norm()) / scale, energies[500] - energies[-1]
+
+    (far, gained), (near, nothing) = course(barrier), course(lambda p: repulsion_energy(p, scale))
+    started = 40 / scale
+    assert far > 1.1 * started
+    assert gained > 0.05
+    assert near < 1.01 * started
+    assert 0 <= nothing < 1e-3
+
+
+def test_repulsion_energy_of_coinciding_prototypes_is_large_and_finite() -> None:
     prototypes = torch.zeros(3, 2, requires_grad=True)
-    barrier = log_barrier(prototypes)
-    barrier.backward()
-    assert 100 < barrier.item() < math.inf
+    energy = repulsion_energy(prototypes)
+    energy.backward()
+    assert 100 < energy.item() < math.inf
     assert prototypes.grad is not None
     assert not prototypes.grad.any()
 
 
-def test_log_barrier_refuses_one_prototype_and_banks_that_are_too_large() -> None:
+def test_repulsion_energy_refuses_one_prototype_large_banks_and_negative_scales() -> None:
     with pytest.raises(ValueError, match=r"at least 2 prototypes.*got K = 1"):
-        log_barrier(torch.zeros(1, 2))
+        repulsion_energy(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="got K = 20000"):
-        log_barrier(torch.zeros(20000, 1))
+        repulsion_energy(torch.zeros(20000, 1))
+    with pytest.raises(ValueError, match=r"scale must be >= 0.*got -1.0"):
+        repulsion_energy(torch.zeros(2, 2), -1.0)
 
 
 def test_effective_dimension_counts_the_directions_in_use() -> None:

@@ -9,6 +9,7 @@ from ddcl_lightning.functional import (
     prototype_attention,
     prototype_critical_temperatures,
     soft_assign,
+    split_margins,
 )
 
 
@@ -144,3 +145,103 @@ def test_refuses_tokens_without_a_covariance(function) -> None:
     tokens[3, 1] = torch.nan
     with pytest.raises(ValueError, match="tokens must be finite"):
         function(tokens)
+
+
+def doubled(tokens: Tensor, prototypes: Tensor, row: int, temperature: float, detach: bool) -> Tensor:
+    """Hessian of what descends, with respect to the distance between two halves of a prototype of half its mass."""
+    log_weights = torch.zeros(len(prototypes) + 1, dtype=torch.float64)
+    log_weights[row] = log_weights[-1] = torch.tensor(0.5).log()
+
+    def objective(offset: Tensor) -> Tensor:
+        p = torch.cat([prototypes, prototypes[row : row + 1]])
+        p = p.index_add(0, torch.tensor([row, len(prototypes)]), torch.stack([offset, -offset]))
+        distances = (tokens.unsqueeze(1) - p).square().sum(-1)
+        logits = log_weights - distances / temperature
+        free_energy = -temperature * logits.logsumexp(-1).mean()
+        return free_energy if detach else (logits.softmax(-1) * distances).sum(-1).mean()
+
+    hessian: Tensor = torch.autograd.functional.hessian(objective, torch.zeros(3, dtype=torch.float64))
+    return hessian
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_split_margins_are_below_one_exactly_where_two_halves_move_apart(seed: int, detach: bool) -> None:
+    tokens, sides = cloud(60, seed), set()
+    prototypes = cloud(4, seed + 10)
+    for temperature in (0.3, 1.0, 3.0, 10.0, 30.0):
+        margins = split_margins(tokens, prototypes, temperature, detach_assignments=detach)
+        for row in range(4):
+            lowest = torch.linalg.eigvalsh(doubled(tokens, prototypes, row, temperature, detach))[0]
+            assert bool(margins[row] < 1) == bool(lowest < 0)
+            sides.add(bool(lowest < 0))
+    assert sides == {True, False}
+
+
+def test_split_margins_with_detached_assignments_are_relative_to_the_covariance_about_the_prototype() -> None:
+    tokens = cloud()
+    prototypes = cloud(3, seed=1)
+    q = soft_assign(tokens, prototypes, 1.5)
+    expected = []
+    for row in range(3):
+        offset, weight = tokens - prototypes[row], q[:, row] / q[:, row].sum()
+        expected.append(1.5 / (2 * torch.linalg.eigvalsh((offset * weight.unsqueeze(1)).T @ offset)[-1]))
+    actual = split_margins(tokens, prototypes, 1.5, detach_assignments=True)
+    torch.testing.assert_close(actual, torch.stack(expected))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_split_margin_of_a_collapsed_bank_is_t_over_its_critical_temperature(detach: bool) -> None:
+    tokens = cloud()
+    critical = critical_temperature(tokens, detach_assignments=detach)
+    margins = split_margins(tokens, tokens.mean(0).expand(4, 3), 0.8 * critical, detach_assignments=detach)
+    torch.testing.assert_close(margins, torch.full((4,), 0.8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_split_margins_leave_padding_out_and_take_a_temperature_per_head(
+    detach: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, prototypes = torch.stack([cloud(seed=0), cloud(seed=1)]), torch.stack([cloud(3, 2), cloud(3, 3)])
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[0, 100:] = mask[1, :50] = False
+    junk, temperature = tokens.masked_fill(~mask.unsqueeze(-1), torch.nan), torch.tensor([1.0, 5.0])
+    expected = torch.stack(
+        [
+            split_margins(tokens[0, :100], prototypes[0], 1.0, detach_assignments=detach),
+            split_margins(tokens[1, 50:], prototypes[1], 5.0, detach_assignments=detach),
+        ]
+    )
+    torch.testing.assert_close(split_margins(junk, prototypes, temperature, mask, detach_assignments=detach), expected)
+    monkeypatch.setattr("ddcl_lightning.functional.phase_transition.EXACT_DIMENSION", 1)
+    iterated = split_margins(junk, prototypes, temperature, mask, detach_assignments=detach)
+    torch.testing.assert_close(iterated, expected, rtol=1e-6, atol=0)
+    assert split_margins(torch.ones(5, 3), torch.ones(2, 3), 1.0, detach_assignments=detach).isinf().all()
+
+
+def test_split_margins_name_the_next_prototype_to_split_in_an_annealing() -> None:
+    """Six clusters, twelve prototypes: as T falls, of the groups that coincide that of the smallest margin parts."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 2 * torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    tokens = centers[torch.arange(120) % 6] + 0.4 * torch.randn(120, 3, generator=generator, dtype=torch.float64)
+    critical = float(critical_temperature(tokens, detach_assignments=True))
+    fraction, named, chance = 1.05, [], []
+    prototypes, before = tokens.mean(0).repeat(12, 1), torch.zeros(12, dtype=torch.int64)
+    while fraction > 0.03:
+        margins = split_margins(tokens, prototypes, fraction * critical, detach_assignments=True)
+        fraction *= 0.97
+        prototypes = prototypes + 1e-4 * torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        for _ in range(200):
+            q = soft_assign(tokens, prototypes, fraction * critical)
+            prototypes = (q / q.sum(0)).T @ tokens
+        now = (torch.cdist(prototypes, prototypes) < 1e-2).double().argmax(1)  # the first that it coincides with
+        several = [group for group in before.unique().tolist() if int((before == group).sum()) > 1]
+        parted = [group for group in several if len(now[before == group].unique()) > 1]
+        if len(several) > 1 and len(parted) == 1:
+            smallest = min(several, key=lambda group: float(margins[before == group].mean()))
+            named.append(smallest == parted[0])
+            chance.append(1 / len(several))
+        before = now
+    assert len(named) >= 4
+    assert sum(named) >= len(named) - 1
+    assert sum(chance) / len(chance) < 0.5

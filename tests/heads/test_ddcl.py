@@ -5,8 +5,8 @@ import torch
 from tiny import absolute
 from torch import Tensor
 
-from ddcl_lightning import DDCLReadout, ReadoutOutput
-from ddcl_lightning.functional import Decomposition, log_barrier, prototype_slots
+from ddcl_lightning import DDCLReadout, ReadoutOutput, Temperature
+from ddcl_lightning.functional import Decomposition, prototype_slots, repulsion_energy
 from ddcl_lightning.heads.ddcl import Pooling
 
 
@@ -76,10 +76,15 @@ def test_parameters_by_role() -> None:
     assert DDCLReadout(5, embed_dim=8).embedding_parameters() == []
 
 
-def test_repulsion_is_the_weighted_barrier() -> None:
-    head = DDCLReadout(5, num_heads=2, repulsion=0.3, embed_dim=8)
-    readout = head(*batch())
-    torch.testing.assert_close(readout.regularization, 0.3 * log_barrier(head.attention.bank.prototypes).sum())
+@pytest.mark.parametrize("temperature", [0.1, absolute(1.0)])
+def test_repulsion_is_weighted_and_of_the_scale_of_the_tokens(temperature: float | Temperature) -> None:
+    head = DDCLReadout(5, num_heads=2, repulsion=0.3, embed_dim=8, temperature=temperature)
+    bank = head.attention.bank
+    assert not head.eval()(*batch()).regularization  # no tokens to take a scale from yet
+    readout = head.train()(*batch())
+    scale = bank.temperature_state.variance.sqrt()
+    assert bool((scale > 0).all())
+    torch.testing.assert_close(readout.regularization, 0.3 * repulsion_energy(bank.prototypes, scale).sum())
     torch.testing.assert_close(readout.quantization_loss(), readout.loss_terms[0].loss.sum())  # it is not part of L_q
     assert DDCLReadout(5, embed_dim=8)(*batch()).regularization is None
 
