@@ -1,5 +1,6 @@
 """Signals of a user's own beside those of a monitor."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,5 +82,5 @@ class AdditionalSignals:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._values, self._streaks = dict(state["values"]), dict(state["streaks"])
+        self._values, self._streaks = copy.deepcopy(state["values"]), copy.deepcopy(state["streaks"])
         self.findings = [Finding(**saved) for saved in state["findings"]]

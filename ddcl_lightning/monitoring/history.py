@@ -1,5 +1,6 @@
 """What is remembered of a codebook and of the loss between readings: plain numbers, which a checkpoint can hold."""
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -140,4 +141,4 @@ def trend(values: list[float]) -> float:
 
 def histories_from(state: Mapping[str, Mapping[str, Any]]) -> dict[str, HeadHistory]:
     """Histories of what ``state_dict`` of each gave."""
-    return {name: HeadHistory(**saved) for name, saved in state.items()}
+    return {name: HeadHistory(**copy.deepcopy(dict(saved))) for name, saved in state.items()}

@@ -6,7 +6,7 @@ from typing import Any
 from ddcl_lightning.monitoring.findings import Finding
 from ddcl_lightning.monitoring.harm import measured_harm
 from ddcl_lightning.monitoring.health_report import CodebookReport
-from ddcl_lightning.monitoring.history import HeadHistory, LossHistory
+from ddcl_lightning.monitoring.history import HeadHistory, LossHistory, histories_from
 from ddcl_lightning.monitoring.signs import OF_ANNEALING, SEVERAL_CODES, SIGNS, CollapseRules
 
 END_OF_ANNEALING = 0.2  # T / T_c below which a planned schedule explains no sign any more
@@ -111,7 +111,7 @@ class Judge:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self.histories = {name: HeadHistory(**saved) for name, saved in state["heads"].items()}
+        self.histories = histories_from(state["heads"])
         self.loss = LossHistory(**state["loss"])
         self.findings = [Finding(**saved) for saved in state["findings"]]
 

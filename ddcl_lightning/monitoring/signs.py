@@ -229,4 +229,4 @@ SIGNS: Mapping[str, Sign] = {
 }
 # What a temperature that was planned to start above the critical one looks like until it has fallen.
 OF_ANNEALING = ("above_critical", "falling", "flat_codes", "merged", "uniform", "dead", "few_codes")
-SEVERAL_CODES = ("above_critical", "falling", "merged", "uniform", "dead", "few_codes")
+SEVERAL_CODES = ("above_critical", "falling", "merged", "uniform", "dead", "few_codes", "drifting")  # one is the mean

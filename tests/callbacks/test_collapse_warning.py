@@ -1,264 +1,396 @@
+"""What a CollapseWarning finds, and what it does about it."""
+
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from toys import QUIET, Project, blobs, fit, loader
 
-from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, PrototypeBank, Signal
+from ddcl_lightning import (
+    BankRecord,
+    Clustering,
+    CollapseRules,
+    DDCLReadout,
+    DDCLReadoutModule,
+    Finding,
+    PCABackbone,
+    PrototypeBank,
+    Signal,
+)
 from ddcl_lightning.callbacks import CollapseError, CollapseWarning, KMeansInitialization, TemperatureAnnealing
-from ddcl_lightning.callbacks.collapse_warning import TAKEN
 from ddcl_lightning.datamodules.digits import DigitsDataModule
-from ddcl_lightning.monitoring.history import ENOUGH_TOKENS, HeadHistory, PrototypeUse, trend
-from ddcl_lightning.monitoring.signals import HeadSignals
+from ddcl_lightning.monitoring.additional import TAKEN
 from tests.tiny import absolute
 
 
-def signs(watch):
-    """Sign and step of every report."""
-    return [(message.split()[0], int(message.split(" at step ")[1].split(":")[0])) for message in watch.reported]
+class Change(pl.Callback):
+    """Does something to the module before a step, and before all that follow."""
+
+    def __init__(self, step: int, change: Any) -> None:
+        self.step, self.change = step, change
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step >= self.step:
+            with torch.no_grad():
+                self.change(pl_module)
+
+
+class Unsupervised(Project):
+    """It trains by hand, and nobody sees a loss: that of the codebook is all there is."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        if loss.requires_grad:  # the probe's has none
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
 
 
 @contextmanager
-def reports(pattern):
-    """Every warning inside comes from the callback, and one of them matches."""
-    with pytest.warns(UserWarning, match="^CollapseWarning: ") as caught:
-        yield
-    texts = [str(warning.message) for warning in caught]
+def warned(pattern: str) -> Iterator[list[str]]:
+    """Context manager with the warnings of the callback; one of them matches."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    texts += [text for warning in caught if (text := str(warning.message)).startswith("CollapseWarning: ")]
     assert any(re.search(pattern, text) for text in texts), texts
 
 
-def digits(watch, *callbacks, lr=1e-2, rho=0.0, epochs=30, size=10, scale="auto"):
+def make_one(module: Any) -> None:
+    """A collapse of the encoder: all tokens become one."""
+    module.encoder.weight.zero_()
+
+
+def of_level(watch: CollapseWarning, level: str) -> list[Finding]:
+    return [finding for finding in watch.findings if finding.level == level]
+
+
+def signs(watch: CollapseWarning, level: str = "notice") -> list[str]:
+    return [finding.sign for finding in of_level(watch, level)]
+
+
+def the(watch: CollapseWarning, sign: str) -> Finding:
+    """The first notice of a sign."""
+    return next(finding for finding in of_level(watch, "notice") if finding.sign == sign)
+
+
+def whole() -> "DataLoader[Any]":
+    """One batch per epoch."""
+    return loader(batch_size=96)
+
+
+def digits(
+    watch: CollapseWarning,
+    *callbacks: pl.Callback,
+    rho: float = 0.0,
+    epochs: int = 30,
+    size: int = 10,
+    scale: str = "auto",
+    data: Any = None,
+    **kwargs: Any,
+) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)
     module = DDCLReadoutModule(
         PCABackbone(64, 16, trainable=rho > 0),
         DDCLReadout(size, embedding_scale=scale),
         Clustering(num_classes=10),
-        lr_prototypes=lr,
         rho=rho,
+        **kwargs,
     )
-    trainer = pl.Trainer(callbacks=[watch, *callbacks], max_epochs=epochs, limit_val_batches=0, **QUIET)
-    trainer.fit(module, datamodule=DigitsDataModule(batch_size=256))
+    callbacks = (KMeansInitialization(progress=False), *(callbacks or [TemperatureAnnealing()]), watch)
+    trainer = pl.Trainer(callbacks=list(callbacks), max_epochs=epochs, limit_val_batches=0, **QUIET)
+    trainer.fit(module, DigitsDataModule(batch_size=256) if data is None else data)
     return trainer
 
 
-# Healthy -----------------------------------------------------------------------------------------
+# Healthy: a warning would be an error ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"rho": 0.1}, {"size": 64}], ids=["frozen", "trained", "64 prototypes"])
-def test_a_healthy_run_warns_of_nothing(kwargs):
+def test_a_healthy_run_has_no_finding(kwargs: dict[str, Any]) -> None:
     watch = CollapseWarning(every_n_batches=5)
-    digits(watch, KMeansInitialization(), TemperatureAnnealing(), **kwargs)  # warnings are errors here
-    assert watch.reported == []
-    (now,) = watch.signals["head.attention.bank"]
-    assert now.temperature_ratio < 0.1
-    assert now.relative_separation > 0.3
+    digits(watch, **kwargs)
+    assert watch.findings == []
+    now = watch.report["head.attention.bank"]
+    assert now.bank is not None
+    assert now.bank.temperature_ratio < 0.1
+    assert now.separation > 0.3
+    assert now.explained > 0.4
+    assert "no sign of a collapse" in watch.verdict()
 
 
-def test_a_random_start_that_travels_to_the_data_is_not_falling():
-    watch = CollapseWarning(every_n_batches=1, on_collapse="warn")
+@pytest.mark.parametrize("action", ["warn", "stop", "raise"])
+def test_deterministic_annealing_from_above_the_critical_temperature_has_no_finding(action: Any) -> None:
+    watch = CollapseWarning(every_n_batches=2, on_collapse=action)
+    trainer = digits(watch, TemperatureAnnealing(2.0, 0.005), epochs=20)
+    assert trainer.current_epoch == 20
+    assert watch.findings == []
+
+
+def test_a_stream_in_the_order_of_the_classes_is_no_alarm_and_has_no_dead_codes() -> None:
+    data = DigitsDataModule(batch_size=64)
+    data.prepare_data()
+    data.setup("fit")
+    rows = [data.train_dataloader().dataset[number] for number in range(1200)]
+    x = torch.stack([row["x"].flatten() for row in rows])
+    y = torch.stack([torch.as_tensor(row["y"]) for row in rows])
+    order = y.argsort(stable=True)
+    watch = CollapseWarning(every_n_batches=2)
+    digits(watch, data=DataLoader(TensorDataset(x[order], y[order]), batch_size=64), epochs=15)
+    assert of_level(watch, "alarm") == []
+    assert "dead" not in signs(watch)
+    assert watch.report["head.attention.bank"].dead == ()
+
+
+def test_a_small_cluster_is_not_dead_though_a_batch_without_it_is_large() -> None:
+    x, _ = blobs(4000)
+    x[: 4000 - 8] = x[torch.arange(4000 - 8) // 4 * 4 + torch.arange(4000 - 8) % 3]  # the fourth has 8 tokens
+    x[-8:] = blobs(32)[0][3::4]
+    module, watch = Project(lr=0.0), CollapseWarning(every_n_batches=1)
+    module.layer.bank.set_prototypes(torch.stack([blobs()[0][k::4].mean(0) for k in range(4)]).unsqueeze(0))
+    data = DataLoader(TensorDataset(x, x), batch_size=500, shuffle=True)  # 50 tokens of each of 4 codes are 200
+    fit(module, watch, TemperatureAnnealing(), data=data, max_epochs=10)
+    counts = watch.report["layer.bank"]
+    assert counts.usage == 1.0
+    assert watch.findings == []
+
+
+def test_a_random_start_that_travels_to_the_data_is_not_falling() -> None:
+    watch = CollapseWarning(every_n_batches=1, rules=CollapseRules(max_dead=1.0, max_reach=1e9))
     module = Project(lr=0.1)
     with torch.no_grad():
         module.encoder.weight.mul_(0.02)  # tokens much closer together than the prototypes
         module.encoder.requires_grad_(False)
-    with reports("dead"):
-        fit(module, TemperatureAnnealing(), watch, max_epochs=10)
-    assert {sign for sign, _ in signs(watch)} == {"dead"}
+    fit(module, TemperatureAnnealing(), watch, max_epochs=10)
+    assert "falling" not in signs(watch)
+    assert of_level(watch, "alarm") == []
+
+
+def test_one_prototype_is_watched_without_a_finding() -> None:
+    watch = CollapseWarning(every_n_batches=1)
+    fit(Unsupervised(num_prototypes=1), watch)
+    assert watch.findings == []
 
 
 # One scenario for each sign ----------------------------------------------------------------------
 
 
-def test_above_the_critical_temperature():
-    watch = CollapseWarning(every_n_batches=1)
-    with reports(r"above_critical in layer.bank at step 3: T = .* is 2\.\d+ times the critical"):
-        fit(Project(), KMeansInitialization(), TemperatureAnnealing(start=2.2, end=2.2), watch)
-    assert signs(watch)[0] == ("above_critical", 3)
+def watched(module: pl.LightningModule, *callbacks: pl.Callback, epochs: int = 3, **kwargs: Any) -> CollapseWarning:
+    watch = CollapseWarning(every_n_batches=1, **kwargs)
+    fit(module, watch, *callbacks, max_epochs=epochs)
+    return watch
 
 
-def test_the_temperature_warns_before_delta_falls():
-    watch = CollapseWarning(every_n_batches=1, patience=1)
-    module = Project(lr=0.2)
+def started_from(rows: Tensor, **kwargs: Any) -> Unsupervised:
+    module = Unsupervised(lr=0.0, **kwargs)
+    module.layer.bank.set_prototypes(rows.unsqueeze(0))
+    return module
+
+
+def test_a_temperature_above_the_critical_one_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    watch = watched(Unsupervised(), KMeansInitialization(), TemperatureAnnealing(start=2.2, end=2.2), epochs=1)
+    assert re.search(r"layer.bank: T / T_c is 2\.2, and 2\.2 at the end .* to one point all the time", caplog.text)
+    text = the(watch, "above_critical").text
+    assert re.search(r"T = .* is 2\.\d+ times the critical temperature .* Lower", text)
+
+
+def test_prototypes_that_are_drawn_together_are_named_after_their_temperature() -> None:
+    module = Unsupervised(lr=0.2)
     module.encoder.requires_grad_(False)
-    with reports("falling"):
-        fit(module, KMeansInitialization(), TemperatureAnnealing(start=1.5, end=1.5), watch, max_epochs=30)
-    order = [sign for sign, _ in signs(watch)]
+    with warned("above_critical|uniform"):
+        watch = watched(module, KMeansInitialization(), TemperatureAnnealing(start=1.5, end=1.5), epochs=30)
+    order = signs(watch)
     assert order.index("above_critical") < order.index("falling") < order.index("merged")
-    assert "the spread of the embeddings does not" in next(text for text in watch.reported if "falling" in text)
+    assert "the spread of the tokens does not" in the(watch, "falling").text
 
 
-def test_an_encoder_that_shrinks_its_embeddings():
+def test_an_encoder_that_shrinks_its_tokens_is_named_and_an_alarm_once_codes_tell_less() -> None:
     watch = CollapseWarning(every_n_batches=5)
-    with reports(r"falling in .*Delta fell from 1\.\d+ to 0\.\d+; the embeddings shrink"):
-        digits(watch, KMeansInitialization(), TemperatureAnnealing(), rho=0.5, epochs=25, scale="none")
-    assert "Bound their scale (embedding_scale=" in watch.reported[0]
+    with pytest.warns(UserWarning, match=r"^CollapseWarning: \w+ in head.attention.bank at step .* Harm: the codes"):
+        digits(watch, rho=0.5, epochs=40, scale="none")
+    notice, (alarm, *_) = the(watch, "falling"), of_level(watch, "alarm")
+    assert re.search(r"Delta fell to 0\.\d+ of its highest value .*; the tokens shrink .*embedding_scale=", notice.text)
+    assert alarm.step > notice.step
+    assert watch.report["head.attention.bank"].explained < 0.5
+    assert f"ALARM: {alarm.sign} at step {alarm.step}" in watch.verdict()
 
 
-def test_two_prototypes_on_one_point_are_reported_as_merged():
-    module = Project(lr=0.0)
+def test_flat_tokens_are_noticed_before_delta_falls() -> None:
+    """With unit variance per dimension the encoder makes all dimensions copies of one, and Delta falls late."""
+    watch = CollapseWarning(probe=False)
+    digits(watch, rho=0.5, epochs=45, scale="per_dimension")
+    assert signs(watch)[0] == "flat"
+    pattern = r"rank of the tokens fell from 1\d.* to .* of 16.*embedding_scale='whiten'"
+    assert re.search(pattern, watch.findings[0].text)
+    assert "falling" not in signs(watch)
+
+
+def test_two_prototypes_on_one_point_are_named() -> None:
     start = blobs()[0][:4].clone()
     start[2] = start[1] + 1e-3
-    module.layer.bank.set_prototypes(start.unsqueeze(0))
-    watch = CollapseWarning(every_n_batches=1)
-    with reports("merged in layer.bank at step 3: prototypes 1 and 2 are 0.00"):
-        fit(module, watch, max_epochs=1)
-    assert "merged" in dict(signs(watch))
+    watch = watched(started_from(start))
+    assert re.search(r"2 of 4 codes are within .* \(the closest are 1 and 2, 0\.00", the(watch, "merged").text)
 
 
-def test_a_far_away_prototype_is_dead():
-    module = Project(lr=0.0)
+def test_a_far_away_prototype_is_dead_once_enough_tokens_were_seen() -> None:
     start = blobs()[0][:4].clone()
     start[3] = 1e3
-    module.layer.bank.set_prototypes(start.unsqueeze(0))
-    watch = CollapseWarning(every_n_batches=1)
-    with reports(r"dead in layer.bank at step 13: 1 of 4 prototypes \(3\) .* last 208 tokens"):
-        fit(module, watch, max_epochs=3)
-    assert signs(watch) == [("dead", 13)]  # 200 tokens, 50 for each of 4 prototypes, make 13 batches
+    watch = watched(started_from(start), epochs=4)
+    assert re.search(r"1 of 4 codes \(3\) .*KMeansInitialization.*relocation_threshold", the(watch, "dead").text)
+    assert the(watch, "dead").step > 200 / 16  # 50 tokens for each of 4 prototypes
+    assert re.search(r"code 3 is \d+ times the tokens' spread away", the(watch, "diverging").text)
 
 
-def test_uniform_assignments_are_reported():
-    watch = CollapseWarning(every_n_batches=1)
-    with reports(r"uniform in layer.bank at step 3: H = 1.386 is 1.000 of ln K"):
-        fit(Project(temperature=absolute(1e5)), KMeansInitialization(), watch, max_epochs=1)
+def test_tokens_on_few_codes_are_named() -> None:
+    start = torch.cat([blobs()[0].mean(0, keepdim=True), 100 + torch.arange(31.0)[:, None] * torch.ones(4)])
+    with warned("few_codes in layer.bank at step .* Harm: the codes tell 0 of ln K"):
+        watch = watched(started_from(start, num_prototypes=32), epochs=20)
+    assert "the perplexity is 1.0 of 32" in the(watch, "few_codes").text
 
 
-def test_tokens_that_are_not_finite(monkeypatch):
+def test_codes_that_do_not_follow_the_tokens_are_named() -> None:
+    watch = watched(started_from(blobs()[0][:4] + 200))
+    assert re.search(r"is \d[\d.e+]+ of their variance.*optimizer steps the codes", the(watch, "drifting").text)
+
+
+def test_codes_that_lose_their_directions_are_named() -> None:
+    def line(module: Any) -> None:
+        module.layer.bank.prototypes.copy_(blobs()[0][:4][:, :1] * torch.tensor([1.0, 0.0, 0.0, 0.0]))
+
+    watch = watched(started_from(blobs()[0][:4]), Change(6, line))
+    assert re.search(r"rank of the codes fell from .* to 1 of 4", the(watch, "flat_codes").text)
+
+
+def test_uniform_assignments_are_named() -> None:
+    with warned(r"uniform in layer.bank at step 3: .*Harm: the assignments tell \S+ of ln K = 1\.4 nats"):
+        watch = watched(Unsupervised(temperature=absolute(1e5)), KMeansInitialization())
+    assert re.search(r"H = 1\.386 is 1\.000 of ln K.*Lower the temperature", the(watch, "uniform").text)
+
+
+def test_tokens_that_are_not_finite_are_an_alarm_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrototypeBank, "_require_finite", lambda *args: None)  # as on a GPU
 
     class Broken(Project):
-        def tokens(self, batch):
+        def tokens(self, batch: Any) -> Tensor:
             return super().tokens(batch) / 0
 
-    with reports("not_finite in layer.bank at step 1"):
-        fit(Broken(), CollapseWarning(every_n_batches=100), max_epochs=1)
+    with warned("CollapseWarning: non_finite in layer.bank at step 1: 16 tokens"):
+        watch = watched(Broken(), epochs=1, probe=False)
+    assert signs(watch, "alarm") == ["non_finite"]
 
 
-def test_a_rate_that_throws_the_prototypes_out_is_reported_early():
-    watch = CollapseWarning()
-    with reports("9 of 10 prototypes"):
-        digits(watch, KMeansInitialization(), TemperatureAnnealing(), lr=3.0)
-    assert signs(watch) == [("dead", 21)]  # epoch 2 of 30, with the default interval
+def test_a_rate_of_plain_steps_that_diverges_is_named_before_training_and_an_alarm_in_it() -> None:
+    watch = CollapseWarning(every_n_batches=1)
+    with (
+        warned(r"largest stable rate .* is \d.*, and the rate is 100: lower it") as caught,
+        pytest.raises(ValueError, match="overflow"),
+    ):
+        digits(watch, prototype_optimizer="SGD", lr_prototypes=100.0, epochs=5)
+    assert watch.findings[0].sign == "rate"
+    assert "diverging" in signs(watch)
+    (alarm, *_) = of_level(watch, "alarm")
+    assert f"CollapseWarning: {alarm}" in caught
 
 
 # Reactions ---------------------------------------------------------------------------------------
 
 
-def test_stop_ends_training():
-    with reports("uniform"):
-        trainer = fit(
-            Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="stop"), max_epochs=5
-        )
-    assert trainer.global_step == 3
+def collapsed(action: str, epochs: int = 60) -> tuple[CollapseWarning, pl.Trainer]:
+    """A run that is healthy for 15 readings; then all tokens are one."""
+    watch = CollapseWarning(every_n_batches=1, on_collapse=action)  # type: ignore[arg-type]
+    trainer = fit(started_from(blobs()[0][:4]), watch, Change(15, make_one), data=whole(), max_epochs=epochs)
+    return watch, trainer
 
 
-def test_on_collapse_raise_ends_the_run_with_an_error():
-    with pytest.raises(CollapseError, match=r"above_critical in layer.bank at step 3: .*; uniform in layer.bank"):
-        fit(Project(temperature=absolute(1e5)), CollapseWarning(every_n_batches=1, on_collapse="raise"))
+def test_an_alarm_warns_once_and_lets_the_run_go_on() -> None:
+    with warned(r"CollapseWarning: \w+ in layer.bank at step \d+: .* Harm: ") as caught:
+        watch, trainer = collapsed("warn")
+    (alarm,) = of_level(watch, "alarm")
+    assert caught == [f"CollapseWarning: {alarm}"]
+    assert trainer.global_step == 60
+    assert all(finding.step > 15 for finding in watch.findings)
 
 
-def test_a_sign_is_reported_once_and_again_after_it_went_away():
-    class Swinging(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            hot = 4 <= trainer.global_step < 9 or trainer.global_step >= 14
-            pl_module.layer.bank.set_temperature(absolute(1e5 if hot else 1.0))
-
-    watch = CollapseWarning(every_n_batches=1, patience=2)
-    with reports("uniform"):
-        fit(Project(temperature=absolute()), KMeansInitialization(), watch, Swinging(), max_epochs=4)
-    assert [step for sign, step in signs(watch) if sign == "uniform"] == [6, 16]
+def test_an_alarm_stops_a_run_that_is_to_stop() -> None:
+    with warned("Harm: "):
+        watch, trainer = collapsed("stop")
+    (alarm,) = of_level(watch, "alarm")
+    assert trainer.global_step == alarm.step < 60
 
 
-def test_every_signal_is_logged():
-    trainer = fit(Project(), KMeansInitialization(), TemperatureAnnealing(), CollapseWarning(every_n_batches=1))
-    logged = {name.split("/")[1] for name in trainer.callback_metrics if name.startswith("ddcl/")}
-    assert logged == {
-        "delta_min",
-        "delta_mean",
-        "delta_relative",
-        "delta_trend",
-        "embedding_scale",
-        "effective_dimension",
-        "temperature",
-        "temperature_ratio",
-        "entropy",
-        "entropy_ratio",
-        "used_in_batch",
-        "dead_prototypes",
-    }
+def test_an_alarm_ends_a_run_with_an_error_that_is_to_raise_one() -> None:
+    with pytest.raises(CollapseError, match=r"\w+ in layer.bank at step \d+: .* Harm: the codes explain"):
+        collapsed("raise")
 
 
-def test_one_prototype_is_watched_without_a_sign():
+@pytest.mark.parametrize("action", ["stop", "raise"])
+def test_a_notice_never_ends_a_run(action: Any) -> None:
+    start = blobs()[0][:4].clone()
+    start[2], start[3] = start[1] + 1e-3, 1e3
+    module, watch = started_from(start), CollapseWarning(every_n_batches=1, on_collapse=action)
+    trainer = fit(module, watch, max_epochs=8)
+    assert {"merged", "dead", "diverging"} <= set(signs(watch))
+    assert of_level(watch, "alarm") == []
+    assert trainer.global_step == 48
+    assert "noticed, no harm measured: " in watch.verdict()
+
+
+def test_without_a_probe_nothing_is_called_beside_the_training() -> None:
+    module, watch = Project(), CollapseWarning(every_n_batches=1, probe=False)
+    fit(module, watch, max_epochs=2)
+    assert len(module.losses) == 12
+    assert "explained" not in watch.readings["layer.bank"][-1]
+    assert math.isnan(watch.report["layer.bank"].explained)
+
+
+def test_every_signal_is_logged_and_kept() -> None:
     watch = CollapseWarning(every_n_batches=1)
-    fit(Project(num_prototypes=1), watch)
-    assert watch.reported == []
+    trainer = fit(Project(), KMeansInitialization(), TemperatureAnnealing(), watch, data=whole(), max_epochs=5)
+    names = {name.split("/")[1] for name in trainer.callback_metrics if name.startswith("ddcl/")}
+    expected = {
+        *("delta_min", "delta_mean", "delta_relative", "embedding_scale", "effective_dimension"),
+        *("temperature", "temperature_ratio", "entropy", "entropy_ratio", "used_in_batch", "num_codes", "usage"),
+        *("perplexity", "dead", "near_duplicates", "separation", "token_rank", "code_rank", "spread"),
+        *("commitment", "reach", "explained"),
+    }
+    assert names == expected
+    assert names <= set(TAKEN)
+    (readings,) = watch.readings.values()
+    assert [reading["step"] for reading in readings] == [1, 2, 3, 4, 5]
+    assert set(readings[-1]) == (expected | {"step"}) - {"temperature"}
 
 
-def test_heads_are_judged_one_by_one():
-    module = Project(num_heads=2, lr=0.0)
+def test_heads_are_judged_one_by_one() -> None:
+    module = Unsupervised(num_heads=2, lr=0.0)
     with torch.no_grad():
         module.layer.input_projection.weight.copy_(torch.eye(4))
     start = torch.stack([blobs()[0][:4, :2], blobs()[0][:4, 2:]])
     start[1, 0] = 1e4
     module.layer.bank.set_prototypes(start)
-    watch = CollapseWarning(every_n_batches=1)
-    with reports("dead in layer.bank/head1"):
-        fit(module, watch, max_epochs=3)
-    assert signs(watch) == [("dead", 13)]
+    watch = watched(module, epochs=4)
+    assert the(watch, "dead").codebook == "layer.bank/head1"
+    assert "layer.bank/head0: " in watch.verdict()
+    assert {finding.codebook for finding in watch.findings if finding.sign != "merged"} == {"layer.bank/head1"}
 
 
-def test_a_resumed_run_warns_as_the_whole_one(tmp_path):
-    def run(watch, **kwargs):
-        module = Project(lr=0.0)
-        start = blobs()[0][:4].clone()
-        start[3] = 1e3
-        module.layer.bank.set_prototypes(start.unsqueeze(0))
-        return fit(module, watch, data=loader(shuffle=False), **kwargs)
-
-    first, rest = CollapseWarning(every_n_batches=1), CollapseWarning(every_n_batches=1)
-    run(first, max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
-    assert first.reported == []
-    with reports("last 208 tokens"):
-        run(rest, max_epochs=3, ckpt_path=tmp_path / "two.ckpt")
-    assert signs(rest) == [("dead", 13)]
-
-
-def test_a_resumed_run_reads_the_signals_of_the_whole_one_bit_for_bit(tmp_path):
-    def run(watch, **kwargs):
-        data = loader(size=4800, batch_size=480, shuffle=False)
-        return fit(Project(), KMeansInitialization(), watch, TemperatureAnnealing(duration=2), data=data, **kwargs)
-
-    whole, first, rest = (CollapseWarning(every_n_batches=1) for _ in range(3))
-    run(whole, max_epochs=2)
-    run(first, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
-    run(rest, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
-    assert rest.signals["layer.bank"][0].scalars() == whole.signals["layer.bank"][0].scalars()
-    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["callbacks"]["CollapseWarning"]
-    window = saved["heads"]["layer.bank\n0"]["tokens"]
-    assert sum(map(len, window)) == 5 * 480  # enough for a covariance, and no more
-    assert sum(tokens.untyped_storage().nbytes() for tokens in window) == 5 * 480 * 4 * 4
-
-
-def test_another_run_starts_without_memory():
-    watch = CollapseWarning(every_n_batches=1)
-    wide = DataLoader(TensorDataset(100 * blobs()[0], blobs()[1]), batch_size=16)
-    fit(Project(), KMeansInitialization(), watch, TemperatureAnnealing(), data=wide)
-    fit(Project(), KMeansInitialization(), watch, TemperatureAnnealing())
-    assert watch.reported == []  # no fall from the separation of the first run
-
-
-@pytest.mark.parametrize("from_data", [True, False])
-def test_a_fall_counts_from_the_start_only_where_the_start_was_data(from_data):
-    watch, history = CollapseWarning(), HeadHistory(PrototypeUse.empty(2))
-    falls = []
-    # It travels for 15 readings, rests for 10, and falls.
-    for delta in [5.0 - 0.3 * reading for reading in range(15)] + [0.8] * 10 + [0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]:
-        now = HeadSignals(delta, delta, (0, 1), 1.0, 2.0, 0.1, 1.0, 0.1, 2, torch.ones(2) / 2, torch.tensor([50, 50]))
-        falls.append("falling" in watch._judge(history, now, from_data, {}))
-    assert falls.index(True) == (11 if from_data else 31)
+# Signals of a user's own -------------------------------------------------------------------------
 
 
 class Falling(Signal):
@@ -269,34 +401,35 @@ class Falling(Signal):
     def __init__(self) -> None:
         self.readings = 0
 
-    def read(self, record):
+    def read(self, record: BankRecord) -> Tensor:
         self.readings -= 1
         return torch.full((len(record.codebook),), float(self.readings))
 
-    def sign(self, value, earlier):
+    def sign(self, value: float, earlier: Any) -> str | None:
         return "see a doctor." if sum([value, *earlier[-2:]]) / 3 < -3 else None
 
 
-def test_a_signal_of_the_users_is_logged_and_reported_once():
-    watch = CollapseWarning(every_n_batches=1, patience=2, additional=[Falling()])
-    with pytest.warns(UserWarning, match=r"falling_number in layer.bank at step 6: see a doctor"):
-        trainer = fit(Project(), KMeansInitialization(), TemperatureAnnealing(), watch)
-    assert [message.split()[0] for message in watch.reported] == ["falling_number"]
+def test_a_signal_of_the_users_is_logged_and_noticed_once() -> None:
+    watch = CollapseWarning(every_n_batches=1, rules=CollapseRules(patience=2), additional=[Falling()])
+    trainer = fit(Project(), KMeansInitialization(), TemperatureAnnealing(), watch)
+    assert watch.findings == [Finding("notice", "falling_number", "layer.bank", 6, "see a doctor.")]
     assert float(trainer.callback_metrics["ddcl/falling_number/layer.bank"]) < -6
+    assert watch.readings["layer.bank"][3]["falling_number"] == -4
+    assert "falling_number at step 6" in watch.verdict()
 
 
 class Constant(Signal):
     """A signal that is given what it has to return."""
 
-    def __init__(self, name="constant", value=None, text=None):
+    def __init__(self, name: Any = "constant", value: Any = None, text: Any = None) -> None:
         if name is not None:
             self.name = name
         self.value, self.text = value, text
 
-    def read(self, record):
+    def read(self, record: BankRecord) -> Any:
         return torch.ones(len(record.codebook)) if self.value is None else self.value
 
-    def sign(self, value, earlier):
+    def sign(self, value: float, earlier: Any) -> Any:
         return self.text
 
 
@@ -310,14 +443,9 @@ class Constant(Signal):
         *[([Constant(name)], f"of names that are free; got {name!r} of Constant. Rename it") for name in TAKEN],
     ],
 )
-def test_signals_that_could_not_be_told_apart_are_refused(signals, message):
+def test_signals_that_could_not_be_told_apart_are_refused(signals: list[Signal], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         CollapseWarning(additional=signals)
-
-
-def test_every_name_of_the_callback_is_taken():
-    trainer = fit(Project(), CollapseWarning(every_n_batches=1))
-    assert {name.split("/")[1] for name in trainer.callback_metrics if name.startswith("ddcl/")} <= set(TAKEN)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +459,7 @@ def test_every_name_of_the_callback_is_taken():
     ],
     ids=str,
 )
-def test_a_signal_that_reads_no_number_per_head_is_refused_by_its_name(value, got):
+def test_a_signal_that_reads_no_number_per_head_is_refused_by_its_name(value: Any, got: str) -> None:
     expected = (
         f"read of the signal 'constant' must return floats of shape (1,), one per head; got {got}. Return a tensor"
     )
@@ -340,80 +468,19 @@ def test_a_signal_that_reads_no_number_per_head_is_refused_by_its_name(value, go
 
 
 @pytest.mark.parametrize("text", [True, 3, ["see a doctor"]])
-def test_a_sign_that_is_no_sentence_is_refused_by_the_signals_name(text):
+def test_a_sign_that_is_no_sentence_is_refused_by_the_signals_name(text: Any) -> None:
     expected = f"sign of the signal 'constant' must return a sentence, or None .* got {re.escape(repr(text))}. Return a"
     with pytest.raises(ValueError, match=expected):
         fit(Project(), CollapseWarning(every_n_batches=1, additional=[Constant(text=text)]))
 
 
-def test_flat_embeddings_are_noticed_before_delta_falls():
-    """With unit variance per dimension the encoder makes all dimensions copies of one, and Delta falls late."""
-    watch = CollapseWarning()
-    head = DDCLReadout(10, embedding_scale="per_dimension")
-    model = DDCLReadoutModule(PCABackbone(64, 16, trainable=True), head, Clustering(10), rho=0.5)
-    trainer = pl.Trainer(callbacks=[KMeansInitialization(), TemperatureAnnealing(), watch], max_epochs=100, **QUIET)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(model, datamodule=DigitsDataModule())
-    first = watch.reported[0]
-    assert first.startswith("flat in head.attention.bank at step ")
-    assert "embedding_scale='whiten'" in first
-    assert int(first.split("step ")[1].split(":")[0]) < 400
-
-
-# Memory ------------------------------------------------------------------------------------------
-
-
-def test_rare_prototypes_are_not_dead():
-    generator = torch.Generator().manual_seed(0)
-    probabilities = torch.tensor([0.5, 0.3, 0.196, 0.004])  # the last one 60 times rarer than even use
-    use = PrototypeUse.empty(4)
-    reports = 0
-    for _ in range(2000):
-        draws = torch.multinomial(probabilities, 64, replacement=True, generator=generator)
-        use.add(torch.bincount(draws, minlength=4))
-        reports += use.dead() == [3]
-    assert reports <= 20  # of 2000: before its first token, or after one that came too early
-
-
-def test_a_prototype_that_was_in_use_is_dead_soon():
-    use = PrototypeUse.empty(4)
-    for _ in range(100):
-        use.add(torch.tensor([16, 16, 16, 16]))
-    for reading in range(1, 10):
-        use.add(torch.tensor([64, 0, 0, 0]))
-        assert use.dead() == ([1, 2, 3] if 64 * reading >= 200 else [])
-
-
-def test_recent_tokens_are_bounded_and_new_ones_push_out_old():
-    history = HeadHistory(PrototypeUse.empty(2))
-    for value in range(10):
-        history.add_tokens(torch.full((1000, 3), float(value)))
-    assert sum(map(len, history.tokens)) == 3000
-    assert float(history.tokens[0][0, 0]) == 7.0
-    history.add_tokens(torch.arange(10_000.0).unsqueeze(1).expand(-1, 3))
-    assert len(history.tokens) == 1 or sum(map(len, history.tokens)) < 2 * ENOUGH_TOKENS
-    assert float(history.tokens[-1][-1, 0]) > 9000  # an even part, not the first ones
-
-
-def test_trend_is_the_slope_of_the_least_squares_line():
-    assert trend([]) == trend([1.0]) == 0.0
-    assert trend([3.0, 2.5, 2.0]) == pytest.approx(-0.5)
-    assert trend([math.log(2)] * 5) == pytest.approx(0.0)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"on_collapse": "ignore"}, "on_collapse must be"),
-        ({"min_separation": -1.0}, "min_separation must be >= 0"),
-        ({"max_drop": 0.0}, "max_drop must be in"),
-        ({"max_entropy": 1.1}, "max_entropy must be in"),
-        ({"min_dimension": 0.0}, "min_dimension must be in"),
-        ({"patience": 0}, "patience must be at least 1"),
-        ({"every_n_batches": 0}, "every_n_batches must be at least 1"),
+        ({"on_collapse": "ignore"}, "on_collapse must be 'warn', 'stop' or 'raise'; got 'ignore'"),
+        ({"every_n_batches": 0}, "every_n_batches must be at least 1; got 0"),
     ],
 )
-def test_collapse_warning_refuses_arguments_out_of_range(kwargs, message):
+def test_collapse_warning_refuses_arguments_out_of_range(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CollapseWarning(**kwargs)

@@ -342,7 +342,7 @@ def test_one_temperature_for_both_levels_collapses_the_second_and_is_reported() 
     high = 0.9 * float(critical_temperature(data.x[data.mask]))
     watch = CollapseWarning(every_n_batches=1)
     annealing = TemperatureAnnealing(start=absolute(high), end=absolute(high))
-    with pytest.warns(UserWarning, match=r"CollapseWarning: head.levels.1.bank: T / T_c is \d"):
+    with pytest.warns(UserWarning, match=r"CollapseWarning: uniform in head.levels.1.bank at step"):
         fit(trained, annealing, KMeansInitialization(), watch, max_epochs=2)
     signs = {(finding.sign, finding.codebook) for finding in watch.findings}
     assert {("above_critical", "head.levels.1.bank"), ("uniform", "head.levels.1.bank")} <= signs
