@@ -46,7 +46,7 @@ class DescentCheck(BankCallback):
     of the model is needed, only two readings of the bank in float64, so nothing of the training changes.
 
     It judges plain gradient steps and token-normalized ones. Momentum, Adam, and another loss that reaches the
-    prototypes may raise it a little at any rate; ``tolerance`` leaves room for them (``docs/stability.md`` has figures).
+    prototypes may raise it a little at any rate; ``tolerance`` leaves room for them (figures: ``docs/stability.md``).
     Where a batch calls a bank several times, the last call counts.
 
     Args:
