@@ -1,7 +1,7 @@
 import pytest
 import torch
-from toys import Masked, Project, TwoLevels, fit
 from torch import nn
+from toys import Masked, Project, TwoLevels, fit
 
 from ddcl_lightning import PrototypeBank, TokenNormalized
 from ddcl_lightning.callbacks import DescentCheck, DescentViolationError, KMeansInitialization
