@@ -3,7 +3,8 @@
 ``AdaptiveBankSize`` at two levels of its test, and without it (deterministic annealing alone: the last temperature sets
 K, up to 30), against k-means at the K of the largest silhouette and at that of the smallest BIC of a Gaussian mixture
 (full covariances), both out of 2 to 30, and at the number of classes. Five seeds, which draw the debris; digits are the
-same for all. Metrics are those of the last epoch, on the training data.
+same for all. Metrics are those of the last epoch, on the training data. With two seeds of the digits also one split per
+check, the most significant or that of the smallest split margin.
 
     python benchmarks/adaptive_size.py    # about 10 minutes on one core
 """
@@ -26,10 +27,14 @@ from torch import Tensor, from_numpy
 from ddcl_lightning.backbones import PCABackbone
 from ddcl_lightning.callbacks import AdaptiveBankSize, CollapseWarning, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import DebrisDataModule, DigitsDataModule
+from ddcl_lightning.functional import split_margins
 from ddcl_lightning.heads import DDCLReadout
 from ddcl_lightning.metrics.probing import clustering_scores
 from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.monitoring.token_sampling import collect_tokens
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.optim import SizeRules
+from ddcl_lightning.optim.resizing import Resize
 from ddcl_lightning.tasks import Clustering
 
 LARGEST = 30
@@ -47,11 +52,48 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kmeans-bic": ("k-means, BIC", {"method": "kmeans", "size": "bic"}),
     "kmeans-classes": ("k-means, classes", {"method": "kmeans", "size": "classes"}),
 }
+# One split per check, of those that the test finds: the most significant, or that of the smallest split margin.
+ORDERS = {
+    "one-score": ("adaptive, one at a time by the test", "score"),
+    "one-margin": ("adaptive, one at a time by the margin", "margin"),
+}
 CASES = {
     f"{data}/{method}": Case(label, {**source, **config})
     for data, source in DATA.items()
     for method, (label, config) in METHODS.items()
+} | {
+    f"{data}/adaptive-{name}": Case(
+        label, {**DATA[data], "method": "adaptive", "significance": 0.01, "order": order}, seeds=(0, 1)
+    )
+    for data in ("digits-whitened", "digits-pca")
+    for name, (label, order) in ORDERS.items()
 }
+
+
+class OneAtATime(AdaptiveBankSize):
+    """Keeps one of the splits of a check."""
+
+    def __init__(self, rules: SizeRules, order: str) -> None:
+        super().__init__(rules)
+        self.order = order
+
+    def _plan(self, trainer: pl.Trainer, module: pl.LightningModule, name: str, bank: PrototypeBank) -> Resize:
+        plan = super()._plan(trainer, module, name, bank)
+        number = sum(change.startswith("split") for change in plan.changes)
+        if number < 2:
+            return plan
+        chosen, rest = len(plan.parents) - number, len(plan.parents) - number
+        if self.order == "margin":
+            tokens = collect_tokens(trainer, module, name, bank, max_tokens=self.max_tokens, seed=self.seed)
+            margins = split_margins(tokens, bank.prototypes.detach(), bank.temperature)[0]
+            chosen += int(margins[plan.parents[rest:]].argmin())
+        prototypes = plan.prototypes.clone()
+        for row in range(rest, len(plan.parents)):  # the first half of one that is not to be split is it again
+            first = plan.parents[:rest].tolist().index(int(plan.parents[row]))
+            if row != chosen:
+                prototypes[first] = bank.prototypes[0, plan.parents[row]].detach().to(prototypes)
+        keep = [*range(rest), chosen]
+        return Resize(prototypes[keep], plan.parents[keep], [plan.idle[row] for row in keep], plan.changes)
 
 
 def data_of(config: Config, seed: int) -> DigitsDataModule | DebrisDataModule:
@@ -83,7 +125,8 @@ def train(config: Config, seed: int, epochs: int) -> Run:
         rho=config["rho"],
         gradient_clip_val=1.0 if config["data"] == "debris" else None,
     )
-    adaptive = AdaptiveBankSize(SizeRules(max_prototypes=LARGEST, significance=config["significance"]))
+    rules = SizeRules(max_prototypes=LARGEST, significance=config["significance"])
+    adaptive = OneAtATime(rules, config["order"]) if "order" in config else AdaptiveBankSize(rules)
     watch = CollapseWarning()
     callbacks = [TemperatureAnnealing(), KMeansInitialization(progress=False), adaptive, watch]
     trainer = quiet_trainer(epochs, callbacks, check_val_every_n_epoch=epochs)
@@ -125,11 +168,23 @@ def table(results: Results, data: str) -> Table:
     return results.table("method", [f"{data}/{method}" for method in METHODS], columns)
 
 
+def order_table(results: Results) -> Table:
+    """Of the seeds of the cases with an order; the default splits all at once."""
+    cases = [name for name in results.labels if name.startswith("digits") and "/adaptive-" in name]
+    cases = [name for name in cases if "-one-" in name or name.endswith("-0.01")]
+    columns = {
+        "data": lambda runs: runs[0]["case"].partition("/")[0],
+        **{name: lambda runs, name=name: ", ".join(f"{run[name]:.3f}" for run in runs[:2]) for name in ("ari", "nmi")},
+        "K": lambda runs: ", ".join(str(run["K"]) for run in runs[:2]),
+    }
+    return results.table("what a check splits", sorted(cases, reverse=True), columns)
+
+
 STUDY = Study(
     "adaptive_size",
     CASES,
     run,
-    {data: lambda results, data=data: table(results, data) for data in DATA},
+    {**{data: lambda results, data=data: table(results, data) for data in DATA}, "order": order_table},
     seeds=range(5),
 )
 

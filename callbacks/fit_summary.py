@@ -20,7 +20,7 @@ from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
-from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.functional import Decomposition, split_margins
 from ddcl_lightning.metrics.evaluation_pass import flat_loaders
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
@@ -32,12 +32,15 @@ from ddcl_lightning.metrics.probing import (
     linear_probe,
 )
 from ddcl_lightning.monitoring.recording import BankRecord
-from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
+from ddcl_lightning.monitoring.signals import read_signals
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 MAX_TOKENS = 65_536  # for the signals of the bank
 RECONSTRUCTION_METRICS = ("mse", "psnr", "ssim", "usage", "perplexity", "soft_perplexity")
+MAX_SPLIT_TOKENS = 2048
+MAX_SPLIT_WORK = 10**10  # multiplications: below a second or two
 NAME = "FitSummary"  # for its warnings
 
 
@@ -137,19 +140,8 @@ class FitSummary(Callback):
             self.rows["k-means, features before training"] = self._before
         else:
             self.rows["k-means, features"] = self._kmeans(module, now, now.mean)
-        signals: list[list[HeadSignals]] = []
-        for bank, tokens in zip(banks, evaluation.tokens.values(), strict=True):
-            terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
-            record = BankRecord(
-                tokens,
-                None,
-                bank.prototypes.detach().cpu(),
-                bank.temperature.cpu(),
-                terms,
-                detach_assignments=bank.detach_assignments,
-            )
-            signals.append(read_signals(record))
-        return self._format(trainer, module, signals)
+        lines = _bank_lines(banks, list(evaluation.tokens.values()))
+        return self._format(trainer, module, lines)
 
     def _fill_probes(self, train: Readouts, test: Readouts) -> None:
         rows = {"pooled readout": "pooled", "mean token": "mean", "first token": "first"}
@@ -194,7 +186,7 @@ class FitSummary(Callback):
         readouts = [Readouts.cat(by_process).in_order() for by_process in zip(*gather_objects(local), strict=True)]
         return _Evaluation(Readouts.cat(readouts), tokens)
 
-    def _format(self, trainer: pl.Trainer, module: ReadoutModule, signals: list[list[HeadSignals]]) -> str:
+    def _format(self, trainer: pl.Trainer, module: ReadoutModule, bank_lines: list[str]) -> str:
         width = max(map(len, [*self.rows, *self.probes])) + 2
         titles = (f"{name.upper() if len(name) == 3 else name:>12}" for name in CLUSTERING_METRICS)
         lines = ["", " " * width + "".join(titles)]
@@ -217,16 +209,9 @@ class FitSummary(Callback):
             for submodule in (module.head, module.task)
         }
         lines.append("parameters: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
-        if not signals:
+        if not bank_lines:
             return "\n".join([*lines, *_verdicts(trainer)])
-        for level, heads in enumerate(signals, 1):
-            for head, now in enumerate(heads):
-                places = [f"level {level}"] * (len(signals) > 1) + [f"head {head}"] * (len(heads) > 1)
-                prefix = f"{', '.join(places)}: " if places else ""
-                lines.append(
-                    f"{prefix}Delta {now.delta_min:.4g} (mean {now.delta_mean:.4g}), embeddings' spread "
-                    f"{now.scale:.4g}, H / ln K {now.entropy_ratio:.3f}, T / T_c {now.temperature_ratio:.3g}"
-                )
+        lines += bank_lines
         checks = [callback for callback in callbacks_of(trainer) if isinstance(callback, DecompositionCheck)]
         lines += [f"decomposition: {c.violations} violations in {c.checks} checks" for c in checks] or [
             "decomposition: not checked (add DecompositionCheck)"
@@ -241,6 +226,33 @@ class FitSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the baseline from before training."""
         self._before = state_dict["before"]
+
+
+def _bank_lines(banks: list[PrototypeBank], samples: list[Tensor]) -> list[str]:
+    """A line on every head of every bank, from samples of its tokens ``(H, N, d)``."""
+    lines = []
+    for level, (bank, tokens) in enumerate(zip(banks, samples, strict=True), 1):
+        terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
+        prototypes, temperature = bank.prototypes.detach().cpu(), bank.temperature.cpu()
+        detach = bank.detach_assignments
+        record = BankRecord(tokens, None, prototypes, temperature, terms, detach_assignments=detach)
+        for head, now in enumerate(read_signals(record)):
+            places = [f"level {level}"] * (len(banks) > 1) + [f"head {head}"] * (bank.num_heads > 1)
+            lines.append(
+                f"{', '.join(places)}{': ' if places else ''}Delta {now.delta_min:.4g} (mean {now.delta_mean:.4g}), "
+                f"embeddings' spread {now.scale:.4g}, H / ln K {now.entropy_ratio:.3f}, T / T_c "
+                f"{now.temperature_ratio:.3g}{_next_split(tokens[head], prototypes[head], temperature[head], detach)}"
+            )
+    return lines
+
+
+def _next_split(tokens: Tensor, prototypes: Tensor, temperature: Tensor, detach_assignments: bool) -> str:
+    """Which prototype would split next as T falls, where that is quickly known."""
+    if len(prototypes) * MAX_SPLIT_TOKENS * tokens.shape[1] ** 2 > MAX_SPLIT_WORK:
+        return ""
+    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MAX_SPLIT_TOKENS)).long()]
+    margins = split_margins(sample, prototypes, temperature, detach_assignments=detach_assignments)
+    return f", nearest to a split {int(margins.argmin())} (margin {float(margins.min()):.2g})"
 
 
 def _verdicts(trainer: pl.Trainer) -> list[str]:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from ddcl_lightning.functional import assignment_statistics, critical_temperature
+from ddcl_lightning.functional import assignment_statistics, critical_temperature, largest_stable_rate
 from ddcl_lightning.monitoring.sources.finding import Recordable
 from ddcl_lightning.nn.bank import PrototypeBank
+
+ROUGHLY = 2.0  # times the rate that is stable with detached assignments, where assignments respond
 
 
 class Remark(NamedTuple):
@@ -117,7 +119,7 @@ def _schedule(label: str, bank: PrototypeBank, head: int, tokens: Tensor, end: f
 
 
 def _rate(label: str, bank: PrototypeBank, head: int, tokens: Tensor, optimizers: list[Optimizer]) -> list[Remark]:
-    """Plain gradient steps on L_q have a largest stable rate; that of other optimizers is not known."""
+    """Plain gradient steps on L_q have a largest stable rate, roughly so with the full gradient; others none known."""
     rates = [
         float(group["lr"])
         for optimizer in optimizers
@@ -129,8 +131,10 @@ def _rate(label: str, bank: PrototypeBank, head: int, tokens: Tensor, optimizers
         return []
     prototypes = bank.prototypes[head].detach().cpu().float()
     temperature = torch.as_tensor(float(bank.temperature[head]))
-    limit = 1 / float(assignment_statistics(tokens, prototypes, temperature).mass.max())
-    text = f"the largest stable rate of plain gradient steps on L_q is {limit:.3g} (1 / the largest mean assignment)"
+    limit = float(largest_stable_rate(assignment_statistics(tokens, prototypes, temperature).mass))
+    about = "" if bank.detach_assignments else "about "
+    text = f"plain gradient steps on L_q are stable up to a rate of {about}{limit:.3g}, 1 / the largest mean assignment"
+    limit *= 1.0 if bank.detach_assignments else ROUGHLY
     if max(rates) <= limit:
-        return [Remark("rate", label, f"{text}, the rate {max(rates):.3g}.", False)]
-    return [Remark("rate", label, f"{text}, and the rate is {max(rates):.3g}: lower it.", True)]
+        return [Remark("rate", label, f"{text}; the rate is {max(rates):.3g}.", False)]
+    return [Remark("rate", label, f"{text}; the rate is {max(rates):.3g}. Lower it.", True)]

@@ -26,6 +26,7 @@ class HeadHistory:
         lowest: Lowest value of each.
         recent: The latest 20 values of each, the oldest first.
         streaks: Readings in a row with a sign, by its name.
+        alarmed: Whether the present harm has been reported.
         planned: Whether the temperature started above the critical one and is planned to fall below it.
     """
 
@@ -36,6 +37,7 @@ class HeadHistory:
     recent: dict[str, list[float]] = field(default_factory=dict)
     streaks: dict[str, int] = field(default_factory=dict)
     planned: bool = False
+    alarmed: bool = False
 
     def add(self, now: CodebookReport, from_data: bool = True) -> None:
         """Add one reading. Codes that did not start from data have no best separation before they have travelled."""

@@ -79,7 +79,9 @@ class Judge:
             holding = {sign: text for sign, text in texts.items() if text}
         harm = measured_harm(now, past, self.loss, self.rules, holding)
         past.streaks["harm"] = past.streaks.get("harm", 0) + 1 if harm else 0
-        if harm and past.streaks["harm"] == harm.patience:
+        past.alarmed = past.alarmed and harm is not None
+        if harm and past.streaks["harm"] >= harm.patience and not past.alarmed:
+            past.alarmed = True
             text = f"{holding[harm.sign]} Harm: {harm.text}."
             new.append(Finding("alarm", harm.sign, name, step, text))
         return new

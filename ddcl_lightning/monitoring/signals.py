@@ -12,7 +12,9 @@ from torch import Tensor
 from ddcl_lightning.functional import (
     assignment_statistics,
     critical_temperature,
+    decompose,
     effective_dimension,
+    lyapunov,
     separation,
     total_variance,
 )
@@ -120,6 +122,8 @@ class HeadSignals:
         num_prototypes: K.
         mass: Mean soft assignment, K numbers.
         counts: Tokens nearest to each prototype, K numbers.
+        descends: What descent on ``L_q`` lowers: ``L_q``, with detached assignments ``L_q - T H``
+            (:func:`~ddcl_lightning.functional.lyapunov`).
         logged: Attributes for a logger, by the names that they have there.
     """
 
@@ -133,6 +137,7 @@ class HeadSignals:
         "entropy": "entropy",
         "entropy_ratio": "entropy_ratio",
         "used_in_batch": "used_in_batch",
+        "lyapunov": "descends",
     }
 
     delta_min: float
@@ -146,6 +151,7 @@ class HeadSignals:
     num_prototypes: int
     mass: Tensor
     counts: Tensor
+    descends: float = math.nan
 
     @property
     def relative_separation(self) -> float:
@@ -187,6 +193,8 @@ def read_signals(record: BankRecord, recent_tokens: Tensor | None = None) -> lis
     tokens = record.valid_tokens() if recent_tokens is None else recent_tokens
     apart = separation(record.codebook)
     use = assignment_statistics(record.tokens, record.codebook, record.temperature, record.mask)
+    loss = decompose(record.tokens, record.codebook, record.temperature, record.mask).loss
+    descends = lyapunov(loss, record.temperature, use.entropy, detach_assignments=record.detach_assignments)
     critical = critical_temperature(tokens, detach_assignments=record.detach_assignments)
     scale, dimension = total_variance(tokens).sqrt(), effective_dimension(tokens)
     return [
@@ -202,6 +210,7 @@ def read_signals(record: BankRecord, recent_tokens: Tensor | None = None) -> lis
             num_prototypes=record.codebook.shape[1],
             mass=use.mass[head].cpu(),
             counts=use.counts[head].cpu(),
+            descends=float(descends[head]),
         )
         for head in range(record.codebook.shape[0])
     ]

@@ -42,7 +42,7 @@ class CollapseRules:
     max_growth: float = 10.0
     patience: int = 3
     min_explained: float = 0.9
-    min_information: float = 0.2
+    min_information: float = 0.25
     min_fall: float = 0.65
     max_regain: float = 0.1
 

@@ -1,5 +1,7 @@
 """What a step lowers and how large it may be, in real descent through the layer's own backward pass."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from ddcl_lightning.functional import (
     largest_stable_rate,
     lyapunov,
     prototype_attention,
+    prototype_attention_reference,
 )
 
 
@@ -111,7 +114,7 @@ def test_each_form_lowers_its_own_function_and_raises_the_other(
     rate = 0.5 * rate_of(tokens, tokens[:6], temperature)
     _, course = descend(tokens, tokens[:6], temperature, rate, 100, detach)
     measured = [values(tokens, p, temperature) for p in course]
-    steps = list(zip(measured, measured[1:], strict=False))
+    steps = list(pairwise(measured))
     assert all(after[falls] <= before[falls] + 1e-12 for before, after in steps)
     assert sum(after[rises] > before[rises] + 1e-12 for before, after in steps) >= 5
 
@@ -138,3 +141,43 @@ def test_descent_violation_is_a_rise_beyond_the_tolerance_or_a_nan() -> None:
     assert descent_violation(before, after, 10 * scale, 0.01).tolist() == [False, False, False, True]
     with pytest.raises(ValueError, match=r"tolerance must be finite and >= 0.*got -1.0"):
         descent_violation(before, after, scale, -1.0)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("place", ["collapsed", "random", "descended"])
+def test_signs_of_the_linearised_flow_do_not_depend_on_the_ratio_of_the_rates(place: str, detach: bool) -> None:
+    """Encoder and prototypes descend one potential: J = D(rho) H has as many unstable directions as H (Sylvester)."""
+    x = tokens_in_clusters()[:40]
+    x = (x - x.mean(0)) / x.std(0)
+    generator = torch.Generator().manual_seed(3)
+    encoder = 0.5 * torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    temperature = 0.5 * float(critical_temperature(x @ encoder, detach_assignments=detach))
+    prototypes = (x @ encoder)[:3] if place != "collapsed" else (x @ encoder).mean(0).repeat(3, 1)
+
+    def potential(point: Tensor) -> Tensor:
+        z, p = x @ point[:6].view(3, 2), point[6:].view(3, 2)
+        output = prototype_attention_reference(z, p, temperature)
+        loss, entropy = output.terms.loss, torch.special.entr(output.weights).sum(-1).mean()
+        own = (z.T @ z / len(z) - torch.eye(2)).square().sum()  # a loss of the encoder's own, that bounds its scale
+        return own + lyapunov(loss, temperature, entropy, detach_assignments=detach)
+
+    point = torch.cat([encoder.flatten(), prototypes.flatten()])
+    point = point.requires_grad_()
+    optimizer = torch.optim.SGD([point], lr=0.02)
+    for _ in range(3000 if place == "descended" else 0):
+        optimizer.zero_grad()
+        potential(point).backward()
+        optimizer.step()
+    hessian = torch.autograd.functional.hessian(potential, point.detach())
+    counts, fastest = set(), set()
+    for rho in (1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3):
+        rates = torch.cat([torch.full((6,), rho, dtype=torch.float64), torch.ones(6, dtype=torch.float64)])
+        values = torch.linalg.eigvals(rates.unsqueeze(1) * hessian)
+        assert float(values.imag.abs().max()) < 1e-6 * float(values.abs().max())  # no oscillation either
+        tolerance = 1e-8 * float(hessian.abs().max()) * min(rho, 1.0)
+        counts.add((int((values.real > tolerance).sum()), int((values.real < -tolerance).sum())))
+        fastest.add(round(float(values.real.max()), 6))
+    assert len(counts) == 1
+    ((_, unstable),) = counts
+    assert place == "descended" or unstable > 0
+    assert len(fastest) > 3  # what does depend on rho: the speed, and so the largest stable rate

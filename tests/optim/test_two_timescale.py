@@ -22,7 +22,9 @@ def test_other_ratios_do_not() -> None:
             with pytest.raises(ValueError, match="must be finite and >= 0; got"):
                 check_ratio(rho, allow_unstable=unstable)
     for rho in (1.0, 3.0):
-        with pytest.raises(ValueError, match=r"must be < 1, .*speed of a collapse.*scale of the embeddings.*allow_unstable=True"):
+        with pytest.raises(
+            ValueError, match=r"must be < 1, .*speed of a collapse.*scale of the embeddings.*allow_unstable=True"
+        ):
             check_ratio(rho)
         check_ratio(rho, allow_unstable=True)
 
