@@ -1,13 +1,14 @@
 """A run is the same whether it is watched or not; a resumed one goes on; several processes find what one finds."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_collapse_warning import Change, Unsupervised, make_one, of_level, signs, started_from, warned
+from test_collapse_warning import Change, Unsupervised, make_one, of_level, started_from, warned
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import QUIET, Project, blobs, fit, loader
@@ -20,6 +21,7 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from tests.processes import results_of_processes
+from tests.tiny import absolute
 
 
 class Mixed(Unsupervised):
@@ -59,7 +61,6 @@ def end_of_run(make: Any, *watches: pl.Callback) -> dict[str, Any]:
     return {
         "state": copy.deepcopy(module.state_dict()),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in trainer.optimizers],
-        "losses": module.losses,
         "random": torch.get_rng_state(),
         "checks": check.checks,
         "training": [child.training for child in module.modules()],
@@ -79,18 +80,16 @@ class Counted(CollapseWarning):
 @pytest.mark.parametrize("make", [lambda: Project(dropout=0.5), lambda: Project(num_heads=2), Mixed], ids=str)
 def test_a_watched_run_is_the_unwatched_one_bit_for_bit(make: Any) -> None:
     alone, watched = end_of_run(make), end_of_run(make, Counted(every_n_batches=1))
-    watched["losses"] = watched["losses"][-1:]  # those of the probe are among them
-    alone["losses"] = alone["losses"][-1:]
     for key in alone:
         assert equal(alone[key], watched[key]), key
 
 
 def test_a_watch_removes_its_hooks_when_a_run_fails() -> None:
-    class Failing(Project):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    class Failing(Unsupervised):
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
             if len(self.losses) > 20:
                 raise RuntimeError("boom")
-            return super().training_step(batch, batch_idx)
+            super().training_step(batch, batch_idx)
 
     module = Failing()
     with pytest.raises(RuntimeError, match="boom"):
@@ -110,7 +109,7 @@ def sick(epochs: int, watch: CollapseWarning, seed: int, shuffle: bool, ckpt_pat
 
 
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
-@pytest.mark.parametrize("epochs", [1, 5, 14, 16, 20])
+@pytest.mark.parametrize("epochs", [5, 16])
 def test_a_resumed_run_finds_and_keeps_what_the_whole_one_does(tmp_path: Path, epochs: int, shuffle: bool) -> None:
     whole, first, rest = (CollapseWarning(every_n_batches=1) for _ in range(3))
     with warned("Harm"):
@@ -149,7 +148,7 @@ def test_the_state_of_a_watch_is_of_bounded_size() -> None:
             windows = watch.state_dict()["monitor"]["windows"]["layer.bank"]
             sizes.append(sum(rows.untyped_storage().nbytes() for rows in windows["sample"]))
 
-    fit(Project(), watch, Sizes(), data=loader(size=4800, batch_size=480), max_epochs=3)
+    fit(Unsupervised(), watch, Sizes(), data=loader(size=4800, batch_size=480), max_epochs=3)
     assert max(sizes) == sizes[0] <= 3 * 2048 * 5 * 4
 
 
@@ -186,21 +185,16 @@ def watched_here(devices: int) -> dict[str, Any]:
     """What a watch finds in one run of that many processes, on the same joint batches."""
     torch.manual_seed(0)
     watch = CollapseWarning(every_n_batches=1)
-    module = started_from(blobs()[0][:4], num_heads=1)
-    settings = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+    module = started_from(blobs()[0][:4])
+    settings = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
     trainer = pl.Trainer(callbacks=[watch, Change(12, make_one)], max_epochs=20, **{**QUIET, **settings})
-    data = loader(size=192, batch_size=96 // devices, shuffle=False)
-    with warned("Harm") if trainer.global_rank == 0 else warned_elsewhere():
+    x, y = (values[trainer.global_rank :: devices] for values in blobs(192))
+    data = DataLoader(TensorDataset(x, y), batch_size=96 // devices)
+    with warned("Harm") if trainer.global_rank == 0 else nullcontext():
         trainer.fit(module, data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("ddcl/")}
     findings = [[finding.level, finding.sign, finding.codebook, finding.step] for finding in watch.findings]
     return {"findings": findings, "logged": logged, "readings": watch.readings}
-
-
-def warned_elsewhere() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def two_processes(rank: int) -> dict[str, Any]:
@@ -222,6 +216,7 @@ class Sometimes(Unsupervised):
     """Only the first process calls the bank in the first batches, and only the second one in the last."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        # T is given, as the tokens of all processes would decide on it together.
         calls = batch_idx < 2 if self.global_rank == 0 else batch_idx >= 4
         loss = self.tokens(batch).sum() + self.layer.bank.prototypes.sum() * 0
         if calls:
@@ -237,7 +232,7 @@ class Sometimes(Unsupervised):
 def one_after_the_other(rank: int) -> list[float]:
     watch = CollapseWarning(every_n_batches=1, probe=False)
     trainer = pl.Trainer(callbacks=[watch], max_epochs=2, **{**QUIET, "devices": 2, "strategy": "ddp"})
-    trainer.fit(Sometimes(lr=0.0), loader(batch_size=8))
+    trainer.fit(Sometimes(lr=0.0, temperature=absolute()), loader(batch_size=8))
     return [reading["step"] for reading in watch.readings["layer.bank"]]
 
 
@@ -245,4 +240,3 @@ def one_after_the_other(rank: int) -> list[float]:
 def test_processes_that_do_not_all_call_a_codebook_do_not_wait_for_each_other(tmp_path: Path) -> None:
     first, second = results_of_processes(tmp_path, one_after_the_other)
     assert first == second == [5, 6, 7, 8, 11, 12]  # once both have called it
-    assert signs  # imported for all
