@@ -179,5 +179,8 @@ def _read(bank: PrototypeBank, record: BankRecord, constant: bool) -> _Reading |
 def _joint(readings: list[_Reading]) -> _Reading:
     """Means over the tokens of all processes."""
     total = sum(reading.tokens for reading in readings)
-    means = [sum(reading[i] * (reading.tokens / total) for reading in readings) for i in range(4)]
-    return _Reading(*(torch.as_tensor(mean) for mean in means), total)
+    before, after, loss, mass = (
+        torch.stack([values * (reading.tokens / total) for values, reading in zip(field, readings, strict=True)]).sum(0)
+        for field in zip(*((each.before, each.after, each.loss, each.mass) for each in readings), strict=True)
+    )
+    return _Reading(before, after, loss, mass, total)
