@@ -24,6 +24,8 @@ PACKAGES = {"callbacks": "callbacks", "datamodules": "datamodules", "utils": "dd
 TESTS_OF_SEVERAL_MODULES = {
     "backbones/test_offline.py": "loading without a network",
     "callbacks/test_beside_lightning.py": "our callbacks beside Lightning's",
+    "callbacks/test_foreign_codebooks.py": "codebooks of others under a CollapseWarning",
+    "callbacks/test_watched_runs.py": "runs with and without a CollapseWarning, resumed, in several processes",
     "callbacks/test_row_numbers.py": "rows of files from data modules to predictions",
     "cli/test_killed.py": "commands that are ended or killed in the middle",
     "cli/test_cli.py": "commands as a user runs them",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from ddcl_lightning.functional import assignment_statistics, critical_temperature, largest_stable_rate
+from ddcl_lightning.functional import assignment_statistics, critical_temperature, largest_stable_rate, total_variance
 from ddcl_lightning.monitoring.sources.finding import Recordable
 from ddcl_lightning.nn.bank import PrototypeBank
 
@@ -105,7 +105,8 @@ def _more_codes_than_tokens(name: str, tokens: Tensor, num_codes: int) -> list[R
 
 def _schedule(label: str, bank: PrototypeBank, head: int, tokens: Tensor, end: float | None) -> list[Remark]:
     critical = float(critical_temperature(tokens, detach_assignments=bank.detach_assignments))
-    if not critical > 0:
+    rounding = 1e-10 * float(tokens.double().square().sum(-1).mean())
+    if not float(total_variance(tokens.double())) > rounding:
         return [Remark("no_variance", label, "all tokens of the sample are one. Check the encoder.", True)]
     first = float(bank.temperature[head]) / critical
     last = first if end is None else end / critical

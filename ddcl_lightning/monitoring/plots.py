@@ -107,7 +107,7 @@ def draw_course(
                 )
         axis.set_ylim(bottom=0)
         axis.set_ylabel(label, fontsize="small")
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:  # the moments have none
             _finish(axis)
     figure.suptitle(f"Health of {title}", x=0.01, ha="left")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -299,7 +299,7 @@ def test_tokens_that_are_not_finite_are_an_alarm_at_once(monkeypatch: pytest.Mon
 def test_a_rate_of_plain_steps_that_diverges_is_named_before_training_and_an_alarm_in_it() -> None:
     watch = CollapseWarning(every_n_batches=1)
     with (
-        warned(r"largest stable rate .* is \d.*, and the rate is 100: lower it") as caught,
+        warned(r"head.attention.bank: .*stable up to a rate of .* the rate is 100") as caught,
         pytest.raises(ValueError, match="overflow"),
     ):
         digits(watch, prototype_optimizer="SGD", lr_prototypes=100.0, epochs=5)

@@ -16,7 +16,13 @@ from ddcl_lightning import (
     Reconstruction,
     SequenceDecoder,
 )
-from ddcl_lightning.callbacks import DecompositionCheck, FitSummary, KMeansInitialization, TemperatureAnnealing
+from ddcl_lightning.callbacks import (
+    CollapseWarning,
+    DecompositionCheck,
+    FitSummary,
+    KMeansInitialization,
+    TemperatureAnnealing,
+)
 from ddcl_lightning.callbacks import fit_summary as summary_module
 from ddcl_lightning.datamodules.digits import DigitsDataModule
 from ddcl_lightning.heads import VQPooling
@@ -62,6 +68,17 @@ def test_the_table_is_printed_once_with_its_rows(capsys):
     assert all(row["acc"] == row["nmi"] == row["usage"] == 1.0 for row in summary.rows.values())
     assert "Delta" in printed
     assert "decomposition: 0 violations in 8 checks" in printed
+
+
+def test_the_verdict_on_every_codebook_follows_the_table(capsys):
+    watch = CollapseWarning(every_n_batches=1)
+    run(module(head=DDCLReadout(4, num_heads=2)), FitSummary(), watch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health of ")]
+    assert lines == [f"health of {line}" for line in watch.verdict().splitlines()]
+    assert [line.split(": ")[0] for line in lines] == [f"health of head.attention.bank/head{head}" for head in (0, 1)]
+    assert "perplexity " in lines[0]
+    run(module(), FitSummary())
+    assert "health of codebooks: not watched (add CollapseWarning)" in capsys.readouterr().out
 
 
 def test_figures_agree_with_the_run(capsys):

@@ -3,7 +3,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Masked, Project, fit
 
-from ddcl_lightning.callbacks import PrototypeFigures
+from ddcl_lightning.callbacks import (
+    CollapseWarning,
+    KMeansInitialization,
+    PrototypeFigures,
+    TemperatureAnnealing,
+)
 from ddcl_lightning.callbacks import prototype_figures as figures_module
 
 KINDS = ("bank", "signals", "usage")
@@ -21,6 +26,15 @@ def test_files_without_a_logger_at_every_interval_and_at_the_end(tmp_path):
     fit(Project(), PrototypeFigures(every_n_epochs=2), max_epochs=5, default_root_dir=tmp_path)
     assert names(tmp_path / "figures") == expected(12, 24, 30)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("figures/*.png"))
+
+
+def test_the_course_of_what_is_watched_is_drawn_too(tmp_path):
+    watch = CollapseWarning(every_n_batches=1)
+    callbacks = [KMeansInitialization(progress=False), TemperatureAnnealing(), watch, PrototypeFigures()]
+    fit(Project(num_heads=2), *callbacks, max_epochs=1, default_root_dir=tmp_path)
+    drawn = [name for name in names(tmp_path) if name.startswith("health")]
+    assert drawn == [f"health_layer.bank_head{head}-step=000006.png" for head in (0, 1)]
+    assert sorted(watch.courses()) == ["layer.bank/head0", "layer.bank/head1"]
 
 
 def test_the_end_is_drawn_once_and_however_it_comes(tmp_path):

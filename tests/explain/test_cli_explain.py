@@ -1,6 +1,7 @@
 """``ddcl explain`` as a user would run it, and which errors of a run end in a sentence."""
 
 import os
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ddcl_lightning import Clustering, DDCLReadoutModule, PCABackbone
+from ddcl_lightning.checkpoints.reading import read_checkpoint
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.cli.errors import is_refusal, sentence
 from ddcl_lightning.datamodules import DigitsDataModule
@@ -57,6 +59,9 @@ def test_report_of_a_checkpoint_is_written_twice_the_same(checkpoint: str, tmp_p
     assert page.count("<img") == 10 * 3 + 4
     assert Path(checkpoint).name in page
     assert "1,797 training samples" in page
+    state = read_checkpoint(checkpoint)["callbacks"]["CollapseWarning"]
+    assert state["verdict"].startswith("head.attention.bank: perplexity ")
+    assert f"Health in training of {escape(state['verdict'])}" in page
     # It is the model of the checkpoint that is told about.
     module = DDCLReadoutModule.load_from_checkpoint(checkpoint, weights_only=True)
     metrics = collect(module, DigitsDataModule(seed=42), inputs=0).heads[0].metrics

@@ -113,16 +113,12 @@ def test_a_rate_of_plain_steps_is_compared_with_the_largest_stable_one() -> None
     model = nn.ModuleDict({"bank": built})
     mass = assignment_statistics(TOKENS, built.prototypes.detach(), built.temperature).mass
     limit = 1 / float(mass.max())
-    for factor, problem in ((0.9, False), (1.1, True)):
-        (remark,) = [
-            each
-            for each in remarks(model, optimizers=[SGD(model.parameters(), lr=factor * limit)])
-            if each.sign == "rate"
-        ]
+    for factor, problem in ((0.5, False), (4.0, True)):
+        found = remarks(model, optimizers=[SGD(model.parameters(), lr=factor * limit)])
+        (remark,) = [each for each in found if each.sign == "rate"]
         assert remark.problem == problem
-        assert f"{limit:.3g} (1 / the largest mean assignment)" in remark.text
+        assert f"stable up to a rate of about {limit:.3g}" in remark.text
         assert f"{factor * limit:.3g}" in remark.text
-        assert ("lower it" in remark.text) == problem
     assert problems(model, optimizers=[Adam(model.parameters(), lr=100.0)]) == []  # has another limit
 
 

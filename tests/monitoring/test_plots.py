@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddcl_lightning.functional import assignment_statistics
-from ddcl_lightning.monitoring.plots import MAX_LABELS, MAX_POINTS, draw_bank, draw_history, draw_usage
+from ddcl_lightning.monitoring.plots import MAX_LABELS, MAX_POINTS, draw_bank, draw_course, draw_history, draw_usage
 
 
 def render(figure: Figure) -> str:
@@ -52,6 +52,45 @@ def test_history_shows_a_single_reading() -> None:
 def test_history_of_one_prototype_says_what_is_undefined() -> None:
     nothing = points(30, delta_min=math.inf, delta_mean=math.nan, entropy_ratio=math.nan, temperature_ratio=math.inf)
     assert render(draw_history(nothing, "bank")).count("(undefined here)") == 4
+
+
+def course(n: int) -> list[dict[str, float]]:
+    reading = {"num_codes": 8.0, "perplexity": 6.0, "usage": 1.0, "separation": 0.5, "commitment": 0.3}
+    known = {"token_rank": 7.0, "code_rank": 5.0}
+    return [{"step": 10.0 * i, **reading, **(known if i > 1 else {})} for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [1, 5, 500])
+def test_course_shows_its_signals_with_the_moments_of_notices_and_alarms(n: int) -> None:
+    moments = [(0.0, "merged", False), (20.0, "falling", False), (30.0, "falling", True)]
+    figure = draw_course(course(n), moments, "quantizer.level0")
+    text = render(figure)
+    for phrase in (
+        "optimizer step",
+        "perplexity / K",
+        "share in use",
+        "closest pair of codes",
+        "merged",
+        "ALARM: falling",
+    ):
+        assert phrase in text
+    assert figure.get_suptitle() == "Health of quantizer.level0"
+    assert "explained" not in text  # there was no probe
+    for axis in figure.axes:
+        vertical = [line for line in axis.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2]
+        assert sum(line.get_color() == "tab:red" and line.get_linestyle() == "-" for line in vertical) == 1
+        assert sum(line.get_color() == "gray" and line.get_linestyle() == ":" for line in vertical) == 2
+
+
+def test_course_scales_perplexity_by_the_number_of_codes_and_ranks_by_their_best() -> None:
+    top, middle, _ = draw_course(course(30), [], "bank").axes
+    assert top.lines[0].get_ydata()[0] == pytest.approx(6 / 8)
+    assert list(middle.lines[0].get_xdata())[0] == 20.0  # known from there on
+    assert max(middle.lines[0].get_ydata()) == 1.0
+
+
+def test_course_without_a_reading_can_be_drawn() -> None:
+    assert render(draw_course([], [], "bank"))
 
 
 @pytest.mark.parametrize("dim", [1, 2, 16])

@@ -71,6 +71,36 @@ def test_a_collapse_shows_in_the_report_and_a_healthy_codebook_does_not(name: st
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_a_loop_is_told_which_codebook_collapses_and_nothing_of_a_healthy_one(name: str) -> None:
+    """Of every codebook a notice; an alarm where a probe can measure on its tokens."""
+    case = CASES[name]
+    model = case.make().eval()
+
+    def step() -> None:
+        with torch.no_grad():
+            case.call(model)
+
+    monitor = CodebookMonitor(model, case.named, every_n_calls=1, on_collapse="ignore", probe=step)
+    for _ in range(6):
+        step()
+        assert monitor.check() == []
+    measured = {path for path, row in monitor.latest.items() if math.isfinite(row.explained)}
+    collapse(model)
+    for _ in range(14):
+        step()
+        monitor.check()
+    noticed, alarmed = (
+        {finding.codebook for finding in monitor.findings if finding.level == level} for level in ("notice", "alarm")
+    )
+    assert noticed == set(monitor.latest)
+    assert alarmed >= measured
+    for path in noticed:
+        assert path in monitor.verdict()
+    assert "no sign" not in monitor.verdict()
+    monitor.close()
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_recording_leaves_no_trace_on_modules_copies_and_classes(name: str) -> None:
     case = CASES[name]
     model = case.make()
