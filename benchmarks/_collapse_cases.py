@@ -9,15 +9,23 @@ from typing import Any
 from _study import Case
 
 DIGITS: dict[str, Any] = {"model": "clustering", "data": "digits", "steps": 600, "batch": 128}
-FASHION: dict[str, Any] = {"model": "autoencoder", "data": "fashion", "steps": 600, "batch": 32, "codes": 64}
+FASHION: dict[str, Any] = {"model": "autoencoder", "data": "fashion", "steps": 400, "batch": 32, "codes": 64}
 CIFAR = {**FASHION, "data": "cifar"}
 SMALL: dict[str, Any] = {**FASHION, "data": "digit-images", "batch": 64, "codes": 32}
-CLASSES: dict[str, Any] = {"model": "classification", "data": "fashion", "steps": 500, "batch": 64}
+CLASSES: dict[str, Any] = {
+    "model": "classification",
+    "data": "fashion",
+    "steps": 500,
+    "batch": 32,
+    "rate": 3e-3,
+    "pooling": "slots",
+}
+
 LEVELS = {**DIGITS, "encoder": "patches"}
 RESIDUAL: dict[str, Any] = {**FASHION, "model": "plain-autoencoder", "method": "residual", "codes": 32}
 EMBEDDING: dict[str, Any] = {**SMALL, "model": "plain-autoencoder", "method": "embedding"}
 SWAV: dict[str, Any] = {"model": "swav", "data": "digits", "steps": 800, "batch": 128, "codes": 20}
-MANY: dict[str, Any] = {**CIFAR, "codes": 1024, "steps": 400}
+MANY: dict[str, Any] = {**SMALL, "codes": 1024}
 
 HOT = {"method": "soft", "temperature": (1.5, 1.5), "soft_output": True}
 CODEBOOKS: dict[str, dict[str, Any]] = {
@@ -27,7 +35,10 @@ CODEBOOKS: dict[str, dict[str, Any]] = {
     "hot": HOT,
     "fast-10": {"method": "soft", "rate": 2e-2},
     "fast-50": {"method": "soft", "rate": 1e-1},
+    "ramp": {"method": "soft", "ramp": 100.0},
     "commitment-10": {"method": "soft", "commitment": 10.0},
+    "commitment-1000": {"method": "soft", "commitment": 1000.0},
+    "paper-far": {"method": "paper", "start": "far"},
     "paper-cold": {"method": "paper", "temperature": (1e-3, 1e-4), "start": "random"},
 }
 
@@ -50,10 +61,18 @@ TUNED: dict[str, list[Group]] = {
                 "none-0.5": {"scale": "none", "rho": 0.5, "rate": 3e-2},
                 "total-0.5": {"scale": "total", "rho": 0.5, "rate": 3e-2},
                 "whiten-0.1": {"scale": "whiten", "rho": 0.1},
-                "mlp-none-0.1": {"encoder": "mlp", "scale": "none", "rho": 0.1},
-                "mlp-whiten-0.1": {"encoder": "mlp", "scale": "whiten", "rho": 0.1},
             },
-        )
+        ),
+        (
+            {**DIGITS, "encoder": "mlp", "rho": 0.1},
+            "mlp-whiten-0.1",
+            {
+                "mlp-whiten-0.1": {"scale": "whiten"},
+                "mlp-whiten-0.5": {"scale": "whiten", "rho": 0.5},
+                "mlp-none-0.1": {"scale": "none"},
+                "mlp-none-0.001": {"scale": "none", "rho": 0.001},
+            },
+        ),
     ],
     "autoencoder-fashion": [(FASHION, "soft", CODEBOOKS)],
     "library": [
@@ -65,6 +84,8 @@ TUNED: dict[str, list[Group]] = {
                 "ema-raw": {"method": "ema-raw"},
                 "ema-fast": {"method": "ema", "rate": 1e-1},
                 "ema-raw-fast": {"method": "ema-raw", "rate": 2e-2},
+                "ema-far": {"method": "ema-raw", "start": "far"},
+                "ema-ramp": {"method": "ema", "ramp": 100.0},
                 "rotation": {"method": "rotation"},
                 "simvq": {"method": "simvq"},
                 "simvq-fast": {"method": "simvq", "rate": 1e-1},
@@ -74,24 +95,40 @@ TUNED: dict[str, list[Group]] = {
     "classification": [
         (
             CLASSES,
-            "weight-0.1",
+            "slots",
             {
-                "weight-0.1": {},
-                "weight-1": {"weight": 1.0},
-                "weight-30": {"weight": 30.0},
-                "slots": {"pooling": "slots"},
-                "histogram": {"pooling": "histogram"},
-                "hot": {"pooling": "centroid", "temperature": (2.0, 2.0)},
-                "histogram-weight-30": {"pooling": "histogram", "weight": 30.0},
-                "fast": {"rate": 1e-1},
+                "slots": {},
+                "slots-1": {"weight": 1.0},
+                "slots-30": {"weight": 30.0},
+                "slots-hot": {"temperature": (2.0, 2.0)},
+                "slots-fast": {"rate": 1e-1},
+                "slots-ramp": {"ramp": 100.0},
             },
-        )
+        ),
+        (
+            {**CLASSES, "pooling": "histogram"},
+            "histogram",
+            {
+                "histogram": {},
+                "histogram-30": {"weight": 30.0},
+                "histogram-hot": {"temperature": (2.0, 2.0)},
+            },
+        ),
+        (
+            {**CLASSES, "pooling": "centroid"},
+            "centroid",
+            {"centroid": {}, "centroid-hot": {"temperature": (2.0, 2.0)}},
+        ),
     ],
     "tiny-batches": [
         (
             {**DIGITS, "batch": 8},
             "frozen",
-            {"frozen": {}, "total-0.5": {"scale": "total", "rho": 0.5, "rate": 3e-2}, "hot": {"temperature": (1.5, 1.5)}},
+            {
+                "frozen": {},
+                "total-0.5": {"scale": "total", "rho": 0.5, "rate": 3e-2},
+                "hot": {"temperature": (1.5, 1.5)},
+            },
         ),
         (
             {**SMALL, "batch": 4},
@@ -110,6 +147,7 @@ HELD_OUT: dict[str, list[Group]] = {
                 "good": {},
                 "raw": {"arguments": {"kmeans_init": False, "threshold_ema_dead_code": 0}},
                 "fast": {"rate": 1e-1},
+                "ramp": {"ramp": 100.0},
                 "shared": {"arguments": {"shared_codebook": True}},
                 "no-commitment-fast": {"arguments": {"commitment_weight": 0.0}, "rate": 2e-2},
             },
@@ -147,14 +185,18 @@ HELD_OUT: dict[str, list[Group]] = {
             "frozen",
             {"frozen": {}, "none-0.5": {"scale": "none", "rho": 0.5, "rate": 3e-2}},
         ),
-        ({**FASHION, "bf16": True, "steps": 300}, "soft", {"soft": {"method": "soft"}, "hot": HOT}),
-        ({**CLASSES, "bf16": True, "steps": 300}, "weight-0.1", {"weight-0.1": {}, "weight-30": {"weight": 30.0}}),
+        ({**FASHION, "bf16": True}, "soft", {"soft": {"method": "soft"}, "hot": HOT}),
+        ({**CLASSES, "bf16": True}, "slots", {"slots": {}, "slots-30": {"weight": 30.0}}),
     ],
     "many-codes": [
         (
             MANY,
             "soft",
-            {"soft": {"method": "soft"}, "ema-raw": {"method": "ema-raw"}, "soft-fast": {"method": "soft", "rate": 1e-1}},
+            {
+                "soft": {"method": "soft"},
+                "ema-raw": {"method": "ema-raw"},
+                "soft-fast": {"method": "soft", "rate": 1e-1},
+            },
         ),
         (
             {**MANY, "batch": 8},
@@ -173,7 +215,11 @@ HELD_OUT: dict[str, list[Group]] = {
                 "none-0.5": {"scale": "none", "rho": 0.5, "rate": 3e-2},
             },
         ),
-        ({**FASHION, "order": "sorted"}, "soft", {"soft": {"method": "soft"}, "fast-50": {"method": "soft", "rate": 1e-1}}),
+        (
+            {**FASHION, "order": "sorted"},
+            "soft",
+            {"soft": {"method": "soft"}, "fast-50": {"method": "soft", "rate": 1e-1}},
+        ),
     ],
     "swav": [
         (
@@ -195,6 +241,7 @@ HELD_OUT: dict[str, list[Group]] = {
                 "embedding": {"start": "tokens"},
                 "embedding-raw": {"commitment": 0.0},
                 "embedding-fast": {"start": "tokens", "rate": 1e-1},
+                "embedding-ramp": {"start": "tokens", "ramp": 100.0},
             },
         ),
         (
@@ -202,6 +249,7 @@ HELD_OUT: dict[str, list[Group]] = {
             "vqvae",
             {
                 "vqvae": {"method": "vqvae", "init": "kmeans"},
+                "vqvae-ramp": {"method": "vqvae", "init": "kmeans", "ramp": 100.0},
                 "cosine": {"method": "cosine"},
                 "fsq": {"method": "fsq", "levels": (8, 5), "codes": 40},
                 "fsq-fast": {"method": "fsq", "levels": (8, 5), "codes": 40, "rate": 1e-1},
@@ -224,3 +272,7 @@ def _cases() -> dict[str, Case]:
 
 
 CASES = _cases()
+QUICK = {
+    name: Case(CASES[name].label, {**CASES[name].config, "steps": 30})
+    for name in ("tuned/clustering/frozen", "held-out/swav/sinkhorn")
+}

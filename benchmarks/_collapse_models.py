@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from ddcl_lightning.integrations.vector_quantize import LibraryVQ
 from ddcl_lightning.metrics.clustering_metrics import count_matrix, hungarian_accuracy, normalized_mutual_info
 
 DIM, WIDTHS = 16, (16,)
+FAR = 30.0  # distance of codes that start far away, in deviations of the tokens
+TEST_IMAGES = 160  # that are reconstructed
 RATE = 2e-3  # of encoder and decoder of an autoencoder
 EMA: dict[str, Any] = {"decay": 0.99, "commitment_weight": 0.25, "rotation_trick": False}
 LIBRARY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,7 +83,7 @@ class MLPBackbone(Backbone):
         super().__init__()
         self.embed_dim = embed_dim
         sizes = (in_features, hidden, hidden)
-        layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+        layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.net = nn.Sequential(*layers, nn.Linear(hidden, embed_dim))
 
     def forward(self, batch: Batch) -> Tokens:
@@ -256,7 +259,18 @@ def autoencoder(config: Config, data: Data) -> Training:
     )
 
     def evaluate(x: Tensor, y: Tensor) -> dict[str, float]:
+        x = x[:TEST_IMAGES]
         return reconstruction_quality(module.task.decode(module({"x": x}).tokens), x)
 
     start = 0.05 if method == "paper" else min(0.2, 0.05 * 64 / codes)
     return readout_training(module, {"temperature": (start, start / 100), **config}, evaluate, "reconstruction")
+
+
+@torch.no_grad()
+def move_far(training: Training) -> None:
+    """Move the codes of the library's VectorQuantize away from the tokens."""
+    layer: Any = training.model.head.quantizer.layer  # type: ignore[union-attr]
+    codebook = layer._codebook
+    shift = FAR * codebook.embed.var(1).sum(-1).sqrt().view(-1, 1, 1)
+    codebook.embed.add_(shift)
+    codebook.embed_avg.add_(shift * codebook.cluster_size.unsqueeze(-1))

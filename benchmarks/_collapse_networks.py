@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from _collapse_data import Data
-from _collapse_models import DIM, EMA, RATE, WIDTHS, Training, clustering_quality, reconstruction_quality
+from _collapse_models import DIM, EMA, RATE, TEST_IMAGES, WIDTHS, Training, clustering_quality, reconstruction_quality
 from _tables import Config
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, mse_loss, normalize
@@ -66,7 +66,7 @@ def plain_autoencoder(config: Config, data: Data) -> Training:
         return error + variance * loss, error.detach()
 
     def evaluate(x: Tensor, y: Tensor) -> dict[str, float]:
-        return reconstruction_quality(model(x)[0], x)
+        return reconstruction_quality(model(x[:TEST_IMAGES])[0], x[:TEST_IMAGES])
 
     rate = config.get("rate", RATE)
     slow = [p for name, p in model.named_parameters() if not name.startswith("quantizer")]
@@ -74,9 +74,7 @@ def plain_autoencoder(config: Config, data: Data) -> Training:
     fast = list(quantizer.parameters())
     if fast:
         optimizer.add_param_group({"params": fast, "lr": config.get("rate_of_codes", RATE)})
-    training = Training(
-        model, losses, lambda x: quantizer(model.encoder({"x": x}).values), evaluate, [optimizer]
-    )
+    training = Training(model, losses, lambda x: quantizer(model.encoder({"x": x}).values), evaluate, [optimizer])
     if config["method"] == "embedding":
         training.named = ("quantizer.embedding",)
     return training

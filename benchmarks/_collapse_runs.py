@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from _collapse_data import Data, batches, changed, load
-from _collapse_models import Training, autoencoder, classification, clustering
+from _collapse_models import FAR, Training, autoencoder, classification, clustering, move_far
 from _collapse_networks import plain_autoencoder, start_embedding, swav
 from _study import Options
 from _tables import Config
@@ -37,6 +37,7 @@ from ddcl_lightning.nn.bank import PrototypeBank
 Recording = dict[str, Any]
 INTERVAL, MOMENTS = 10, 23
 TOKENS, PROBE_TOKENS, PROBE_SAMPLES, START_SAMPLES = 2_048, 4_096, 512, 1_024
+PROBE_IMAGES = 192  # of many tokens each
 BUILDERS = {
     "clustering": clustering,
     "classification": classification,
@@ -75,9 +76,9 @@ def record_run(config: Config, seed: int, options: Options, look: bool = True) -
         look: Whether the fixed set and the quality are looked at, which changes nothing.
     """
     torch.set_flush_denormal(True)
-    torch.manual_seed(seed)
     source = config["data"]
     data = load(source, getattr(options, source, None))
+    torch.manual_seed(seed)  # behind the data, which draw when they are loaded first
     training = BUILDERS[config["model"]](config, data)
     run = _Run(config, seed, data, training)
     run.start()
@@ -142,17 +143,25 @@ class _Run:
             else:
                 bank.temperature_state.start(chosen)
             if config.get("start") == "far":
-                bank.prototypes.add_(30 * chosen.var(1).sum(-1).sqrt().view(-1, 1, 1))
+                bank.prototypes.add_(FAR * chosen.var(1).sum(-1).sqrt().view(-1, 1, 1))
         if config.get("method") == "embedding" and config.get("start") == "tokens":
             start_embedding(training, x, self.seed)
         elif not self.banks and config["model"] != "swav":
             training.observe(x)  # codebooks that start at their first call
+            if config.get("start") == "far":
+                move_far(training)
         self._set_temperature(0)
 
     def _set_temperature(self, step: int) -> None:
         for name, annealing in self.annealings.items():
             value = annealing.value(step)
             self.banks[name].temperature_state.set_values(torch.tensor(value).expand(self.banks[name].num_heads))
+
+    def _set_rate(self, step: int) -> None:
+        """Raise the rate of encoder and task, up to the factor ``ramp`` at the end."""
+        for group in self.training.optimizers[-1].param_groups:
+            first = group.setdefault("first_lr", group["lr"])
+            group["lr"] = first * self.config.get("ramp", 1.0) ** (step / self.steps)
 
     def train(self, look: bool) -> None:
         """Take all steps, or as many as there are without an error."""
@@ -181,6 +190,7 @@ class _Run:
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> None:
         self._set_temperature(step)
+        self._set_rate(step)
         self.training.model.train()
         self.recorder.armed = step % INTERVAL == 0
         with self._autocast():
@@ -209,7 +219,7 @@ class _Run:
         training.model.eval()
         with self._autocast():
             self.recorder.armed = True
-            training.observe(self.data.x[:PROBE_SAMPLES])
+            training.observe(self.data.x[: PROBE_SAMPLES if self.data.x.dim() == 2 else PROBE_IMAGES])
             self.recorder.armed = False
             self.recording["probes"].append({"step": step, "records": self._records(self._fixed)})
             qualities = training.evaluate(changed(x, self.config["shift"]) if self._is_shifted(step) else x, y)
@@ -265,7 +275,7 @@ class _Run:
 
 def _annealing(schedules: Mapping[str, tuple[float, float]], name: str, steps: int) -> TemperatureAnnealing:
     """The schedule of the last pattern that is in a bank's name, or of all banks."""
-    start, end = next((ends for part, ends in reversed(schedules.items()) if part in name), schedules["*"])
+    start, end = next((ends for pattern, ends in reversed(schedules.items()) if pattern in name), schedules["*"])
     return TemperatureAnnealing(start=start, end=end, interval="step", duration=0.8 * steps)
 
 
@@ -277,7 +287,8 @@ def _codes(record: CodebookRecord) -> Tensor:
     """Codes of a call ``(H, N)``; of a bank that made none, the nearest."""
     if record.codes is not None:
         return record.codes
-    assert record.tokens is not None and record.codebook is not None
+    assert record.tokens is not None
+    assert record.codebook is not None
     codes = nearest_prototype(record.tokens.float(), record.codebook.float())
     return codes if record.mask is None else codes.masked_fill(~record.mask, -1)
 
