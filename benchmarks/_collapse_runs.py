@@ -202,7 +202,7 @@ class _Run:
             self.recording["readings"].append({"step": step, "records": self._records(self._drawn)})
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError("the loss is not finite")
-        self.recording["losses"].append(float(loss))
+        self.recording["losses"].append(float(loss.detach()))
         self.recording["has_task"] &= task_loss is not None
         self.recording["task_losses"].append(None if task_loss is None else float(task_loss))
         loss.backward()
