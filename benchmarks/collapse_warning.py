@@ -72,7 +72,7 @@ def verdict(quality: Quality, reference: float) -> tuple[str, float, int | None]
     name = "collapsed" if r < COLLAPSED else "healthy" if r >= HEALTHY else "between"
     lost: int | None = None
     for (step, _), value in zip(reversed(quality), reversed(values), strict=True):
-        if value >= HEALTHY * level:
+        if value >= HEALTHY * level > 0:
             break
         lost = step
     return name, r, lost
