@@ -9,14 +9,14 @@ from typing import Any
 from _study import Case
 
 DIGITS: dict[str, Any] = {"model": "clustering", "data": "digits", "steps": 600, "batch": 128}
-FASHION: dict[str, Any] = {"model": "autoencoder", "data": "fashion", "steps": 400, "batch": 32, "codes": 64}
+FASHION: dict[str, Any] = {"model": "autoencoder", "data": "fashion", "steps": 300, "batch": 16, "codes": 64}
 CIFAR = {**FASHION, "data": "cifar"}
-SMALL: dict[str, Any] = {**FASHION, "data": "digit-images", "batch": 64, "codes": 32}
+SMALL: dict[str, Any] = {**FASHION, "data": "digit-images", "batch": 32, "codes": 32}
 CLASSES: dict[str, Any] = {
     "model": "classification",
     "data": "fashion",
-    "steps": 500,
-    "batch": 32,
+    "steps": 400,
+    "batch": 16,
     "rate": 3e-3,
     "pooling": "slots",
 }
@@ -131,7 +131,7 @@ TUNED: dict[str, list[Group]] = {
             },
         ),
         (
-            {**SMALL, "batch": 4},
+            {**SMALL, "steps": 400, "batch": 4},
             "ema",
             {"ema": {"method": "ema"}, "soft-fast": {"method": "soft", "rate": 1e-1}, "paper": {"method": "paper"}},
         ),
