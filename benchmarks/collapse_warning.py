@@ -59,7 +59,7 @@ def final_quality(quality: Iterable[tuple[int, float]]) -> float:
 
 
 def verdict(quality: Quality, reference: float) -> tuple[str, float, int | None]:
-    """Whether a run has collapsed, r, and the step at which the quality was lost, None where it was not.
+    """Verdict on a run: whether it has collapsed, r, and the step at which the quality was lost, None where it was not.
 
     Args:
         quality: Steps and values.
@@ -95,7 +95,7 @@ def judged(results: Results, half: str) -> list[dict[str, Any]]:
 
 
 def alarms(results: Results, half: str) -> Table:
-    """How each rule does on a half."""
+    """Alarms of each rule on a half: recall, false alarms, and how early."""
     rows = judged(results, half)
     collapsed = [row for row in rows if row["verdict"] == "collapsed"]
     healthy = [row for row in rows if row["verdict"] == "healthy"]
@@ -123,7 +123,7 @@ def lead(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def kinds(results: Results, half: str) -> Table:
-    """How many runs of each kind have collapsed."""
+    """Number of runs of each kind that have collapsed or not."""
     counts: dict[str, Counter[str]] = {}
     for row in judged(results, half):
         counts.setdefault(row["kind"], Counter())[row["verdict"]] += 1
