@@ -11,6 +11,7 @@ A recording is a dictionary of plain values and tensors:
   drawn at random, and ``num_tokens`` and ``counts`` ``(H, K)`` of all of them; of a bank also ``detach_assignments``
   and ``planned_end``, T / T_c at the end of its schedule (T where it is absolute);
 - ``probes``: the same of a fixed set of training samples in evaluation mode, after 0 steps, at 21 moments, at the end;
+  they stay as they are where the data of a run change;
 - ``quality``: pairs (steps done, value) at the same moments, and ``qualities``, all metrics by name;
 - ``error``: why training ended early, or None. The quality is 0 from there on.
 """
