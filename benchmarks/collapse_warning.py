@@ -28,6 +28,7 @@ from typing import Any
 
 from _collapse_alarms import RULES, final_use
 from _collapse_cases import CASES, QUICK
+from _collapse_replay import judge
 from _collapse_runs import recording
 from _study import Options, Study
 from _tables import Config, Results, Run, Table
@@ -36,7 +37,8 @@ COLLAPSED, HEALTHY = 0.8, 0.9  # r below, r from
 Quality = list[tuple[int, float]]
 VERDICTS = ("collapsed", "healthy", "between")
 # Rows of the tables of alarms: the key in a run's "alarms", and the label.
-ROWS = {name: label for name, (label, _) in RULES.items()}
+ROWS = {"alarm": "CollapseWarning, alarms", "notice": "CollapseWarning, notices"}
+ROWS |= {name: label for name, (label, _) in RULES.items()}
 
 
 def run(config: Config, seed: int, options: Options) -> Run:
@@ -48,8 +50,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
         "final": round(final_quality(recorded["quality"]), 4),
         **final_use(recorded),
         "error": recorded["error"],
-        # Alarms of a monitor join here, by names that ROWS has too.
-        "alarms": {name: rule(recorded) for name, (_, rule) in RULES.items()},
+        "alarms": {**judge(recorded), **{name: rule(recorded) for name, (_, rule) in RULES.items()}},
     }
 
 
