@@ -55,7 +55,7 @@ def inertia(config: Config, seed: int, quick: bool) -> Run:
 
 
 def minimum(function: Callable[[Tensor], Tensor], point: Tensor, steps: int) -> Tensor:
-    """Where descent ends."""
+    """Point where descent ends."""
     leaf = point.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([leaf], max_iter=steps, tolerance_grad=1e-12, tolerance_change=0.0, history_size=30)
 

@@ -78,7 +78,7 @@ def equilibrium(tokens: Tensor, size: int, fraction: float, detach: bool, seed: 
 
 def measured_limit(
     tokens: Tensor, prototypes: Tensor, temperature: float, detach: bool, largest: float, steps: int
-) -> float:
+) -> float | None:
     """Largest rate of plain gradient steps at which a small perturbation of an equilibrium shrinks, by bisection."""
     generator = torch.Generator().manual_seed(0)
     perturbation = 1e-7 * torch.randn(prototypes.shape, generator=generator, dtype=torch.float64)
@@ -89,6 +89,8 @@ def measured_limit(
             p = p - rate * gradient(tokens, p, temperature, detach)
         return bool((p - prototypes).norm() < perturbation.norm())
 
+    if not shrinks(0.1 * largest):
+        return None  # a saddle, or not reached
     low, high = 0.0, largest
     for _ in range(12):
         rate = (low + high) / 2

@@ -32,6 +32,7 @@ PATHS = {
     "cifar": "CIFAR-10 as JPEG bytes in one .npz",
     "checkpoint": "ImageNet weights of tf_efficientnet_lite0",
     "catalogue": "catalogue of objects in Earth orbit, .csv.gz",
+    "recordings": "folder that keeps the recorded runs of collapse_warning",
 }
 
 
@@ -47,6 +48,7 @@ class Options:
     cifar: Path | None = None
     checkpoint: Path | None = None
     catalogue: Path | None = None
+    recordings: Path | None = None
 
 
 @dataclass(frozen=True)

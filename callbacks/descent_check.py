@@ -46,7 +46,7 @@ class DescentCheck(BankCallback):
     of the model is needed, only two readings of the bank in float64, so nothing of the training changes.
 
     It judges plain gradient steps and token-normalized ones. Momentum, Adam, and another loss that reaches the
-    prototypes may raise it a little at any rate; ``tolerance`` leaves room for them (``docs/stability.md`` has figures).
+    prototypes may raise it a little at any rate; ``tolerance`` leaves room for them (figures: ``docs/stability.md``).
     Where a batch calls a bank several times, the last call counts.
 
     Args:
@@ -179,5 +179,8 @@ def _read(bank: PrototypeBank, record: BankRecord, constant: bool) -> _Reading |
 def _joint(readings: list[_Reading]) -> _Reading:
     """Means over the tokens of all processes."""
     total = sum(reading.tokens for reading in readings)
-    means = [sum(reading[i] * (reading.tokens / total) for reading in readings) for i in range(4)]
-    return _Reading(*(torch.as_tensor(mean) for mean in means), total)
+    before, after, loss, mass = (
+        torch.stack([values * (reading.tokens / total) for values, reading in zip(field, readings, strict=True)]).sum(0)
+        for field in zip(*((each.before, each.after, each.loss, each.mass) for each in readings), strict=True)
+    )
+    return _Reading(before, after, loss, mass, total)

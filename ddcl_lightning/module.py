@@ -41,8 +41,9 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
     encoder's rate is derived from it, so that the encoder cannot be the faster one by accident. What
     belongs to the task (a classifier, a decoder) steps with the encoder's optimizer at its own rate.
 
-    rho < 1 slows a collapse down; it does not prevent it (``docs/stability.md``). An encoder that trains on the quantization loss
-    alone lowers it by shrinking its embeddings at any ratio, so such a head bounds their scale unless told otherwise.
+    rho < 1 slows a collapse down; it does not prevent it (``docs/stability.md``). An encoder that trains on the
+    quantization loss alone lowers it by shrinking its embeddings at any ratio, so such a head bounds their scale unless
+    told otherwise.
 
     Args:
         backbone: Batch to tokens.

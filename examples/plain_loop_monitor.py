@@ -21,15 +21,15 @@ def main(steps: int = 600) -> CodebookMonitor:
     model = nn.ModuleDict({"encoder": encoder, "quantizer": quantizer, "decoder": decoder})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     monitor = CodebookMonitor(model)
-    for step in range(steps):
+    for _ in range(steps):
         strips = images[torch.randint(len(images), (64,))].unflatten(1, (4, 16))  # two rows are a token
         quantized, _, losses = quantizer(encoder(strips))
         loss = mse_loss(decoder(quantized), strips) + 0.1 * losses.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 200 == 199:
-            print(f"step {step + 1}: loss {loss.item():.4f}\n{monitor.report()}")
+        monitor.check(loss)
+    print(f"loss {loss.item():.4f}\n{monitor.report()}\n{monitor.verdict()}")
     return monitor
 
 

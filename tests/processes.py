@@ -102,14 +102,24 @@ def results_of_processes(folder: Path, target: Callable[[int], Any]) -> list[Any
     return [torch.load(f"{stem}-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def _save_result(target: Callable[[int], Any], stem: str) -> None:
-    import torch
+def join_group() -> int:
+    """Join the gloo group of the processes, and return the rank in it.
+
+    They leave it by ending, which runs no destructors here. ``destroy_process_group`` can hang in torch 2.6: it holds
+    the interpreter's lock and waits for a thread of the group, which may want that lock to free the tensor of the last
+    collective (https://github.com/pytorch/pytorch/pull/154976).
+    """
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    return dist.get_rank()
+
+
+def _save_result(target: Callable[[int], Any], stem: str) -> None:
+    import torch
+
+    rank = join_group()
     torch.save(target(rank), f"{stem}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def fork_server() -> ForkServerContext:

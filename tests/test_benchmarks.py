@@ -1,6 +1,7 @@
 """Every study runs, in its tiny version, and writes plain results; the documentation shows what the results say."""
 
 import gzip
+import importlib
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from tests.tiny_models import tiny_bert
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS, DOCS = ROOT / "benchmarks", ROOT / "docs"
 STUDIES = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py") if path.stem != "render")
+RISING_AND_FALLING = (0.1, 0.6, 0.8, 0.8, 0.8), (0.8, 0.5, 0.8, 0.7, -1.0, -1.0)
 MARKER = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)
 TEXTS = {
     "sst2_glue": (2, "validation"),
@@ -100,6 +102,30 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert "generated/kmeans-pca" in stale.stderr
     path.write_text(json.dumps({**third, "settings": {"epochs": 3}}), encoding="utf-8")
     assert "settings" in run("*/kmeans-pca").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tuned/clustering/whiten-0.1", "held-out/free/cosine", "held-out/swav/sinkhorn"])
+def test_looking_at_a_recorded_run_does_not_change_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a VectorQuantize too, whose codes move in the forward pass, and of one that draws its views."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cases, runs, study = map(importlib.import_module, ("_collapse_cases", "_collapse_runs", "_study"))
+    config = {**cases.CASES[name].config, "steps": 25}
+    looked, left_alone = (runs.record_run(config, 0, study.Options(quick=True), look) for look in (True, False))
+    assert len(looked["quality"]) == len(looked["probes"]) == runs.MOMENTS
+    assert left_alone["probes"] == []
+    assert looked["losses"] == left_alone["losses"]
+
+
+def test_quality_alone_says_whether_a_run_has_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    verdict = importlib.import_module("collapse_warning").verdict
+    rising, falling = ([(step, value) for step, value in enumerate(values)] for values in RISING_AND_FALLING)
+    assert verdict(rising, 0.8) == ("healthy", 1.0, None)
+    assert verdict(rising, 0.95)[0] == "between"  # the reference is better
+    assert verdict(falling, 0.8) == ("collapsed", 0.0, 3)  # at step 2 the quality came back
+    assert verdict(rising, 1.2) == ("collapsed", pytest.approx(0.8 / 1.2), 0)  # there was none to lose
+    assert verdict([(0, -2.0), (1, -3.0)], 0.0) == ("collapsed", 0.0, 0)
 
 
 def render(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,7 @@ from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.recipes import recipe_paths
 from tests.equal_runs import CODES, SGD, ends, relative_differences
-from tests.processes import run_processes
+from tests.processes import join_group, run_processes
 from tests.recipe_words import local_words
 from tests.tiny import quiet_trainer
 
@@ -128,8 +128,7 @@ def test_several_processes_equal_one(
 
 def alone(case: str) -> None:
     """One process does what it must not do alone, or fails alone."""
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank = join_group()
 
     def reduce() -> None:
         dist.all_reduce(torch.ones(1))
@@ -153,7 +152,6 @@ def alone(case: str) -> None:
     assert on_every_process(lambda: rank) == rank
     assert from_first_process(lambda: rank, "") == 0
     assert report(lambda: "first", "") == ("first" if is_first_process() else None)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("case", ["report", "everywhere", "memory", "value", "unicode"])

@@ -1,4 +1,4 @@
-"""Every use of a private field of Lightning, and one of torch, in one place.
+"""Every use of a private field of Lightning, and two of torch, in one place.
 
 ``tests/test_compat.py`` fails when one of them changes.
 """
@@ -123,6 +123,13 @@ def accept_frozen_modules_in_eval_mode() -> None:
 def recomputing() -> bool:
     """True inside of a backward pass: activation checkpointing runs a forward again, which must not count twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def exporting() -> bool:
+    """True inside of ``torch.export``, which takes no graph break."""
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    return torch.compiler._is_compiling_flag  # torch 2.6: torch.compile leaves it alone, only export sets it
 
 
 def given_by_cli() -> bool:

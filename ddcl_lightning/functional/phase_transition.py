@@ -145,7 +145,7 @@ def critical_factor(detach_assignments: bool = False) -> float:
 
 
 def _weighted_lambda_max(tokens: Tensor, weights: Tensor, centers: Tensor) -> Tensor:
-    """Largest eigenvalue of ``sum_n w_kn (z_n - c_k)(z_n - c_k)^T``, weights ``(..., K, N)``, centers ``(..., K, d)``."""
+    """Largest eigenvalue of ``sum_n w_kn (z_n - c_k)(z_n - c_k)^T``: weights ``(..., K, N)``, centers c."""
     dim = tokens.shape[-1]
     if dim > EXACT_DIMENSION or centers.numel() * dim > EXACT_ELEMENTS:
         return _power_iteration(tokens, weights, centers)

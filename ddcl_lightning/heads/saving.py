@@ -7,6 +7,8 @@ files of one class into another, and it records the first arguments, not what ``
 
 import inspect
 import json
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -105,9 +107,12 @@ def save(head: Head, folder: str | Path) -> None:
         try:
             safetensors.save_model(head, str(draft))
         except Exception as error:
-            if "I/O error" not in str(error):
+            # A class of its own hides the error: "I/O error: ... (os error 28)", in 0.4.3 "IoError(Os { code: 28, ...".
+            reason = str(error)
+            if "I/O error" not in reason and "IoError" not in reason:
                 raise
-            raise OSError(str(error)) from error  # a class of its own hides it
+            number = re.search(r"(?:os error|code:) (\d+)", reason)
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason) from error
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 

@@ -1,11 +1,12 @@
 """What a monitor has to say: findings of two levels, and a verdict."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ddcl_lightning.monitoring.health_report import CodebookReport
+from ddcl_lightning.monitoring.signs import SIGNS
 
 
 class CollapseError(RuntimeError):
@@ -37,8 +38,15 @@ class Finding:
         return f"{self.sign} in {self.codebook or 'the codebook'} at step {self.step}: {self.text}"
 
 
-def verdict(name: str, now: CodebookReport, findings: Sequence[Finding]) -> str:
-    """One line on a codebook: how it is now, and which signs came when, confirmed by harm or not."""
+def verdict(name: str, now: CodebookReport, findings: Sequence[Finding], holding: Collection[str]) -> str:
+    """One line on a codebook: how it is now, and which signs came when, confirmed by harm or not.
+
+    Args:
+        name: Of the codebook, or of one of its heads.
+        now: Its health.
+        findings: All findings, of this codebook and others.
+        holding: Names of its signs that are still there.
+    """
     about = [f"perplexity {now.perplexity:.1f} of {now.num_codes}"]
     if not math.isnan(now.explained):
         about.append(f"explains {now.explained:.0%} of the first variance of the probe")
@@ -48,6 +56,9 @@ def verdict(name: str, now: CodebookReport, findings: Sequence[Finding]) -> str:
     if alarms:
         about.append("ALARM: " + ", ".join(f"{sign} at step {step}" for sign, step in alarms.items()))
     if notices:
-        listed = ", ".join(f"{sign} at step {step}" for sign, step in reversed(notices.items()))
+        gone = {sign for sign in SIGNS if sign not in holding}
+        listed = ", ".join(
+            f"{sign} at step {step}{' (gone)' if sign in gone else ''}" for sign, step in reversed(notices.items())
+        )
         about.append(f"noticed, no harm measured: {listed}")
     return f"{name or 'codebook'}: {'; '.join(about if own else [*about, 'no sign of a collapse'])}"

@@ -90,10 +90,10 @@ class Judge:
         """Dead codes have been watched for long, and a value that is no number says enough."""
         return 1 if sign in ("dead", "few_codes", "non_finite") else self.rules.patience
 
-    def is_suspicious(self, name: str) -> bool:
-        """True if a sign holds, so that harm is worth a measurement."""
-        past = self.histories.get(name)
-        return past is not None and any(past.streaks.get(sign, 0) >= self._patience(sign) for sign in SIGNS)
+    def holding(self, name: str) -> list[str]:
+        """Signs of a codebook that hold now; then harm is worth a measurement."""
+        past = self.histories.get(name, HeadHistory())
+        return [sign for sign in past.streaks if past.streaks[sign] >= self._patience(sign) and sign in SIGNS]
 
     def forget(self, name: str) -> None:
         """Drop the history of a codebook, and of its heads, that was resized."""

@@ -240,7 +240,7 @@ class CodebookMonitor:
 
     def _probe_is_due(self) -> bool:
         """True now and then, more often while there is a sign."""
-        suspicious = any(self._judge.is_suspicious(name) for name in self._judge.histories)
+        suspicious = any(self._judge.holding(name) for name in self._judge.histories)
         patience = SUSPICION_INTERVAL if suspicious else PROBE_INTERVAL
         return self._readings - self._probed >= max(patience, self._probe_interval * (1 if suspicious else 5))
 
@@ -272,7 +272,8 @@ class CodebookMonitor:
     def verdict(self, findings: Sequence[Finding] | None = None) -> str:
         """One line for every codebook: how it was at the last reading, and what was found when."""
         given = self.findings if findings is None else findings
-        return "\n".join(verdict(name, row, given) for name, row in self.latest.items())
+        lines = [verdict(name, row, given, self._judge.holding(name)) for name, row in self.latest.items()]
+        return "\n".join(lines)
 
     def forget(self, name: str) -> None:
         """Start the history of a codebook anew, after it was changed from outside."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning._utils.compat import exporting
 from ddcl_lightning.functional import BankOutput
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ class BankObserver:
     """Base of observers of the calls of banks; both methods do nothing here.
 
     Attributes:
-        breaks_graphs: Whether it is shown calls from inside of compiled modules, whose graphs break there.
+        breaks_graphs: Whether it is shown calls in training mode from inside of compiled modules, whose graphs break
+            there. Exported ones show none.
     """
 
     breaks_graphs: bool = False
@@ -49,7 +51,8 @@ class ObservedModule(nn.Module):
 
     def _active_observers(self) -> list[BankObserver]:
         if torch.compiler.is_compiling():
-            return self._existing(breaks_graphs=True) if self._breaks_graphs else []
+            breaks_graphs = self._breaks_graphs and self.training and not exporting()
+            return self._existing(breaks_graphs=True) if breaks_graphs else []
         return self._existing() if self._observers else []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -18,7 +18,7 @@ def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
         raise ValueError(f"rho = lr_encoder / lr_prototypes must be finite and >= 0; got {rho}.")
     if rho >= 1 and not allow_unstable:
         raise ValueError(
-            f"rho = lr_encoder / lr_prototypes must be < 1, so that prototypes move faster than the encoder; got {rho}. "
+            f"rho = lr_encoder / lr_prototypes must be < 1, so that prototypes are the faster ones; got {rho}. "
             "It sets the speed of a collapse; what prevents one is a bound on the scale of the embeddings or a loss of "
             "the encoder's own. Lower rho (the paper takes at most 0.1), or set allow_unstable=True."
         )

@@ -78,7 +78,7 @@ def test_linear_probe_is_logistic_regression_on_standardised_features() -> None:
     model = LogisticRegression(C=0.5, max_iter=2000).fit(scaler.transform(x[:200].double()), y[:200])
     predicted = model.predict(scaler.transform(x[200:].double()))
     assert score.acc == pytest.approx(float((predicted == y[200:].numpy()).mean()))
-    assert score.f1 == pytest.approx(f1_score(y[200:], predicted, average="macro"))
+    assert score.f1 == pytest.approx(f1_score(y[200:].numpy(), predicted, average="macro"))
 
 
 @pytest.mark.parametrize(

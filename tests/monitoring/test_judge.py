@@ -68,7 +68,7 @@ def test_a_healthy_codebook_has_no_finding() -> None:
     judge = Judge(RULES)
     assert told(judge, *[HEALTHY] * 50, loss=1.0) == []
     assert told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 50) == []
-    assert not judge.is_suspicious("book")
+    assert judge.holding("book") == []
 
 
 def merged(share: int) -> CodebookReport:
@@ -112,7 +112,7 @@ def test_each_sign_is_noticed_once_with_its_figures_and_a_remedy(sign: str) -> N
     assert notice.step >= 3
     assert re.search(NAMED[sign], notice.text), notice.text
     assert str(notice).startswith(f"{sign} in book at step {notice.step}: ")
-    assert judge.is_suspicious("book")
+    assert judge.holding("book")
 
 
 def test_a_falling_separation_is_noticed_and_says_whether_the_tokens_fall_too() -> None:

@@ -103,12 +103,13 @@ def test_the_decoder_reaches_the_encoder_straight_through_or_through_the_assignm
     torch.testing.assert_close(gradients[0], weights)
     assert straight.bank.prototypes.grad is None
     assert soft.bank.prototypes.grad is not None
-    # Deep inside of the cells the paper's gradient is gone, the other is not.
-    cold = quantizer(gradient="soft", temperature=1e-5)
-    z = torch.randn(2, 7, 6).requires_grad_()
+    # Deep inside of the cells the paper's gradient is gone, the other is not. What rounding leaves of it is divided by
+    # T: in float32 about a thousandth, on some processors more.
+    cold = quantizer(gradient="soft", temperature=1e-5).double()
+    z = torch.randn(2, 7, 6, dtype=torch.float64).requires_grad_()
     (cold(z).quantized * weights).sum().backward()
     assert z.grad is not None
-    assert z.grad.abs().mean() < 1e-3 * weights.abs().mean()
+    assert z.grad.abs().max() < 1e-9
 
 
 def test_the_gap_closes_with_the_temperature() -> None:
