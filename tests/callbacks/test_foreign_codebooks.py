@@ -149,6 +149,7 @@ def library_head() -> Any:
     return LibraryVQ("VectorQuantize", {"codebook_size": 4, "kmeans_init": True})
 
 
+@pytest.mark.filterwarnings("ignore:CollapseWarning")  # they start at random
 @pytest.mark.parametrize(
     ("head", "where"),
     [(lambda: VQPooling(4), "head.quantizer"), (library_head, "head.quantizer.layer")],
