@@ -18,15 +18,19 @@ from ddcl_lightning import (
     BankRecord,
     Clustering,
     CollapseRules,
+    ConvBackbone,
+    ConvDecoder,
     DDCLReadout,
     DDCLReadoutModule,
     Finding,
     PCABackbone,
     PrototypeBank,
+    Reconstruction,
     Signal,
 )
 from ddcl_lightning.callbacks import CollapseError, CollapseWarning, KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules.digits import DigitsDataModule
+from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.monitoring.additional import TAKEN
 from tests.tiny import absolute
 
@@ -179,6 +183,32 @@ def test_a_random_start_that_travels_to_the_data_is_not_falling() -> None:
         module.encoder.requires_grad_(False)
     fit(module, TemperatureAnnealing(), watch, max_epochs=10)
     assert "falling" not in signs(watch)
+    assert of_level(watch, "alarm") == []
+
+
+@pytest.mark.slow
+def test_a_standardized_autoencoder_with_many_codes_is_no_alarm() -> None:
+    """Its separation and the rank of its tokens change most of all at the start."""
+    pl.seed_everything(0, verbose=False)
+    weight = 0.1414
+    head = SoftVQ(
+        64, commitment_weight=0.25 * weight, entropy_weight=0.04 * weight, embedding_scale="per_dimension", code_dim=8
+    )
+    module = DDCLReadoutModule(
+        ConvBackbone(1, 16, (32,)),
+        head,
+        Reconstruction(ConvDecoder(1, (32,)), quantization_weight=0.0),
+        prototype_optimizer={"name": "TokenNormalized", "args": {"relocation_threshold": 0.5}},
+        lr_prototypes=0.05,
+        rho=0.04,
+        lr_task=2e-3,
+    )
+    start = KMeansInitialization(num_restarts=1, max_tokens=8192, progress=False)
+    watch = CollapseWarning(every_n_batches=5)
+    callbacks = [TemperatureAnnealing(0.05, 0.0005, interval="step"), start, watch]
+    trainer = pl.Trainer(max_epochs=6, callbacks=callbacks, limit_val_batches=0, **QUIET)
+    trainer.fit(module, DigitsDataModule(batch_size=64, val_fraction=0.2, as_images=True))
+    assert len(watch.readings["head.quantizer.bank"]) > 20
     assert of_level(watch, "alarm") == []
 
 
@@ -368,7 +398,7 @@ def test_every_signal_is_logged_and_kept() -> None:
         *("delta_min", "delta_mean", "delta_relative", "embedding_scale", "effective_dimension"),
         *("temperature", "temperature_ratio", "entropy", "entropy_ratio", "used_in_batch", "num_codes", "usage"),
         *("perplexity", "dead", "near_duplicates", "separation", "token_rank", "code_rank", "spread"),
-        *("commitment", "reach", "explained"),
+        *("commitment", "reach", "explained", "lyapunov"),
     }
     assert names == expected
     assert names <= set(TAKEN)

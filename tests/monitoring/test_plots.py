@@ -85,7 +85,7 @@ def test_course_shows_its_signals_with_the_moments_of_notices_and_alarms(n: int)
 def test_course_scales_perplexity_by_the_number_of_codes_and_ranks_by_their_best() -> None:
     top, middle, _ = draw_course(course(30), [], "bank").axes
     assert top.lines[0].get_ydata()[0] == pytest.approx(6 / 8)
-    assert list(middle.lines[0].get_xdata())[0] == 20.0  # known from there on
+    assert middle.lines[0].get_xdata()[0] == 20.0  # known from there on
     assert max(middle.lines[0].get_ydata()) == 1.0
 
 
