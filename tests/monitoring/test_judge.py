@@ -43,10 +43,10 @@ HEALTHY = CodebookReport(
 )
 
 
-def bank(ratio: float, delta: float = 1.0) -> HeadSignals:
-    """Signals of a bank at T / T_c, where T_c is 1."""
+def bank(ratio: float, delta: float = 1.0, uniform: float = 0.9) -> HeadSignals:
+    """Signals of a bank at T / T_c, where T_c is 1, with assignments that are uniform at most to a share."""
     evenly = torch.full((8,), 1 / 8)
-    entropy = math.log(8) * min(ratio, 1.0)
+    entropy = math.log(8) * min(ratio, uniform)
     return HeadSignals(delta, delta, (0, 1), 1.0, 8.0, ratio, 1.0, entropy, 8, evenly, torch.full((8,), 9))
 
 
@@ -82,9 +82,9 @@ SICK = {
     "flat": replace(HEALTHY, token_rank=1.0),
     "flat_codes": replace(HEALTHY, code_rank=1.0),
     "merged": merged(8),
-    "uniform": replace(HEALTHY, bank=bank(0.999)),
+    "uniform": replace(HEALTHY, bank=bank(0.999, uniform=0.999)),
     "dead": replace(HEALTHY, dead=(1, 2, 3, 4, 5, 6, 7)),
-    "few_codes": replace(HEALTHY, perplexity=1.01),
+    "few_codes": replace(HEALTHY, perplexity=1.9),
     "drifting": replace(HEALTHY, commitment=50.0),
     "diverging": replace(HEALTHY, reach=1e4),
 }
@@ -96,7 +96,7 @@ NAMED = {
     "merged": r"8 of 8 codes .*closest are 2 and 5, 0\.0001.*fewer codes",
     "uniform": r"0\.999 of ln K.*Lower the temperature",
     "dead": r"7 of 8 codes \(1, 2, 3, 4, 5, 6, 7\).*replace dead codes",
-    "few_codes": r"perplexity is 1\.0 of 8.*fewer codes",
+    "few_codes": r"perplexity is 1\.9 of 8.*fewer codes",
     "drifting": r"50 of their variance.*commitment",
     "diverging": r"code 3 is 1e\+04 times.*Lower the learning rate",
 }
@@ -158,14 +158,30 @@ def test_one_code_has_no_sign_that_speaks_of_several() -> None:
         assert not {"above_critical", "falling", "merged", "uniform", "dead", "few_codes"} & set(signs(found))
 
 
-@pytest.mark.parametrize("sign", [sign for sign in SICK if sign != "non_finite"])
+@pytest.mark.parametrize("sign", [sign for sign in SICK if sign not in ("non_finite", "uniform")])
 def test_a_sign_alone_is_never_an_alarm(sign: str) -> None:
     judge = Judge(RULES)
     told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 5)
     assert signs(told(judge, *[SICK[sign]] * 50), "alarm") == []
 
 
-@pytest.mark.parametrize("sign", SICK)
+def test_codes_that_tell_nothing_are_an_alarm_by_themselves() -> None:
+    for report, sign in ((SICK["uniform"], "uniform"), (replace(HEALTHY, perplexity=1.01), "few_codes")):
+        (alarm,) = [finding for finding in told(Judge(RULES), *[report] * 50) if finding.level == "alarm"]
+        assert alarm.sign == sign
+        assert "of ln K = 2.1 nats" in alarm.text
+
+
+def test_uniform_assignments_of_a_readout_with_a_loss_of_its_own_are_no_alarm() -> None:
+    """Slots are means of tokens whatever the assignments; codes that are handed on are not."""
+    course = [1.0 / (1 + n) for n in range(50)]
+    for quantizes in (False, True):
+        judge, report = Judge(RULES), replace(SICK["uniform"], quantizes=quantizes)
+        found = [finding for loss in course for finding in told(judge, report, loss=loss)]
+        assert signs(found, "alarm") == ["uniform"] * quantizes
+
+
+@pytest.mark.parametrize("sign", [sign for sign in SICK if sign != "uniform"])
 def test_a_sign_beside_codes_that_tell_less_of_the_probe_is_an_alarm_once(sign: str) -> None:
     judge = Judge(RULES)
     told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 5)

@@ -40,6 +40,8 @@ def test_signals_of_every_head(detach: bool) -> None:
             "temperature_ratio": [0.5, 2.0][head] / critical,
             "entropy": entropy,
             "entropy_ratio": entropy / math.log(5),
+            "lyapunov": float(q.mul(torch.cdist(valid, prototypes).square()).sum(1).mean())
+            - detach * signals.temperature * entropy,
             "used_in_batch": len(torch.cdist(valid, prototypes).argmin(1).unique()) / 5,
         }
         assert signals.scalars() == pytest.approx(expected, rel=1e-5)
