@@ -106,8 +106,8 @@ NAMED = {
 def test_each_sign_is_noticed_once_with_its_figures_and_a_remedy(sign: str) -> None:
     judge = Judge(RULES)
     told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 3)
-    found = [finding for finding in told(judge, *[SICK[sign]] * 20) if finding.level == "notice"]
-    (notice,) = [finding for finding in found if finding.sign == sign]
+    findings = [finding for finding in told(judge, *[SICK[sign]] * 20) if finding.level == "notice"]
+    (notice,) = [finding for finding in findings if finding.sign == sign]
     assert notice.codebook == "book"
     assert notice.step >= 3
     assert re.search(NAMED[sign], notice.text), notice.text
@@ -133,8 +133,8 @@ def test_the_fall_of_codes_that_travel_to_the_tokens_is_no_sign() -> None:
         judge = Judge(RULES)
         travel, rest = [5.0 - 0.3 * n for n in range(15)], [0.8] * 10
         course = [*travel, *rest, *[0.8 * 0.8**n for n in range(1, 15)]]
-        found = told(judge, *[replace(HEALTHY, separation=value) for value in course], from_data=from_data)
-        return [finding.step for finding in found if finding.sign == "falling"]
+        findings = told(judge, *[replace(HEALTHY, separation=value) for value in course], from_data=from_data)
+        return [finding.step for finding in findings if finding.sign == "falling"]
 
     (early,) = falls(True)
     (late,) = falls(False)
@@ -153,9 +153,11 @@ def test_a_sign_that_comes_and_goes_is_none_and_one_that_comes_back_is_noticed_a
 
 def test_one_code_has_no_sign_that_speaks_of_several() -> None:
     for report in SICK.values():
-        one = replace(report, num_codes=1, perplexity=1.0, dead=(), duplicates=None, closest=None, separation=math.nan)
-        found = told(Judge(RULES), *[HEALTHY] * 3, *[one] * 10)
-        assert not {"above_critical", "falling", "merged", "uniform", "dead", "few_codes"} & set(signs(found))
+        single = replace(
+            report, num_codes=1, perplexity=1.0, dead=(), duplicates=None, closest=None, separation=math.nan
+        )
+        findings = told(Judge(RULES), *[HEALTHY] * 3, *[single] * 10)
+        assert not {"above_critical", "falling", "merged", "uniform", "dead", "few_codes"} & set(signs(findings))
 
 
 @pytest.mark.parametrize("sign", [sign for sign in SICK if sign != "non_finite"])
@@ -169,8 +171,8 @@ def test_a_sign_alone_is_never_an_alarm(sign: str) -> None:
 def test_a_sign_beside_codes_that_tell_less_of_the_probe_is_an_alarm_once(sign: str) -> None:
     judge = Judge(RULES)
     told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 5)
-    found = told(judge, *[replace(SICK[sign], explained=0.01)] * 50)
-    (alarm,) = [finding for finding in found if finding.level == "alarm"]
+    findings = told(judge, *[replace(SICK[sign], explained=0.01)] * 50)
+    (alarm,) = [finding for finding in findings if finding.level == "alarm"]
     assert "Harm: " in alarm.text
     if sign != "non_finite":
         assert "1% of the probe's first variance, at best 60%" in alarm.text
@@ -190,17 +192,17 @@ def test_flat_tokens_beside_a_loss_that_rises_are_an_alarm() -> None:
     judge = Judge(RULES)
     for n in range(30):
         assert told(judge, HEALTHY, loss=2.0 - n / 30) == []
-    found = [finding for n in range(30) for finding in told(judge, SICK["flat"], loss=1.0 + n / 10)]
-    assert signs(found) == ["flat"]
-    assert signs(found, "alarm") == ["flat"]
+    findings = [finding for n in range(30) for finding in told(judge, SICK["flat"], loss=1.0 + n / 10)]
+    assert signs(findings) == ["flat"]
+    assert signs(findings, "alarm") == ["flat"]
 
 
 def test_flat_tokens_beside_a_loss_that_falls_are_no_alarm() -> None:
     judge = Judge(RULES)
-    found = [
+    findings = [
         finding for n in range(60) for finding in told(judge, HEALTHY if n < 10 else SICK["flat"], loss=2 * 0.9**n)
     ]
-    assert signs(found, "alarm") == []
+    assert signs(findings, "alarm") == []
 
 
 def course_of_annealing(start: float, end: float, readings: int = 30) -> list[CodebookReport]:
@@ -258,10 +260,10 @@ def test_a_judge_restored_from_a_file_finds_what_the_whole_one_does(at: int) -> 
             judge.judge(step, {"book": course[step]}, 1.0 / (step + 1), planned_end={"book": 0.05})
         return judge
 
-    whole, part = run(Judge(RULES), 0, 40), run(Judge(RULES), 0, at)
+    whole, first = run(Judge(RULES), 0, 40), run(Judge(RULES), 0, at)
     file = io.BytesIO()
-    torch.save(part.state_dict(), file)
-    run(part, at, 40)  # what goes on leaves what was saved alone
+    torch.save(first.state_dict(), file)
+    run(first, at, 40)  # what goes on leaves what was saved alone
     file.seek(0)
     resumed = Judge(RULES)
     resumed.load_state_dict(torch.load(file, weights_only=True))
