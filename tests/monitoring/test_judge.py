@@ -43,10 +43,10 @@ HEALTHY = CodebookReport(
 )
 
 
-def bank(ratio: float, delta: float = 1.0) -> HeadSignals:
+def bank(ratio: float, delta: float = 1.0, uniform: float = 0.5) -> HeadSignals:
     """Signals of a bank at T / T_c, where T_c is 1."""
     evenly = torch.full((8,), 1 / 8)
-    entropy = math.log(8) * min(ratio, 1.0)
+    entropy = math.log(8) * uniform
     return HeadSignals(delta, delta, (0, 1), 1.0, 8.0, ratio, 1.0, entropy, 8, evenly, torch.full((8,), 9))
 
 
@@ -82,7 +82,7 @@ SICK = {
     "flat": replace(HEALTHY, token_rank=1.0),
     "flat_codes": replace(HEALTHY, code_rank=1.0),
     "merged": merged(8),
-    "uniform": replace(HEALTHY, bank=bank(0.999)),
+    "uniform": replace(HEALTHY, bank=bank(0.5, uniform=0.999)),
     "dead": replace(HEALTHY, dead=(1, 2, 3, 4, 5, 6, 7)),
     "few_codes": replace(HEALTHY, perplexity=1.01),
     "drifting": replace(HEALTHY, commitment=50.0),
@@ -160,7 +160,18 @@ def test_one_code_has_no_sign_that_speaks_of_several() -> None:
         assert not {"above_critical", "falling", "merged", "uniform", "dead", "few_codes"} & set(signs(findings))
 
 
-@pytest.mark.parametrize("sign", [sign for sign in SICK if sign != "non_finite"])
+# Harm of their own: codes or assignments that tell next to nothing of the tokens.
+HARMFUL = ("non_finite", "uniform", "few_codes")
+
+
+@pytest.mark.parametrize("sign", HARMFUL)
+def test_codes_that_tell_nothing_are_an_alarm_by_themselves(sign: str) -> None:
+    judge = Judge(RULES)
+    told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 5)
+    assert signs(told(judge, *[SICK[sign]] * 50), "alarm") == [sign]
+
+
+@pytest.mark.parametrize("sign", [sign for sign in SICK if sign not in HARMFUL])
 def test_a_sign_alone_is_never_an_alarm(sign: str) -> None:
     judge = Judge(RULES)
     told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 5)
@@ -174,7 +185,7 @@ def test_a_sign_beside_codes_that_tell_less_of_the_probe_is_an_alarm_once(sign: 
     findings = told(judge, *[replace(SICK[sign], explained=0.01)] * 50)
     (alarm,) = [finding for finding in findings if finding.level == "alarm"]
     assert "Harm: " in alarm.text
-    if sign != "non_finite":
+    if sign not in HARMFUL:
         assert "1% of the probe's first variance, at best 60%" in alarm.text
 
 
