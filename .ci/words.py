@@ -26,7 +26,6 @@ NAMES = {
     "relocate": "relocation_threshold",
     "balance": "load_exponent",
     "opening": "gate value",
-    "probe": "record (for a hook); a probe is a linear probe",
     "look_up": "decode",
 }
 # Identifiers and file names, any of their words.

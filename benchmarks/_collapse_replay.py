@@ -95,7 +95,7 @@ def judge(recording: Recording) -> dict[str, int | None]:
     """First step of a notice and of an alarm, None where there is none."""
     findings = replay(recording)
     steps = {
-        level: min((found.step for found in findings if found.level == level), default=math.inf)
+        level: min((finding.step for finding in findings if finding.level == level), default=math.inf)
         for level in ("notice", "alarm")
     }
     steps["notice"] = min(steps.values())

@@ -35,6 +35,7 @@ from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 PROBE_SAMPLES = 512
 MAX_POINTS = 2000  # of a course; beyond, every second one goes
+NO_NUMBERS = ("not finite", "overflow", "NaN", "infinite")  # words of errors
 LARGEST_PASS = 20  # windows of a codebook: a pass over the data that is longer is not waited for
 
 
@@ -99,6 +100,7 @@ class CollapseWarning(CodebookCallback):
         """Drop the signals and findings of an earlier run."""
         self.monitor = CodebookMonitor(rules=self.rules, on_collapse="ignore")
         self.report = MonitorReport()
+        self._earlier_verdict = ""  # of a checkpoint, until there is a reading
         self.readings: dict[str, list[dict[str, float]]] = {}
         self.additional.forget()
 
@@ -222,9 +224,19 @@ class CollapseWarning(CodebookCallback):
         if self.on_collapse == "stop":
             trainer.should_stop = True
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remove the recorder; an error about values that are no numbers is an alarm too."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, FloatingPointError) or any(word in str(exception) for word in NO_NUMBERS):
+            text = f"training ended with {type(exception).__name__}: {exception}"[:500]
+            self.monitor.add_finding(Finding("alarm", "non_finite", "", trainer.global_step, text))
+            rank_zero_warn(
+                f"CollapseWarning: values that are no numbers at step {trainer.global_step}: {self.verdict()}"
+            )
+
     def verdict(self) -> str:
         """One line for every codebook: how it is, and what was found when."""
-        return self.monitor.verdict(self.findings)
+        return self.monitor.verdict(self.findings) or self._earlier_verdict
 
     def courses(self) -> dict[str, Figure]:
         """Pictures of the signals of every codebook over steps, with the moments of its findings."""
@@ -252,6 +264,7 @@ class CollapseWarning(CodebookCallback):
         super().load_state_dict(state_dict)
         self.monitor.load_state_dict(state_dict["monitor"])
         self.additional.load_state_dict(state_dict["additional"])
+        self._earlier_verdict = state_dict["verdict"]
         self.readings = {name: list(readings) for name, readings in state_dict["readings"].items()}
 
 

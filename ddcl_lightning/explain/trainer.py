@@ -99,8 +99,8 @@ class ExplainingTrainer(pl.Trainer):
 def _health(checkpoint: str) -> tuple[str, ...]:
     """Verdicts of a CollapseWarning at the time of the checkpoint."""
     states = read_checkpoint(checkpoint).get("callbacks", {})
-    found = (state.get("verdict", "") for key, state in states.items() if key.startswith("CollapseWarning"))
-    return tuple(line for verdict in found for line in verdict.splitlines())
+    verdicts = (state.get("verdict", "") for key, state in states.items() if key.startswith("CollapseWarning"))
+    return tuple(line for verdict in verdicts for line in verdict.splitlines())
 
 
 def _announce(output: str, explanation: Explanation) -> None:

@@ -110,18 +110,18 @@ class CodeWindow:
     @torch.no_grad()
     def report(self, duplicate_distance: float) -> list[CodebookReport]:
         """Health of each head, the same on every process; all have to call it."""
-        parts = gather_objects((self._counts, sum(self._num_tokens), self._non_finite, list(self._sample)))
-        dead = self._dead()
-        counts = torch.stack([part[0] for part in parts]).sum((0, 1))
-        num_tokens, non_finite = sum(part[1] for part in parts), torch.stack([part[2] for part in parts]).sum(0)
-        rows = torch.cat([sample for part in parts for sample in part[3]] or [torch.empty(0, self.num_heads, 1)])
-        latest = [part[3][-1] for part in parts if part[3]]
+        fields = (self._counts, sum(self._num_tokens), self._non_finite, list(self._sample))
+        counts, numbers, bad, samples = zip(*gather_objects(fields), strict=True)
+        dead, num_tokens = self._dead(), sum(numbers)
+        totals, non_finite = torch.stack(counts).sum((0, 1)), torch.stack(bad).sum(0)
+        rows = torch.cat([sample for each in samples for sample in each] or [torch.empty(0, self.num_heads, 1)])
+        latest = [each[-1] for each in samples if each]
         books = None if self.codebook is None else self._scaled(self.codebook).cpu()
         banks = self._bank_signals(rows, torch.cat(latest)) if latest else None
         reports = []
         for head in range(self.num_heads):
             lost = dead[head] if num_tokens >= self.size else None
-            report = CodebookReport.of_counts(counts[head], num_tokens, int(non_finite[head]), lost)
+            report = CodebookReport.of_counts(totals[head], num_tokens, int(non_finite[head]), lost)
             report = report_of_tokens(report, rows[:, head].double())
             if books is not None:
                 report = report_of_codes(report, rows[:, head, :-1].double(), books[head].double(), duplicate_distance)
@@ -133,9 +133,9 @@ class CodeWindow:
     def _dead(self) -> Tensor:
         """Codes that have waited for a token too long, ``(H, K)`` boolean."""
         hits, idle = (torch.stack(values) for values in zip(*gather_objects((self._hits, self._idle)), strict=True))
-        seen = sum(gather_objects(int(self._hits[0].sum())))
+        counted = sum(gather_objects(int(self._hits[0].sum())))
         waiting = idle.min(0).values * len(idle)  # the process that saw it last counts
-        share = hits.sum(0) / (seen - waiting).clamp(min=1)
+        share = hits.sum(0) / (counted - waiting).clamp(min=1)
         patience: Tensor = (PATIENCE / share).nan_to_num(posinf=0.0).clamp(min=self.size)
         return waiting >= patience
 

@@ -38,8 +38,8 @@ def measured_harm(
     if "non_finite" in signs:
         return Harm("non_finite", "no number can be trained on")
     first = next(iter(signs))
-    found = _told_by_codes(now, loss, rules, signs)
-    return found or (_of_loss(loss, rules, first, signs) if loss.readings else _of_probe(past, rules, first))
+    by_codes = _told_by_codes(now, loss, rules, signs)
+    return by_codes or (_of_loss(loss, rules, first, signs) if loss.readings else _of_probe(past, rules, first))
 
 
 def _told_by_codes(

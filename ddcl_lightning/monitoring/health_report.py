@@ -36,7 +36,7 @@ class CodebookReport:
         spread: Root mean squared distance of the tokens to their mean.
         commitment: Mean squared distance of tokens to their codes over their variance: 0 where they coincide, 1 where
             the codes tell no more than the mean.
-        reach: Relative distance of the farthest code to the mean of the tokens.
+        extent: Relative distance of the farthest code to the mean of the tokens.
         farthest: That code.
         non_finite: Tokens and codes with NaN or infinity, and codes outside of [0, K), that were met.
         explained: Share of the variance that a fixed probe's embeddings had at the start which its codes of now
@@ -58,7 +58,7 @@ class CodebookReport:
     dim: int = 0
     spread: float = math.nan
     commitment: float = math.nan
-    reach: float = math.nan
+    extent: float = math.nan
     farthest: int | None = None
     non_finite: int = 0
     explained: float = math.nan
@@ -102,7 +102,7 @@ LOGGED = (
     "code_rank",
     "spread",
     "commitment",
-    "reach",
+    "extent",
     "explained",
 )
 
@@ -134,7 +134,7 @@ def report_of_codes(report: CodebookReport, tokens: Tensor, codes: Tensor, dupli
     if len(tokens) and spread > 0:
         distances = (codes - tokens.mean(0)).norm(dim=-1)
         last = int(distances.argmax())
-        report = replace(report, reach=float(distances[last]) / spread, farthest=int(finite[last]))
+        report = replace(report, extent=float(distances[last]) / spread, farthest=int(finite[last]))
     if len(codes) < 2:
         return report
     step = math.ceil(len(codes) / MAX_COMPARED)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ddcl_lightning.monitoring.health_report import CodebookReport
 
 TREND_READINGS = 20
+MIN_CHANGES = 5  # of a loss, before its noise is known
 TRAVEL_READINGS = 20  # for which codes that did not start from data may travel to the tokens
 FALLING = ("separation", "delta", "token_rank", "code_rank", "spread", "perplexity", "explained")
 
@@ -78,7 +80,7 @@ def numbers(now: CodebookReport) -> dict[str, float]:
     """Numbers of a report whose course is followed."""
     values = {name: getattr(now, name) for name in ("separation", "token_rank", "code_rank", "spread")}
     values |= {"perplexity": now.perplexity, "explained": now.explained, "commitment": now.commitment}
-    values |= {"reach": now.reach, "dead": math.nan if now.dead is None else float(len(now.dead))}
+    values |= {"extent": now.extent, "dead": math.nan if now.dead is None else float(len(now.dead))}
     if now.bank is not None:
         values |= {"delta": now.bank.delta_min, "temperature": now.bank.temperature}
     return values
@@ -86,27 +88,34 @@ def numbers(now: CodebookReport) -> dict[str, float]:
 
 @dataclass
 class LossHistory:
-    """Course of a smoothed loss.
+    """Course of a smoothed loss. What is within its noise neither falls nor rises.
 
     Attributes:
         readings: Their number so far.
+        latest: The last reading.
         smooth: Mean of the latest readings, exponentially weighted.
         first: Its first value.
         lowest: Its lowest value.
         since_lowest: Readings since then.
+        changes: Sizes of the latest 20 changes from reading to reading, of which the median is the noise.
     """
 
     readings: int = 0
+    latest: float = math.nan
     smooth: float = math.nan
     first: float = math.nan
     lowest: float = math.inf
     since_lowest: int = 0
+    changes: list[float] = field(default_factory=list)
 
     def add(self, loss: float, weight: float = 0.5) -> None:
         """Add the mean loss since the last reading."""
         self.readings += 1
         if not math.isfinite(loss):
             return
+        if not math.isnan(self.latest):
+            self.changes = [*self.changes, abs(loss - self.latest)][-TREND_READINGS:]
+        self.latest = loss
         self.smooth = loss if math.isnan(self.smooth) else self.smooth + weight * (loss - self.smooth)
         self.first = self.smooth if math.isnan(self.first) else self.first
         self.since_lowest += 1
@@ -114,10 +123,15 @@ class LossHistory:
             self.lowest, self.since_lowest = self.smooth, 0
 
     @property
+    def noise(self) -> float:
+        """Usual change from one reading to the next; infinite before there are five."""
+        return statistics.median(self.changes) if len(self.changes) >= MIN_CHANGES else math.inf
+
+    @property
     def regain(self) -> float:
-        """Share of the whole fall of the loss that it has risen again; NaN before it fell."""
-        fall = self.first - self.lowest
-        return (self.smooth - self.lowest) / fall if fall > 0 else math.nan
+        """Share of the whole fall of the loss that it has risen again; NaN where either is within the noise."""
+        fall, rise = self.first - self.lowest, self.smooth - self.lowest
+        return rise / fall if fall > 4 * self.noise and rise > 4 * self.noise else math.nan
 
     @property
     def has_jumped(self) -> bool:

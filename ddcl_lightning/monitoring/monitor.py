@@ -285,6 +285,7 @@ class CodebookMonitor:
         self._windows.clear()
         self._judge = Judge(self.rules)
         self._losses, self._unread, self._readings, self._probed, self._steps = [], False, 0, 0, 0
+        self.latest = MonitorReport()
 
     def close(self) -> None:
         """Read no further calls."""

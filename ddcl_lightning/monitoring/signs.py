@@ -21,7 +21,7 @@ class CollapseRules:
         min_perplexity: Smallest perplexity relative to K.
         max_dead: Largest share of dead codes.
         max_growth: Largest growth of the tokens' spread since the start.
-        max_reach: Largest distance of a code to the mean of the tokens, relative to their spread.
+        max_extent: Largest distance of a code to the mean of the tokens, relative to their spread.
         patience: Readings for which a sign must hold.
         min_explained: Smallest share of a probe's first variance that codes explain, relative to its highest value.
         min_information: Smallest logarithm of the perplexity relative to ln K.
@@ -38,7 +38,7 @@ class CollapseRules:
     min_rank: float = 0.5
     min_perplexity: float = 0.25
     max_dead: float = 0.1
-    max_reach: float = 10.0
+    max_extent: float = 10.0
     max_growth: float = 10.0
     patience: int = 3
     min_explained: float = 0.9
@@ -58,12 +58,13 @@ class CollapseRules:
         ):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1]; got {getattr(self, name)}.")
-        for name in ("duplicate_distance", "max_dead", "max_reach", "max_growth", "max_regain"):
+        for name in ("duplicate_distance", "max_dead", "max_extent", "max_growth", "max_regain"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
         require_at_least(1, patience=self.patience)
 
 
+FEW = 1.5  # a perplexity that is low however few codes there are
 Sign = Callable[[CodebookReport, HeadHistory, CollapseRules], str]
 
 
@@ -169,7 +170,8 @@ def dead(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
 
 def few_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Tokens on few of the codes."""
-    if now.dead is None or not now.perplexity < rules.min_perplexity * now.num_codes or now.num_codes < 4:
+    least = max(rules.min_perplexity * now.num_codes, FEW)
+    if now.dead is None or not now.perplexity < least or now.num_codes < 4:
         return ""
     return (
         f"the perplexity is {now.perplexity:.1f} of {now.num_codes}: few codes have nearly all tokens. Start from "
@@ -190,10 +192,10 @@ def drifting(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> st
 
 def diverging(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Codes far out of the tokens."""
-    if not now.reach > rules.max_reach or not math.isfinite(now.spread):
+    if not now.extent > rules.max_extent or not math.isfinite(now.spread):
         return ""
     return (
-        f"code {now.farthest} is {now.reach:.3g} times the tokens' spread away from their mean. Lower the learning "
+        f"code {now.farthest} is {now.extent:.3g} times the tokens' spread away from their mean. Lower the learning "
         "rate of the codes (plain gradient steps are stable below 1 / the largest mean assignment), or start them from "
         "tokens."
     )

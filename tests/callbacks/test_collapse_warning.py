@@ -176,7 +176,7 @@ def test_a_small_cluster_is_not_dead_though_a_batch_without_it_is_large() -> Non
 
 
 def test_a_random_start_that_travels_to_the_data_is_not_falling() -> None:
-    watch = CollapseWarning(every_n_batches=1, rules=CollapseRules(max_dead=1.0, max_reach=1e9))
+    watch = CollapseWarning(every_n_batches=1, rules=CollapseRules(max_dead=1.0, max_extent=1e9))
     module = Project(lr=0.1)
     with torch.no_grad():
         module.encoder.weight.mul_(0.02)  # tokens much closer together than the prototypes
@@ -398,7 +398,7 @@ def test_every_signal_is_logged_and_kept() -> None:
         *("delta_min", "delta_mean", "delta_relative", "embedding_scale", "effective_dimension"),
         *("temperature", "temperature_ratio", "entropy", "entropy_ratio", "used_in_batch", "num_codes", "usage"),
         *("perplexity", "dead", "near_duplicates", "separation", "token_rank", "code_rank", "spread"),
-        *("commitment", "reach", "explained", "lyapunov"),
+        *("commitment", "extent", "explained", "lyapunov"),
     }
     assert names == expected
     assert names <= set(TAKEN)

@@ -117,9 +117,9 @@ def test_a_codebook_of_others_that_becomes_one_vector_is_named(name: str) -> Non
     start = loader(shuffle=False).dataset.tensors[0][:4]
     set_codes(module, start)
     watch = CollapseWarning(every_n_batches=1, named=named)
-    one = Change(12, lambda model: set_codes(model, start[:1].expand(4, -1)))
+    merge = Change(12, lambda model: set_codes(model, start[:1].expand(4, -1)))
     with warned(f"in {where} at step .*Harm: "):
-        fit(module, one, watch, data=loader(batch_size=48), max_epochs=40)
+        fit(module, merge, watch, data=loader(batch_size=48), max_epochs=40)
     assert {"merged", "flat_codes", "dead"} <= set(signs(watch))
     assert {finding.codebook for finding in watch.findings} == {where}
     assert all(finding.step > 12 for finding in watch.findings)

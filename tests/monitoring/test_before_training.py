@@ -84,9 +84,9 @@ def test_more_codes_than_different_tokens_are_a_problem() -> None:
 
 
 def test_tokens_without_variance_are_a_problem() -> None:
-    found = problems(bank(), torch.ones(1, 500, 4))
-    assert "no_variance" in found
-    assert "more_codes_than_tokens" in found
+    signs = problems(bank(), torch.ones(1, 500, 4))
+    assert "no_variance" in signs
+    assert "more_codes_than_tokens" in signs
 
 
 def test_a_schedule_that_ends_above_the_critical_temperature_is_said() -> None:
@@ -114,8 +114,8 @@ def test_a_rate_of_plain_steps_is_compared_with_the_largest_stable_one() -> None
     mass = assignment_statistics(TOKENS, built.prototypes.detach(), built.temperature).mass
     limit = 1 / float(mass.max())
     for factor, problem in ((0.5, False), (4.0, True)):
-        found = remarks(model, optimizers=[SGD(model.parameters(), lr=factor * limit)])
-        (remark,) = [each for each in found if each.sign == "rate"]
+        said = remarks(model, optimizers=[SGD(model.parameters(), lr=factor * limit)])
+        (remark,) = [each for each in said if each.sign == "rate"]
         assert remark.problem == problem
         assert f"stable up to a rate of about {limit:.3g}" in remark.text
         assert f"{factor * limit:.3g}" in remark.text

@@ -101,16 +101,16 @@ def test_a_reading_leaves_the_model_its_modes_and_the_random_state_as_they_were(
 
 
 def test_the_model_is_called_in_evaluation_mode_without_gradients() -> None:
-    seen = []
+    modes = []
 
     class Watched(nn.Sequential):
         def forward(self, values: Tensor) -> Any:
-            seen.append((self.training, torch.is_grad_enabled()))
+            modes.append((self.training, torch.is_grad_enabled()))
             return super().forward(values)
 
     model = Watched(VectorQuantizer(8, 4))
     monitor = CodebookMonitor(model, probe=lambda: model(torch.randn(4, 30, 8)), every_n_calls=1)
-    assert seen == [(False, False)]
+    assert modes == [(False, False)]
     assert not monitor.report()  # the probe's own call is not counted
     monitor.close()
 

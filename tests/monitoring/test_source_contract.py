@@ -90,9 +90,9 @@ def test_a_loop_is_told_which_codebook_collapses_and_nothing_of_a_healthy_one(na
     for _ in range(14):
         step()
         monitor.check()
-    found = [finding for finding in monitor.findings if finding.step > 6]
+    findings = [finding for finding in monitor.findings if finding.step > 6]
     noticed, alarmed = (
-        {finding.codebook for finding in found if finding.level == level} for level in ("notice", "alarm")
+        {finding.codebook for finding in findings if finding.level == level} for level in ("notice", "alarm")
     )
     assert noticed == set(monitor.latest)
     assert alarmed >= measured
