@@ -230,9 +230,6 @@ class CollapseWarning(CodebookCallback):
         if isinstance(exception, FloatingPointError) or any(word in str(exception) for word in NO_NUMBERS):
             text = f"training ended with {type(exception).__name__}: {exception}"[:500]
             self.monitor.add_finding(Finding("alarm", "non_finite", "", trainer.global_step, text))
-            rank_zero_warn(
-                f"CollapseWarning: values that are no numbers at step {trainer.global_step}: {self.verdict()}"
-            )
 
     def verdict(self) -> str:
         """One line for every codebook: how it is, and what was found when."""
