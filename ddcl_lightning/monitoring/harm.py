@@ -38,7 +38,7 @@ def measured_harm(
     if "non_finite" in signs:
         return Harm("non_finite", "no number can be trained on")
     first = next(iter(signs))
-    by_codes = _told_by_codes(now, loss, rules, signs)
+    by_codes = None if past.travels else _told_by_codes(now, loss, rules, signs)
     return by_codes or (_of_loss(loss, rules, first, signs) if loss.readings else _of_probe(past, rules, first))
 
 

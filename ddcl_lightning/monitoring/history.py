@@ -29,6 +29,7 @@ class HeadHistory:
         recent: The latest 20 values of each, the oldest first.
         streaks: Readings in a row with a sign, by its name.
         alarmed: Whether the present harm has been reported.
+        travels: Whether codes that did not start from data may still be on their way to the tokens.
         planned: Whether the temperature started above the critical one and is planned to fall below it.
     """
 
@@ -40,17 +41,18 @@ class HeadHistory:
     streaks: dict[str, int] = field(default_factory=dict)
     planned: bool = False
     alarmed: bool = False
+    travels: bool = False
 
     def add(self, now: CodebookReport, from_data: bool = True) -> None:
         """Add one reading. Codes that did not start from data have no best separation before they have travelled."""
         self.readings += 1
+        self.travels = not from_data and self.readings <= TRAVEL_READINGS
         values = numbers(now)
         for name, value in values.items():
             if not math.isfinite(value):
                 continue
             self.first.setdefault(name, value)
-            travels = name in ("separation", "delta") and not from_data and self.readings <= TRAVEL_READINGS
-            if not travels:
+            if not (self.travels and name in ("separation", "delta")):
                 self.best[name] = max(value, self.best.get(name, -math.inf))
             self.lowest[name] = min(value, self.lowest.get(name, math.inf))
             self.add_value(name, value)
@@ -131,7 +133,7 @@ class LossHistory:
     def regain(self) -> float:
         """Share of the whole fall of the loss that it has risen again; NaN where either is within the noise."""
         fall, rise = self.first - self.lowest, self.smooth - self.lowest
-        return rise / fall if fall > 4 * self.noise and rise > 4 * self.noise else math.nan
+        return rise / fall if fall > 4 * self.noise and rise >= 4 * self.noise else math.nan
 
     @property
     def has_jumped(self) -> bool:

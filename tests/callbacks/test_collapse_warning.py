@@ -296,7 +296,8 @@ def test_tokens_on_few_codes_are_named() -> None:
 
 
 def test_codes_that_do_not_follow_the_tokens_are_named() -> None:
-    watch = watched(started_from(blobs()[0][:4] + 200))
+    with warned("few_codes in layer.bank"):  # one code is nearest to all of them
+        watch = watched(started_from(blobs()[0][:4] + 200))
     assert re.search(r"is \d[\d.e+]+ of their variance.*optimizer steps the codes", the(watch, "drifting").text)
 
 
@@ -366,7 +367,7 @@ def test_an_alarm_stops_a_run_that_is_to_stop() -> None:
 
 
 def test_an_alarm_ends_a_run_with_an_error_that_is_to_raise_one() -> None:
-    with pytest.raises(CollapseError, match=r"\w+ in layer.bank at step \d+: .* Harm: the codes explain"):
+    with pytest.raises(CollapseError, match=r"\w+ in layer.bank at step \d+: .* Harm: the codes "):
         collapsed("raise")
 
 
