@@ -132,7 +132,7 @@ class LossHistory:
     @property
     def regain(self) -> float:
         """Share of the whole fall of the loss that it has risen again; NaN where either is within the noise."""
-        fall, rise = self.first - self.lowest, self.smooth - self.lowest
+        fall, rise = self.first - self.lowest, max(self.smooth - self.lowest, 0.0)
         return rise / fall if fall > 4 * self.noise and rise >= 4 * self.noise else math.nan
 
     @property
