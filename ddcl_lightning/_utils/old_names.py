@@ -15,6 +15,13 @@ _UNIT = {"temperature_unit": "temperature=Temperature(value, unit)"}
 _RENAMED_RULES = {"merge": "merge_distance", "prune": "prune_fraction", "margin": "split_margin"}
 _RULES = {name: name for name in ("significance", "patience", "min_prototypes", "max_prototypes")} | _RENAMED_RULES
 # By class: the old argument, and the new one, with the class and the fields that it takes where it takes such.
+_SIGNS = {
+    "min_separation": "duplicate_distance",
+    "max_drop": "max_drop",
+    "max_entropy": "max_entropy",
+    "min_dimension": "min_rank",
+    "patience": "patience",
+}
 ARGUMENTS: dict[str, dict[str, str]] = {
     "AdaptiveBankSize": {
         "every": "frequency",
@@ -23,6 +30,8 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "AttentionPooling": _BUDGET,
     "CLSPooling": _BUDGET,
+    "CodebookMonitor": {"duplicate_distance": "rules=CollapseRules(duplicate_distance)"},
+    "CollapseWarning": {old: f"rules=CollapseRules({new})" for old, new in _SIGNS.items()},
     "DDCLAttention": _UNIT,
     "DDCLFeedForward": _UNIT,
     "DDCLReadout": {**_BUDGET, **_UNIT},

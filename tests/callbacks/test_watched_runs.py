@@ -77,7 +77,9 @@ class Counted(CollapseWarning):
 
 
 @pytest.mark.filterwarnings("ignore:.*find_unused:UserWarning")
-@pytest.mark.parametrize("make", [lambda: Project(dropout=0.5), lambda: Project(num_heads=2), Mixed], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: Project(dropout=0.5), lambda: Project(num_heads=2), Mixed], ids=["dropout", "heads", "mixed"]
+)
 def test_a_watched_run_is_the_unwatched_one_bit_for_bit(make: Any) -> None:
     alone, watched = end_of_run(make), end_of_run(make, Counted(every_n_batches=1))
     for key in alone:
