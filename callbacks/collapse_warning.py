@@ -1,18 +1,20 @@
 """Early warning of a collapsing codebook, with the sign, its figures and what to do."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning._utils.compat import callbacks_of, train_batches
+from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import broadcast_object, inform, world_size
 from ddcl_lightning.callbacks._base import CodebookCallback, head_name, log_name
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
@@ -29,7 +31,6 @@ from ddcl_lightning.monitoring.signals import Signal
 from ddcl_lightning.monitoring.signs import CollapseRules
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.finding import Named, Recordable, find_codebooks
-from ddcl_lightning.monitoring.token_sampling import run_without_trace
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
@@ -47,7 +48,7 @@ class CollapseWarning(CodebookCallback):
     sign together with harm that was measured: codes no longer tell apart the samples of a fixed probe that they told
     apart at the start, the loss rises or stalls, values are no numbers. It warns, stops or raises.
 
-    The probe are 512 samples of the training data, of a loader that shuffles random ones, run as training runs them,
+    The probe are 512 samples of the training data, of a loader that shuffles random ones, in evaluation mode and
     without a trace, at every 20th
     reading at most, and at every third while there is a sign; less often where it would take more than 1 % of the
     training, or 5 % while there is a sign. A schedule of :class:`TemperatureAnnealing` that starts above
@@ -61,7 +62,9 @@ class CollapseWarning(CodebookCallback):
         named: Codebooks that are not recognised, see :func:`~ddcl_lightning.find_codebooks`.
         kinds: Kinds of codebooks of your own.
         rules: Thresholds.
-        probe: Whether to run the probe, which reads some training batches once more.
+        probe: Whether to run the probe, which reads some training batches once more. A module that is not a
+            :class:`~ddcl_lightning.DDCLReadoutModule` is only probed by a function ``probe(module, batch)`` that calls
+            it, since its training step may do anything. Data that can be read only once are not probed.
         additional: Signals of your own (:class:`~ddcl_lightning.Signal`) on banks, which are logged, and noticed where
             they give a sign.
 
@@ -85,7 +88,7 @@ class CollapseWarning(CodebookCallback):
         named: Named = (),
         kinds: Sequence[type[CodebookSource]] = (),
         rules: CollapseRules | None = None,
-        probe: bool = True,
+        probe: bool | Callable[..., Any] = True,
         additional: list[Signal] | None = None,
     ) -> None:
         super().__init__(every_n_batches)
@@ -135,9 +138,11 @@ class CollapseWarning(CodebookCallback):
         super().on_train_start(trainer, pl_module)
         self._num_batches = trainer.num_training_batches
         self._ordered = not _is_shuffled(trainer.train_dataloader)
-        if self.use_probe:
+        forward = self.use_probe if callable(self.use_probe) else _forward if _is_ours(pl_module) else None
+        if forward is not None and self.use_probe and not _is_read_once(trainer.train_dataloader):
             batches = _first_batches(trainer)
-            probe = Probe(pl_module, self._codebooks, lambda: run_without_trace(trainer, pl_module, batches))
+            call = partial(_call_all, trainer, pl_module, forward, batches)
+            probe = Probe(pl_module, self._codebooks, call)
             # A forward pass takes a third of a step, and the probe 1 % of the training, 5 % while there is a sign.
             self.monitor.use_probe(probe, math.ceil(len(batches) / 3 / 0.05 / self.every_n_batches))
 
@@ -279,6 +284,30 @@ def _planned_ends(trainer: pl.Trainer, codebooks: Mapping[str, Recordable]) -> d
             if planned is not None:
                 ends |= {head_name(name, head, bank.num_heads): end for head, end in enumerate(planned)}
     return ends
+
+
+def _is_ours(module: pl.LightningModule) -> bool:
+    """True if the forward pass of the module takes a batch and does nothing else."""
+    return isinstance(module, ReadoutModule)
+
+
+def _forward(module: pl.LightningModule, batch: Batch) -> Any:
+    return module(batch)
+
+
+def _call_all(
+    trainer: pl.Trainer, module: pl.LightningModule, forward: Callable[..., Any], batches: Iterable[Batch]
+) -> None:
+    with trainer.precision_plugin.forward_context():
+        for batch in batches:
+            forward(module, to_device(trainer, batch))
+
+
+def _is_read_once(loaders: Any) -> bool:
+    """True if a loader's data are a stream."""
+    streams: list[bool] = []
+    apply_to_collection(loaders, DataLoader, lambda each: streams.append(isinstance(each.dataset, IterableDataset)))
+    return any(streams)
 
 
 def _is_shuffled(loader: Any) -> bool:

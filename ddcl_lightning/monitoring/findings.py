@@ -38,7 +38,9 @@ class Finding:
         return f"{self.sign} in {self.codebook or 'the codebook'} at step {self.step}: {self.text}"
 
 
-def verdict(name: str, now: CodebookReport, findings: Sequence[Finding], holding: Collection[str]) -> str:
+def verdict(
+    name: str, now: CodebookReport, findings: Sequence[Finding], holding: Collection[str], best: float = math.nan
+) -> str:
     """One line on a codebook: how it is now, and which signs came when, confirmed by harm or not.
 
     Args:
@@ -46,10 +48,13 @@ def verdict(name: str, now: CodebookReport, findings: Sequence[Finding], holding
         now: Its health.
         findings: All findings, of this codebook and others.
         holding: Names of its signs that are still there.
+        best: Highest share of the probe's first variance that its codes ever explained.
     """
+    if not now.num_tokens:
+        return f"{name or 'codebook'}: no token yet"
     about = [f"perplexity {now.perplexity:.1f} of {now.num_codes}"]
     if not math.isnan(now.explained):
-        about.append(f"explains {now.explained:.0%} of the first variance of the probe")
+        about.append(f"codes explain {now.explained:.0%} of how samples differed at the start (at best {best:.0%})")
     own = [finding for finding in findings if finding.codebook == name]
     alarms = {finding.sign: finding.step for finding in own if finding.level == "alarm"}
     notices = {finding.sign: finding.step for finding in reversed(own) if finding.sign not in alarms}

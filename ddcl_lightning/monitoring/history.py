@@ -28,7 +28,10 @@ class HeadHistory:
         lowest: Lowest value of each.
         recent: The latest 20 values of each, the oldest first.
         streaks: Readings in a row with a sign, by its name.
-        alarmed: Whether the present harm has been reported.
+        alarmed: Kinds of the present harm that have been reported.
+        harmed: Readings in a row with harm, by its kind.
+        non_finite: Values that were no numbers, so far.
+        is_new: Whether there were more of them in the last reading.
         travels: Whether codes that did not start from data may still be on their way to the tokens.
         planned: Whether the temperature started above the critical one and is planned to fall below it.
     """
@@ -40,12 +43,16 @@ class HeadHistory:
     recent: dict[str, list[float]] = field(default_factory=dict)
     streaks: dict[str, int] = field(default_factory=dict)
     planned: bool = False
-    alarmed: bool = False
+    alarmed: list[str] = field(default_factory=list)
+    harmed: dict[str, int] = field(default_factory=dict)
+    non_finite: int = 0
+    is_new: bool = False
     travels: bool = False
 
     def add(self, now: CodebookReport, from_data: bool = True) -> None:
         """Add one reading. Codes that did not start from data have no best separation before they have travelled."""
         self.readings += 1
+        self.is_new, self.non_finite = now.non_finite > self.non_finite, now.non_finite
         self.travels = not from_data and self.readings <= TRAVEL_READINGS
         values = numbers(now)
         for name, value in values.items():
@@ -94,6 +101,7 @@ class LossHistory:
 
     Attributes:
         readings: Their number so far.
+        is_broken: Whether it ever was no number.
         latest: The last reading.
         smooth: Mean of the latest readings, exponentially weighted.
         first: Its first value.
@@ -103,6 +111,7 @@ class LossHistory:
     """
 
     readings: int = 0
+    is_broken: bool = False
     latest: float = math.nan
     smooth: float = math.nan
     first: float = math.nan
@@ -114,6 +123,7 @@ class LossHistory:
         """Add the mean loss since the last reading."""
         self.readings += 1
         if not math.isfinite(loss):
+            self.is_broken = True
             return
         if not math.isnan(self.latest):
             self.changes = [*self.changes, abs(loss - self.latest)][-TREND_READINGS:]

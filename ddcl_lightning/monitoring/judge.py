@@ -1,5 +1,6 @@
 """From readings to findings: which signs have held long enough, and which of them come with measured harm."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,9 +50,9 @@ class Judge:
             planned_end: Temperature that a schedule ends at, by the same names.
             from_data: Whether codes started from tokens.
         """
-        if loss is not None:
-            self.loss.add(loss)
         new = []
+        if loss is not None:
+            new += self._judge_loss(step, next(iter(reports), ""), loss)
         for name, now in reports.items():
             past = self.histories.setdefault(name, HeadHistory())
             end = (planned_end or {}).get(name, float("inf"))
@@ -61,6 +62,15 @@ class Judge:
             new += self._judge(step, name, now, past, end)
         self.findings += new
         return new
+
+    def _judge_loss(self, step: int, name: str, loss: float) -> list[Finding]:
+        """A loss that is no number is an alarm, the first time."""
+        known = self.loss.is_broken
+        self.loss.add(loss)
+        if known or not self.loss.is_broken:
+            return []
+        text = f"the loss is {loss}. Lower the learning rates or clip the gradients. Harm: no number can be trained on."
+        return [Finding("alarm", "non_finite", name, step, text)]
 
     def _judge(self, step: int, name: str, now: CodebookReport, past: HeadHistory, end: float) -> list[Finding]:
         texts = {sign: find(now, past, self.rules) for sign, find in SIGNS.items()}
@@ -77,13 +87,13 @@ class Judge:
         holding = {sign: text for sign, text in texts.items() if past.streaks[sign] >= self._patience(sign)}
         if self.loss.has_jumped:  # no time to wait for a sign to last
             holding = {sign: text for sign, text in texts.items() if text}
-        harm = measured_harm(now, past, self.loss, self.rules, holding)
-        past.streaks["harm"] = past.streaks.get("harm", 0) + 1 if harm else 0
-        past.alarmed = past.alarmed and harm is not None
-        if harm and past.streaks["harm"] >= harm.patience and not past.alarmed:
-            past.alarmed = True
-            text = f"{holding[harm.sign]} Harm: {harm.text}."
-            new.append(Finding("alarm", harm.sign, name, step, text))
+        harms = {harm.kind: harm for harm in measured_harm(now, past, self.loss, self.rules, holding)}
+        past.alarmed = [kind for kind in past.alarmed if kind in harms]
+        past.harmed = {kind: past.harmed.get(kind, 0) + 1 for kind in harms}
+        for kind, harm in harms.items():
+            if past.harmed[kind] >= harm.patience and kind not in past.alarmed:
+                past.alarmed.append(kind)
+                new.append(Finding("alarm", harm.sign, name, step, f"{holding[harm.sign]} Harm: {harm.text}."))
         return new
 
     def _patience(self, sign: str) -> int:
@@ -94,6 +104,10 @@ class Judge:
         """Signs of a codebook that hold now; then harm is worth a measurement."""
         past = self.histories.get(name, HeadHistory())
         return [sign for sign in past.streaks if past.streaks[sign] >= self._patience(sign) and sign in SIGNS]
+
+    def best_explained(self, name: str) -> float:
+        """Highest share of the probe's first variance that the codes explained."""
+        return self.histories.get(name, HeadHistory()).best.get("explained", math.nan)
 
     def forget(self, name: str) -> None:
         """Drop the history of a codebook, and of its heads, that was resized."""

@@ -272,8 +272,10 @@ class CodebookMonitor:
     def verdict(self, findings: Sequence[Finding] | None = None) -> str:
         """One line for every codebook: how it was at the last reading, and what was found when."""
         given = self.findings if findings is None else findings
-        lines = [verdict(name, row, given, self._judge.holding(name)) for name, row in self.latest.items()]
-        return "\n".join(lines)
+        return "\n".join(
+            verdict(name, row, given, self._judge.holding(name), self._judge.best_explained(name))
+            for name, row in self.latest.items()
+        )
 
     def forget(self, name: str) -> None:
         """Start the history of a codebook anew, after it was changed from outside."""

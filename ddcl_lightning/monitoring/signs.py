@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.monitoring.health_report import CodebookReport
@@ -20,7 +20,7 @@ class CollapseRules:
         min_rank: Smallest effective rank, of tokens and of codes, relative to its highest value.
         min_perplexity: Smallest perplexity relative to K.
         max_dead: Largest share of dead codes.
-        max_growth: Largest growth of the tokens' spread since the start.
+        max_growth: Largest growth of the tokens' spread since the start; its inverse is the smallest.
         max_extent: Largest distance of a code to the mean of the tokens, relative to their spread.
         patience: Readings for which a sign must hold.
         min_explained: Smallest share of a probe's first variance that codes explain, relative to its highest value.
@@ -47,34 +47,38 @@ class CollapseRules:
     max_regain: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_drop",
-            "max_entropy",
-            "min_rank",
-            "min_perplexity",
-            "min_explained",
-            "min_information",
-            "min_fall",
-        ):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1]; got {getattr(self, name)}.")
-        for name in ("duplicate_distance", "max_dead", "max_extent", "max_growth", "max_regain"):
+        for field in fields(self):
+            value, whole = getattr(self, field.name), field.name == "patience"
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value < math.inf:
+                kind = "a whole number" if whole else "a finite number"
+                raise ValueError(f"{field.name} must be {kind}; got {value!r}. Its default is {field.default}.")
+        for name in ("max_drop", "max_entropy", "min_rank", "min_perplexity", "min_explained", "min_information"):
+            _require_share(name, getattr(self, name))
+        _require_share("min_fall", self.min_fall)
+        if not 0 <= self.max_dead <= 1:
+            raise ValueError(f"max_dead must be in [0, 1], a share of the codes; got {self.max_dead}.")
+        for name in ("duplicate_distance", "max_extent", "max_growth", "max_regain"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
         require_at_least(1, patience=self.patience)
 
 
-FEW = 1.5  # a perplexity that is low however few codes there are
+def _require_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], a share; got {value}.")
+
+
+FEW, FEWEST = 1.5, 1.1  # a perplexity that is low however few codes there are, and of two or three
 Sign = Callable[[CodebookReport, HeadHistory, CollapseRules], str]
 
 
 def non_finite(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Values that are no numbers."""
-    if not now.non_finite:
+    if not past.is_new:
         return ""
     return (
-        f"{now.non_finite} tokens or codes were NaN or infinite, or codes out of range. Lower the learning rates or "
-        "clip the gradients."
+        f"{now.non_finite} tokens or codes were NaN or infinite, or codes out of [0, {now.num_codes}). Lower the "
+        "learning rates, clip the gradients, or check what makes the codes."
     )
 
 
@@ -96,15 +100,21 @@ def falling(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str
     if not share < 1 - rules.max_drop or not past.is_falling(name):
         return ""
     assert now.closest is not None
-    spread = f"{past.best['spread']:.4g} -> {now.spread:.4g}" if "spread" in past.best else "not known"
-    shrinks = past.share_of_best("spread") < 1 - 0.5 * rules.max_drop
-    cause = (
-        f"the tokens shrink with it (spread {spread}). Bound their scale (embedding_scale='whiten'), add a task loss, "
-        "or freeze the encoder (rho=0)"
-        if shrinks
-        else f"the spread of the tokens does not ({spread}), so codes {now.closest[0]} and {now.closest[1]} approach "
-        "each other. Lower the temperature or the learning rate of the encoder"
-    )
+    first = past.first.get("spread", math.nan)
+    spread = f"{first:.4g} -> {now.spread:.4g}" if "spread" in past.first else "not known"
+    if past.share_of_best("spread") < 1 - 0.5 * rules.max_drop:
+        cause = (
+            f"the tokens shrink with it (spread {spread}). Bound their scale (embedding_scale='whiten'), add a task "
+            "loss, or freeze the encoder (rho=0)"
+        )
+    elif now.spread > 2 * first:
+        cause = f"the tokens spread ({spread}), and the codes stay behind. Lower the learning rate of the encoder"
+    else:
+        lower = "the temperature or the learning rate" if now.bank is not None else "the learning rate"
+        cause = (
+            f"the spread of the tokens does not ({spread}), so codes {now.closest[0]} and {now.closest[1]} approach "
+            f"each other. Lower {lower} of the encoder"
+        )
     return f"Delta fell to {share:.2g} of its highest value {past.best[name]:.4g}; {cause}."
 
 
@@ -170,8 +180,8 @@ def dead(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
 
 def few_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Tokens on few of the codes."""
-    least = max(rules.min_perplexity * now.num_codes, FEW)
-    if now.dead is None or not now.perplexity < least or now.num_codes < 4:
+    least = max(rules.min_perplexity * now.num_codes, FEW if now.num_codes > 3 else FEWEST)
+    if now.dead is None or not now.perplexity < least:
         return ""
     return (
         f"the perplexity is {now.perplexity:.1f} of {now.num_codes}: few codes have nearly all tokens. Start from "
@@ -201,6 +211,17 @@ def diverging(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
     )
 
 
+def shrinking(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
+    """Tokens whose spread has become a small part of what it was."""
+    share = now.spread / past.first["spread"] if past.first.get("spread") else math.nan
+    if not share < 1 / rules.max_growth:
+        return ""
+    return (
+        f"the spread of the tokens has fallen to {share:.2g} of {past.first['spread']:.4g}. Bound their scale "
+        "(embedding_scale='whiten'), add a task loss, or freeze the encoder."
+    )
+
+
 def exploding(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Tokens whose spread has grown many times."""
     growth = now.spread / past.first["spread"] if past.first.get("spread") else math.nan
@@ -227,6 +248,7 @@ SIGNS: Mapping[str, Sign] = {
         drifting,
         diverging,
         exploding,
+        shrinking,
     )
 }
 # What a temperature that was planned to start above the critical one looks like until it has fallen.

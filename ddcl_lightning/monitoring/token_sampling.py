@@ -1,7 +1,7 @@
 """Running the real forward pass of any LightningModule up to a bank, to sample the tokens that reach it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
@@ -174,13 +174,6 @@ def _without_trace(module: pl.LightningModule) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)  # a step that ended early may have left an optimizer toggled
         for child, name, buffer, value in buffers:
             setattr(child, name, buffer.copy_(value))
-
-
-def run_without_trace(trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[Batch]) -> None:
-    """Run batches as training does, for what is recorded meanwhile, with no effect on the module or the run."""
-    with _without_trace(module):
-        for number, batch in enumerate(batches):
-            _run_step(trainer, module, batch, number)
 
 
 def _run_step(trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
