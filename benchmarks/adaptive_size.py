@@ -135,7 +135,12 @@ def train(config: Config, seed: int, epochs: int) -> Run:
         trainer.fit(module, datamodule=data)
     (course,) = adaptive.history.values()
     metrics = {name: float(trainer.callback_metrics[f"val/{name}"]) for name in METRICS}
-    return {"K": course[-1][1], "course": course, "warnings": len(watch.reported), **metrics}
+    return {
+        "K": course[-1][1],
+        "course": course,
+        "warnings": sum(finding.level == "alarm" for finding in watch.findings),
+        **metrics,
+    }
 
 
 @cache

@@ -84,12 +84,12 @@ def run(config: Config, seed: int, options: Options) -> Run:
 
 def costs(results: Results) -> Table:
     """Ratios to an unwatched step."""
-    rows = [["tokens", "step, ms", "between readings", "with a reading", f"one reading in {INTERVAL} steps"]]
+    rows = [["tokens", "step, ms", "between readings", "with a reading", f"share of one reading in {INTERVAL} steps"]]
     for name in results.configs:
         for each in results.of(name):
             plain, between, read = (each["milliseconds"][key] for key in ("plain", "between", "read"))
-            every = (between * (INTERVAL - 1) + read) / INTERVAL / plain
-            cells = [f"{plain:.0f}", *(f"{ratio:.3f}" for ratio in (between / plain, read / plain, every))]
+            share = (read - plain) / INTERVAL / plain
+            cells = [f"{plain:.0f}", f"{between / plain:.3f}", f"{read / plain:.3f}", f"{share:.1%}"]
             rows.append([results.labels[name], *cells])
     return rows
 

@@ -94,7 +94,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
             module, datamodule=data
         )
     last, best = history.rows[-1], max(history.rows, key=lambda row: row["acc"])
-    first = re.match(r"(\w+) in .* at step (\d+)", watch.reported[0]) if watch.reported else None
+    first = re.match(r"(\w+) in .* at step (\d+)", str(watch.findings[0])) if watch.findings else None
     return {
         **{name: last[name] for name in ("acc", "nmi", "usage")},
         **{f"best_{name}": best[name] for name in ("acc", "nmi")},

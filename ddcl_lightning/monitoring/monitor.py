@@ -1,17 +1,17 @@
 """The health of any codebook in any loop, without Lightning."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning._utils.distributed import gather_objects, is_first_process
+from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning.monitoring.code_window import CodeWindow
 from ddcl_lightning.monitoring.findings import CollapseError, Finding, verdict
 from ddcl_lightning.monitoring.health_report import MonitorReport
@@ -204,9 +204,9 @@ class CodebookMonitor:
         alarms = [str(finding) for finding in new if finding.level == "alarm"]
         if alarms and self.on_collapse == "raise":
             raise CollapseError("; ".join(alarms))
-        if self.on_collapse == "warn" and is_first_process():
+        if self.on_collapse == "warn":
             for alarm in alarms:
-                warnings.warn(f"CodebookMonitor: {alarm}", stacklevel=2)
+                rank_zero_warn(f"CodebookMonitor: {alarm}")
         return new
 
     def add_loss(self, loss: Tensor | float) -> None:

@@ -65,7 +65,7 @@ class CollapseRules:
 
 def _require_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], a share; got {value}.")
+        raise ValueError(f"{name} must be in (0, 1]; got {value}.")
 
 
 FEW, FEWEST = 1.5, 1.1  # a perplexity that is low however few codes there are, and of two or three

@@ -11,7 +11,7 @@ import torch
 from test_collapse_warning import Change, Unsupervised, make_one, of_level, started_from, warned
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import QUIET, Project, blobs, fit, loader
+from toys import QUIET, Project, blobs, fit, loader, read_layer
 
 from ddcl_lightning.callbacks import (
     CollapseWarning,
@@ -36,6 +36,11 @@ class Mixed(Unsupervised):
     def tokens(self, batch: Any) -> Tensor:
         values = self.norm(super().tokens(batch) + 0.1 * torch.randn(batch[0].shape))
         return values + 0.1 * self.codes(values.unsqueeze(0))[0].squeeze(0)
+
+
+def probed(*args: Any, **kwargs: Any) -> CollapseWarning:
+    """A CollapseWarning with the probe of the toys."""
+    return CollapseWarning(*args, **{"probe": read_layer, **kwargs})
 
 
 def equal(left: Any, right: Any) -> bool:
@@ -68,7 +73,10 @@ def end_of_run(make: Any, *watches: pl.Callback) -> dict[str, Any]:
 
 
 class Counted(CollapseWarning):
-    """Remembers how often its probe was read."""
+    """Reads its probe at every reading."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(probe=read_layer, **kwargs)
 
     def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().read(trainer, pl_module)
@@ -95,7 +103,7 @@ def test_a_watch_removes_its_hooks_when_a_run_fails() -> None:
 
     module = Failing()
     with pytest.raises(RuntimeError, match="boom"):
-        fit(module, CollapseWarning(every_n_batches=1), max_epochs=10)
+        fit(module, probed(every_n_batches=1), max_epochs=10)
     assert not module.layer.bank._active_observers()
 
 
@@ -113,7 +121,7 @@ def sick(epochs: int, watch: CollapseWarning, seed: int, shuffle: bool, ckpt_pat
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("epochs", [5, 16])
 def test_a_resumed_run_finds_and_keeps_what_the_whole_one_does(tmp_path: Path, epochs: int, shuffle: bool) -> None:
-    whole, first, rest = (CollapseWarning(every_n_batches=1) for _ in range(3))
+    whole, first, rest = (probed(every_n_batches=1) for _ in range(3))
     with warned("Harm"):
         sick(40, whole, 1, shuffle)
         sick(epochs, first, 1, shuffle).save_checkpoint(tmp_path / "first.ckpt")
@@ -143,7 +151,7 @@ def test_a_resumed_run_with_noise_and_moving_averages_reads_what_the_whole_one_d
 
 
 def test_the_state_of_a_watch_is_of_bounded_size() -> None:
-    watch, sizes = CollapseWarning(every_n_batches=1), []
+    watch, sizes = probed(every_n_batches=1), []
 
     class Sizes(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,7 +166,7 @@ def test_the_state_of_a_watch_is_of_bounded_size() -> None:
 
 
 def test_another_run_starts_without_memory() -> None:
-    watch = CollapseWarning(every_n_batches=1)
+    watch = probed(every_n_batches=1)
     wide = DataLoader(TensorDataset(100 * blobs()[0], blobs()[1]), batch_size=16)
     fit(Unsupervised(), KMeansInitialization(), watch, TemperatureAnnealing(), data=wide)
     fit(Unsupervised(), KMeansInitialization(), watch, TemperatureAnnealing())
@@ -167,7 +175,7 @@ def test_another_run_starts_without_memory() -> None:
 
 
 def test_a_run_that_goes_on_keeps_the_first_embeddings_of_its_probe() -> None:
-    watch = CollapseWarning(every_n_batches=1)
+    watch = probed(every_n_batches=1)
     module = started_from(blobs()[0][:4])
     trainer = pl.Trainer(callbacks=[watch], max_epochs=2, **QUIET)
     trainer.fit(module, loader())
@@ -186,7 +194,7 @@ def test_a_run_that_goes_on_keeps_the_first_embeddings_of_its_probe() -> None:
 def watched_here(devices: int) -> dict[str, Any]:
     """What a watch finds in one run of that many processes, on the same joint batches."""
     torch.manual_seed(0)
-    watch = CollapseWarning(every_n_batches=1)
+    watch = probed(every_n_batches=1)
     module = started_from(blobs()[0][:4])
     settings = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
     trainer = pl.Trainer(callbacks=[watch, Change(12, make_one)], max_epochs=20, **{**QUIET, **settings})
@@ -232,7 +240,7 @@ class Sometimes(Unsupervised):
 
 
 def one_after_the_other(rank: int) -> list[float]:
-    watch = CollapseWarning(every_n_batches=1, probe=False)
+    watch = probed(every_n_batches=1, probe=False)
     trainer = pl.Trainer(callbacks=[watch], max_epochs=2, **{**QUIET, "devices": 2, "strategy": "ddp"})
     trainer.fit(Sometimes(lr=0.0, temperature=absolute()), loader(batch_size=8))
     return [reading["step"] for reading in watch.readings["layer.bank"]]

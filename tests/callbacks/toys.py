@@ -39,6 +39,11 @@ def fit(
     return trainer
 
 
+def read_layer(module: Any, batch: Any) -> Any:
+    """The call of a probe: what the layer of a project makes of a batch; of our own module, its forward pass."""
+    return module.layer(module.tokens(batch)) if hasattr(module, "layer") else module(batch)
+
+
 class Project(pl.LightningModule):
     """Automatic optimization, tuple batches; the encoder starts as the identity so that tokens are known."""
 

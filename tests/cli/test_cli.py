@@ -69,7 +69,7 @@ def test_a_hierarchy_reports_its_levels_and_draws_them(
     lines = capsys.readouterr().out.splitlines()
     levels = [line for line in lines if line.startswith("level ")]
     assert [line.split(":")[0] for line in levels] == ["level 1", "level 2"]
-    ratios = [float(line.split("T / T_c ")[1]) for line in levels]
+    ratios = [float(line.split("T / T_c ")[1].split(",")[0]) for line in levels]
     # Each has a schedule of its own: the second of two epochs is 1 / (0.8 * 2) of the way.
     assert ratios == [pytest.approx(0.1 * ratio**0.625, rel=0.2) for ratio in (0.1, 0.05)]
     accuracy = next(line for line in lines if line.startswith("prototypes (last step)")).split()[-5]
