@@ -264,6 +264,9 @@ class CollapseWarning(CodebookCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was read and found."""
         super().load_state_dict(state_dict)
+        if "monitor" not in state_dict:
+            rank_zero_warn("CollapseWarning: the checkpoint is from before version 0.2; its histories start anew.")
+            return
         self.monitor.load_state_dict(state_dict["monitor"])
         self.additional.load_state_dict(state_dict["additional"])
         self._earlier_verdict = state_dict["verdict"]

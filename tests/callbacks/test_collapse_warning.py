@@ -520,3 +520,10 @@ def test_a_sign_that_is_no_sentence_is_refused_by_the_signals_name(text: Any) ->
 def test_collapse_warning_refuses_arguments_out_of_range(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probed(**kwargs)
+
+
+def test_the_state_of_an_earlier_version_starts_anew() -> None:
+    watch = CollapseWarning()
+    with pytest.warns(UserWarning, match="from before version 0.2; its histories start anew"):
+        watch.load_state_dict({"batches": 3, "heads": {}, "reported": []})
+    assert (watch.findings, watch._batches) == ([], 3)
