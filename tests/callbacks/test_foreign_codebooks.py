@@ -1,5 +1,6 @@
 """CollapseWarning on codebooks of others: found or named, read, and their collapse told."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -105,7 +106,7 @@ def test_a_healthy_codebook_of_others_is_read_without_a_finding(name: str) -> No
     trainer = fit(module, watch, max_epochs=6)
     assert watch.findings == []
     assert watch.report[where].usage == 1.0
-    assert watch.report[where].explained > 0.9
+    assert math.isnan(watch.report[where].explained)  # other people's modules are probed by a function only
     assert f"ddcl/perplexity/{where}" in trainer.callback_metrics
     assert f"ddcl/entropy/{where}" not in trainer.callback_metrics  # it has no temperature
 
