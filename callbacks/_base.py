@@ -20,11 +20,6 @@ def log_name(bank_name: str, signal: str) -> str:
     return f"ddcl/{signal}/{bank_name}" if bank_name else f"ddcl/{signal}"
 
 
-def head_name(bank_name: str, head: int, num_heads: int) -> str:
-    """Name of one head of a bank; that of the bank itself where it has only one."""
-    return f"{bank_name}/head{head}" if num_heads > 1 else bank_name
-
-
 def is_new_run(trainer: pl.Trainer, stage: str) -> bool:
     """True if ``setup`` is called for a run that continues no earlier run of this trainer.
 

@@ -16,7 +16,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import broadcast_object, inform, world_size
-from ddcl_lightning.callbacks._base import CodebookCallback, head_name, log_name
+from ddcl_lightning.callbacks._base import CodebookCallback, log_name
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.additional import AdditionalSignals
 from ddcl_lightning.monitoring.before_training import remarks_on
@@ -27,6 +27,7 @@ from ddcl_lightning.monitoring.monitor import CodebookMonitor
 from ddcl_lightning.monitoring.plots import draw_course
 from ddcl_lightning.monitoring.probe import Probe
 from ddcl_lightning.monitoring.recording import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.records import head_name
 from ddcl_lightning.monitoring.signals import Signal
 from ddcl_lightning.monitoring.signs import CollapseRules
 from ddcl_lightning.monitoring.sources.base import CodebookSource
@@ -49,10 +50,9 @@ class CollapseWarning(CodebookCallback):
     apart at the start, the loss rises or stalls, values are no numbers. It warns, stops or raises.
 
     The probe are 512 samples of the training data, of a loader that shuffles random ones, in evaluation mode and
-    without a trace, at every 20th
-    reading at most, and at every third while there is a sign; less often where it would take more than 1 % of the
-    training, or 5 % while there is a sign. A schedule of :class:`TemperatureAnnealing` that starts above
-    the critical temperature and ends below it is no sign.
+    without a trace, at every 20th reading at most, and at every third while there is a sign; less often where it would
+    take more than 1 % of the training, or 5 % while there is a sign. A schedule of :class:`TemperatureAnnealing` that
+    starts above the critical temperature and ends below it is no sign.
 
     Every signal of a reading is logged as ``ddcl/SIGNAL/CODEBOOK``, those of banks (Delta, H, T / T_c) among them.
 

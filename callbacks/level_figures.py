@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch, inputs
-from ddcl_lightning.callbacks._base import head_name
 from ddcl_lightning.callbacks._figures import ValidationFigures
 from ddcl_lightning.callbacks.reconstruction_figures import mean_tokens
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.monitoring.autoencoder_plots import draw_atoms
 from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
+from ddcl_lightning.monitoring.records import head_name
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 

@@ -7,11 +7,12 @@ from matplotlib.figure import Figure
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import callbacks_of
-from ddcl_lightning.callbacks._base import BankCallback, head_name
+from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.monitoring.plots import draw_bank, draw_history, draw_usage
 from ddcl_lightning.monitoring.recording import BankRecord, over_processes
+from ddcl_lightning.monitoring.records import head_name
 from ddcl_lightning.monitoring.signals import HeadSignals, read_signals
 
 

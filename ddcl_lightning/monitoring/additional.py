@@ -8,6 +8,7 @@ from ddcl_lightning.monitoring.findings import Finding
 from ddcl_lightning.monitoring.health_report import LOGGED
 from ddcl_lightning.monitoring.history import TREND_READINGS
 from ddcl_lightning.monitoring.recording import BankRecord, over_processes
+from ddcl_lightning.monitoring.records import belongs_to, head_name
 from ddcl_lightning.monitoring.signals import HeadSignals, Signal, check_signals, read_sign, read_signal
 from ddcl_lightning.monitoring.signs import SIGNS
 
@@ -39,7 +40,7 @@ class AdditionalSignals:
             self._streaks: dict[str, dict[str, int]] = {}
             return
         for remembered in (self._values, self._streaks):
-            for key in [key for key in remembered if key == name or key.startswith(f"{name}/head")]:
+            for key in [key for key in remembered if belongs_to(key, name)]:
                 del remembered[key]
 
     def receive(self, name: str, record: BankRecord) -> None:
@@ -57,7 +58,7 @@ class AdditionalSignals:
         for name, record in records.items():
             for signal in self.signals:
                 for head, value in enumerate(read_signal(signal, record)):
-                    where = name if record.num_heads == 1 else f"{name}/head{head}"
+                    where = head_name(name, head, record.num_heads)
                     values.setdefault(where, {})[signal.name] = value
                     new += self._judge(step, where, signal, value)
         self.findings += new

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ddcl_lightning.functional import assignment_statistics, critical_temperature, largest_stable_rate, total_variance
+from ddcl_lightning.monitoring.records import head_name
 from ddcl_lightning.monitoring.sources.finding import Recordable
 from ddcl_lightning.nn.bank import PrototypeBank
 
@@ -64,7 +65,7 @@ def remarks_on(
 
 
 def _labels(name: str, num_heads: int) -> list[str]:
-    return [name] if num_heads == 1 else [f"{name}/head{head}" for head in range(num_heads)]
+    return [head_name(name, head, num_heads) for head in range(num_heads)]
 
 
 def _codes_of(codebook: Recordable) -> Iterator[nn.Parameter]:

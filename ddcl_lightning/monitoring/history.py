@@ -14,7 +14,6 @@ from ddcl_lightning.monitoring.health_report import CodebookReport
 TREND_READINGS = 20
 MIN_CHANGES = 5  # of a loss, before its noise is known
 TRAVEL_READINGS = 20  # for which codes that did not start from data may travel to the tokens
-FALLING = ("separation", "delta", "token_rank", "code_rank", "spread", "perplexity", "explained")
 
 
 @dataclass

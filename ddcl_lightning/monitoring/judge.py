@@ -8,6 +8,7 @@ from ddcl_lightning.monitoring.findings import Finding
 from ddcl_lightning.monitoring.harm import measured_harm
 from ddcl_lightning.monitoring.health_report import CodebookReport
 from ddcl_lightning.monitoring.history import HeadHistory, LossHistory, histories_from
+from ddcl_lightning.monitoring.records import belongs_to
 from ddcl_lightning.monitoring.signs import OF_ANNEALING, SEVERAL_CODES, SIGNS, CollapseRules
 
 END_OF_ANNEALING = 0.2  # T / T_c below which a planned schedule explains no sign any more
@@ -111,9 +112,7 @@ class Judge:
 
     def forget(self, name: str) -> None:
         """Drop the history of a codebook, and of its heads, that was resized."""
-        self.histories = {
-            key: past for key, past in self.histories.items() if key != name and not key.startswith(f"{name}/head")
-        }
+        self.histories = {key: past for key, past in self.histories.items() if not belongs_to(key, name)}
 
     def state_dict(self) -> dict[str, Any]:
         """Histories, loss and findings as plain numbers and text."""

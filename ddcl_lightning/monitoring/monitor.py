@@ -18,7 +18,7 @@ from ddcl_lightning.monitoring.health_report import MonitorReport
 from ddcl_lightning.monitoring.judge import Judge
 from ddcl_lightning.monitoring.probe import Probe
 from ddcl_lightning.monitoring.recording import record_codebooks
-from ddcl_lightning.monitoring.records import CodebookRecord, Geometry
+from ddcl_lightning.monitoring.records import CodebookRecord, Geometry, head_name
 from ddcl_lightning.monitoring.signs import CollapseRules
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.finding import Named, find_codebooks
@@ -331,5 +331,5 @@ def _by_head(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """Values of every head, by the name of the codebook, with that of the head where there are several."""
     named: dict[str, Any] = {}
     for name, heads in values.items():
-        named.update({name if len(heads) == 1 else f"{name}/head{head}": row for head, row in enumerate(heads)})
+        named.update({head_name(name, head, len(heads)): row for head, row in enumerate(heads)})
     return named

@@ -156,6 +156,16 @@ class BankRecord(CodebookRecord):
         return nearest if self.mask is None else nearest.masked_fill(~self.mask, -1)
 
 
+def head_name(name: str, head: int, num_heads: int) -> str:
+    """Name of one head of a codebook; that of the codebook itself where it has only one."""
+    return f"{name}/head{head}" if num_heads > 1 else name
+
+
+def belongs_to(label: str, name: str) -> bool:
+    """True if a label is that of a codebook or of one of its heads."""
+    return label == name or label.startswith(f"{name}/head")
+
+
 def _flat_mask(mask: Tensor, codes: Tensor) -> Tensor:
     """Mask ``(*)`` as ``(H, N)``, the shape of the codes."""
     if mask.dtype != torch.bool:

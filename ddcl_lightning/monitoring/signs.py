@@ -211,9 +211,14 @@ def diverging(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
     )
 
 
+def _growth(now: CodebookReport, past: HeadHistory) -> float:
+    """The tokens' spread over what it was first; NaN where that is not known."""
+    return now.spread / past.first["spread"] if past.first.get("spread") else math.nan
+
+
 def shrinking(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Tokens whose spread has become a small part of what it was."""
-    share = now.spread / past.first["spread"] if past.first.get("spread") else math.nan
+    share = _growth(now, past)
     if not share < 1 / rules.max_growth:
         return ""
     return (
@@ -224,7 +229,7 @@ def shrinking(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
 
 def exploding(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Tokens whose spread has grown many times."""
-    growth = now.spread / past.first["spread"] if past.first.get("spread") else math.nan
+    growth = _growth(now, past)
     if not growth > rules.max_growth:
         return ""
     return (
