@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.reservoir import Reservoir
 
 TOKENS_PER_CODE = 4  # that a start needs at least
@@ -20,8 +21,10 @@ class FirstTokens:
         self.needed = TOKENS_PER_CODE * num_codes
         self._sample = Reservoir(max(MOST_PER_CODE * num_codes, FEWEST))
 
-    def add(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def add(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
         """All of the sample so far, ``(N, d)`` in float32 or wider on the CPU, after the tokens of another call.
+
+        None as long as no process has seen a token.
 
         Args:
             tokens: ``(*, d)``; those that are not finite are left out.
@@ -31,7 +34,7 @@ class FirstTokens:
         valid = torch.isfinite(rows).all(-1)
         valid = valid if mask is None else valid & mask.flatten()
         self._sample.add(rows[valid].to(torch.promote_types(rows.dtype, torch.float32)))
-        return self._sample.gather()
+        return self._sample.gather() if sum(gather_objects(self._sample.num_rows)) else None
 
     def enough(self, sample: Tensor) -> bool:
         """True if a start on the sample is the last one."""

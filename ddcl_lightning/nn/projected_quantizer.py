@@ -63,7 +63,8 @@ class ProjectedQuantizer(Quantizer):
             self._first_tokens = None
         elif not any(bank.is_frozen for bank in banks):
             sample = self._first_tokens.add(embedded, mask)
-            self.start_codes(sample, final=self._first_tokens.enough(sample))
+            if sample is not None:
+                self.start_codes(sample, final=self._first_tokens.enough(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""
