@@ -180,7 +180,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         fits = codes.dim() >= 2 and 1 <= codes.shape[-1] <= most and codes.shape[-1] % heads == 0
         check_indices(indices, fits, self.num_codes, f"(..., {heads} to {most}), {heads} per level")
         total = torch.stack(
-            [self.bank(level).vectors(of_level) for level, of_level in enumerate(codes.split(heads, -1))]
+            [self.bank(level).vectors(of_level) for level, of_level in enumerate(torch.split(codes, heads, -1))]
         ).sum(0)
         return self._restore(total, codes[..., 0] >= 0)
 
