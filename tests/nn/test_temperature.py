@@ -22,6 +22,7 @@ from ddcl_lightning import (
     PrototypeBank,
     PrototypeNorm,
     ResidualVectorQuantizer,
+    SoftVectorQuantizer,
     Temperature,
     find_banks,
 )
