@@ -237,7 +237,7 @@ def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
 def _relative_error(residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Mean square of a residual as a share of the variance of the tokens, both ``(*, d)``."""
     rest, z = (value.detach().flatten(0, -2).float() for value in (residual, tokens))
-    valid = z.new_ones(len(z), 1) if mask is None else mask.reshape(-1, 1).float()
+    valid = z.new_ones(z.shape[0], 1) if mask is None else mask.reshape(-1, 1).float()
     number = valid.sum().clamp(min=1.0)
     mean = (z * valid).sum(0) / number
     variance = ((z - mean).square() * valid).sum() / number
