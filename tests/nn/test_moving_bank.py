@@ -146,11 +146,11 @@ def test_passes_without_a_step_of_their_own_move_no_code(passes: Callable[..., N
 
 def test_accumulated_batches_move_codes_like_the_joint_one() -> None:
     results = []
-    for parts in (1, 4):
+    for number in (1, 4):
         model, optimizer = started(temperature=Temperature(0.5, "absolute"))
         optimizer.zero_grad()
-        for part in batch(1, 64).chunk(parts):
-            (model(part) / parts).backward()
+        for chunk in batch(1, 64).chunk(number):
+            (model(chunk) / number).backward()
         optimizer.step()
         results.append(model.vq.codebook.clone())
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
