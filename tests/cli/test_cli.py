@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,14 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_installed_command_and_module_run() -> None:
-    for command in (["-m", "ddcl_lightning"], ["-c", "from ddcl_lightning.cli.commands import main; main()"]):
-        finished = subprocess.run([sys.executable, *command, "recipes"], capture_output=True, text=True, check=True)
-        assert finished.stdout.splitlines()[0].split()[0] in recipe_paths()
+def test_the_module_runs_as_a_command() -> None:
+    command = [sys.executable, "-m", "ddcl_lightning", "recipes"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[0].split()[0] in recipe_paths()
+
+
+def test_the_installed_command_is_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = entry_points(group="console_scripts", name="ddcl")
+    monkeypatch.setattr(sys, "argv", ["ddcl", "recipes"])
+    command.load()()
+    assert capsys.readouterr().out.splitlines()[0].split()[0] in recipe_paths()
