@@ -111,12 +111,12 @@ def test_several_processes_equal_one(
     words = [f"--config={name}", *local, *words, *SGD]
     ((state, logged),) = ends(tmp_path, words, batch_size, 1)
     runs = [ends(tmp_path, words, batch_size, number) for number in processes]
-    for others, (other_state, other_logged) in [(others, other) for others in runs for other in others]:
+    for first, (other_state, other_logged) in [(run[0], end) for run in runs for end in run]:
         assert state.keys() == other_state.keys()
         apart = relative_differences(state, other_state)
         assert max(apart.values()) < 1e-5, apart
-        assert all(torch.equal(value, others[0].state[key]) for key, value in other_state.items())
-        assert other_logged == others[0].logged  # every process has logged the same
+        assert all(torch.equal(value, first.state[key]) for key, value in other_state.items())
+        assert other_logged == first.logged  # every process has logged the same
         # A mean over a batch's tokens depends on what else is in the batch, and evaluation has smaller ones here; so
         # does the entropy of a batch's codes.
         exact = ("train/",) if padded else ("train/", "val/")

@@ -44,7 +44,7 @@ def require_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor):
         if isinstance(loss, bool) or not isinstance(loss, Real):
             raise TypeError(f"{rule}; got {loss!r:.80}. Pass what the step was trained on, or leave it out.")
-    elif loss.is_complex() or loss.dtype.itemsize == 1 and not loss.is_floating_point():
+    elif loss.is_complex() or (loss.dtype.itemsize == 1 and not loss.is_floating_point()):
         raise TypeError(f"{rule}; got {described(loss)}. Pass what the step was trained on, or leave it out.")
     elif loss.numel() != 1:
         raise ValueError(f"{rule}; got {described(loss)}. Reduce it with .mean().")

@@ -257,7 +257,11 @@ class CodebookMonitor:
     def _mean_loss(self) -> float | None:
         """Mean loss since the last reading over all processes; here it is waited for."""
         losses, self._losses = self._losses, []
-        mean = float(torch.stack([torch.as_tensor(loss).float().reshape(()) for loss in losses]).mean()) if losses else None
+        mean = (
+            float(torch.stack([torch.as_tensor(loss).float().reshape(()) for loss in losses]).mean())
+            if losses
+            else None
+        )
         means = [each for each in gather_objects(mean) if each is not None]
         return sum(means) / len(means) if means else None
 

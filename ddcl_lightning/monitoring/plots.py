@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
+from ddcl_lightning._utils.reservoir import evenly_spaced
 from ddcl_lightning.functional import nearest_prototype
 
 MAX_POINTS = 2000
@@ -142,7 +143,7 @@ def draw_bank(tokens: Tensor, prototypes: Tensor, title: str) -> Figure:
         prototypes: ``(K, d)`` float32 on the CPU.
         title: Name of the bank.
     """
-    shown = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MAX_POINTS)).long()]
+    shown = evenly_spaced(tokens, MAX_POINTS)
     codes = nearest_prototype(shown, prototypes)
     mean = shown.mean(0)
     _, singular, directions = torch.linalg.svd(shown - mean, full_matrices=False)

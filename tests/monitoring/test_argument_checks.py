@@ -134,7 +134,10 @@ def test_a_wrong_argument_of_a_monitor_is_one_sentence(name: str) -> None:
     assert repr(monitor.state_dict()) == repr(before)  # nothing of it was taken
 
 
-@pytest.mark.parametrize("loss", [1, 2.0, math.nan, np.float32(3), torch.tensor(1.5), torch.ones(1, 1), torch.tensor(2)])
+LOSSES = [1, 2.0, math.nan, np.float32(3), torch.tensor(1.5), torch.ones(1, 1), torch.tensor(2)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_single_number_is_a_loss(loss: Any) -> None:
     monitor = CodebookMonitor(on_collapse="ignore")
     monitor.update(TOKENS, CODES, INDICES)
