@@ -195,7 +195,7 @@ def test_rendering_notices_and_corrects_a_changed_number_in_the_text(tmp_path: P
         ("<!-- table: kills/recipes -->", "<!-- table: kills/unknown -->", "no results have the table kills/unknown"),
         ("<!-- table: kills/recipes -->", "", "the table kills/recipes is on no page"),
         ("<!-- table: kills/recipes -->", " <!-- table: kills/recipes -->", "must be a line of its own"),
-        ("| CollapseWarning, alarms | recall -->", "| nothing | recall -->", "have the cell .* | nothing | recall"),
+        ("| CollapseWarning, alarms | recall -->", "| nothing | recall -->", r"have the cell .* \| nothing \| recall"),
         (
             "<!-- cell: monitor_cost/steps",
             "<!-- cell: monitor_cost/unknown",
