@@ -139,8 +139,8 @@ def unwritable(error: BaseException) -> str | None:
         return f"{error} Choose a place where you may write with --trainer.default_root_dir."
     if isinstance(error, FileNotFoundError) and _makes_folder(error):
         return (
-            f"{error.filename} must be in a folder that may be written to; it cannot be made ({error.strerror}). Choose "
-            "another place (--trainer.default_root_dir for runs)."
+            f"{error.filename} must be in a folder that may be written to; it cannot be made ({error.strerror}). "
+            "Choose another place (--trainer.default_root_dir for runs)."
         )
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return f"{sentence(error)}. Make room, or choose another place (--trainer.default_root_dir for runs)."

@@ -87,12 +87,12 @@ ADDED = {
     added(
         "CollapseWarning", "every_n_batchs=3"
     ): "unknown argument 'every_n_batchs' of ddcl_lightning.CollapseWarning. Did you mean 'every_n_batches'?",
-    "--trainer.callbacks=null --trainer.callbacks.every_n_batches=3": "unknown argument 'every_n_batches': no class has "
-    "been named that could take it. Name the class before it.",
+    "--trainer.callbacks=null --trainer.callbacks.every_n_batches=3": "unknown argument 'every_n_batches': no "
+    "class has been named that could take it. Name the class before it.",
     "--model.task=Reconstruction --model.task.decoder=ConvDecoder --model.task.decoder.out_channels=x": "model.task."
     "init_args.decoder.init_args.out_channels must be an integer; got x (an argument of ddcl_lightning.ConvDecoder)",
-    "--model.task=Reconstruction --model.task.decoder=ConvDecoder --model.task.decoder.out_chanels=3": "unknown argument "
-    "'out_chanels' of ddcl_lightning.ConvDecoder. Did you mean 'out_channels'?",
+    "--model.task=Reconstruction --model.task.decoder=ConvDecoder --model.task.decoder.out_chanels=3": "unknown "
+    "argument 'out_chanels' of ddcl_lightning.ConvDecoder. Did you mean 'out_channels'?",
 }
 
 

@@ -65,7 +65,7 @@ def test_a_signal_that_fails_is_named_with_the_place_in_its_code(failing: Callab
 
 
 def test_a_sign_that_fails_is_named() -> None:
-    with pytest.raises(ValueError, match="sign of the signal 'own' must work on every record .*ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"sign of the signal 'own' must work on every record .*ZeroDivisionError"):
         read(AdditionalSignals([Own(sign=lambda value: str(1 / 0))], 3))
 
 
