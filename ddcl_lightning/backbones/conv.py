@@ -55,7 +55,7 @@ class ConvBackbone(Backbone):
         x = inputs(batch)
         side = math.isqrt(x.shape[-1]) if x.dim() else 0
         if x.dim() == 2 and self.in_channels == 1 and side * side == x.shape[1]:
-            x = x.view(len(x), 1, side, side)
+            x = x.view(x.shape[0], 1, side, side)
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             flat = ", or (B, H * W) with H = W" if self.in_channels == 1 else ""
             raise ValueError(

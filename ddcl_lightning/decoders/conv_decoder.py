@@ -71,7 +71,7 @@ class ConvDecoder(Decoder):
                 "mask must be True everywhere, since ConvDecoder needs a token in every cell; got "
                 f"{int((~mask).sum())} places of padding. Use SequenceDecoder for sequences."
             )
-        grid = tokens.mT.reshape(len(tokens), -1, *self._grid(tokens.shape[1]))
+        grid = tokens.mT.reshape(tokens.shape[0], -1, *self._grid(tokens.shape[1]))
         images: Tensor = self.pixels(self.stages(self.projection(grid.to(self.projection.weight.dtype))))
         if self.size is not None:
             images = images[..., : self.size[0], : self.size[1]]

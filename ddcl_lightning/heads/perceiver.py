@@ -96,7 +96,7 @@ class PerceiverPooling(PoolingHead):
 
     def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Mean of the latents that have read the tokens, ``(B, d)``."""
-        latents: Tensor = self.read(self.latents.expand(len(tokens), -1, -1), tokens, mask)
+        latents: Tensor = self.read(self.latents.expand(tokens.shape[0], -1, -1), tokens, mask)
         for block in self.blocks:
             latents = block(latents)
         return latents.mean(1)

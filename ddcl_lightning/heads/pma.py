@@ -93,7 +93,7 @@ class PMAPooling(PoolingHead):
     def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Seeds that have read the tokens, ``(B, k * d)`` or ``(B, d)``."""
         keys = relu(self.feed_forward(tokens))
-        output: Tensor = self.block(self.seeds.expand(len(tokens), -1, -1), keys, mask)
+        output: Tensor = self.block(self.seeds.expand(tokens.shape[0], -1, -1), keys, mask)
         return output.flatten(1) if self.pooling == "flatten" else output.mean(1)
 
 

@@ -85,7 +85,7 @@ def first_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return tokens[:, 0]
     place = mask.int().argmax(1)
-    return tokens[torch.arange(len(tokens), device=tokens.device), place]
+    return tokens[torch.arange(tokens.shape[0], device=tokens.device), place]
 
 
 def mean_token(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -89,7 +89,7 @@ class SlotAttentionPooling(PoolingHead):
         """Mean of the slots after the last round, ``(B, d)``."""
         tokens = self.norm_tokens(tokens)
         keys, values = self.key(tokens), self.value(tokens)
-        slots = self.initial_slots(len(tokens))
+        slots = self.initial_slots(tokens.shape[0])
         for _ in range(self.num_iterations):
             update = self.attention(slots, keys, mask).mT.to(values.dtype) @ values
             state = self.gru(update.flatten(0, 1).to(slots.dtype), slots.flatten(0, 1)).view_as(slots)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from registry import DIM, classes, make
 from tiny import LinearBackbone, quiet_trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ddcl_lightning import Classification, DDCLReadoutModule, Head, PoolingHead, find_banks
@@ -355,3 +355,34 @@ def test_in_the_command_line(
     assert type(module.head).__name__ == name
     x: Any = {"x": torch.rand(3, 64), "y": torch.zeros(3).long()}
     assert module.eval()(x).pooled.shape == (3, module.head.pooled_dim)
+
+
+class Pooled(nn.Module):
+    """What a head makes of a sample."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        pooled: Tensor = self.head(tokens, mask).pooled
+        return pooled
+
+
+@pytest.mark.parametrize("name", [kind.__name__ for kind in classes(Head) if kind.__module__.startswith("ddcl_")])
+def test_heads_are_exported_for_any_number_of_samples_and_tokens(name: str) -> None:
+    if name in MOVED_BY_CALLS:
+        pytest.skip("the library's own layer")
+    head = built(name).eval()
+    sizes = {0: torch.export.Dim("samples"), 1: torch.export.Dim("tokens")}
+    program = torch.export.export(Pooled(head), padded(5, 12), dynamic_shapes=(sizes, sizes)).module()
+    tokens, mask = padded(3, 7)
+    torch.testing.assert_close(program(tokens, mask), head(tokens, mask).pooled)
+
+
+def padded(samples: int, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens with a mask that leaves one in every sample."""
+    generator = torch.Generator().manual_seed(samples)
+    mask = torch.rand(samples, length, generator=generator) < 0.7
+    mask[:, 0] = True
+    return torch.randn(samples, length, DIM, generator=generator), mask
