@@ -60,8 +60,9 @@ def write_png(figure: Figure, path: Path, dpi: int = 120) -> None:
     """Write a figure. ``savefig`` would draw it twice, the first time to see where everything goes."""
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    imsave(path, np.asarray(canvas.buffer_rgba()), format="png", dpi=dpi)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    imsave(path, pixels, format="png", dpi=dpi)
 
 
 class ValidationFigures(Callback):

@@ -72,6 +72,9 @@ def explain(message: str, parser: ArgumentParser) -> str:
         renamed = owner and renamed_argument(owner, [key.partition(".")[0]], called=path, as_yaml=True)
         known = list(inspect.signature(owner).parameters) if owner else []
         return renamed or f"unknown argument {key!r} of {path}{nearest(key, known)}"
+    match = _UNKNOWN_ARGUMENT.search(message)
+    if match and find_class(match[1]) is Callback and message.count("Parser key") == 1:
+        return f"unknown argument {match[2]!r}: no class has been named that could take it. Name the class before it."
     match = _UNKNOWN_OPTION.search(message)
     if match:
         key = match.group(1)
@@ -94,9 +97,6 @@ def explain(message: str, parser: ArgumentParser) -> str:
     match = _REFUSED_VALUE.search(message)
     if match:
         return match.group(1)
-    match = _UNKNOWN_ARGUMENT.search(message)
-    if match:
-        return f"unknown argument {match[2]!r}: no class has been named that could take it. Name the class before it."
     return message
 
 

@@ -57,9 +57,10 @@ def find_codebooks(
     Raises:
         ValueError: If a name is that of no module, or of one that is no codebook by itself, or a kind is none.
     """
-    for kind in kinds:
-        if not (isinstance(kind, type) and issubclass(kind, CodebookSource)):
-            given = kind.__name__ if isinstance(kind, type) else described(kind)
+    given_kinds: Sequence[object] = kinds
+    for given_kind in given_kinds:
+        if not (isinstance(given_kind, type) and issubclass(given_kind, CodebookSource)):
+            given = given_kind.__name__ if isinstance(given_kind, type) else described(given_kind)
             raise ValueError(
                 f"kinds must hold subclasses of CodebookSource; got {given}. Write one (recognizes(module), "
                 "read(call)), or name the module instead (named=['quantizer.embedding'])."
