@@ -22,6 +22,7 @@ from ddcl_lightning.functional.token_statistics import TokenStatistics
 
 BLOCK_ELEMENTS = 1 << 18  # entries of one N x K block: a megabyte stays in the cache from one operation to the next
 STORED_ELEMENTS = 1 << 24  # 64 MiB: assignments up to this size are stored for the second sweep, others are redone
+LOWEST_LOGIT = -80.0  # below it a weight is a denormal number, by which a CPU computes ten times as slowly
 SMALLEST_MASS = 1e-20  # a prototype with less mass is summed again in log space, where nothing underflows
 
 
@@ -206,7 +207,7 @@ def _first_sweep(problem: _Problem, through_assignments: bool) -> _Sums:
     logged_tokens = p.new_zeros(*p.shape[:-1], width)
     for rows in problem.blocks():
         logits, largest, nearest = problem.logits(rows)
-        weights = logits.exp()
+        weights = logits.clamp(min=LOWEST_LOGIT).exp_()
         if store:
             stored.append(weights)
         attended = weights @ value
@@ -261,7 +262,7 @@ def _entropy_gradients(
     surprised_tokens = p.new_zeros(*p.shape[:-1], problem.dim + 1)
     per_token = []
     for number, rows in enumerate(problem.blocks()):
-        weights = sums.weights[number] if sums.weights else problem.logits(rows)[0].exp_()
+        weights = sums.weights[number] if sums.weights else problem.logits(rows)[0].clamp_(min=LOWEST_LOGIT).exp_()
         weight_sums = sums.weight_sums[..., rows, :]
         surprise = weights @ value / weight_sums  # [sum_k q s p, sum_k q s] of each token
         per_token.append(surprise)
