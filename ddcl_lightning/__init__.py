@@ -99,7 +99,7 @@ from ddcl_lightning.heads import (
     VQPooling,
 )
 from ddcl_lightning.integrations.scikit_learn import DDCLClustering
-from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics
+from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics, SemanticIDMetrics
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.monitoring import (
     BankRecord,
@@ -210,6 +210,7 @@ __all__ = [
     "ReconstructionMetrics",
     "SST2DataModule",
     "SaveOnSignal",
+    "SemanticIDMetrics",
     "SequenceDecoder",
     "SerialPrototypes",
     "Signal",
