@@ -33,6 +33,7 @@ from ddcl_lightning.backbones import (
     Backbone,
     ConvBackbone,
     IdentityBackbone,
+    MLPBackbone,
     PatchBackbone,
     PCABackbone,
     PretrainedBackbone,
@@ -66,6 +67,7 @@ from ddcl_lightning.datamodules import (
     DebrisDataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
+    FeaturesDataModule,
     ImageDataModule,
     ImageFolderDataModule,
     IMDBDataModule,
@@ -78,7 +80,7 @@ from ddcl_lightning.datamodules import (
     TextDataModule,
     TorchvisionDataModule,
 )
-from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
+from ddcl_lightning.decoders import ConvDecoder, Decoder, MLPDecoder, SequenceDecoder
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import (
     AttentionPooling,
@@ -125,7 +127,14 @@ from ddcl_lightning.nn import (
     find_banks,
 )
 from ddcl_lightning.optim import LRSchedule, OptimizerConfig, SizeRules, TokenNormalized, two_timescale_groups
-from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
+from ddcl_lightning.tasks import (
+    Classification,
+    ClassificationAndClustering,
+    Clustering,
+    Reconstruction,
+    SemanticIDs,
+    Task,
+)
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 __version__ = "0.2.0"
@@ -171,6 +180,7 @@ __all__ = [
     "EmbeddingScale",
     "ExactResume",
     "FashionMNISTDataModule",
+    "FeaturesDataModule",
     "Finding",
     "FitSummary",
     "GatedPrototypes",
@@ -183,6 +193,8 @@ __all__ = [
     "KMeansInitialization",
     "LRSchedule",
     "LevelFigures",
+    "MLPBackbone",
+    "MLPDecoder",
     "MNISTDataModule",
     "MaxPooling",
     "MeanPooling",
@@ -211,6 +223,7 @@ __all__ = [
     "SST2DataModule",
     "SaveOnSignal",
     "SemanticIDMetrics",
+    "SemanticIDs",
     "SequenceDecoder",
     "SerialPrototypes",
     "Signal",

@@ -1,0 +1,66 @@
+"""A residual quantizer of given codes, and items whose IDs are known."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning import (
+    DDCLReadoutModule,
+    IdentityBackbone,
+    MLPDecoder,
+    Quantizer,
+    QuantizerOutput,
+    QuantizerReadout,
+    SemanticIDs,
+)
+from ddcl_lightning.functional._common import mark_padding, zero_padding
+
+
+class GivenCodes(Quantizer):
+    """Nearest code of what the levels before have left, from codebooks ``(L, K, d)`` that never move."""
+
+    def __init__(self, codebook: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codebook", codebook)
+        self.num_codebooks = self.num_levels = len(codebook)
+        self.num_codes, self.dim = codebook.shape[1:]
+
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        rest, indices = z, []
+        for codes in self.codebook:
+            indices.append(torch.cdist(rest, codes.expand(*rest.shape[:-2], *codes.shape)).argmin(-1))
+            rest = rest - codes[indices[-1]]
+        return mark_padding(torch.stack(indices, -1), mask)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        levels = zip(self.codebook, indices.unbind(-1), strict=False)
+        vectors = torch.stack([codes[index.clamp(min=0)] for codes, index in levels]).sum(0)
+        return zero_padding(vectors, (indices >= 0).all(-1))
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        indices = self.encode(tokens, mask)
+        return QuantizerOutput(tokens + (self.decode(indices) - tokens).detach(), indices)
+
+
+# Two levels of three codes of two dimensions: tens and ones.
+CODEBOOK = torch.tensor([[[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]], [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
+ITEMS = torch.tensor([[10.1, 0.9], [0.2, 10.0], [9.9, 1.1], [10.2, 0.0], [0.1, 0.1], [10.0, 1.0]])
+IDS = [[1, 2], [2, 0], [1, 2], [1, 0], [0, 0], [1, 2]]
+
+
+class Items(torch.utils.data.Dataset[dict[str, Any]]):
+    """The items as dict batches."""
+
+    def __len__(self) -> int:
+        return len(ITEMS)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"x": ITEMS[row], "index": torch.tensor(row)}
+
+
+def item_module(**kwargs: Any) -> DDCLReadoutModule:
+    """Items through the given codes."""
+    torch.manual_seed(0)
+    task = SemanticIDs(MLPDecoder(2, widths=(8,)))
+    return DDCLReadoutModule(IdentityBackbone(2), QuantizerReadout(GivenCodes(CODEBOOK)), task, **kwargs)
