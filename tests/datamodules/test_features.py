@@ -121,7 +121,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         "features must hold numbers, equally many in each row",
     ),
     "words in a table": (lambda folder: ready(lines(folder, [{"features": ["a"]}])), ValueError, "must hold numbers"),
-    "no label": (lambda folder: ready(array(folder), label="kind"), ValueError, r"items must be a table for label 'kind', since .*x.npy has no columns"),
+    "no label": (
+        lambda folder: ready(array(folder), label="kind"),
+        ValueError,
+        r"items must be a table for label 'kind', since .*x.npy has no columns",
+    ),
 }
 
 

@@ -1,0 +1,67 @@
+"""Semantic IDs as columns of a table, and the codebooks that they are of."""
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ddcl_lightning.functional import disambiguate
+from ddcl_lightning.nn.quantizer_base import Quantizer
+
+SEMANTIC_ID, DISAMBIGUATION = "semantic_id", "disambiguation"
+
+
+def with_id_columns(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Output of ``predict_step`` with a column for each code of a ``semantic_id`` ``(B, L)``; others as they are.
+
+    The shares of each code in a sample, ``assignments``, say the same again and are left out. The column that tells
+    items of one ID apart is filled in when all of them are known.
+    """
+    if SEMANTIC_ID not in outputs:
+        return dict(outputs)
+    rest = {name: value for name, value in outputs.items() if name not in (SEMANTIC_ID, "assignments")}
+    ids = outputs[SEMANTIC_ID]
+    codes = {f"code_{level + 1}": column for level, column in enumerate(ids.unbind(1))}
+    return {**_before(rest, "index"), **codes, DISAMBIGUATION: torch.zeros_like(ids[:, 0]), **rest}
+
+
+def fill_disambiguation(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the running number of each item among those of its ID, in the order of the rows."""
+    if DISAMBIGUATION not in table:
+        return table
+    levels = sum(name.startswith("code_") for name in table.columns[: list(table.columns).index(DISAMBIGUATION)])
+    ids = np.ascontiguousarray(table[[f"code_{level + 1}" for level in range(levels)]].to_numpy(np.int64))
+    return table.assign(**{DISAMBIGUATION: disambiguate(torch.from_numpy(ids))[:, -1].numpy()})
+
+
+def collision_note(table: pd.DataFrame) -> str:
+    """Sentence on how many items share their ID, or nothing for a table without IDs."""
+    if DISAMBIGUATION not in table:
+        return ""
+    numbers = table[DISAMBIGUATION].dropna()
+    return (
+        f" {int((numbers == 0).sum()):,} of {len(numbers):,} IDs are distinct; {DISAMBIGUATION} tells the others apart."
+    )
+
+
+def residual_quantizer(module: pl.LightningModule) -> Quantizer:
+    """The outermost quantizer in a module that has levels of codes.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for child in module.modules():
+        codebook = getattr(child, "codebook", None)
+        if isinstance(child, Quantizer) and isinstance(codebook, Tensor) and hasattr(child, "num_levels"):
+            return child
+    raise ValueError(
+        f"codebooks are written of a residual quantizer; {type(module).__name__} has none. Leave codebooks out, or use "
+        "a head with one."
+    )
+
+
+def _before(rest: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {name: rest.pop(name)} if name in rest else {}
