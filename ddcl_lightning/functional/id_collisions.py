@@ -4,7 +4,6 @@ An ID is a tuple of L codes, one per level of a residual quantizer. Nothing here
 order give the same result.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -97,8 +96,8 @@ def assign_balanced(prefixes: Tensor, costs: Tensor, capacity: int = 1) -> Tenso
 
     Items whose nearest codes are not taken too often keep them. Within a prefix where a code is, all items are assigned
     anew by an optimal matching (:func:`scipy.optimize.linear_sum_assignment`), so that items move to a next nearest
-    code where that costs least. A prefix of more than ``capacity * K`` items has no room for them all: its codes get
-    ``ceil(n / K)`` items at most, and :func:`disambiguate` tells these apart.
+    code where that costs least. A prefix of n > ``capacity * K`` items has no room for them all: each of its codes gets
+    n / K of them, rounded down or up, and :func:`disambiguate` tells these apart.
 
     The matching of n items takes time up to n^3: it is for prefixes of hundreds or a few thousand items.
 
@@ -129,13 +128,22 @@ def assign_balanced(prefixes: Tensor, costs: Tensor, capacity: int = 1) -> Tenso
     items_of = np.split(groups.group.argsort(stable=True).cpu().numpy(), groups.counts.cumsum(0).cpu().numpy()[:-1])
     for items in items_of:
         if np.bincount(last[items], minlength=1).max(initial=0) > capacity:
-            last[items] = _matched(matrix[items], max(capacity, math.ceil(len(items) / matrix.shape[1])))
+            last[items] = _matched(matrix[items], capacity)
     return torch.cat([prefixes.long(), torch.from_numpy(last).to(prefixes.device).unsqueeze(1)], 1)
 
 
 def _matched(costs: npt.NDArray[np.float64], capacity: int) -> npt.NDArray[np.int64]:
-    """Code of each of n items, none more often than ``capacity``, at the least total cost."""
-    places = np.repeat(costs, min(capacity, len(costs)), axis=1)  # no code can have more items than there are
-    _, columns = linear_sum_assignment(places)
-    codes: npt.NDArray[np.int64] = columns // min(capacity, len(costs))
-    return codes
+    """Code of each of n items, none more often than ``capacity`` or, without room for that, all as often as others."""
+    items, codes = costs.shape
+    if items <= capacity * codes:
+        places = np.repeat(costs, min(capacity, items), axis=1)  # no code can have more items than there are
+        columns = linear_sum_assignment(places)[1] // min(capacity, items)
+    else:
+        needed = np.repeat(np.arange(codes), items // codes)
+        code_of_place = np.concatenate([needed, np.arange(codes)])
+        # Places that must be taken come before all others, whatever they cost.
+        bonus = items * (costs.max() - costs.min()) + 1.0
+        places = costs[:, code_of_place] - bonus * (np.arange(len(code_of_place)) < len(needed))
+        columns = code_of_place[linear_sum_assignment(places)[1]]
+    assigned: npt.NDArray[np.int64] = columns
+    return assigned

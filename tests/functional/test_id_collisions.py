@@ -85,7 +85,15 @@ def test_prefixes_without_collisions_keep_their_nearest_codes() -> None:
 def test_a_prefix_without_room_is_shared_evenly() -> None:
     costs = torch.rand(10, 4, generator=torch.Generator().manual_seed(0))
     ids = assign_balanced(torch.zeros(10, 1, dtype=torch.int64), costs)
-    assert sorted(ids[:, 1].bincount().tolist(), reverse=True)[0] == 3
+    codes = ids[:, 1]
+    assert sorted(codes.bincount().tolist()) == [2, 2, 3, 3]
+    # No exchange of two items, and no move to a code of two items, costs less.
+    for first in range(10):
+        for second in range(first):
+            now = costs[first, codes[first]] + costs[second, codes[second]]
+            assert costs[first, codes[second]] + costs[second, codes[first]] >= now
+        if int((codes == codes[first]).sum()) == 3:
+            assert all(costs[first, code] >= costs[first, codes[first]] for code in range(4) if sum(codes == code) == 2)
     assert len(torch.unique(disambiguate(ids), dim=0)) == 10
 
 
