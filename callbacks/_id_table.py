@@ -57,10 +57,7 @@ def residual_quantizer(module: pl.LightningModule) -> Quantizer:
         codebook = getattr(child, "codebook", None)
         if isinstance(child, Quantizer) and isinstance(codebook, Tensor) and hasattr(child, "num_levels"):
             return child
-    raise ValueError(
-        f"codebooks are written of a residual quantizer; {type(module).__name__} has none. Leave codebooks out, or use "
-        "a head with one."
-    )
+    raise ValueError(f"codebooks are of a residual quantizer; {type(module).__name__} has none. Use a head with one.")
 
 
 def _before(rest: dict[str, Tensor], name: str) -> dict[str, Tensor]:

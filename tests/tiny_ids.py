@@ -1,7 +1,9 @@
 """A residual quantizer of given codes, and items whose IDs are known."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from ddcl_lightning import (
     QuantizerReadout,
     SemanticIDs,
 )
+from ddcl_lightning.datamodules import FeaturesDataModule
 from ddcl_lightning.functional._common import mark_padding, zero_padding
 
 
@@ -64,3 +67,18 @@ def item_module(**kwargs: Any) -> DDCLReadoutModule:
     torch.manual_seed(0)
     task = SemanticIDs(MLPDecoder(2, widths=(8,)))
     return DDCLReadoutModule(IdentityBackbone(2), QuantizerReadout(GivenCodes(CODEBOOK)), task, **kwargs)
+
+
+def item_data(folder: Path, **options: Any) -> FeaturesDataModule:
+    """The items in files, with an id, a title and a kind each."""
+    np.save(folder / "x.npy", ITEMS.numpy())
+    rows = [f"B{row},item {row},{row % 2}" for row in range(len(ITEMS))]
+    (folder / "items.csv").write_text("\n".join(["asin,title,kind", *rows]), encoding="utf-8")
+    return FeaturesDataModule(folder / "x.npy", items=folder / "items.csv", batch_size=2, seed=0, **options)
+
+
+def digit_module() -> DDCLReadoutModule:
+    """Digits of 64 pixels through two levels of four random codes."""
+    torch.manual_seed(0)
+    codebook = torch.stack([torch.rand(4, 64), torch.rand(4, 64) - 0.5])
+    return DDCLReadoutModule(IdentityBackbone(64), QuantizerReadout(GivenCodes(codebook)), SemanticIDs(MLPDecoder(64)))

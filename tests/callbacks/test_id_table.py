@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,15 +16,9 @@ from ddcl_lightning.datamodules import FeaturesDataModule
 from ddcl_lightning.heads import MeanPooling
 from tests.processes import succeed_in_processes
 from tests.tiny import quiet_trainer
-from tests.tiny_ids import CODEBOOK, IDS, ITEMS, Items, item_module
+from tests.tiny_ids import CODEBOOK, IDS, ITEMS, Items, item_data, item_module
 
 DISAMBIGUATION = [0, 0, 1, 0, 0, 2]  # of IDS, by hand
-
-
-def items(folder: Path) -> FeaturesDataModule:
-    np.save(folder / "x.npy", ITEMS.numpy())
-    (folder / "items.csv").write_text("asin,title\n" + "".join(f"B{row},item {row}\n" for row in range(len(ITEMS))))
-    return FeaturesDataModule(folder / "x.npy", items=folder / "items.csv", batch_size=2, seed=0)
 
 
 def predict(writer: AssignmentWriter, data: Any = None, module: DDCLReadoutModule | None = None, **kwargs: Any) -> None:
@@ -37,7 +30,7 @@ def predict(writer: AssignmentWriter, data: Any = None, module: DDCLReadoutModul
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_every_item_is_a_row_with_its_tuple(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / f"ids.{suffix}"
-    predict(AssignmentWriter(str(path), columns=["asin"]), items(tmp_path))
+    predict(AssignmentWriter(str(path), columns=["asin"]), item_data(tmp_path))
     table = (pd.read_parquet if suffix == "parquet" else pd.read_csv)(path)
     assert list(table) == ["index", "code_1", "code_2", "disambiguation", "mse", "asin"]
     assert table[["code_1", "code_2"]].to_numpy().tolist() == IDS
@@ -55,7 +48,7 @@ def test_numbers_follow_the_data_set_whatever_the_order_of_batches(tmp_path: Pat
 
 
 def _predict_in_two(folder: str) -> None:
-    data = items(Path(folder))
+    data = item_data(Path(folder))
     writer = AssignmentWriter(f"{folder}/two.csv", codebooks=f"{folder}/two.safetensors")
     predict(writer, data, devices=2, strategy="ddp")
 
@@ -63,7 +56,7 @@ def _predict_in_two(folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_write_the_ids_of_one(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    predict(AssignmentWriter(str(tmp_path / "one.csv")), items(tmp_path))
+    predict(AssignmentWriter(str(tmp_path / "one.csv")), item_data(tmp_path))
     succeed_in_processes(tmp_path, _predict_in_two, str(tmp_path))
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
     assert torch.equal(load_codebooks(tmp_path / "two.safetensors").codebook, CODEBOOK)
@@ -83,7 +76,7 @@ def test_codebooks_that_cannot_be_written_are_refused_before_the_work(tmp_path: 
     with pytest.raises(ValueError, match="codebooks must lie in an existing folder"):
         predict(AssignmentWriter(None, codebooks=str(tmp_path / "nowhere" / "codes.safetensors")))
     plain = DDCLReadoutModule(IdentityBackbone(2), MeanPooling(), SemanticIDs(MLPDecoder(2, widths=(8,))))
-    with pytest.raises(ValueError, match="codebooks are written of a residual quantizer; DDCLReadoutModule has none"):
+    with pytest.raises(ValueError, match="codebooks are of a residual quantizer; DDCLReadoutModule has none"):
         predict(AssignmentWriter(None, codebooks=str(tmp_path / "codes.safetensors")), module=plain)
 
 
