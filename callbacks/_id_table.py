@@ -47,6 +47,24 @@ def collision_note(table: pd.DataFrame) -> str:
     )
 
 
+def id_lines(metrics: Mapping[str, Tensor]) -> list[str]:
+    """What was logged of semantic IDs in validation: a line on all items, and a table of the levels; or nothing."""
+    values = {name.removeprefix("val/"): float(value) for name, value in metrics.items() if name.startswith("val/")}
+    if "distinct_ids" not in values:
+        return []
+    error = f"relative error {values['relative_error']:.4g}, " if "relative_error" in values else ""
+    lines = [
+        f"semantic IDs (val): {error}colliding items {values['collisions']:.4g}, distinct "
+        f"{values['distinct_ids']:,.0f} of {values['items']:,.0f}, largest group {values['largest_group']:,.0f}",
+        f"{'level':<8}{'usage':>12}{'perplexity':>12}{'given prefix':>14}",
+    ]
+    for level in range(1, sum(name.startswith("level") and name.endswith("_usage") for name in values) + 1):
+        used, spread = values[f"level{level}_usage"], values[f"level{level}_perplexity"]
+        given = values.get(f"level{level}_conditional_perplexity")
+        lines.append(f"{level:<8}{used:>12.3f}{spread:>12.1f}" + (f"{given:>14.1f}" if given else f"{'-':>14}"))
+    return lines
+
+
 def residual_quantizer(module: pl.LightningModule) -> Quantizer:
     """The outermost quantizer in a module that has levels of codes.
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ddcl_lightning import DDCLReadoutModule, IdentityBackbone, MLPDecoder, SemanticIDs
-from ddcl_lightning.callbacks import AssignmentWriter
-from ddcl_lightning.callbacks._id_table import fill_disambiguation, with_id_columns
+from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
+from ddcl_lightning.callbacks._id_table import fill_disambiguation, id_lines, with_id_columns
 from ddcl_lightning.checkpoints.codebook_files import load_codebooks
 from ddcl_lightning.datamodules import FeaturesDataModule
 from ddcl_lightning.heads import MeanPooling
@@ -91,3 +91,16 @@ def test_codes_of_an_id_take_the_place_of_assignments() -> None:
 def test_a_table_without_ids_stays_as_it_is() -> None:
     table = pd.DataFrame({"index": [0, 1], "code_1": [3, 3]})
     assert fill_disambiguation(table) is table
+
+
+def test_the_summary_of_a_fit_prints_the_ids_of_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    data = DataLoader(Items(), batch_size=4)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[FitSummary(num_restarts=1)])
+    trainer.fit(item_module(), data, data)
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("semantic IDs (val): relative error "))
+    assert lines[place].endswith("colliding items 0.5, distinct 4 of 6, largest group 3")
+    assert lines[place + 1].split() == ["level", "usage", "perplexity", "given", "prefix"]
+    assert lines[place + 2].split() == ["1", "1.000", "2.4", "-"]
+    assert lines[place + 3].split()[:2] == ["2", "0.667"]
+    assert id_lines({"val/mse": torch.tensor(1.0)}) == []
