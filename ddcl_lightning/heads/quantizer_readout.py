@@ -9,6 +9,7 @@ from ddcl_lightning.functional import code_counts
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.contracts import check_quantizer, check_quantizer_output
 from ddcl_lightning.heads.pooling import mean_token
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer_base import Quantizer
 
 
@@ -37,6 +38,8 @@ class CodebookHead(Head):
         quantizer = self.create(embed_dim)
         check_quantizer(self, quantizer)
         self.quantizer = quantizer.train(self.training)
+        if isinstance(quantizer, ProjectedQuantizer):
+            quantizer.layout.assume(3, "last")
         self.num_codes, self.num_codebooks = self.quantizer.num_codes, self.quantizer.num_codebooks
         self.pooled_dim = self.quantizer.output_dim
         super().build(embed_dim)
@@ -64,9 +67,9 @@ class CodebookHead(Head):
             output.quantized,
             mean_token(output.quantized, mask),
             assignments=None if self.training else code_shares(codes, self.quantizer.num_codes),
-            regularization=None if output.loss is None else self.weight * output.loss,
+            regularization=None if output.terms.loss is None else self.weight * output.terms.loss,
             codes=codes,
-            signals={name: value.mean() for name, value in output.signals.items()},
+            signals={name: value.mean() for name, value in output.terms.signals.items()},
         )
 
 
