@@ -60,8 +60,7 @@ class FitSummary(Callback):
     see it at the end (*bank inputs*), and, where that differs, as the backbone gives it, before training if the encoder
     was trained. This separates a gain of the embedding from a gain of the prototypes. In the rows a sample counts once,
     for its strongest prototype; an autoencoder's line below them counts tokens, and the table of semantic IDs items. An
-    error in the summary is a warning
-    and does not end the run.
+    error in the summary is a warning and does not end the run.
 
     Args:
         enabled: Whether to run at all.

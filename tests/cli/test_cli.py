@@ -50,6 +50,10 @@ def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsy
         line = next(line for line in printed.splitlines() if line.startswith("reconstruction (val): "))
         ssim = [] if name.startswith("digits") else ["ssim"]  # digits are smaller than its window
         assert re.findall(r"(\w+) -?[\d.]+", line) == ["mse", "psnr", *ssim, "usage", "perplexity", "soft_perplexity"]
+    elif "tasks.SemanticIDs" in recipe_paths()[name].read_text():
+        line = next(line for line in printed.splitlines() if line.startswith("semantic IDs (val): "))
+        assert re.search(r"relative error [\d.]+, colliding items [\d.]+, distinct [\d,]+ of 1,797, largest", line)
+        assert [row.split()[0] for row in printed.splitlines() if re.match(r"\d +\d\.\d{3} ", row)] == ["1", "2", "3"]
     else:
         assert "violations in" in printed
         assert " 0 violations" in printed

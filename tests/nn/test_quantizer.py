@@ -116,7 +116,9 @@ def test_the_gap_closes_with_the_temperature() -> None:
     gaps = []
     for fraction in (0.5, 0.05, 0.0005):
         vq = quantizer(temperature=fraction)
-        gaps.append(float(vq(torch.randn(8, 50, 6, generator=torch.Generator().manual_seed(0))).terms.signals["code_gap"]))
+        gaps.append(
+            float(vq(torch.randn(8, 50, 6, generator=torch.Generator().manual_seed(0))).terms.signals["code_gap"])
+        )
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-3
 
@@ -277,9 +279,13 @@ def test_quantizer_refuses_arguments_out_of_range(kwargs: dict[str, Any], messag
 def test_quantizer_refuses_inputs_that_do_not_fit() -> None:
     vq = quantizer()
     for z in (torch.randn(2, 5, 7), torch.randn(2, 3, 4, 5), torch.randn(7)):
-        with pytest.raises(ValueError, match=r"z must (have its channels, dim = 6, in dim|be a floating-point tensor of)"):
+        with pytest.raises(
+            ValueError, match=r"z must (have its channels, dim = 6, in dim|be a floating-point tensor of)"
+        ):
             vq(z)
-    with pytest.raises(ValueError, match=r"z must be a floating-point tensor of two or more dimensions; got torch.int64"):
+    with pytest.raises(
+        ValueError, match=r"z must be a floating-point tensor of two or more dimensions; got torch.int64"
+    ):
         vq(torch.ones(2, 5, 6, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"mask must have the shape of tokens without its last dimension, \(2, 3, 3\)"):
         vq(torch.randn(2, 6, 3, 3), torch.ones(2, 9, dtype=torch.bool))
