@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.first_tokens import FirstTokens
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
@@ -180,7 +181,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         fits = codes.dim() >= 2 and 1 <= codes.shape[-1] <= most and codes.shape[-1] % heads == 0
         check_indices(indices, fits, self.num_codes, f"(..., {heads} to {most}), {heads} per level")
         total = torch.stack(
-            [self.bank(level).vectors(of_level) for level, of_level in enumerate(codes.split(heads, -1))]
+            [self.bank(level).vectors(of_level) for level, of_level in enumerate(torch.split(codes, heads, -1))]
         ).sum(0)
         return self._restore(total, codes[..., 0] >= 0)
 
@@ -205,6 +206,10 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         for level in range(self.num_levels):
             self.bank(level).start(tokens, final=final)
             tokens = _residual(self.bank(level), tokens)
+
+    def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        """What the bank's codes leave of tokens ``(*, width)``."""
+        return embedded - bank.vectors(bank.encode(embedded, mask)).to(embedded.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""
