@@ -62,6 +62,7 @@ from ddcl_lightning.callbacks import (
     SaveOnSignal,
     TemperatureAnnealing,
 )
+from ddcl_lightning.checkpoints.codebook_files import Codebooks, load_codebooks, save_codebooks
 from ddcl_lightning.datamodules import (
     CIFAR10DataModule,
     DebrisDataModule,
@@ -127,6 +128,7 @@ from ddcl_lightning.nn import (
     SoftVectorQuantizer,
     Temperature,
     VectorQuantizer,
+    encode_balanced,
     find_banks,
 )
 from ddcl_lightning.optim import LRSchedule, OptimizerConfig, SizeRules, TokenNormalized, two_timescale_groups
@@ -162,6 +164,7 @@ __all__ = [
     "CodebookMonitor",
     "CodebookRecord",
     "CodebookSource",
+    "Codebooks",
     "CollapseError",
     "CollapseRules",
     "CollapseWarning",
@@ -251,15 +254,18 @@ __all__ = [
     "VQPooling",
     "VectorQuantizer",
     "distill_feedforward",
+    "encode_balanced",
     "find_banks",
     "find_codebooks",
     "initialize_feedforward",
     "input_sample",
     "insert_prototypes",
+    "load_codebooks",
     "quantization_loss",
     "record_codebooks",
     "remove_prototypes",
     "replace_feedforward",
+    "save_codebooks",
     "two_timescale_groups",
 ]
 

@@ -19,6 +19,13 @@ else:
     PROJECT = {}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+GUIDES = [
+    (page, number, snippet)
+    for page in ("semantic-ids",)
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
 MONITORING = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8"), re.DOTALL
 )
@@ -72,6 +79,15 @@ def test_snippets_on_monitoring_run(number: int) -> None:
     if "vector_quantize_pytorch" in MONITORING[number]:
         pytest.importorskip("vector_quantize_pytorch")
     exec(compile(MONITORING[number], f"monitoring snippet {number}", "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize(("page", "number", "snippet"), GUIDES, ids=lambda value: str(value)[:20].split("\n")[0])
+def test_snippets_of_guides_run(
+    page: str, number: int, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, f"{page} snippet {number}", "exec"), {"__name__": "snippet"})
 
 
 def test_readme_names_every_recipe_and_callback() -> None:

@@ -27,11 +27,11 @@ def test_running_numbers_follow_the_order_of_the_items() -> None:
 
 def test_running_numbers_agree_with_a_counter_and_are_unique() -> None:
     ids = torch.randint(0, 4, (500, 3), generator=torch.Generator().manual_seed(0))
-    seen: dict[tuple[int, ...], int] = {}
+    counted: dict[tuple[int, ...], int] = {}
     expected = []
     for row in map(tuple, ids.tolist()):
-        expected.append([*row, seen.get(row, 0)])
-        seen[row] = expected[-1][-1] + 1
+        expected.append([*row, counted.get(row, 0)])
+        counted[row] = expected[-1][-1] + 1
     told_apart = disambiguate(ids)
     assert told_apart.tolist() == expected
     assert len(torch.unique(told_apart, dim=0)) == 500
