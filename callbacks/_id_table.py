@@ -1,6 +1,7 @@
 """Semantic IDs as columns of a table, and the codebooks that they are of."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning.functional import disambiguate
+from ddcl_lightning.nn.balanced_ids import LevelQuantizer
 from ddcl_lightning.nn.quantizer_base import Quantizer
 
 SEMANTIC_ID, DISAMBIGUATION = "semantic_id", "disambiguation"
@@ -65,7 +67,7 @@ def id_lines(metrics: Mapping[str, Tensor]) -> list[str]:
     return lines
 
 
-def residual_quantizer(module: pl.LightningModule) -> Quantizer:
+def residual_quantizer(module: pl.LightningModule) -> LevelQuantizer:
     """The outermost quantizer in a module that has levels of codes.
 
     Raises:
@@ -74,7 +76,7 @@ def residual_quantizer(module: pl.LightningModule) -> Quantizer:
     for child in module.modules():
         codebook = getattr(child, "codebook", None)
         if isinstance(child, Quantizer) and isinstance(codebook, Tensor) and hasattr(child, "num_levels"):
-            return child
+            return cast(LevelQuantizer, child)
     raise ValueError(f"codebooks are of a residual quantizer; {type(module).__name__} has none. Use a head with one.")
 
 

@@ -37,7 +37,7 @@ class MLPBackbone(Backbone):
     def forward(self, batch: Batch) -> Tokens:
         """Tokens ``(B, T, embed_dim)`` with the batch's ``mask``."""
         values, mask = masked_tokens(batch, self.in_features)
-        return Tokens(self.layers(values.to(self.layers[0].weight.dtype)), mask)
+        return Tokens(self.layers(values.to(next(self.layers.parameters()).dtype)), mask)
 
 
 def perceptron(sizes: Sequence[int]) -> nn.Sequential:

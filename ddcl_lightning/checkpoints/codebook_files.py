@@ -1,7 +1,7 @@
 """Codebooks of a residual quantizer as a file that needs nothing of ours: tensors and their sizes, in safetensors."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,23 +10,13 @@ from ddcl_lightning._utils.arguments import described
 from ddcl_lightning._utils.files import whole_file
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional.id_collisions import check_ids
+from ddcl_lightning.nn.balanced_ids import LevelQuantizer
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 TENSOR, SUFFIX = "codebook", ".safetensors"
 SIZES = ("num_levels", "num_codes", "dim")
-
-
-class ResidualCodes(Protocol):
-    """A quantizer of levels, each of which encodes what those before have left."""
-
-    @property
-    def codebook(self) -> Tensor:
-        """The codes, ``(L, K, d)``."""
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """Vectors ``(..., d)`` of indices ``(..., L)``."""
 
 
 class Codebooks(NamedTuple):
@@ -67,7 +57,7 @@ class Codebooks(NamedTuple):
         return torch.stack([codes[level] for codes, level in zip(self.codebook, ids.unbind(1), strict=False)]).sum(0)
 
 
-def codebooks_of(quantizer: ResidualCodes) -> Codebooks:
+def codebooks_of(quantizer: LevelQuantizer) -> Codebooks:
     """A copy of the codes of a residual quantizer.
 
     Raises:
@@ -89,7 +79,7 @@ def codebooks_of(quantizer: ResidualCodes) -> Codebooks:
     return Codebooks(codebook)
 
 
-def save_codebooks(quantizer: ResidualCodes, path: str | Path) -> None:
+def save_codebooks(quantizer: LevelQuantizer, path: str | Path) -> None:
     """Write the codes of a residual quantizer: a tensor ``codebook`` ``(L, K, d)`` and, in the header, its sizes.
 
     Any reader of safetensors reads the file; the header's metadata are ``num_levels``, ``num_codes`` and ``dim``.
@@ -151,7 +141,7 @@ def check_codebook_path(path: str | Path, argument: str = "path") -> None:
 def _metadata(path: str | Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(str(path), framework="pt") as file:
         return dict(file.metadata())
 
 

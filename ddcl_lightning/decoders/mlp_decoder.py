@@ -38,5 +38,5 @@ class MLPDecoder(Decoder):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors ``(B, T, out_dim)`` of ``(B, T, token_dim)`` tokens; zero at padding."""
         check_decoder_tokens(self, tokens, self.token_dim)
-        tokens = zero_padding(tokens, mask).to(self.layers[0].weight.dtype)
+        tokens = zero_padding(tokens, mask).to(next(self.layers.parameters()).dtype)
         return zero_padding(self.layers(tokens), mask)

@@ -28,7 +28,8 @@ from ddcl_lightning.explain.statistics import TEXT_LIFT, TOP_CLASSES
 from ddcl_lightning.explain.typical_words import WordMass, words_of
 from ddcl_lightning.metrics.semantic_id_metrics import SemanticIDMetrics
 from ddcl_lightning.module import DDCLReadoutModule
-from ddcl_lightning.tasks.semantic_ids import item_codes
+from ddcl_lightning.nn.balanced_ids import LevelQuantizer
+from ddcl_lightning.tasks.semantic_ids import SemanticIDs, item_codes
 
 DEPTH = 2  # levels of the tree that are shown
 TOP_WORDS = 8
@@ -134,6 +135,10 @@ def collect_tree(
     """
     check_arguments(examples, inputs, indices, max_samples)
     quantizer = residual_quantizer(module)
+    if not isinstance(module.task, SemanticIDs):
+        raise ValueError(
+            f"the task must be SemanticIDs for a tree of IDs; got {type(module.task).__name__}. Use collect for others."
+        )
     datamodule.prepare_data()
     datamodule.setup("fit")
     datamodule.setup("predict")
@@ -164,12 +169,14 @@ def collect_tree(
 def _read(
     tally: "TreeTally",
     module: DDCLReadoutModule,
-    quantizer: torch.nn.Module,
+    quantizer: LevelQuantizer,
     batches: Iterable[Batch],
     move: Callable[[Batch], Batch],
     max_samples: int,
 ) -> bool:
     """Add batches to the tally, up to a number of items; True if those were all."""
+    task = module.task
+    assert isinstance(task, SemanticIDs)
     for batch in batches:
         if tally.samples >= max_samples:
             return False
@@ -179,7 +186,7 @@ def _read(
         assert readout.inputs is not None
         levels = range(1, min(DEPTH, ids.shape[1]) + 1)
         distances = [(readout.inputs[:, 0] - quantizer.decode(ids[:, :level])).norm(dim=1) for level in levels]
-        decoded, target, _ = module.task.compared(readout, moved)
+        decoded, target, _ = task.compared(readout, moved)
         tally.metrics.update(ids.cpu(), target.flatten(1).cpu(), decoded.flatten(1).cpu())
         tally.add(ids.cpu(), torch.stack(distances, 1).cpu(), batch)
     if not tally.samples:

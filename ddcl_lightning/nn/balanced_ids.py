@@ -9,20 +9,30 @@ from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.functional import assign_balanced, group_tuples
 
 
-class EncodesLevels(Protocol):
-    """A quantizer of levels, such as ``ResidualVectorQuantizer``."""
+class LevelQuantizer(Protocol):
+    """A quantizer whose levels each encode what those before have left: a ``ResidualVectorQuantizer``, say.
+
+    Attributes:
+        num_codes: K, codes of each level.
+        num_codebooks: L.
+    """
 
     num_codes: int
+    num_codebooks: int
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, ``(L, K, d)``."""
 
     def encode(self, z: Tensor) -> Tensor:
         """Indices ``(N, L)`` of vectors ``(N, D)``."""
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Vectors ``(N, D)`` of indices ``(N, L)``."""
+        """Vectors ``(N, D)`` of indices ``(N, l)``, those of the first l levels."""
 
 
 @torch.no_grad()
-def encode_balanced(quantizer: EncodesLevels, vectors: Tensor, capacity: int = 1) -> Tensor:
+def encode_balanced(quantizer: LevelQuantizer, vectors: Tensor, capacity: int = 1) -> Tensor:
     """IDs of items of which at most ``capacity`` share one, as far as their prefixes have room.
 
     Items whose ID is shared too often are matched anew with the codes of the last level, together with all others of
