@@ -40,6 +40,38 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
         TypeError: If the layer is something else.
         ValueError: If it has an option that ours has no counterpart of.
     """
+    levels = _levels(layer)
+    codes = [_codes(level) for level in levels]
+    heads, size, code_dim = codes[0].shape
+    is_residual = type(layer).__name__ == "ResidualVQ"
+    projections = _projections(layer if is_residual else levels[0])
+    dim = heads * code_dim if projections[0] is None else projections[0].in_features
+    options = {
+        "code_dim": code_dim,
+        "num_heads": heads,
+        "embedding_scale": "unit" if levels[0].use_cosine_sim else "none",
+        "channels": "first" if _has_channels_first(layer, levels[0]) else None,
+        **options,
+    }
+    quantizer: ProjectedQuantizer
+    if is_residual:
+        options = {"shared_codebook": bool(layer.shared_codebook), **options}
+        quantizer = ResidualVectorQuantizer(dim, size, len(levels), **options)
+    else:
+        quantizer = SoftVectorQuantizer(dim, size, **options)
+    for bank, values in zip(find_banks(quantizer).values(), codes, strict=False):  # one bank for all, if it is shared
+        bank.set_prototypes(values.to(bank.prototypes))
+    for own, theirs in zip((quantizer.input_projection, quantizer.output_projection), projections, strict=True):
+        if own is not None and theirs is not None:
+            own.load_state_dict(theirs.state_dict())
+    quantizer.to(codes[0].device).train(layer.training)
+    if tokens is not None:
+        quantizer.revive(tokens)
+    return quantizer
+
+
+def _levels(layer: nn.Module) -> list[Any]:
+    """The layers of a ``ResidualVQ``, or the one of a ``VectorQuantize``, if ours can hold their codes."""
     kind = type(layer).__name__
     if not type(layer).__module__.startswith("vector_quantize_pytorch") or kind not in ("VectorQuantize", "ResidualVQ"):
         raise TypeError(
@@ -49,37 +81,10 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
     levels: list[Any] = list(layer.layers) if kind == "ResidualVQ" else [layer]  # type: ignore[arg-type]
     for level in levels:
         _require_counterpart(level)
-    first = levels[0]
-    codes = [_codes(level) for level in levels]
-    heads, size, code_dim = codes[0].shape
-    project_in, project_out = _projections(layer if kind == "ResidualVQ" else first)
-    dim = project_in.in_features if project_in is not None else heads * code_dim
-    options = {
-        "code_dim": code_dim,
-        "num_heads": heads,
-        "embedding_scale": "unit" if _is_cosine(first) else "none",
-        "channels": "first" if _has_channels_first(first) or getattr(layer, "accept_image_fmap", False) else None,
-        **options,
-    }
-    quantizer: ProjectedQuantizer
-    if kind == "ResidualVQ":
-        if any(values.shape != codes[0].shape for values in codes):
-            raise ValueError(
-                f"layer must have as many codes at every level; got {[values.shape[1] for values in codes]}."
-            )
-        options = {"shared_codebook": bool(layer.shared_codebook), **options}
-        quantizer = ResidualVectorQuantizer(dim, size, len(levels), **options)
-    else:
-        quantizer = SoftVectorQuantizer(dim, size, **options)
-    for bank, values in zip(find_banks(quantizer).values(), codes, strict=False):  # one bank for all, if it is shared
-        bank.set_prototypes(values.to(bank.prototypes))
-    for own, theirs in ((quantizer.input_projection, project_in), (quantizer.output_projection, project_out)):
-        if own is not None and theirs is not None:
-            own.load_state_dict(theirs.state_dict())
-    quantizer.to(codes[0].device).train(layer.training)
-    if tokens is not None:
-        quantizer.revive(tokens)
-    return quantizer
+    sizes = [level.codebook_size for level in levels]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"layer must have as many codes at every level; got {sizes}.")
+    return levels
 
 
 def _require_counterpart(level: Any) -> None:
@@ -112,9 +117,6 @@ def _projections(layer: Any) -> tuple[nn.Linear | None, nn.Linear | None]:
     )
 
 
-def _is_cosine(level: Any) -> bool:
-    return bool(level.use_cosine_sim)
-
-
-def _has_channels_first(level: Any) -> bool:
-    return bool(level.accept_image_fmap or getattr(level, "accept_3d_fmap", False) or not level.channel_last)
+def _has_channels_first(layer: Any, level: Any) -> bool:
+    maps = layer.accept_image_fmap or level.accept_image_fmap or getattr(level, "accept_3d_fmap", False)
+    return bool(maps or not level.channel_last)

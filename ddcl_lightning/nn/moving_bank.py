@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.compat import exporting
 from ddcl_lightning._utils.distributed import from_first_process, warn
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
@@ -21,7 +22,7 @@ CALLS_WITHOUT_STEP = 1000  # after so many a loop has no optimizer, or accumulat
 
 @dataclass(frozen=True)
 class CodeUpdate:
-    """How a quantizer moves its own codes, see :class:`~ddcl_lightning.TokenNormalized` for the three numbers.
+    """Numbers by which a quantizer moves its own codes, see :class:`~ddcl_lightning.TokenNormalized`.
 
     Args:
         step_size: Share of the distance to the mean of its tokens that a code covers per step, in (0, 1].
@@ -88,11 +89,8 @@ class MovingBank(PrototypeBank, SettledState):
         return not self.marker.requires_grad
 
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.training and self._statistics is None and not torch.compiler.is_compiling():
-            own = weakref.ref(self)  # the statistics must not keep the bank alive, nor its copies
-            self._statistics = StepStatistics({"": self}, lambda: _relocates(own()))
-        if self.training and not torch.compiler.is_compiling():
-            self._count()
+        if self.training and not exporting():
+            self._follow()
         return super()._begin(tokens, mask)
 
     @torch.no_grad()
@@ -150,7 +148,12 @@ class MovingBank(PrototypeBank, SettledState):
         if loads is not None:
             self.loads.copy_(loads)
 
-    def _count(self) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _follow(self) -> None:
+        """Have the tokens of training calls counted."""
+        if self._statistics is None:
+            own = weakref.ref(self)  # a copy has its own
+            self._statistics = StepStatistics({"": self}, lambda: _relocates(own()))
         self._calls += 1
         if self._calls == CALLS_WITHOUT_STEP and not self.is_frozen:
             warn(

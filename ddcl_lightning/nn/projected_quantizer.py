@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning._utils.compat import exporting, recomputing
 from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional._common import zero_padding
@@ -87,7 +87,12 @@ class ProjectedQuantizer(Quantizer):
 
     def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
         """Start the codes in a training call, anew with each batch until there are enough tokens."""
-        if self._first_tokens is None or torch.compiler.is_compiling() or recomputing():
+        if self._first_tokens is not None and not exporting():
+            self._start_once(embedded, mask)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _start_once(self, embedded: Tensor, mask: Tensor | None) -> None:
+        if self._first_tokens is None or recomputing():
             return
         banks = self.moving_banks()
         if all(bool(bank.initialized) for bank in banks):

@@ -13,7 +13,7 @@ from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 
 
 class QuantizerTerms(NamedTuple):
-    """What a quantizer adds to a training step beside the codes.
+    """Loss and signals of a quantizer beside the codes.
 
     ``loss + terms`` and ``weight * terms`` read it as its loss, so that a line which added the commitment loss of
     another quantizer stays as it is.

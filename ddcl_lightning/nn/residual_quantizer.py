@@ -208,7 +208,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             tokens = _residual(self.bank(level), tokens)
 
     def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
-        """What the bank's codes leave of tokens ``(*, width)``."""
+        """Residual of tokens ``(*, width)`` after the bank."""
         return embedded - bank.vectors(bank.encode(embedded, mask)).to(embedded.dtype)
 
     def extra_repr(self) -> str:
@@ -216,7 +216,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         return f"dim={self.dim}, num_codes={self.num_codes}, num_levels={self.num_levels}, num_heads={self.num_heads}"
 
     def _draw_levels(self) -> int:
-        """How many levels the decoder gets."""
+        """Number of levels that the decoder gets."""
         if not (self.training and self.level_dropout and self.num_levels > 1):
             return self.num_levels
         chance, number = torch.rand(2).tolist()
@@ -227,7 +227,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
 
 
 def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
-    """What the bank's codes leave of ``(N, width)`` tokens."""
+    """Residual of ``(N, width)`` tokens after the bank."""
     device = bank.prototypes.device
     vectors = bank.vectors(bank.encode(tokens.to(device, bank.prototypes.dtype)))
     return tokens - vectors.to(tokens)
@@ -237,7 +237,7 @@ def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
 def _relative_error(residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Mean square of a residual as a share of the variance of the tokens, both ``(*, d)``."""
     rest, z = (value.detach().flatten(0, -2).float() for value in (residual, tokens))
-    valid = z.new_ones(len(z), 1) if mask is None else mask.reshape(-1, 1).float()
+    valid = z.new_ones(z.shape[0], 1) if mask is None else mask.reshape(-1, 1).float()
     number = valid.sum().clamp(min=1.0)
     mean = (z * valid).sum(0) / number
     variance = ((z - mean).square() * valid).sum() / number
