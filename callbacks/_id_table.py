@@ -50,7 +50,7 @@ def collision_note(table: pd.DataFrame) -> str:
 
 
 def id_lines(metrics: Mapping[str, Tensor]) -> list[str]:
-    """What was logged of semantic IDs in validation: a line on all items, and a table of the levels; or nothing."""
+    """Lines on the semantic IDs of validation, as logged: on all items, and a table of the levels; none without IDs."""
     values = {name.removeprefix("val/"): float(value) for name, value in metrics.items() if name.startswith("val/")}
     if "distinct_ids" not in values:
         return []

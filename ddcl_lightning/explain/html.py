@@ -92,7 +92,7 @@ class Described(Protocol):
 
     @property
     def dead(self) -> bool:
-        """Whether there are none."""
+        """True if there are none."""
 
     @property
     def words(self) -> list[WordShare]:

@@ -114,7 +114,7 @@ def _health(checkpoint: str) -> tuple[str, ...]:
 
 
 def _contents(explanation: Explanation | IDTree) -> str:
-    """What was written, in words."""
+    """Contents of a report in words."""
     if isinstance(explanation, IDTree):
         metrics = explanation.metrics
         return f"{int(metrics['distinct_ids']):,} distinct IDs of {int(metrics['items']):,} items"
