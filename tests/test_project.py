@@ -19,16 +19,13 @@ else:
     PROJECT = {}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-GUIDES = [
-    (page, number, snippet)
-    for page in ("semantic-ids",)
+PAGES = [
+    pytest.param(snippet, id=f"{page}-{number}")
+    for page in ("monitoring", "codebooks", "semantic-ids")
     for number, snippet in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     )
 ]
-MONITORING = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8"), re.DOTALL
-)
 
 
 @pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
@@ -74,20 +71,14 @@ def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {"__name__": "snippet"})
 
 
-@pytest.mark.parametrize("number", range(len(MONITORING)))
-def test_snippets_on_monitoring_run(number: int) -> None:
-    if "vector_quantize_pytorch" in MONITORING[number]:
-        pytest.importorskip("vector_quantize_pytorch")
-    exec(compile(MONITORING[number], f"monitoring snippet {number}", "exec"), {"__name__": "snippet"})
-
-
-@pytest.mark.parametrize(("page", "number", "snippet"), GUIDES, ids=lambda value: str(value)[:20].split("\n")[0])
-def test_snippets_of_guides_run(
-    page: str, number: int, snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("safetensors")
+@pytest.mark.parametrize("snippet", PAGES)
+def test_snippets_of_the_pages_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, f"{page} snippet {number}", "exec"), {"__name__": "snippet"})
+    if "save_codebooks" in snippet:
+        pytest.importorskip("safetensors")
+    if "vector_quantize_pytorch" in snippet:
+        pytest.importorskip("vector_quantize_pytorch")
+    exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
 
 
 def test_readme_names_every_recipe_and_callback() -> None:

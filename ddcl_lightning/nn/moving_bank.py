@@ -68,6 +68,7 @@ class MovingBank(PrototypeBank, SettledState):
 
     Attributes:
         loads: Buffer ``(H, K, 2)``, running distortion and number of tokens of the cells, of all processes.
+        num_steps: Steps of optimizers that this object has seen, of those without its tokens too.
 
     Raises:
         ValueError: As a bank does.
@@ -82,6 +83,7 @@ class MovingBank(PrototypeBank, SettledState):
         self.register_buffer("loads", torch.zeros(self.num_heads, num_prototypes, 2, dtype=running_dtype()))
         self._statistics: StepStatistics | None = None
         self._calls = 0
+        self.num_steps = 0
 
     @property
     def is_frozen(self) -> bool:
@@ -130,6 +132,7 @@ class MovingBank(PrototypeBank, SettledState):
         """No effect: prototypes move by :meth:`settle`."""
 
     def _move(self, *, need_backward: bool) -> None:
+        self.num_steps += 1
         if self._statistics is None or not self.training:
             return
         statistics = self._statistics.take_if_any(self.marker, need_backward=need_backward)

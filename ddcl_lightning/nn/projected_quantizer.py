@@ -35,6 +35,7 @@ class ProjectedQuantizer(Quantizer):
         self.output_projection = nn.Linear(width, dim) if width != dim else None
         self.scale = EmbeddingScale(width, embedding_scale)
         self._first_tokens: FirstTokens | None = None
+        self._started_after: int | None = None
 
     def moving_banks(self) -> list[MovingBank]:
         """The banks that move their codes themselves, in the order in which they start."""
@@ -99,7 +100,10 @@ class ProjectedQuantizer(Quantizer):
             self._first_tokens = None
         elif not any(bank.is_frozen for bank in banks):
             sample = self._first_tokens.add(embedded, mask)
-            if sample is not None:
+            steps = banks[0].num_steps
+            # Calls between two steps find the same codes, as after the start.
+            if sample is not None and self._started_after != steps:
+                self._started_after = steps
                 self.start_codes(sample, final=self._first_tokens.enough(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
