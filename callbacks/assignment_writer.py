@@ -1,4 +1,4 @@
-"""Predictions as a table: for every sample its strongest prototypes."""
+"""Predictions as a table: for every sample its strongest prototypes, or its semantic ID."""
 
 import importlib.util
 import os
@@ -20,6 +20,13 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import labels
 from ddcl_lightning._utils.distributed import from_first_process, gather_objects
 from ddcl_lightning._utils.files import refuse_input, whole_file
+from ddcl_lightning.callbacks._id_table import (
+    collision_note,
+    fill_disambiguation,
+    residual_quantizer,
+    with_id_columns,
+)
+from ddcl_lightning.checkpoints.codebook_files import check_codebook_path, save_codebooks
 from ddcl_lightning.datamodules._origin import check_names, listing, writable
 
 
@@ -36,6 +43,10 @@ class AssignmentWriter(BasePredictionWriter):
     columns ``(B,)``. A sample's number is its ``index`` ``(B,)`` among them, or else what the loader's sampler drew;
     a loader without a sampler is counted through.
 
+    Where there is a ``semantic_id`` ``(B, L)`` (the task :class:`~ddcl_lightning.SemanticIDs`), a row has its codes in
+    the place of prototypes, ``code_1`` to the last level, and ``disambiguation``, the running number of the item among
+    those with the same codes, in the order of the data set: all of them together are another tuple for every item.
+
     Args:
         path: ``.csv`` or ``.parquet`` file; None writes nothing. Parquet needs ``pip install ddcl-lightning[parquet]``.
         top: Prototypes per row, at least 1.
@@ -43,8 +54,11 @@ class AssignmentWriter(BasePredictionWriter):
             ``file``, ``split``; of other data modules, keys of the batch (``label`` is ``y``).
         dropped: Add the rows that the data module left out, with ``columns``, the reason in a column ``left_out`` and
             no prototypes.
+        codebooks: ``.safetensors`` file for the codes of a residual quantizer, see
+            :func:`~ddcl_lightning.checkpoints.codebook_files.load_codebooks`; None writes none.
 
     Raises:
+        ImportError: Before prediction starts, if codebooks are to be written and safetensors is missing.
         ValueError: If an argument is out of its range. Path and format are checked before prediction starts.
         TypeError: During prediction, if ``predict_step`` returns something else.
     """
@@ -56,19 +70,24 @@ class AssignmentWriter(BasePredictionWriter):
         top: int = 3,
         columns: list[str] | None = None,
         dropped: bool = False,
+        codebooks: str | None = None,
     ) -> None:
         super().__init__("batch")
         if top < 1:
             raise ValueError(f"top must be at least 1 prototype per row; got {top}.")
         if path is not None and Path(path).suffix not in (".csv", ".parquet"):
             raise ValueError(f"path must end in .csv or .parquet; got {path!r}.")
-        self.path, self.top, self.columns, self.dropped = path, top, columns, dropped
+        self.path, self.top, self.columns, self.dropped, self.codebooks = path, top, columns, dropped, codebooks
         self._tables: list[pd.DataFrame] = []
         self._counted: dict[int, int] = {}  # samples so far, by loader
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the file can be written, before the work and not after it."""
         self._tables, self._counted = [], {}
+        if self.codebooks is not None:
+            check_codebook_path(self.codebooks, "codebooks")
+            check_place(self.codebooks, "codebooks", compat.current_datamodule(trainer))
+            residual_quantizer(pl_module)
         if self.path is None:
             return
         if self.path.endswith(".parquet") and importlib.util.find_spec("pyarrow") is None:
@@ -76,13 +95,8 @@ class AssignmentWriter(BasePredictionWriter):
                 "path ends in .parquet but pyarrow is not installed. Run pip install 'ddcl-lightning[parquet]', or "
                 "write a .csv file."
             )
-        folder = Path(self.path).parent
-        if not folder.is_dir():
-            raise ValueError(f"path must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
-        if Path(self.path).is_dir() or not os.access(self.path if Path(self.path).exists() else folder, os.W_OK):
-            raise ValueError(f"path must be a file that you may write; {self.path!r} is none. Choose another.")
         data = compat.current_datamodule(trainer)
-        refuse_input(self.path, data, "path")
+        check_place(self.path, "path", data)
         known = getattr(data, "row_names", None)
         if known is not None:
             check_names(self.columns or (), known)
@@ -109,7 +123,7 @@ class AssignmentWriter(BasePredictionWriter):
         size, done = len(next(iter(prediction.values()))), self._counted.get(dataloader_idx, 0)
         self._counted[dataloader_idx] = done + size
         places = torch.tensor(batch_indices) if batch_indices else torch.arange(done, done + size)
-        table = assignment_table({"index": places, **prediction}, self.top)
+        table = assignment_table(with_id_columns({"index": places, **prediction}), self.top)
         for name, cells in self._requested_columns(trainer, batch, table["index"].tolist(), size).items():
             table[name] = cells
         table.insert(0, "dataloader", dataloader_idx)
@@ -129,7 +143,12 @@ class AssignmentWriter(BasePredictionWriter):
         }
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the rows of all processes, in the order of the data set."""
+        """Write the rows of all processes, in the order of the data set, and the codebooks."""
+        codebooks = self.codebooks
+        if codebooks is not None:
+            from_first_process(
+                lambda: save_codebooks(residual_quantizer(pl_module), codebooks), "the codebooks cannot be written"
+            )
         if self.path is None:
             return
         gathered = gather_objects(self._tables)
@@ -144,7 +163,7 @@ class AssignmentWriter(BasePredictionWriter):
         keys = ["dataloader", "index"] + ["head"] * ("head" in table)
         if processes > 1:  # a sampler that pads the last batches of processes repeats samples
             table = table.drop_duplicates(keys)
-        table = table.sort_values(keys, kind="stable")
+        table = fill_disambiguation(table.sort_values(keys, kind="stable"))
         data: Any = compat.current_datamodule(trainer)
         left_out: dict[str, list[int]] = data.left_out() if hasattr(data, "left_out") else {}
         if self.dropped:
@@ -162,8 +181,24 @@ class AssignmentWriter(BasePredictionWriter):
                 table.to_csv(draft, index=False, float_format="%.6g", errors="backslashreplace")
         missing = [f"{len(numbers):,} by {reason} ({listing(numbers)})" for reason, numbers in left_out.items()]
         rank_zero_info(
-            f"Wrote {len(table)} rows to {self.path}." + f" Not predicted: {'; '.join(missing)}." * bool(missing)
+            f"Wrote {len(table)} rows to {self.path}."
+            + collision_note(table)
+            + f" Not predicted: {'; '.join(missing)}." * bool(missing)
         )
+
+
+def check_place(path: str, argument: str, data: pl.LightningDataModule | None) -> None:
+    """Raise unless a file can be written, which is none that the data module reads.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ValueError(f"{argument} must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
+    if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise ValueError(f"{argument} must be a file that you may write; {path!r} is none. Choose another.")
+    refuse_input(path, data, argument)
 
 
 def assignment_table(outputs: dict[str, Tensor], top: int) -> pd.DataFrame:

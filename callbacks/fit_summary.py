@@ -18,6 +18,7 @@ from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report, skipped
 from ddcl_lightning._utils.reservoir import Reservoir, evenly_spaced
 from ddcl_lightning.callbacks._base import is_new_run
+from ddcl_lightning.callbacks._id_table import id_lines
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
 from ddcl_lightning.functional import split_margins
@@ -58,8 +59,8 @@ class FitSummary(Callback):
     weights of the last step, not of the best one. k-means clusters the mean token of every sample: as the prototypes
     see it at the end (*bank inputs*), and, where that differs, as the backbone gives it, before training if the encoder
     was trained. This separates a gain of the embedding from a gain of the prototypes. In the rows a sample counts once,
-    for its strongest prototype; an autoencoder's line below them counts tokens. An error in the summary is a warning
-    and does not end the run.
+    for its strongest prototype; an autoencoder's line below them counts tokens, and the table of semantic IDs items. An
+    error in the summary is a warning and does not end the run.
 
     Args:
         enabled: Whether to run at all.
@@ -204,6 +205,7 @@ class FitSummary(Callback):
             logged = {name: trainer.callback_metrics.get(f"val/{name}") for name in RECONSTRUCTION_METRICS}
             cells = (f"{name} {float(value):.4g}" for name, value in logged.items() if value is not None)
             lines.append("reconstruction (val): " + ", ".join(cells))
+        lines += id_lines(trainer.callback_metrics)
         sizes = {
             type(submodule).__name__: sum(p.numel() for p in submodule.parameters())
             for submodule in (module.head, module.task)

@@ -9,6 +9,7 @@ from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
 from ddcl_lightning.datamodules.cifar10 import CIFAR10DataModule
 from ddcl_lightning.datamodules.debris import DebrisDataModule
 from ddcl_lightning.datamodules.digits import DigitsDataModule
+from ddcl_lightning.datamodules.features import FeaturesDataModule
 from ddcl_lightning.datamodules.image_folder import ImageFolderDataModule
 from ddcl_lightning.datamodules.imdb import IMDBDataModule
 from ddcl_lightning.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
@@ -21,6 +22,7 @@ __all__ = [
     "DebrisDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "FeaturesDataModule",
     "IMDBDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",

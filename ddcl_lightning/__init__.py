@@ -33,6 +33,7 @@ from ddcl_lightning.backbones import (
     Backbone,
     ConvBackbone,
     IdentityBackbone,
+    MLPBackbone,
     PatchBackbone,
     PCABackbone,
     PretrainedBackbone,
@@ -61,11 +62,13 @@ from ddcl_lightning.callbacks import (
     SaveOnSignal,
     TemperatureAnnealing,
 )
+from ddcl_lightning.checkpoints.codebook_files import Codebooks, load_codebooks, save_codebooks
 from ddcl_lightning.datamodules import (
     CIFAR10DataModule,
     DebrisDataModule,
     DigitsDataModule,
     FashionMNISTDataModule,
+    FeaturesDataModule,
     ImageDataModule,
     ImageFolderDataModule,
     IMDBDataModule,
@@ -78,7 +81,7 @@ from ddcl_lightning.datamodules import (
     TextDataModule,
     TorchvisionDataModule,
 )
-from ddcl_lightning.decoders import ConvDecoder, Decoder, SequenceDecoder
+from ddcl_lightning.decoders import ConvDecoder, Decoder, MLPDecoder, SequenceDecoder
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.heads import (
     AttentionPooling,
@@ -100,7 +103,7 @@ from ddcl_lightning.heads import (
     VQPooling,
 )
 from ddcl_lightning.integrations.scikit_learn import DDCLClustering
-from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics
+from ddcl_lightning.metrics import ClusteringMetrics, CodebookMetrics, ReconstructionMetrics, SemanticIDMetrics
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.monitoring import (
     BankRecord,
@@ -126,10 +129,18 @@ from ddcl_lightning.nn import (
     SoftVectorQuantizer,
     Temperature,
     VectorQuantizer,
+    encode_balanced,
     find_banks,
 )
 from ddcl_lightning.optim import LRSchedule, OptimizerConfig, SizeRules, TokenNormalized, two_timescale_groups
-from ddcl_lightning.tasks import Classification, ClassificationAndClustering, Clustering, Reconstruction, Task
+from ddcl_lightning.tasks import (
+    Classification,
+    ClassificationAndClustering,
+    Clustering,
+    Reconstruction,
+    SemanticIDs,
+    Task,
+)
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
 __version__ = "0.2.0"
@@ -154,6 +165,7 @@ __all__ = [
     "CodebookMonitor",
     "CodebookRecord",
     "CodebookSource",
+    "Codebooks",
     "CollapseError",
     "CollapseRules",
     "CollapseWarning",
@@ -176,6 +188,7 @@ __all__ = [
     "EmbeddingScale",
     "ExactResume",
     "FashionMNISTDataModule",
+    "FeaturesDataModule",
     "Finding",
     "FitSummary",
     "GatedPrototypes",
@@ -188,6 +201,8 @@ __all__ = [
     "KMeansInitialization",
     "LRSchedule",
     "LevelFigures",
+    "MLPBackbone",
+    "MLPDecoder",
     "MNISTDataModule",
     "MaxPooling",
     "MeanPooling",
@@ -218,6 +233,8 @@ __all__ = [
     "ResidualVectorQuantizer",
     "SST2DataModule",
     "SaveOnSignal",
+    "SemanticIDMetrics",
+    "SemanticIDs",
     "SequenceDecoder",
     "SerialPrototypes",
     "Signal",
@@ -239,15 +256,18 @@ __all__ = [
     "VQPooling",
     "VectorQuantizer",
     "distill_feedforward",
+    "encode_balanced",
     "find_banks",
     "find_codebooks",
     "initialize_feedforward",
     "input_sample",
     "insert_prototypes",
+    "load_codebooks",
     "quantization_loss",
     "record_codebooks",
     "remove_prototypes",
     "replace_feedforward",
+    "save_codebooks",
     "two_timescale_groups",
 ]
 

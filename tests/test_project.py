@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAGES = [
     pytest.param(snippet, id=f"{page}-{number}")
-    for page in ("monitoring", "codebooks")
+    for page in ("monitoring", "codebooks", "semantic-ids")
     for number, snippet in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     )
@@ -72,7 +72,10 @@ def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("snippet", PAGES)
-def test_snippets_of_the_pages_run(snippet: str) -> None:
+def test_snippets_of_the_pages_run(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "save_codebooks" in snippet:
+        pytest.importorskip("safetensors")
     if "vector_quantize_pytorch" in snippet:
         pytest.importorskip("vector_quantize_pytorch")
     exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})

@@ -4,6 +4,7 @@ from ddcl_lightning._utils.batch import token_mask
 from ddcl_lightning.backbones.base import Backbone, Tokens, input_sample
 from ddcl_lightning.backbones.conv import ConvBackbone
 from ddcl_lightning.backbones.identity import IdentityBackbone
+from ddcl_lightning.backbones.mlp import MLPBackbone
 from ddcl_lightning.backbones.patches import PatchBackbone
 from ddcl_lightning.backbones.pca import PCABackbone
 from ddcl_lightning.backbones.pretrained import PretrainedBackbone
@@ -14,6 +15,7 @@ __all__ = [
     "Backbone",
     "ConvBackbone",
     "IdentityBackbone",
+    "MLPBackbone",
     "PCABackbone",
     "PatchBackbone",
     "PretrainedBackbone",

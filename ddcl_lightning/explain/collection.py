@@ -66,13 +66,13 @@ def collect(
     move = to_device or (lambda batch: module.transfer_batch_to_device(batch, module.device, 0))
     with isolate_rng(), observer.watching():
         torch.manual_seed(0)  # a loader that shuffles by the global generator
-        loader = _single_loader(datamodule.train_dataloader(), "train_dataloader")
+        loader = single_loader(datamodule.train_dataloader(), "train_dataloader")
         tally = Tally(observer.bank.num_heads, observer.bank.num_prototypes, examples, album)
-        complete = _add_batches(tally, observer, _bar(loader, "training data", progress), move, max_samples)
-        chosen = _bar(choose_inputs(_input_loader(datamodule), inputs, indices, max_samples), "inputs", progress)
+        complete = _add_batches(tally, observer, progress_bar(loader, "training data", progress), move, max_samples)
+        chosen = progress_bar(choose_inputs(input_loader(datamodule), inputs, indices, max_samples), "inputs", progress)
         views = [_input_view(observer(move(batch)), batch, place, known, album) for place, known, batch in chosen]
     return Explanation(
-        data=_name(datamodule),
+        data=data_name(datamodule),
         model=[type(stage).__name__ for stage in (module.backbone, module.head, module.task)],
         checkpoint=checkpoint,
         samples=tally.samples,
@@ -181,23 +181,31 @@ def check_arguments(examples: int, inputs: int, indices: Sequence[int] | None, m
         raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}.")
 
 
-def _bar(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
+def progress_bar(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:
+    """The items, with a bar on the terminal where progress is to be shown."""
     bar: Iterable[Any] = tqdm(items, desc=f"explain: {what}", disable=not progress, leave=False)
     return bar
 
 
-def _name(datamodule: pl.LightningDataModule) -> str:
+def data_name(datamodule: pl.LightningDataModule) -> str:
+    """Name of a data set, from that of its data module."""
     return type(datamodule).__name__.removesuffix("DataModule") or type(datamodule).__name__
 
 
-def _input_loader(datamodule: pl.LightningDataModule) -> "Iterable[Batch]":
+def input_loader(datamodule: pl.LightningDataModule) -> "Iterable[Batch]":
+    """Loader of the inputs to show: of prediction, else of validation, else of training."""
     for name in ("predict_dataloader", "val_dataloader"):
         if is_overridden(name, datamodule, pl.LightningDataModule):
-            return _single_loader(getattr(datamodule, name)(), name)
-    return _single_loader(datamodule.train_dataloader(), "train_dataloader")
+            return single_loader(getattr(datamodule, name)(), name)
+    return single_loader(datamodule.train_dataloader(), "train_dataloader")
 
 
-def _single_loader(loader: Any, name: str) -> "DataLoader[Any] | Iterable[Batch]":
+def single_loader(loader: Any, name: str) -> "DataLoader[Any] | Iterable[Batch]":
+    """The one loader that a method of a data module has returned.
+
+    Raises:
+        ValueError: If there are several.
+    """
     if isinstance(loader, (dict, list, tuple)) and len(loader) == 1:
         loader = next(iter(loader.values() if isinstance(loader, dict) else loader))
     if isinstance(loader, dict) or not isinstance(loader, Iterable) or _holds_loaders(loader):

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from html import escape
+from typing import Protocol
 
-from ddcl_lightning.explain.explanation import ClassShare, PrototypeView, Sample
+from ddcl_lightning.explain.explanation import ClassShare, Sample, WordShare
 from ddcl_lightning.explain.png import data_uri
 
 SMALL_IMAGE = 48  # pixels; smaller images are shown as pixels, not blurred
@@ -86,7 +87,23 @@ def picture(sample: Sample) -> str:
     return f'<img{pixels} src="{data_uri(sample.content)}" width="{width}" height="{height}" alt="{escape(text)}">'
 
 
-def caption(view: PrototypeView) -> str:
+class Described(Protocol):
+    """A prototype or a branch of IDs, by the samples in it."""
+
+    @property
+    def dead(self) -> bool:
+        """True if there are none."""
+
+    @property
+    def words(self) -> list[WordShare]:
+        """Characteristic words."""
+
+    @property
+    def classes(self) -> list[ClassShare]:
+        """Class composition, largest first."""
+
+
+def caption(view: Described) -> str:
     """Description of a prototype in a few words; empty where nothing is known."""
     if view.dead:
         return "dead"

@@ -41,7 +41,7 @@ def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
     if view.classes:
         elements.append(_classes(view))
     if view.tokens:
-        elements.append(f"<h4>Nearest tokens</h4>{_neighbours(view.tokens)}")
+        elements.append(f"<h4>Nearest tokens</h4>{neighbour_list(view.tokens)}")
     if not pictures:
         elements.append(nearest)
     return "".join(elements) + "</article>"
@@ -50,11 +50,11 @@ def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
 def _examples(view: PrototypeView) -> str:
     if view.strongest:
         folded = (
-            f"<details><summary>Nearest, by the mean of their tokens</summary>{_neighbours(view.nearest)}</details>"
+            f"<details><summary>Nearest, by the mean of their tokens</summary>{neighbour_list(view.nearest)}</details>"
         )
-        return f"<h4>Largest shares</h4>{_neighbours(view.strongest, by_share=True)}{folded}"
+        return f"<h4>Largest shares</h4>{neighbour_list(view.strongest, by_share=True)}{folded}"
     title = "Nearest, though not near" if view.dead else "Nearest examples"
-    return f"<h4>{title}</h4>{_neighbours(view.nearest)}" if view.nearest else ""
+    return f"<h4>{title}</h4>{neighbour_list(view.nearest)}" if view.nearest else ""
 
 
 def _share_line(view: PrototypeView, token_level: bool) -> str:
@@ -91,7 +91,8 @@ def _classes(view: PrototypeView) -> str:
     return f'<h4>Classes</h4><div class="classes">{"".join(rows)}</div>'
 
 
-def _neighbours(neighbours: Sequence[Neighbour], by_share: bool = False) -> str:
+def neighbour_list(neighbours: Sequence[Neighbour], by_share: bool = False) -> str:
+    """Pictures or quotes of samples, with their distance or share."""
     if all(isinstance(neighbour.sample.content, str) for neighbour in neighbours):
         items = "".join(f"<li>{_quote(neighbour)}{_who(neighbour, by_share)}</li>" for neighbour in neighbours)
         return f'<ul class="quotes">{items}</ul>'
@@ -102,7 +103,7 @@ def _neighbours(neighbours: Sequence[Neighbour], by_share: bool = False) -> str:
 def _caption(neighbour: Neighbour, by_share: bool) -> str:
     label = f"<b>{escape(neighbour.sample.label)}</b> " if neighbour.sample.label else ""
     text = neighbour.sample.content
-    said = f"{escape(_shortened(text, SNIPPET))} " if isinstance(text, str) else ""
+    said = f"{escape(shortened(text, SNIPPET))} " if isinstance(text, str) else ""
     return f"{said}{label}#{neighbour.sample.index}<br>{_how(neighbour, by_share)}"
 
 
@@ -118,7 +119,7 @@ def _how(neighbour: Neighbour, by_share: bool) -> str:
 def _quote(neighbour: Neighbour) -> str:
     text = str(neighbour.sample.content)
     if neighbour.span is None:
-        return escape(_shortened(text, SNIPPET)) or '<span class="soft">(empty text)</span>'
+        return escape(shortened(text, SNIPPET)) or '<span class="soft">(empty text)</span>'
     start, end = neighbour.span
     left, right = max(0, start - CONTEXT), min(len(text), end + CONTEXT)
     before, after = text[left:start], text[end:right]
@@ -138,6 +139,7 @@ def _plain(text: str, trim_left: bool = False, trim_right: bool = False) -> str:
     return f"{lead}{words}{tail}"
 
 
-def _shortened(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
+    """The first words of a text, on one line."""
     words = " ".join(text.split())
     return words if len(words) <= length else words[:length].rsplit(" ", 1)[0] + " …"

@@ -1,24 +1,17 @@
 """An explanation as one HTML page: nothing is fetched, and nothing from the data is ever markup."""
 
-import base64
-import hashlib
 from html import escape
-from importlib import resources
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
 from ddcl_lightning.explain.html import bar, matches_base_rate, three_digits
 from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
+from ddcl_lightning.explain.page import Fact, document, fact_list, guide_section, health_lines
 from ddcl_lightning.explain.prototype_cards import prototype_card
 
 _METRICS = {
     "acc": ("ACC", "clusters matched one to one with classes"),
     "nmi": ("NMI", "information shared with the classes"),
     "ari": ("ARI", "agreement of pairs, 0 by chance"),
-}
-# Controls, and the characters that turn the direction of what follows them: shown as their escapes.
-_UNSEEN = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 }
 _GUIDE = {
     "Prototype": "A point in the space of the embeddings that training has moved. A sample's shares say how much it "
@@ -46,31 +39,12 @@ def render(explanation: Explanation) -> str:
     Args:
         explanation: From :func:`~ddcl_lightning.explain.collection`.
     """
-    style, script = _asset("report.css"), _asset("report.js")
-    # The hash lets the page's own script run and nothing else; no source but data: URIs may be fetched.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     title = f"{explanation.data}: {_count(explanation)}"
     body = [_header(explanation, title)]
     body += [_head_section(explanation, number, head) for number, head in enumerate(explanation.heads)]
     if explanation.inputs:
         body.append(_inputs_section(explanation))
-    guide = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _GUIDE.items())
-    body.append(f'<footer id="guide"><h3>How to read this</h3><dl>{guide}</dl></footer>')
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + f"\n<script>{script}</script>\n</body>\n</html>\n"
-    )
-    return page.translate(_UNSEEN)
-
-
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return document(title, [*body, guide_section(_GUIDE)])
 
 
 def _count(explanation: Explanation) -> str:
@@ -95,17 +69,8 @@ def _header(explanation: Explanation, title: str) -> str:
     links.append('<a href="#guide">How to read this</a>')
     return (
         f'<header><h1>{escape(title)}</h1><p class="path">{path}{weights}</p><p class="lede">{escape(lede)}</p>'
-        f'<p class="soft">{" · ".join(links)}</p>{_fact_list(facts)}{_health(explanation)}</header>'
+        f'<p class="soft">{" · ".join(links)}</p>{fact_list(facts)}{health_lines(explanation.health)}</header>'
     )
-
-
-def _health(explanation: Explanation) -> str:
-    """Verdicts of training, one line for each codebook."""
-    lines = "".join(f'<p class="soft">Health in training of {escape(line)}</p>' for line in explanation.health)
-    return lines or '<p class="soft">Health in training: not watched (CollapseWarning was not there).</p>'
-
-
-Fact = tuple[str, str, str]  # title, value, what it means
 
 
 def _facts(explanation: Explanation) -> list[Fact]:
@@ -136,14 +101,6 @@ def _head_facts(head: HeadView) -> list[Fact]:
     return facts + [(name, f"{metrics[key]:.3f}", text) for key, (name, text) in _METRICS.items() if key in metrics]
 
 
-def _fact_list(facts: list[Fact]) -> str:
-    cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(text)}</small></dd></div>"
-        for name, value, text in facts
-    )
-    return f'<dl class="facts">{"".join(cells)}</dl>'
-
-
 def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
     several = len(explanation.heads) > 1
     prefix = f"{number}." if several else ""
@@ -158,7 +115,7 @@ def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
     has_text = any(isinstance(n.sample.content, str) for p in head.prototypes for n in p.nearest)
     classes = any(prototype.classes for prototype in head.prototypes)
     cards = "\n".join(prototype_card(prototype, prefix, explanation.token_level) for prototype in head.prototypes)
-    facts = _fact_list(_head_facts(head)) if several else ""
+    facts = fact_list(_head_facts(head)) if several else ""
     sort = "classes" if classes else "share"
     only = ' data-only="without dead ones"' if dead else ""
     return (

@@ -9,12 +9,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.files import write_text
+from ddcl_lightning.callbacks._id_table import residual_quantizer
 from ddcl_lightning.checkpoints.reading import other_model, read_checkpoint
 from ddcl_lightning.explain.batch_summary import Observer
 from ddcl_lightning.explain.collection import check_arguments, collect
 from ddcl_lightning.explain.explanation import Explanation
+from ddcl_lightning.explain.id_report import render_tree
+from ddcl_lightning.explain.id_tree import IDTree, collect_tree
 from ddcl_lightning.explain.report import render
 from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.tasks import SemanticIDs
 
 
 class ExplainingTrainer(pl.Trainer):
@@ -34,12 +38,14 @@ class ExplainingTrainer(pl.Trainer):
     ) -> None:
         """Write a report of what the prototypes of a trained model stand for, as one HTML page.
 
+        Of a model whose task is :class:`~ddcl_lightning.SemanticIDs` it is the tree of the IDs.
+
         Args:
             model: The model.
             datamodule: The data.
             ckpt_path: Checkpoint file of the trained model; needed, since fresh prototypes are random.
             output: File to write; its folder must exist.
-            examples: Nearest examples per prototype, at least 1.
+            examples: Nearest examples per prototype (or branch of the tree), at least 1.
             inputs: Inputs to show, spread over the data; 0 shows none.
             indices: Places of inputs to show instead, such as [3, 17]: the column ``index`` of ``ddcl predict``.
             max_samples: Training samples to read.
@@ -54,11 +60,12 @@ class ExplainingTrainer(pl.Trainer):
             raise ValueError(
                 f"explain runs in one process; got {self.world_size}. Use --trainer.devices 1 --trainer.num_nodes 1."
             )
-        Observer(model)  # a head without prototypes is refused before the work
+        of_ids = isinstance(model.task, SemanticIDs)
+        residual_quantizer(model) if of_ids else Observer(model)  # a head without is refused before the work
         self._load(model, datamodule, ckpt_path, weights_only)
         model.to(self.strategy.root_device)
         with self.precision_plugin.predict_step_context():
-            explanation = collect(
+            explanation = (collect_tree if of_ids else collect)(
                 model,
                 datamodule,
                 examples=examples,
@@ -70,8 +77,11 @@ class ExplainingTrainer(pl.Trainer):
                 progress=self.progress_bar_callback is not None,
             )
         explanation = replace(explanation, health=_health(str(ckpt_path)))
-        write_text(output, render(explanation))
-        _announce(output, explanation)
+        if isinstance(explanation, IDTree):
+            write_text(output, render_tree(explanation))
+        else:
+            write_text(output, render(explanation))
+        rank_zero_info(f"Wrote {output} ({Path(output).stat().st_size / 1024:,.0f} KiB): {_contents(explanation)}.")
 
     def _load(
         self,
@@ -103,13 +113,15 @@ def _health(checkpoint: str) -> tuple[str, ...]:
     return tuple(line for verdict in verdicts for line in verdict.splitlines())
 
 
-def _announce(output: str, explanation: Explanation) -> None:
-    """One line that says what was written."""
+def _contents(explanation: Explanation | IDTree) -> str:
+    """Contents of a report in words."""
+    if isinstance(explanation, IDTree):
+        metrics = explanation.metrics
+        return f"{int(metrics['distinct_ids']):,} distinct IDs of {int(metrics['items']):,} items"
     prototypes = [prototype for head in explanation.heads for prototype in head.prototypes]
-    rank_zero_info(
-        f"Wrote {output} ({Path(output).stat().st_size / 1024:,.0f} KiB): {len(prototypes)} prototypes "
-        f"({sum(prototype.dead for prototype in prototypes)} dead), {explanation.samples:,} samples, "
-        f"{len(explanation.inputs)} inputs."
+    return (
+        f"{len(prototypes)} prototypes ({sum(prototype.dead for prototype in prototypes)} dead), "
+        f"{explanation.samples:,} samples, {len(explanation.inputs)} inputs"
     )
 
 

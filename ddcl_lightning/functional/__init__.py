@@ -25,6 +25,7 @@ from ddcl_lightning.functional.diagnostics import (
     total_variance,
 )
 from ddcl_lightning.functional.effective_numbers import effective_number, effective_rank, nearest_codes
+from ddcl_lightning.functional.id_collisions import TupleGroups, assign_balanced, disambiguate, group_tuples
 from ddcl_lightning.functional.means import assign_codes, token_means
 from ddcl_lightning.functional.phase_transition import (
     critical_factor,
@@ -47,6 +48,8 @@ __all__ = [
     "Separation",
     "SplitTest",
     "TokenStatistics",
+    "TupleGroups",
+    "assign_balanced",
     "assign_codes",
     "assignment_statistics",
     "cells_of",
@@ -56,10 +59,12 @@ __all__ = [
     "decompose",
     "decomposition_errors",
     "descent_violation",
+    "disambiguate",
     "effective_dimension",
     "effective_number",
     "effective_rank",
     "free_energy",
+    "group_tuples",
     "largest_stable_rate",
     "lyapunov",
     "masked_mean",

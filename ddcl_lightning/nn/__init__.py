@@ -1,6 +1,7 @@
 """Plain modules without Lightning: the bank of prototypes and what is built on it."""
 
 from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
+from ddcl_lightning.nn.balanced_ids import encode_balanced
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.moving_bank import CodeUpdate
@@ -24,5 +25,6 @@ __all__ = [
     "SoftVectorQuantizer",
     "Temperature",
     "VectorQuantizer",
+    "encode_balanced",
     "find_banks",
 ]

@@ -19,6 +19,8 @@ from ddcl_lightning import DDCLReadoutModule, PCABackbone, heads
 from ddcl_lightning.cli.commands import main, resolve_configs
 from ddcl_lightning.recipes import recipe_paths
 from tests.recipe_words import LOCAL
+from tests.tiny_data import text_file
+from tests.tiny_models import tiny_bert
 
 QUICK = [
     "--trainer.accelerator=cpu",
@@ -77,6 +79,10 @@ def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsy
         line = next(line for line in printed.splitlines() if line.startswith("reconstruction (val): "))
         ssim = [] if name.startswith("digits") else ["ssim"]  # digits are smaller than its window
         assert re.findall(r"(\w+) -?[\d.]+", line) == ["mse", "psnr", *ssim, "usage", "perplexity", "soft_perplexity"]
+    elif "tasks.SemanticIDs" in recipe_paths()[name].read_text():
+        line = next(line for line in printed.splitlines() if line.startswith("semantic IDs (val): "))
+        assert re.search(r"relative error [\d.]+, colliding items [\d.]+, distinct [\d,]+ of 1,797, largest", line)
+        assert [row.split()[0] for row in printed.splitlines() if re.match(r"\d +\d\.\d{3} ", row)] == ["1", "2", "3"]
     else:
         assert "violations in" in printed
         assert " 0 violations" in printed
@@ -277,3 +283,31 @@ def test_the_installed_command_is_the_same(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(sys, "argv", ["ddcl", "recipes"])
     command.load()()
     assert capsys.readouterr().out.splitlines()[0].split()[0] in recipe_paths()
+
+
+def test_texts_become_ids_as_the_guide_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    guide = (Path(__file__).parents[2] / "docs" / "semantic-ids.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)[0]
+    for old, new in {
+        "384": "32",
+        "num_codes: 256": "num_codes: 8",
+        "title": "text",
+        "items.csv": "items.jsonl",
+    }.items():
+        shown = shown.replace(old, new)
+    (tmp_path / "texts.yaml").write_text(shown, encoding="utf-8")
+    tiny_bert(tmp_path / "my-encoder")
+    text_file(tmp_path / "items.jsonl")
+    main(["fit", "--config", "texts.yaml", *QUICK])
+    assert re.search(r"^semantic IDs \(val\): relative error [\d.]+, colliding items", capsys.readouterr().out, re.M)
+    checkpoint = str(next(tmp_path.rglob("*.ckpt")))
+    words = ["--ckpt_path", checkpoint, "--predictions.path", "ids.csv", "--predictions.columns", "[text]"]
+    main(["predict", "--config", "texts.yaml", *QUICK, *words])
+    table = pd.read_csv("ids.csv")
+    assert list(table) == ["index", "code_1", "code_2", "code_3", "disambiguation", "mse", "text"]
+    assert len(table) == 144
+    # Equal texts have one ID, and numbers that tell them apart.
+    by_text = table.groupby("text")[["code_1", "code_2", "code_3"]].nunique()
+    assert (by_text == 1).all(axis=None)
+    assert not table.duplicated(["code_1", "code_2", "code_3", "disambiguation"]).any()

@@ -69,6 +69,17 @@ def test_report_of_a_checkpoint_is_written_twice_the_same(checkpoint: str, tmp_p
     assert f"<dd>{metrics['nmi']:.3f}<small>" in page
 
 
+def test_report_of_semantic_ids_is_their_tree(tmp_path: Path) -> None:
+    common = ["--config", "semantic_ids", *QUICK]
+    main(["fit", *common, "--trainer.max_epochs=1", "--summary.enabled=false"])
+    main(["explain", *common, "--ckpt_path", str(next(tmp_path.rglob("*.ckpt"))), "--inputs", "4", "--examples", "3"])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert " IDs of 1,797 items</h1>" in page
+    assert page.count("<h3>Item #") == 4
+    assert "<td>3</td>" in page
+    assert "Health in training of head.quantizer.levels.0" in page
+
+
 def test_options_of_the_report(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["explain", "--config", "digits", *QUICK, "--ckpt_path", checkpoint]
     main([*common, "--indices", "[17, 3]", "--max_samples", "100"])

@@ -1,0 +1,153 @@
+"""Codebooks of a residual quantizer as a file that needs nothing of ours: tensors and their sizes, in safetensors."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning._utils.arguments import described
+from ddcl_lightning._utils.files import whole_file
+from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.functional.id_collisions import check_ids
+from ddcl_lightning.nn.balanced_ids import LevelQuantizer
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+TENSOR, SUFFIX = "codebook", ".safetensors"
+SIZES = ("num_levels", "num_codes", "dim")
+
+
+class Codebooks(NamedTuple):
+    """Codes of L levels as plain tensors, which encode and decode as the quantizer that they are of.
+
+    Attributes:
+        codebook: ``(L, K, d)`` float32.
+    """
+
+    codebook: Tensor
+
+    @torch.no_grad()
+    def encode(self, vectors: Tensor) -> Tensor:
+        """IDs of vectors: at each level the code that is nearest to what the levels before have left.
+
+        Args:
+            vectors: ``(N, d)``, as the quantizer reads them: what an encoder makes of an item.
+
+        Returns:
+            ``(N, L)`` int64.
+        """
+        rest, ids = vectors.to(self.codebook.dtype), []
+        for codes in self.codebook:
+            ids.append(nearest_prototype(rest, codes))
+            rest = rest - codes[ids[-1]]
+        return torch.stack(ids, 1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Sums of codes.
+
+        Args:
+            ids: ``(N, l)`` integers, l <= L: the codes of the first l levels.
+
+        Returns:
+            ``(N, d)``.
+        """
+        check_ids(ids, lowest=0)
+        return torch.stack([codes[level] for codes, level in zip(self.codebook, ids.unbind(1), strict=False)]).sum(0)
+
+
+def codebooks_of(quantizer: LevelQuantizer) -> Codebooks:
+    """A copy of the codes of a residual quantizer.
+
+    Raises:
+        ValueError: If it does not decode to sums of its codes, as one of tokens that are projected or scaled.
+    """
+    codebook = quantizer.codebook.detach().float().cpu().clone()
+    device = quantizer.codebook.device
+    levels, size = codebook.shape[:2]
+    # Every code of every level once, beside others of the other levels.
+    ids = (torch.arange(size).unsqueeze(1) + torch.arange(levels)) % size
+    with torch.no_grad():
+        decoded = quantizer.decode(ids.to(device)).float().cpu()
+    expected = Codebooks(codebook).decode(ids)
+    if decoded.shape != expected.shape or not torch.allclose(decoded, expected, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"codebooks must be of a quantizer that decodes to the sums of its codes; {type(quantizer).__name__} does "
+            "something else, such as a projection. Save the whole head by save_pretrained."
+        )
+    return Codebooks(codebook)
+
+
+def save_codebooks(quantizer: LevelQuantizer, path: str | Path) -> None:
+    """Write the codes of a residual quantizer: a tensor ``codebook`` ``(L, K, d)`` and, in the header, its sizes.
+
+    Any reader of safetensors reads the file; the header's metadata are ``num_levels``, ``num_codes`` and ``dim``.
+
+    Args:
+        quantizer: Any with ``codebook`` and ``decode``, such as ``ResidualVectorQuantizer``.
+        path: File to write, ``.safetensors``.
+
+    Raises:
+        ImportError: Without safetensors (``pip install 'ddcl-lightning[hub]'``).
+        ValueError: If the name ends in something else, or the quantizer does not decode to sums of its codes.
+        OSError: If the file cannot be written.
+    """
+    check_codebook_path(path)
+    codebook = codebooks_of(quantizer).codebook
+    sizes = dict(zip(SIZES, map(str, codebook.shape), strict=True))
+    with whole_file(path) as draft:
+        draft.write_bytes(_safetensors().save({TENSOR: codebook.contiguous()}, metadata=sizes))
+
+
+def load_codebooks(path: str | Path) -> Codebooks:
+    """Read what :func:`save_codebooks` wrote.
+
+    Raises:
+        ImportError: Without safetensors.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no finite codebook of the sizes in its header.
+    """
+    safetensors = _safetensors()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path must be a file that save_codebooks wrote; there is none at {str(path)!r}.")
+    try:
+        codebook: Tensor = safetensors.load_file(str(path))[TENSOR]
+        sizes = tuple(int(_metadata(path)[name]) for name in SIZES)
+    except Exception as error:  # safetensors' own error is a bare Exception
+        raise ValueError(
+            f"path must be a file that save_codebooks wrote; {str(path)!r} is none ({type(error).__name__}: {error})."
+        ) from None
+    if codebook.shape != sizes or not codebook.is_floating_point() or not bool(codebook.isfinite().all()):
+        raise ValueError(
+            f"codebook of {str(path)!r} must be finite numbers of shape (num_levels, num_codes, dim) = {sizes}; got "
+            f"{described(codebook)}. Write it again."
+        )
+    return Codebooks(codebook)
+
+
+def check_codebook_path(path: str | Path, argument: str = "path") -> None:
+    """Raise unless codebooks could be written there.
+
+    Raises:
+        ImportError: Without safetensors.
+        ValueError: If the name ends in something else.
+    """
+    if Path(path).suffix != SUFFIX:
+        raise ValueError(f"{argument} must end in {SUFFIX}; got {str(path)!r}.")
+    _safetensors()
+
+
+def _metadata(path: str | Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata())
+
+
+def _safetensors() -> "ModuleType":
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("files of codebooks need safetensors: pip install 'ddcl-lightning[hub]'.") from error
+    return safetensors.torch

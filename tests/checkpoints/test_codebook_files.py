@@ -1,0 +1,73 @@
+"""Codebooks written and read again give the codes of the quantizer that they are of."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddcl_lightning.checkpoints.codebook_files import Codebooks, codebooks_of, load_codebooks, save_codebooks
+from tests.tiny_ids import CODEBOOK, IDS, ITEMS, GivenCodes
+
+safetensors = pytest.importorskip("safetensors")
+
+
+def test_codes_of_a_file_are_those_of_the_quantizer(tmp_path: Path) -> None:
+    quantizer = GivenCodes(torch.randn(3, 16, 5))
+    save_codebooks(quantizer, tmp_path / "codes.safetensors")
+    codebooks = load_codebooks(tmp_path / "codes.safetensors")
+    assert torch.equal(codebooks.codebook, quantizer.codebook)
+    vectors = 2 * torch.randn(400, 5)
+    ids = quantizer.encode(vectors)
+    assert torch.equal(codebooks.encode(vectors), ids)
+    for levels in (1, 2, 3):
+        torch.testing.assert_close(codebooks.decode(ids[:, :levels]), quantizer.decode(ids[:, :levels]))
+
+
+def test_codes_by_hand() -> None:
+    codebooks = Codebooks(CODEBOOK)
+    assert codebooks.encode(ITEMS).tolist() == IDS
+    assert codebooks.decode(torch.tensor([[1, 2], [2, 0]])).tolist() == [[10.0, 1.0], [0.0, 10.0]]
+
+
+def test_the_header_says_the_sizes_to_any_reader(tmp_path: Path) -> None:
+    path = tmp_path / "codes.safetensors"
+    save_codebooks(GivenCodes(torch.randn(3, 16, 5)), path)
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["__metadata__"] == {"num_levels": "3", "num_codes": "16", "dim": "5"}
+    assert header["codebook"]["shape"] == [3, 16, 5]
+
+
+def test_quantizers_that_project_are_refused(tmp_path: Path) -> None:
+    class Projecting(GivenCodes):
+        def decode(self, indices: Tensor) -> Tensor:
+            return 2 * super().decode(indices)
+
+    with pytest.raises(ValueError, match=r"decodes to the sums of its codes; Projecting does .* by save_pretrained"):
+        save_codebooks(Projecting(CODEBOOK), tmp_path / "codes.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(codebooks_of(GivenCodes(CODEBOOK)).codebook, CODEBOOK)
+
+
+def test_files_that_hold_no_codebook_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "codes.safetensors"
+    with pytest.raises(FileNotFoundError, match="path must be a file that save_codebooks wrote; there is none at"):
+        load_codebooks(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"path must be a file that save_codebooks wrote; .* is none"):
+        load_codebooks(path)
+    from safetensors.torch import save_file
+
+    sizes = {"num_levels": "2", "num_codes": "3", "dim": "2"}
+    for wrong in (CODEBOOK[:1], CODEBOOK * torch.nan):
+        save_file({"codebook": wrong.contiguous()}, path, metadata=sizes)
+        with pytest.raises(ValueError, match=r"must be finite numbers of shape .* = \(2, 3, 2\); got a tensor"):
+            load_codebooks(path)
+    with pytest.raises(ValueError, match=r"path must end in .safetensors; got 'codes.pt'"):
+        save_codebooks(GivenCodes(CODEBOOK), "codes.pt")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'ddcl-lightning\[hub\]'"):
+        load_codebooks(path)
