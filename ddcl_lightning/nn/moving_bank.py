@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import exporting
-from ddcl_lightning._utils.distributed import from_first_process, warn
+from ddcl_lightning._utils.distributed import from_first_process, warn, world_size
+from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
 from ddcl_lightning.nn.initialization import first_codes
 from ddcl_lightning.nn.settled_state import SettledState
 from ddcl_lightning.nn.step_statistics import StepStatistics
+from ddcl_lightning.nn.straight_through import anchor_of
 from ddcl_lightning.nn.token_step import check_step, move_prototypes
 
 CALLS_WITHOUT_STEP = 1000  # after so many a loop has no optimizer, or accumulates over more batches than anybody does
@@ -94,6 +96,15 @@ class MovingBank(PrototypeBank, SettledState):
         if self.training and not exporting():
             self._follow()
         return super()._begin(tokens, mask)
+
+    def _end(
+        self, tokens: Tensor, mask: Tensor | None, heads: Tensor, flat_mask: Tensor | None, output: BankOutput
+    ) -> BankOutput:
+        output = super()._end(tokens, mask, heads, flat_mask, output)
+        if not self.training and torch.is_grad_enabled() and not self.is_frozen and world_size() > 1:
+            # DDP waits for a gradient of the marker in evaluation mode too.
+            output = output.replaced(anchor=anchor_of(self.marker))
+        return output
 
     @torch.no_grad()
     def start(self, tokens: Tensor, *, final: bool) -> None:

@@ -361,6 +361,24 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         SoftVectorQuantizer(DIM, CODES, code_update="adam")  # type: ignore[arg-type]
 
 
+def _frozen_by_eval_under_ddp(rank: int) -> float:
+    torch.manual_seed(0)
+    model = Model()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for number in range(6):
+        model.vq.train(number < 3)
+        loss = ddp(batch(number)[rank::2])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def test_ddp_takes_codes_that_are_frozen_by_evaluation_mode(tmp_path: Path) -> None:
+    assert all(value > 0 for value in results_of_processes(tmp_path, _frozen_by_eval_under_ddp))
+
+
 def _trained_on_half(rank: int) -> Tensor:
     return _trained(processes=2, rank=rank)
 
