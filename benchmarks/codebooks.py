@@ -29,12 +29,13 @@ from ddcl_lightning import (
     Head,
     OptimizerConfig,
     Reconstruction,
+    SoftVectorQuantizer,
     Tokens,
 )
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.datamodules import CIFAR10DataModule, DigitsDataModule, FashionMNISTDataModule
-from ddcl_lightning.heads import MeanPooling, SoftVQ, VQPooling
+from ddcl_lightning.heads import MeanPooling, QuantizerReadout, SoftVQ, VQPooling
 from ddcl_lightning.integrations.vector_quantize import LibraryVQ
 
 SEEDS = (0, 1, 2)
@@ -64,6 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours": ("**ours**", SOFT),
     "ours-standardized": ("**ours, standardized**", {**STANDARD, "project": True}),
     "ours-standardized-wide": ("ours, standardized, 16 dimensions", STANDARD),
+    "one-line": ("ours in one line, codes move inside", {"quantizer": "one_line"}),
     "slow": ("(a) ours, more commitment (.25), slower (2 %)", SLOW),
     "slow-error": (
         "(a), relocation by error alone",
@@ -96,7 +98,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsq": ("FSQ", {"quantizer": "FSQ"}),
     "lfq": ("LFQ", {"quantizer": "LFQ", "arguments": {}}),
 }
-COMPARED = ("ours", "ours-standardized", "ema", "ema-standardized", "rotation", "simvq", "fsq", "lfq")
+COMPARED = ("ours", "ours-standardized", "one-line", "ema", "ema-standardized", "rotation", "simvq", "fsq", "lfq")
 WIDE = ("ours-standardized-wide", "slow-error", "vqvae", "paper")
 OTHER_DIM = ("ours", "ours-standardized", "slow", "ema", "rotation", "fsq")
 # Data, codes, dimension of the codes: methods, and those that have fewer seeds.
@@ -147,6 +149,8 @@ def create_head(config: Config, variance: float) -> Head:
     quantizer, codes = config["quantizer"], config["codes"]
     if quantizer == "none":
         return MeanPooling()
+    if quantizer == "one_line":
+        return QuantizerReadout(SoftVectorQuantizer(config["dim"], codes))
     if quantizer == "vqvae":
         return VQPooling(codes, weight=variance)
     if quantizer != "soft":

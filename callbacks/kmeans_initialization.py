@@ -97,7 +97,7 @@ class KMeansInitialization(Callback):
             )
 
     def _is_frozen(self, name: str, bank: PrototypeBank) -> bool:
-        if bank.prototypes.requires_grad:
+        if bank.marker.requires_grad:
             return False
         if not bool(bank.initialized):
             rank_zero_warn(

@@ -4,11 +4,19 @@ import pytest
 import torch
 from ddp_start import main
 from sklearn.cluster import KMeans
+from tiny import LinearBackbone, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import Masked, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 
-from ddcl_lightning import DDCLAttention
+from ddcl_lightning import (
+    DDCLAttention,
+    DDCLReadoutModule,
+    QuantizerReadout,
+    Reconstruction,
+    SequenceDecoder,
+    SoftVectorQuantizer,
+)
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.functional import critical_temperature
 from tests.processes import succeed_in_processes
@@ -380,3 +388,13 @@ def test_two_processes_start_from_the_bank_of_one(tmp_path):
     table = pd.read_csv(tmp_path / "2.csv")
     assert table["index"].tolist() == list(range(41))
     assert table["label"].tolist() == blobs(size=41)[1].tolist()
+
+
+def test_a_callback_may_start_codes_that_move_inside() -> None:
+    """On many batches, instead of the first."""
+    model = DDCLReadoutModule(
+        LinearBackbone(6, 6), QuantizerReadout(SoftVectorQuantizer(6, 8)), Reconstruction(SequenceDecoder(6))
+    )
+    data = DataLoader([{"x": row} for row in torch.randn(64, 5, 6)], batch_size=16)
+    quiet_trainer(max_epochs=1, callbacks=[KMeansInitialization(progress=False)]).fit(model, data, data)
+    assert bool(model.head.quantizer.bank.initialized)
