@@ -47,6 +47,11 @@ class Reservoir:
                 self._rows[list(winners)] = tail[list(winners.values())]
             self.num_rows += len(tail)
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The rows of this process, ``(N, *)``; None before the first."""
+        return self._rows
+
     def gather(self) -> Tensor:
         """The sample of all processes, ``(M, *)``, in an order that does not depend on who saw which row.
 

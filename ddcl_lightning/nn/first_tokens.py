@@ -39,6 +39,16 @@ class FirstTokens:
         self._sample.add(rows)
         return self._sample.gather()
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The tokens of this process so far, ``(N, d)``, for a state to keep; None before the first."""
+        return self._sample.rows
+
+    def take_up(self, rows: Tensor) -> None:
+        """Go on from the tokens of a state."""
+        self._sample = Reservoir(self._sample.capacity)
+        self._sample.add(rows)
+
     def enough(self, sample: Tensor) -> bool:
         """True if a start on the sample is the last one."""
         return len(sample) >= self.needed

@@ -1,5 +1,7 @@
 """What quantizers of our own have in common: the layout of inputs, the space of the codes, and their start."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.quantizer_base import Quantizer
 from ddcl_lightning.nn.relocation import relocate_until_settled
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+
+FIRST_TOKENS = "first_tokens"  # in states that were saved before the codes had started
 
 
 class ProjectedQuantizer(Quantizer):
@@ -105,6 +109,18 @@ class ProjectedQuantizer(Quantizer):
             if sample is not None and self._started_after != steps:
                 self._started_after = steps
                 self.start_codes(sample, final=self._first_tokens.enough(sample))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        rows = None if self._first_tokens is None else self._first_tokens.rows
+        if rows is not None:
+            destination[f"{prefix}{FIRST_TOKENS}"] = rows
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rows = state_dict.pop(f"{prefix}{FIRST_TOKENS}", None)
+        if rows is not None and self._first_tokens is not None:
+            self._first_tokens.take_up(rows)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""

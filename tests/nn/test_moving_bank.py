@@ -321,6 +321,25 @@ def test_state_copies_and_pickles_go_on_alike() -> None:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
 
 
+def test_a_run_resumed_before_the_start_is_over_goes_on_exactly() -> None:
+    results = []
+    for resumed in (False, True):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in range(12):
+            if resumed and number == 3:
+                assert not bool(model.vq.bank.initialized)
+                state = model.state_dict()
+                model = Model()
+                model.load_state_dict(state)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            step(model, optimizer, number, size=5)
+        assert bool(model.vq.bank.initialized)
+        assert "vq.first_tokens" not in model.state_dict()
+        results.append(model.vq.codebook)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_states_of_codes_that_an_optimizer_moves_load_and_back() -> None:
     inside, outside = SoftVectorQuantizer(DIM, CODES), SoftVectorQuantizer(DIM, CODES, code_update="optimizer")
     z = torch.randn(64, DIM)
