@@ -186,7 +186,13 @@ def test_print_config_shows_what_will_run(capsys: pytest.CaptureFixture[str]) ->
     assert config["model"]["prototype_optimizer"] == "Adam"
     assert config["model"]["head"]["init_args"]["embedding_scale"] == "auto"
     assert config["summary"] == {"enabled": True, "num_restarts": 10, "compare": False}
-    assert config["predictions"] == {"path": "assignments.csv", "top": 3, "columns": None, "dropped": False}
+    assert config["predictions"] == {
+        "path": "assignments.csv",
+        "top": 3,
+        "columns": None,
+        "dropped": False,
+        "codebooks": None,
+    }
     assert "optimizer" not in config
 
 
