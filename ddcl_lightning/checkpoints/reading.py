@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ddcl_lightning._utils.files import whole_file
 
+MOST_TRIED = 5  # checkpoints beside a damaged one that are looked into
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
 
@@ -60,12 +61,11 @@ def read_checkpoint(path: str | Path, to_resume: bool = False) -> dict[str, Any]
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
     status = file.stat()
     state: dict[str, Any] = _read(file, status.st_ino, status.st_size, status.st_mtime_ns)
-    missing = [name for name in ("state_dict", "pytorch-lightning_version") if not _holds(state, name)]
-    if to_resume:
-        missing += [name for name in ("loops", "optimizer_states") if not _holds(state, name)]
+    missing = _missing(state, to_resume)
     if missing:
         raise ValueError(
-            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no {missing[0]!r}.{_others(file)}"
+            f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no {missing[0]!r}, or not in the form "
+            f"that it has there.{_others(file, to_resume)}"
         )
     return state
 
@@ -87,17 +87,29 @@ def _read(file: Path, *version: int) -> Any:
         ) from error
 
 
-def _holds(state: Any, name: str) -> bool:
-    return isinstance(state, dict) and (isinstance(state.get(name), dict) or (name != "state_dict" and name in state))
+def _missing(state: Any, to_resume: bool) -> list[str]:
+    """Entries that a checkpoint lacks, or has in another form."""
+    forms: dict[str, type] = {"state_dict": dict, "pytorch-lightning_version": str}
+    if to_resume:
+        forms |= {"loops": dict, "optimizer_states": list}
+    entries = state if isinstance(state, dict) else {}
+    missing = [name for name, form in forms.items() if not isinstance(entries.get(name), form)]
+    # Every run of `ddcl fit` has an optimizer: without its state training would go on from another point.
+    return missing or ["optimizer_states"] * (to_resume and not entries["optimizer_states"])
 
 
-def _others(file: Path) -> str:
+def _others(file: Path, to_resume: bool = False) -> str:
     """The newest checkpoint beside a file that is none."""
     beside = [other for other in file.parent.glob("*.ckpt") if other != file and other.is_file()]
-    if not beside:
-        return " Take one that `ddcl fit` wrote, below lightning_logs/ by default."
-    newest = max(beside, key=lambda other: other.stat().st_mtime)
-    return f" Beside it lies {str(newest)!r}."
+    beside.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    for other in beside[:MOST_TRIED]:
+        try:
+            state = torch.load(other, map_location="meta", weights_only=True)
+        except Exception:
+            continue
+        if not _missing(state, to_resume):
+            return f" Beside it lies {str(other)!r}."
+    return " Take one that `ddcl fit` wrote, below lightning_logs/ by default."
 
 
 def other_model(complaint: str, path: Any = None) -> str | None:

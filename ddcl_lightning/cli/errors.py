@@ -202,5 +202,6 @@ def _raised_here(frame: TracebackType) -> bool:
 def _subclasses(base: type) -> Iterable[type]:
     children: list[type] = base.__subclasses__()
     for child in children:
-        yield child
+        if not child.__name__.startswith("_") and not inspect.isabstract(child):
+            yield child
         yield from _subclasses(child)

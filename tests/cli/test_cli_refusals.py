@@ -34,6 +34,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({**good, "state_dict": {"weight": torch.zeros(2)}}, folder / "other.ckpt")
     torch.save({**good, "ddcl_class_names": ["cat", "dog"]}, folder / "animals.ckpt")
     torch.save({name: value for name, value in good.items() if name != "optimizer_states"}, folder / "weights.ckpt")
+    torch.save({**good, "optimizer_states": []}, folder / "reset.ckpt")
     return folder
 
 
@@ -57,13 +58,15 @@ def test_a_file_that_is_no_checkpoint_is_refused(
     assert expected in line
     if name != "other":
         assert f"{name}.ckpt" in line
-        assert "Beside it lies" in line
+        beside = line.partition("Beside it lies '")[2].partition("'")[0]
+        assert Path(beside).stem not in ("", "torn", "empty", "foreign", "pickled")
 
 
 def test_weights_alone_are_refused_where_training_is_to_go_on(
     checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "'optimizer_states'" in fails(capsys, *FIT, "--ckpt_path", str(checkpoints / "weights.ckpt"))
+    for name in ("weights", "reset"):
+        assert "'optimizer_states'" in fails(capsys, *FIT, "--ckpt_path", str(checkpoints / f"{name}.ckpt"))
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "explain"])

@@ -107,7 +107,7 @@ def test_refusals_come_before_the_work(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     assert "'text.ckpt' cannot be read as one" in fails(capsys, *common, "--ckpt_path", "text.ckpt")
     torch.save({"weights": 1}, "other.ckpt")
-    assert "'other.ckpt' holds no 'state_dict'." in fails(capsys, *common, "--ckpt_path", "other.ckpt")
+    assert "'other.ckpt' holds no 'state_dict', or not" in fails(capsys, *common, "--ckpt_path", "other.ckpt")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.4"}, "empty.ckpt")
     given = [*common, "--ckpt_path", "empty.ckpt", "--output"]
     assert "there is no 'reports'. Create it first." in fails(capsys, *given, "reports/a.html")
