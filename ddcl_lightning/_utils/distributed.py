@@ -298,6 +298,11 @@ def skipped(name: str, what: str, error: Exception) -> str:
     return f"{name} skipped {what} because of an error; training is not affected. {type(error).__name__}: {error}"
 
 
+def warn(message: str) -> None:
+    """Warn the user, from the first process."""
+    rank_zero_warn(message)
+
+
 def inform(message: str) -> None:
     """Tell the user something, once, from the first process."""
     rank_zero_info(message)

@@ -13,7 +13,7 @@ from ddcl_lightning._utils.arguments import described
 from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms
 
 
 def check_dimension(owner: nn.Module, name: str, meaning: str, where: str) -> int:
@@ -157,7 +157,7 @@ def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) ->
         return output  # type: ignore[no-any-return]
     rule = f"{type(quantizer).__name__}.forward() must return QuantizerOutput(quantized, indices, ...)"
     if not isinstance(output, QuantizerOutput):
-        _refuse(rule, described(output), "Wrap what it returns: QuantizerOutput(quantized, indices, loss)")
+        _refuse(rule, described(output), "Wrap what it returns: QuantizerOutput(quantized, indices, QuantizerTerms(loss))")
     shape, books = tuple(tokens.shape[:2]), quantizer.num_codebooks
     for name, value, last in (
         ("quantized", output.quantized, (quantizer.output_dim,)),
@@ -171,8 +171,10 @@ def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) ->
                 f"{rule} with {name} {(*shape, *last)}; got {described(value)}. Reshape it, or correct output_dim or "
                 f"num_codebooks of {type(quantizer).__name__}."
             )
-    _require_scalar(f"{rule} with loss, a scalar tensor or None", output.loss)
-    _require_signals(rule, output.signals)
+    if not isinstance(output.terms, QuantizerTerms):
+        _refuse(f"{rule} with terms, a QuantizerTerms", described(output.terms), "Write QuantizerTerms(loss)")
+    _require_scalar(f"{rule} with terms.loss, a scalar tensor or None", output.terms.loss)
+    _require_signals(rule, output.terms.signals)
     return output
 
 

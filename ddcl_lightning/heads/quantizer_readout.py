@@ -64,9 +64,9 @@ class CodebookHead(Head):
             output.quantized,
             mean_token(output.quantized, mask),
             assignments=None if self.training else code_shares(codes, self.quantizer.num_codes),
-            regularization=None if output.loss is None else self.weight * output.loss,
+            regularization=None if output.terms.loss is None else self.weight * output.terms.loss,
             codes=codes,
-            signals={name: value.mean() for name, value in output.signals.items()},
+            signals={name: value.mean() for name, value in output.terms.signals.items()},
         )
 
 

@@ -66,6 +66,7 @@ class SoftVQ(CodebookHead):
             embed_dim,
             self.num_codes,
             code_dim=self.code_dim,
+            code_update="optimizer",
             num_heads=self.num_heads,
             temperature=self.temperature,
             commitment_weight=self.commitment_weight,

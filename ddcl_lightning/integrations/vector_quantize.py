@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional._common import check_mask, mark_padding, require_valid_token, zero_padding
 from ddcl_lightning.heads.quantizer_readout import CodebookHead
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms
 
 try:
     import vector_quantize_pytorch as library
@@ -63,7 +63,7 @@ class LibraryQuantizer(Quantizer):
         codes = output[1].long().reshape(*tokens.shape[:2], self.num_codebooks)
         codes = mark_padding(codes.squeeze(-1) if self.num_codebooks == 1 else codes, mask)
         loss = output[2].sum() if len(output) > 2 else None
-        return QuantizerOutput(zero_padding(output[0], mask), codes, loss)
+        return QuantizerOutput(zero_padding(output[0], mask), codes, QuantizerTerms(loss))
 
 
 class LibraryVQ(CodebookHead):

@@ -40,9 +40,10 @@ class PrototypeBank(Codebook, ObservedModule):
             between two steps of an optimizer see one T; in a loop without optimizers, :meth:`settle` stands for them.
         detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
         measure_variance: Follow the variance of the tokens for temperatures that need none too.
+        trainable: Whether prototypes are a parameter, or else a buffer, see :class:`~ddcl_lightning.nn.codebook.Codebook`.
 
     Attributes:
-        prototypes: Parameter ``(H, K, d)``.
+        prototypes: Parameter ``(H, K, d)``, or a buffer.
         temperature_state: The :class:`~ddcl_lightning.nn.temperature.BankTemperature` that owns T.
         initialized: Buffer, saved with the state: 1 if the prototypes were set from data, else 0.
 
@@ -60,8 +61,9 @@ class PrototypeBank(Codebook, ObservedModule):
         temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
         detach_assignments: bool = False,
         measure_variance: bool = False,
+        trainable: bool = True,
     ) -> None:
-        super().__init__(num_prototypes, dim, num_heads)
+        super().__init__(num_prototypes, dim, num_heads, trainable=trainable)
         self.detach_assignments = detach_assignments
         self.temperature_state = BankTemperature(
             Temperature.of(temperature),
@@ -146,9 +148,9 @@ class PrototypeBank(Codebook, ObservedModule):
         for observer in self._active_observers():
             observer.before(self, tokens, mask)
         if self.training:
-            if not torch.compiler.is_compiling():
+            if self.is_trainable and not torch.compiler.is_compiling():
                 note_prototypes(self.prototypes)
-            self.temperature_state.observe(heads, flat_mask)
+            self.temperature_state.observe(heads, flat_mask, self.prototypes)
         return heads, flat_mask
 
     def _end(
@@ -157,6 +159,8 @@ class PrototypeBank(Codebook, ObservedModule):
         """The output in the shape of the tokens, after the observers have read or changed it."""
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
+        if self.training:
+            self.temperature_state.observe_loss(output.terms.loss, flat_mask, heads.shape[1], self.prototypes)
         if self.training and mask is not None:
             output = _scaled(output, token_weight(mask))
         lead = tokens.shape[:-1]
@@ -253,7 +257,7 @@ class PrototypeBank(Codebook, ObservedModule):
 
         clustered = from_first_process(cluster, f"bank {name!r} cannot be initialized")
         self.set_prototypes(clustered.to(self.prototypes))
-        self.temperature_state.start(heads)
+        self.temperature_state.start(heads, self.prototypes)
 
     def _require_finite(self, output: BankOutput, tokens: Tensor, mask: Tensor | None) -> None:
         if bool(torch.isfinite(output.terms.loss).all()):

@@ -9,7 +9,7 @@ from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional._common import check_code_range, check_mask, mark_padding, zero_padding
-from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
+from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules, running_dtype
 
 
 class Codebook(GuardedState):
@@ -19,24 +19,45 @@ class Codebook(GuardedState):
         num_prototypes: K, vectors per head, at least 1.
         dim: d, dimension of one head's vectors.
         num_heads: H; tokens carry ``H * d`` values.
+        trainable: Whether the vectors are a parameter; if not, they are a buffer, in float32 or wider, that the owner
+            moves.
 
     Attributes:
-        prototypes: Parameter ``(H, K, d)``.
+        prototypes: Parameter or buffer ``(H, K, d)``.
+        marker: Parameter whose gradient tells of backward passes through the vectors, and which is frozen where they
+            are: the vectors themselves, or a zero beside the buffer, which no optimizer moves and no state holds.
         initialized: Buffer, saved with the state: 1 if the vectors were set from data, else 0.
 
     Raises:
         ValueError: If a size is below 1.
     """
 
+    prototypes: Tensor
     initialized: Tensor
     state_rules: ClassVar[Rules] = {"prototypes": FINITE, "initialized": FLAG}
 
-    def __init__(self, num_prototypes: int, dim: int, num_heads: int = 1) -> None:
+    def __init__(self, num_prototypes: int, dim: int, num_heads: int = 1, *, trainable: bool = True) -> None:
         super().__init__()
         require_at_least(1, num_prototypes=num_prototypes, dim=dim, num_heads=num_heads)
         self.num_prototypes, self.dim, self.num_heads = num_prototypes, dim, num_heads
-        self.prototypes = nn.Parameter(torch.randn(num_heads, num_prototypes, dim))
+        values = torch.randn(num_heads, num_prototypes, dim)
+        if trainable:
+            self.prototypes = nn.Parameter(values)
+        else:
+            self.register_buffer("prototypes", values.to(running_dtype()))
+            self._marker = nn.Parameter(torch.zeros((), dtype=running_dtype()))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.float32))
+
+    @property
+    def marker(self) -> nn.Parameter:
+        """See the attributes."""
+        prototypes = self.prototypes
+        return prototypes if isinstance(prototypes, nn.Parameter) else self._marker
+
+    @property
+    def is_trainable(self) -> bool:
+        """True if the vectors are a parameter."""
+        return "_marker" not in self._parameters
 
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
@@ -99,7 +120,7 @@ class Codebook(GuardedState):
                 f"prototypes must have shape ({self.num_heads}, K, {self.dim}) with K >= 1; got "
                 f"{tuple(prototypes.shape)}."
             )
-        if not self.prototypes.requires_grad:
+        if not self.marker.requires_grad:
             raise ValueError("prototypes are frozen, so their number stays; call requires_grad_(True) first.")
         if not bool(torch.isfinite(prototypes).all()):
             raise ValueError("prototypes must be finite; got NaN or infinity.")
@@ -125,6 +146,16 @@ class Codebook(GuardedState):
                     f"{size}: it takes their number."
                 )
                 self._make_room(size)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}_marker", None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        missing_keys: list[str] = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}_marker" in missing_keys:
+            missing_keys.remove(f"{prefix}_marker")
 
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""

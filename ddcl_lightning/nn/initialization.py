@@ -14,6 +14,10 @@ from ddcl_lightning._utils.seeding import LARGEST_SEED, check_seed
 
 InitMethod = Literal["kmeans", "farthest_point"]
 
+MOST_CLUSTERED = 4096  # codes; the start of k-means takes seconds at that number and minutes beyond
+ITERATIONS = 20  # of k-means, where training goes on from there
+JITTER = 1e-3  # distance of copies of a token, as a share of the spread of the tokens
+
 
 def initial_prototypes(
     tokens: Tensor,
@@ -72,6 +76,35 @@ def initial_prototypes(
             best = run
     assert best is not None
     return torch.from_numpy(best.cluster_centers_)
+
+
+def first_codes(tokens: Tensor, num_codes: int, *, cluster: bool, seed: int = 0) -> Tensor:
+    """K starting codes for one head from however many tokens there are.
+
+    Args:
+        tokens: ``(N, d)``, finite, at least one.
+        num_codes: K. Where fewer tokens are distinct, codes beyond them are copies of them, a little apart; above
+            :data:`MOST_CLUSTERED` codes are random tokens.
+        cluster: Take the centroids of one run of k-means instead of random tokens.
+        seed: Seed of the choice.
+
+    Returns:
+        ``(K, d)`` in float64 on the CPU.
+    """
+    points = np.unique(tokens.detach().to("cpu", torch.float64).numpy(), axis=0)
+    generator = np.random.default_rng(seed)
+    if len(points) <= num_codes:
+        copies = points[np.arange(num_codes) % len(points)]
+        spread = points.std() or np.abs(points).max() or 1.0
+        copies[len(points) :] += JITTER * spread * generator.standard_normal(copies[len(points) :].shape)
+        return torch.from_numpy(copies)
+    if not cluster or num_codes > MOST_CLUSTERED:
+        return torch.from_numpy(points[generator.choice(len(points), num_codes, replace=False)])
+    sample = tokens.detach().to("cpu", torch.float64).numpy()  # duplicates weigh what they are
+    run = KMeans(num_codes, init="k-means++", n_init=1, max_iter=ITERATIONS, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return torch.from_numpy(run.fit(sample).cluster_centers_)
 
 
 def _farthest_points(

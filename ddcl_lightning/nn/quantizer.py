@@ -6,11 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
+from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
-from ddcl_lightning.functional._common import check_mask, masked_mean, zero_padding
+from ddcl_lightning.functional._common import masked_mean, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, check_indices
+from ddcl_lightning.nn.first_tokens import FirstTokens
+from ddcl_lightning.nn.layout import ChannelLayout, Channels
+from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms, check_indices
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
@@ -18,56 +22,69 @@ from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
 
+COMMITMENT_RATIO = 0.25
+
 
 class SoftVectorQuantizer(Quantizer):
-    """Soft vector quantization (section 5.1, eq. 16) with hard codes at evaluation.
+    """Soft vector quantization (section 5.1, eq. 16) with hard codes at evaluation, in one line::
 
-    Assignments are soft, at a temperature that is a fraction of the critical one of the tokens as they are: codes and
-    encoder learn from them. In evaluation the decoder reads the nearest code. In training it reads the same
-    (``training_output="hard"``), or the soft centroid ``c_n`` (``"soft"``, the paper's); as the fraction falls, the two
-    become one.
+        vq = SoftVectorQuantizer(dim=64, num_codes=512)
+        quantized, indices, terms = vq(z)
 
-    The paper's claim that soft assignments leave no code dead holds for soft codes only: at a temperature where
-    hard codes are any good, assignments underflow for codes that the encoder leaves behind, and gradients with
-    them. Move the codes by :class:`~ddcl_lightning.TokenNormalized`, which gives every code the same time constant::
+    Codes move inside: they start by k-means on the tokens of the first training batches, and follow their tokens at the
+    step of any optimizer of torch, see :class:`~ddcl_lightning.CodeUpdate`. So ``torch.optim.Adam(model.parameters())``
+    is all that a training loop needs; in one without an optimizer call :meth:`settle` after every batch. Codes of
+    nearly empty cells are moved to crowded ones. The assignments by which codes move are soft, at a temperature that
+    falls with the error of the codes; the decoder reads the nearest code, and its gradient passes straight through,
+    with a commitment of a fixed ratio to it, so that no weight depends on the scale of tokens or loss.
 
+    With ``code_update="optimizer"`` codes are a parameter that you optimize, by
+    :class:`~ddcl_lightning.TokenNormalized`, under which no code is left behind, or by another optimizer::
+
+        vq = SoftVectorQuantizer(64, 512, code_update="optimizer")
         codes = TokenNormalized([vq.bank.prototypes], lr=0.05).watch(vq)
 
-    Its claim that no straight-through estimator is needed fails in the same place: the derivative of ``c_n`` vanishes
-    for tokens that are well inside of a code's cell. So the default passes the decoder's gradient straight
-    through, ``z_n + sg[p_n - z_n]``; ``gradient="soft"`` is the paper's. Both are compared in ``docs/measurements.md``.
+    The commitment is then the loss ``L_q`` in ``terms.loss``, and the temperature a fraction of the critical one of the
+    tokens, for a schedule to lower. The paper's own form is that with ``gradient="soft"`` and
+    ``training_output="soft"``. Its claim that soft assignments leave no code dead holds for soft codes only: at a
+    temperature where hard codes are any good, assignments underflow for codes that the encoder leaves behind, and
+    gradients with them. Its claim that no straight-through estimator is needed fails in the same place: the derivative
+    of the soft centroid vanishes for tokens that are well inside of a code's cell. ``docs/measurements.md`` compares.
 
     Evaluation mode moves nothing: no code, temperature or statistic, and no gradient for the codes, while gradients
     pass straight through to the tokens. So ``vq.eval()`` is how an encoder is trained against a finished codebook.
-    ``vq.bank.requires_grad_(False)`` keeps the codes where they are in training mode too, in which the temperature
-    goes on following the tokens.
+    ``vq.requires_grad_(False)`` keeps the codes where they are in training mode too, in which the temperature goes on
+    following the tokens.
 
     Args:
-        dim: D, dimension of the tokens.
+        dim: D, channels of the tokens.
         num_codes: K per head. Product codes of H heads distinguish ``K ** H`` tokens.
         code_dim: d, dimension of a head's codes; by default ``dim // num_heads``. Tokens are projected where
             ``num_heads * code_dim`` differs from D: a low dimension (8 or so) keeps many codes in use.
         num_heads: H, independent codebooks on slices of the token (product quantization).
-        temperature: Softness of the assignments; a number is a fraction of the critical temperature of the tokens, see
-            :class:`~ddcl_lightning.Temperature`. Too high (0.5 and above): codes crowd together,
-            the decoder gets used to mixtures, and hard codes reconstruct badly. Too low from the start: the first
-            codes to be near tokens keep them, as in k-means. Cells shrink with K, so that 3 / K is a good start and a
-            hundredth of it a good end from 64 codes on.
-        commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens, so that it is free of their
-            scale, but not of that of the decoder's loss: about a tenth of the variance of what is reconstructed (0.01
-            for pixels in [0, 1]). Too low: tokens run away from their codes. Too high: the encoder serves the codes,
-            not the decoder.
-        entropy_weight: Weight >= 0 of the bonus on the entropy (nats) of the mean assignment. Too low: codes
-            share the work unevenly. Too high: tokens are sent to codes that are not theirs. It pulls at a token by
-            1 / T: lower it with the temperature.
+        channels: ``"last"`` for tokens ``(B, ..., D)``, ``"first"`` for ``(B, D, ...)``; by default the one that fits, see
+            :class:`~ddcl_lightning.nn.layout.ChannelLayout`.
+        code_update: How codes move inside, or ``"optimizer"``: an optimizer of yours moves them.
+        temperature: Softness of the assignments, see :class:`~ddcl_lightning.Temperature`. By default a tenth of the
+            distortion where codes move inside; a tenth of the critical temperature where an optimizer moves them: there
+            too high (0.5 and above) crowds codes together, too low from the start leaves those without tokens that are
+            far from them, and 3 / K is a good start and a hundredth of it a good end from 64 codes on.
+        commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's, see
+            :func:`~ddcl_lightning.nn.straight_through.straight_through`; needs the gradient straight through. By default
+            0.25 where codes move inside, else 0.
+        commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens in ``terms.loss``; by default 0
+            where codes move inside, else 0.01. It is free of the tokens' scale, but not of that of the decoder's
+            loss: about a tenth of the variance of what is reconstructed. Tokens of little variance get a gradient of
+            its inverse, by which an encoder can collapse before the decoder has a say.
+        entropy_weight: Weight >= 0 of the bonus on the entropy (nats) of the mean assignment; by default 0 where codes
+            move inside, else 0.001. Too low: codes share the work unevenly. Too high: tokens are sent to codes that
+            are not theirs. It pulls at a token by 1 / T: lower it with the temperature.
         gradient: ``"straight_through"`` or ``"soft"``, see above.
-        training_output: ``"hard"`` or ``"soft"``: what the decoder reads in training, see above. With soft centroids,
-            too high a temperature at the end leaves a gap to the hard codes.
+        training_output: What the decoder reads in training: ``"hard"``, the nearest code, or ``"soft"``, the soft
+            centroid. With soft ones, too high a temperature at the end leaves a gap to the hard codes.
         embedding_scale: A bound on the scale of what is quantized, see :class:`~ddcl_lightning.EmbeddingScale`.
-            ``"none"`` suits tokens of an encoder that stays as it is. Those of one that learns here tend to keep nearly
-            all of their variance in one direction; ``"per_dimension"`` works against that, and allows a larger
-            commitment. Codes are in the scaled space; statistics are those of the batch in training, running ones in
-            evaluation and in :meth:`encode`.
+            Codes are in the scaled space; statistics are those of the batch in training, running ones in evaluation and
+            in :meth:`encode`.
 
     Attributes:
         bank: The codes, a :class:`~ddcl_lightning.PrototypeBank` that callbacks find.
@@ -84,103 +101,124 @@ class SoftVectorQuantizer(Quantizer):
         *,
         code_dim: int | None = None,
         num_heads: int = 1,
-        temperature: float | list[float] | Temperature = DEFAULT_TEMPERATURE,
-        commitment_weight: float = 0.01,
-        entropy_weight: float = 0.001,
+        channels: Channels | None = None,
+        code_update: CodeUpdate | Literal["optimizer"] = CodeUpdate(),
+        temperature: float | list[float] | Temperature | None = None,
+        commitment_ratio: float | None = None,
+        commitment_weight: float | None = None,
+        entropy_weight: float | None = None,
         gradient: QuantizerGradient = "straight_through",
         training_output: TrainingOutput = "hard",
         embedding_scale: ScaleMode = "none",
     ) -> None:
         super().__init__()
-        for name, value in (("commitment_weight", commitment_weight), ("entropy_weight", entropy_weight)):
+        moves = isinstance(code_update, CodeUpdate)
+        if commitment_ratio is None:
+            commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
+        commitment_weight = (0.0 if moves else 0.01) if commitment_weight is None else commitment_weight
+        entropy_weight = (0.0 if moves else 0.001) if entropy_weight is None else entropy_weight
+        for name, value in (
+            ("commitment_ratio", commitment_ratio),
+            ("commitment_weight", commitment_weight),
+            ("entropy_weight", entropy_weight),
+        ):
             if not value >= 0:
                 raise ValueError(f"{name} must be >= 0; got {value}.")
         if gradient not in get_args(QuantizerGradient):
             raise ValueError(f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}.")
+        if commitment_ratio and gradient != "straight_through":
+            raise ValueError(
+                f"commitment_ratio needs gradient='straight_through', to which it is relative; got {commitment_ratio} "
+                f"and {gradient!r}. Use commitment_weight."
+            )
         if training_output not in get_args(TrainingOutput):
             raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
         require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         self.dim, self.gradient, self.training_output = dim, gradient, training_output
-        self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
-        self.bank = PrototypeBank(
-            num_codes, code_dim, num_heads=num_heads, temperature=temperature, measure_variance=True
-        )
+        self.commitment_ratio, self.commitment_weight = commitment_ratio, commitment_weight
+        self.entropy_weight, self.code_update = entropy_weight, code_update
+        self.layout = ChannelLayout(dim, channels)
+        self.bank = create_bank(num_codes, code_dim, num_heads, temperature, code_update, commitment_weight > 0)
         width = num_heads * code_dim
         self.input_projection = nn.Linear(dim, width) if width != dim else None
         self.output_projection = nn.Linear(width, dim) if width != dim else None
         self.scale = EmbeddingScale(width, embedding_scale)
+        self._first_tokens = FirstTokens(num_codes) if moves else None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize tokens or feature maps.
 
         Args:
-            z: ``(B, T, D)``, or ``(B, D, H, W)`` for feature maps; any float dtype.
-            mask: ``(B, T)`` boolean, True for valid tokens; not with feature maps. Padding comes out as zero.
+            z: ``(N, D)``, ``(B, T, D)``, ``(B, D, H, W)`` or any other rank, see ``channels``; any float dtype.
+            mask: Boolean, the shape of ``z`` without its channels, True for valid tokens. Padding comes out as zero.
 
         Returns:
-            What the decoder reads, in the shape of the input: codes, or in training also soft centroids. Hard codes
-            ``(B, T)`` or ``(B, H, W)``, with a last dimension of heads if there are several, -1 at padding. The loss:
-            commitment minus the entropy bonus. Signals, ``(H,)`` each: ``code_entropy``, of the mean soft assignment,
-            in [0, ln K] nats, and ``code_gap``, the mean squared distance of soft centroid and hard code as a share of
-            the total variance of the tokens, which is what changes when codes become hard: it goes to 0 with T.
+            What the decoder reads, in the shape of the input: codes, or in training also soft centroids. Hard codes in
+            the shape of the mask, with a last dimension of heads if there are several, -1 at padding. In the terms, the
+            loss: commitment and entropy bonus, zero without either. Signals, ``(H,)`` each: ``code_entropy``, of the mean
+            soft assignment, in [0, ln K] nats, and ``code_gap``, the mean squared distance of soft centroid and hard
+            code as a share of the total variance of the tokens (of the codes, where that is not measured), which is
+            what changes when codes become hard: it goes to 0 with T.
 
         Raises:
             ValueError: If a shape does not fit.
         """
-        tokens = self._tokens(z, mask)
+        tokens = self.layout.tokens(z, mask)
         embedded = self._embed(tokens, mask)
+        if self._first_tokens is not None and self.training:
+            self._start(embedded, mask)
         straight = self.gradient == "straight_through" or not self.training
-        output = self.bank.quantize(embedded, mask, straight_through=straight)
+        learns = not straight or self.commitment_weight > 0 or self.entropy_weight > 0
+        output = self.bank.quantize(embedded if learns else embedded.detach(), mask, straight_through=straight)
         assert output.codes is not None
         hard = self.bank.vectors(output.codes)
         value = output.centroids if self.training and self.training_output == "soft" else hard
-        quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
-        loss, signals = self._terms(output, hard.detach(), mask)
-        return QuantizerOutput(
-            self._restore(self._project(quantized, mask), z),
-            self._squeeze(output.codes, z),
-            loss,
-            signals,
-            output.terms,
+        quantized = straight_through(
+            value.to(embedded.dtype),
+            embedded if straight else output.centroids,
+            output.anchor,
+            commitment_ratio=self.commitment_ratio if self.training else 0.0,
+            mask=mask,
         )
+        terms = self._terms(output, hard.detach(), mask)
+        return QuantizerOutput(self._restore(self._project(quantized, mask), z), self._squeeze(output.codes), terms)
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hard codes of tokens ``(B, T, D)`` or feature maps ``(B, D, H, W)``, as the forward pass gives them.
+        """Hard codes of tokens or feature maps, as the forward pass gives them.
 
         Args:
-            z: Tokens or feature maps, as for the forward pass.
-            mask: ``(B, T)`` boolean, True for valid tokens; the codes of others are -1.
+            z: As for the forward pass.
+            mask: As for the forward pass; the codes of tokens that are not valid are -1.
         """
         with evaluating(self.scale):
-            embedded = self._embed(self._tokens(z, mask), mask)
-        return self._squeeze(self.bank.encode(embedded, mask), z)
+            embedded = self._embed(self.layout.tokens(z, mask), mask)
+        return self._squeeze(self.bank.encode(embedded, mask))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Tokens or feature maps of hard codes, as a decoder reads them.
 
         Args:
-            indices: ``(B, T)`` or ``(B, H, W)`` int64, with a last dimension of heads if there are several; -1 for
-                padding.
+            indices: As :meth:`encode` returns them, int64; -1 for padding.
 
         Returns:
-            ``(B, T, D)``, or ``(B, D, H, W)`` for indices on a grid; zero for padding.
+            Their vectors, in the shape of what was encoded (see ``channels``; where nothing was, ``(N, D)``,
+            ``(B, T, D)``, and ``(B, D, H, W)`` or more dimensions with the channels first); zero for padding.
 
         Raises:
             ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
         """
         heads, size = self.bank.num_heads, self.bank.num_prototypes
         codes = indices.unsqueeze(-1) if heads == 1 else indices
-        last = "" if heads == 1 else f", {heads}"
-        fits = codes.dim() in (3, 4) and codes.shape[-1] == heads
-        check_indices(indices, fits, size, f"(B, T{last}) or (B, H, W{last})")
-        codes_of_tokens = codes.flatten(1, -2)
-        quantized = self._project(self.bank.vectors(codes_of_tokens), (codes_of_tokens >= 0).all(-1))
-        if codes.dim() == 3:
-            return quantized
-        return torch.unflatten(quantized.mT, -1, codes.shape[1:3])
+        fits = codes.dim() >= 2 and codes.shape[-1] == heads
+        check_indices(indices, fits, size, "(N,), (B, T) or (B, H, W)" if heads == 1 else f"(..., num_heads = {heads})")
+        return self.layout.restore(self._project(self.bank.vectors(codes), (codes >= 0).all(-1)))
+
+    def settle(self) -> None:
+        """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
+        self.bank.settle()
 
     @property
     def codebook(self) -> Tensor:
@@ -205,20 +243,17 @@ class SoftVectorQuantizer(Quantizer):
         """Dimension and modes, for ``print``."""
         return f"dim={self.dim}, gradient={self.gradient!r}, training_output={self.training_output!r}"
 
-    def _tokens(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens ``(B, T, D)`` of either form of input."""
-        channels = -1 if z.dim() == 3 else 1
-        if z.dim() not in (3, 4) or z.shape[channels] != self.dim or not z.is_floating_point():
-            raise ValueError(
-                f"z must be floating point of shape (B, T, dim) or (B, dim, H, W) with dim = {self.dim}; got {z.dtype} "
-                f"of shape {tuple(z.shape)}. Move the channels, or build the quantizer for their number."
-            )
-        if z.dim() == 4:
-            if mask is not None:
-                raise ValueError("mask belongs to tokens (B, T, dim); got one beside a feature map. Flatten the map.")
-            return z.flatten(2).mT
-        check_mask(z, mask)
-        return zero_padding(z, mask)  # a NaN left in the padding would reach the gradients of the projection
+    def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
+        """Start the codes on the first tokens, anew with each batch until there are enough of them."""
+        bank = self.bank
+        if self._first_tokens is None or torch.compiler.is_compiling() or recomputing():
+            return
+        assert isinstance(bank, MovingBank)
+        if bool(bank.initialized):
+            self._first_tokens = None
+        elif not bank.is_frozen:
+            sample = self._first_tokens.add(embedded, mask)
+            bank.start(sample, final=self._first_tokens.enough(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(B, T, D)`` in the space of the codes, ``(B, T, H * d)``."""
@@ -232,17 +267,14 @@ class SoftVectorQuantizer(Quantizer):
         return zero_padding(quantized, mask)
 
     def _restore(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Tokens ``(B, T, D)`` in the shape and dtype of the input."""
-        shaped = tokens if like.dim() == 3 else torch.unflatten(tokens.mT, -1, like.shape[2:])
-        return shaped.to(like.dtype)
+        """Tokens ``(*, D)`` in the shape and dtype of the input."""
+        return self.layout.restore(tokens).to(like.dtype)
 
-    def _squeeze(self, codes: Tensor, like: Tensor) -> Tensor:
-        """Codes ``(B, T, H)`` in the form that goes with the input."""
-        if like.dim() == 4:
-            codes = torch.unflatten(codes, 1, like.shape[2:])
+    def _squeeze(self, codes: Tensor) -> Tensor:
+        """Codes ``(*, H)``, without the last dimension where there is one head."""
         return codes.squeeze(-1) if self.bank.num_heads == 1 else codes
 
-    def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> QuantizerTerms:
         """The loss and the signals."""
         spread = self.bank.temperature_state.variance
         # The running variance; where nothing was seen yet, that of the codes.
@@ -250,8 +282,41 @@ class SoftVectorQuantizer(Quantizer):
         spread = torch.where(spread > 0, spread, codes).clamp(min=torch.finfo(spread.dtype).tiny)
         apart = (output.centroids.detach() - hard).float().square()
         per_head = torch.unflatten(apart, -1, (self.bank.num_heads, self.bank.dim)).sum(-1)
-        gap = masked_mean(per_head.flatten(0, 1), None if mask is None else mask.flatten(), dim=-2) / spread
+        gap = masked_mean(per_head.flatten(0, -2), None if mask is None else mask.flatten(), dim=-2) / spread
         entropy = output.entropy
         assert entropy is not None
-        loss = self.commitment_weight * (output.terms.loss / spread).sum() - self.entropy_weight * entropy.sum()
-        return loss, {"code_entropy": entropy, "code_gap": gap}
+        loss = entropy.new_zeros(())
+        if self.commitment_weight:
+            loss = loss + self.commitment_weight * (output.terms.loss / spread).sum()
+        if self.entropy_weight:
+            loss = loss - self.entropy_weight * entropy.sum()
+        if output.anchor is not None:
+            loss = loss + output.anchor
+        return QuantizerTerms(loss, {"code_entropy": entropy, "code_gap": gap}, output.terms)
+
+
+def create_bank(
+    num_codes: int,
+    code_dim: int,
+    num_heads: int,
+    temperature: float | list[float] | Temperature | None,
+    code_update: CodeUpdate | Literal["optimizer"],
+    measure_variance: bool,
+) -> PrototypeBank:
+    """A bank whose codes move as told, with the default temperature for it."""
+    if code_update == "optimizer":
+        return PrototypeBank(
+            num_codes,
+            code_dim,
+            num_heads=num_heads,
+            temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
+            measure_variance=True,
+        )
+    return MovingBank(
+        num_codes,
+        code_dim,
+        update=code_update,
+        num_heads=num_heads,
+        temperature=Temperature(DEFAULT_TEMPERATURE, "distortion") if temperature is None else temperature,
+        measure_variance=measure_variance,
+    )

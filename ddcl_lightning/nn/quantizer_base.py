@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,24 +12,47 @@ from ddcl_lightning.functional._common import check_code_range
 from ddcl_lightning.nn.discovery import find_banks
 
 
-class QuantizerOutput(NamedTuple):
-    """Codes, vectors and loss of ``(B, T, D)`` tokens in a quantizer.
+class QuantizerTerms(NamedTuple):
+    """What a quantizer adds to a training step beside the codes.
+
+    ``loss + terms`` and ``weight * terms`` read it as its loss, so that a line which added the commitment loss of
+    another quantizer stays as it is.
 
     Attributes:
-        quantized: Codes in place of the tokens, ``(B, T, output_dim)``, zero at padding.
-        indices: Hard code of each token, int64 in [0, ``num_codes``), -1 at padding: ``(B, T)``, with a last dimension
-            of codebooks if there are several.
         loss: What to add to the loss of the reconstruction, a scalar, or None.
         signals: What to log while training, by name: scalars, or one value per codebook, ``(H,)``.
         decomposition: ``L_q``, ``L_OLS`` and ``V`` per head, ``(H,)`` each, in units of squared distance (eq. 3), of a
             quantizer with prototypes; None for others.
     """
 
-    quantized: Tensor
-    indices: Tensor
     loss: Tensor | None = None
     signals: Mapping[str, Tensor] = MappingProxyType({})
     decomposition: Decomposition | None = None
+
+    def __add__(self, other: Any) -> Any:
+        return other if self.loss is None else self.loss + other
+
+    __radd__ = __add__
+
+    def __mul__(self, other: Any) -> Any:
+        return 0.0 if self.loss is None else self.loss * other
+
+    __rmul__ = __mul__
+
+
+class QuantizerOutput(NamedTuple):
+    """Codes and vectors of tokens in a quantizer: ``quantized, indices, terms = quantizer(tokens)``.
+
+    Attributes:
+        quantized: Codes in place of the tokens, in their shape (with ``output_dim`` channels), zero at padding.
+        indices: Hard code of each token, int64 in [0, ``num_codes``), -1 at padding: the shape of the tokens without
+            their channels, with a last dimension of codebooks if there are several.
+        terms: The loss, and what to log, see :class:`QuantizerTerms`.
+    """
+
+    quantized: Tensor
+    indices: Tensor
+    terms: QuantizerTerms = QuantizerTerms()
 
 
 def check_indices(indices: Tensor, fits: bool, num_codes: int, shape: str) -> None:
@@ -67,8 +90,10 @@ class Quantizer(nn.Module, ABC):
         """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid ones; padding may hold anything."""
 
     def prototype_parameters(self) -> list[nn.Parameter]:
-        """Codes that step at ``lr_prototypes``: by default the prototypes of every bank inside."""
-        return [bank.prototypes for bank in find_banks(self).values()]
+        """Codes that step at ``lr_prototypes``: by default the prototypes of every bank inside, unless it moves
+        them itself."""
+        banks = find_banks(self).values()
+        return [bank.prototypes for bank in banks if isinstance(bank.prototypes, nn.Parameter)]
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Parameters that move the tokens which a bank sees, see :meth:`ddcl_lightning.Head.embedding_parameters`."""

@@ -39,6 +39,10 @@ class SettledState(GuardedState):
             self._measured = False
             self.take_over()
 
+    def settle_after_step(self) -> None:
+        """What the step of an optimizer does: :meth:`settle`."""
+        self.settle()
+
     def measured(self, first: Tensor) -> None:
         """Mark that a call has measured; where it is the ``first`` (booleans), apply it at once."""
         self._measured = True
@@ -70,7 +74,7 @@ def _watch(module: SettledState) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for module in list(_LIVING):
-        module.settle()
+        module.settle_after_step()
 
 
 def _after_loading(module: SettledState, incompatible: Any) -> None:

@@ -11,9 +11,10 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional import critical_factor
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, POSITIVE, Rules, keep_unless, running_dtype
 from ddcl_lightning.nn.running_covariance import RunningCovariance
+from ddcl_lightning.nn.running_distortion import RunningDistortion, hard_distortion
 from ddcl_lightning.nn.settled_state import SettledState
 
-TemperatureUnit = Literal["critical", "initial", "absolute"]
+TemperatureUnit = Literal["critical", "initial", "distortion", "absolute"]
 DEFAULT_TEMPERATURE = 0.1
 
 
@@ -39,6 +40,9 @@ class Temperature:
         unit: ``"critical"``: a fraction of the critical temperature of the tokens, which is followed from step to step
             while training. ``"initial"``: a fraction of the critical temperature that the tokens have when the bank is
             initialized (else at its first training batch); T stays when the encoder changes their scale.
+            ``"distortion"``: a multiple of twice the mean squared distance of the tokens from their codes per
+            dimension, which is followed from step to step while training: T falls as the codes fit better, without a
+            schedule. It suits codes that start near tokens; below 1, or T would raise itself.
             ``"absolute"``: T itself, in units of squared distance, as in the paper.
 
     Raises:
@@ -59,6 +63,11 @@ class Temperature:
             )
         if unit not in get_args(TemperatureUnit):
             raise ValueError(f"unit of a temperature must be one of {get_args(TemperatureUnit)}; got {unit!r}.")
+        if unit == "distortion" and max(values) >= 1:
+            raise ValueError(
+                f"a temperature in units of the distortion must be < 1, or it would raise itself; got {value}. "
+                f"{DEFAULT_TEMPERATURE} is a good value."
+            )
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "unit", unit)
 
@@ -125,9 +134,11 @@ class BankTemperature(SettledState):
         self.register_buffer("value", torch.ones(num_heads, dtype=dtype))
         self.register_buffer("current", torch.ones(num_heads, dtype=dtype))
         self.register_buffer("variance", torch.zeros(num_heads, dtype=dtype), persistent=False)
-        measure = measure or self.unit != "absolute"
+        measure = measure or self.unit in ("critical", "initial")
         self.covariance = RunningCovariance(num_heads, dim) if measure else None
-        self._fixed = False  # the first critical temperature has been measured
+        self.distortion = RunningDistortion(num_heads) if self.unit == "distortion" else None
+        self._per_dim = 2 / dim
+        self._fixed = False  # what T is relative to has been measured once
         self.set(temperature)
 
     @torch.no_grad()
@@ -151,8 +162,11 @@ class BankTemperature(SettledState):
         self.take_over()
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Measure ``(H, N, d)`` tokens of a training call with mask ``(H, N)``."""
+    def observe(self, tokens: Tensor, mask: Tensor | None, prototypes: Tensor) -> None:
+        """Measure ``(H, N, d)`` tokens of a training call with mask ``(H, N)`` before they are assigned."""
+        if self.distortion is not None and not self._fixed:
+            self._add_distortion(hard_distortion(tokens.detach(), prototypes, mask), mask, tokens.shape[1], prototypes)
+            self._fixed = bool((self.distortion.mean > 0).all())
         if self.covariance is None or (self.unit == "initial" and self._fixed):
             return
         first = self.covariance.lambda_max == 0
@@ -162,11 +176,27 @@ class BankTemperature(SettledState):
         self.measured(first)
 
     @torch.no_grad()
-    def start(self, tokens: Tensor) -> None:
+    def observe_loss(self, loss: Tensor, mask: Tensor | None, num_tokens: int, prototypes: Tensor) -> None:
+        """Measure the quantization loss ``(H,)`` of a training call of N tokens with mask ``(H, N)``."""
+        if self.distortion is not None:
+            self._add_distortion(loss.detach(), mask, num_tokens, prototypes)
+
+    def _add_distortion(self, distortion: Tensor, mask: Tensor | None, num_tokens: int, prototypes: Tensor) -> None:
+        assert self.distortion is not None
+        first = self.distortion.mean == 0
+        number = distortion.new_full((), num_tokens) if mask is None else mask[0].sum()
+        self.distortion(distortion, number, prototypes.detach())
+        self.measured(first)
+
+    @torch.no_grad()
+    def start(self, tokens: Tensor, prototypes: Tensor) -> None:
         """Measure a sample ``(H, N, d)``, the same on every process, in place of what was measured before."""
         if self.covariance is not None:
             self.covariance.start(tokens)
-            self._fixed = True
+        if self.distortion is not None:
+            self.distortion.start(tokens.to(prototypes.device), prototypes)
+        if self.covariance is not None or self.distortion is not None:
+            self._fixed = bool((self.reference() > 0).all())
             self.take_over()
 
     @property
@@ -175,7 +205,9 @@ class BankTemperature(SettledState):
         return self.unit == "absolute" or bool((self.reference() > 0).all())
 
     def reference(self) -> Tensor:
-        """Unit of the value, ``(H,)``: the measured critical temperature, or 1."""
+        """Unit of the value, ``(H,)``: the measured critical temperature, that of the distortion, or 1."""
+        if self.distortion is not None:
+            return self._per_dim * self.distortion.mean
         if self.covariance is None or self.unit == "absolute":
             return torch.ones_like(self.value)
         return self.factor * self.covariance.lambda_max
@@ -191,7 +223,8 @@ class BankTemperature(SettledState):
         """Set the variance from the loaded covariance; T was loaded itself."""
         if self.covariance is not None:
             self.variance = self.covariance.total_variance()
-            self._fixed = bool((self.covariance.lambda_max > 0).all())
+        if self.unit != "absolute":
+            self._fixed = bool((self.reference() > 0).all())
 
     def extra_repr(self) -> str:
         """Value and unit, for ``print``."""

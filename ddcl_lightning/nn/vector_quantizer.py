@@ -12,7 +12,7 @@ from ddcl_lightning.functional import code_counts, nearest_prototype
 from ddcl_lightning.functional._common import check_mask, mark_padding, masked_mean, require_valid_token, zero_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import initial_prototypes
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, check_indices
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms, check_indices
 
 CodebookInit = Literal["uniform", "kmeans"]
 START_TOKENS = 65_536  # tokens of the first batch, over all processes, that a k-means start uses
@@ -105,7 +105,7 @@ class VectorQuantizer(GuardedState, Quantizer):
 
         straight = embedded + (nearest.to(embedded.dtype) - embedded).detach()
         loss = distance(embedded.detach(), nearest) + self.commitment_weight * distance(embedded, nearest.detach())
-        return QuantizerOutput(zero_padding(straight, mask), codes, loss)
+        return QuantizerOutput(zero_padding(straight, mask), codes, QuantizerTerms(loss))
 
     @torch.no_grad()
     def encode(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

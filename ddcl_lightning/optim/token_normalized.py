@@ -7,15 +7,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.distributed import max_over_processes, sum_over_processes
-from ddcl_lightning.functional import TokenStatistics
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.shared_parameters import follow_alone, release
-from ddcl_lightning.optim.relocation import relocate_prototypes
-from ddcl_lightning.optim.step_statistics import StepStatistics
+from ddcl_lightning.nn.step_statistics import StepStatistics
+from ddcl_lightning.nn.token_step import check_step, move_prototypes
 
 RATES = ("lr", "relocation_threshold", "load_exponent")
+RATE = "lr of TokenNormalized"
 
 
 class TokenNormalized(Optimizer):
@@ -30,7 +29,7 @@ class TokenNormalized(Optimizer):
     It reads the tokens from the forward pass, not the gradients: a task or repulsion loss does not reach
     prototypes through it. But it counts tokens as gradients count: those of calls that a backward pass has gone
     through since the last step or ``zero_grad``, see
-    :class:`~ddcl_lightning.optim.step_statistics.StepStatistics`. ``torch.autograd.grad`` through a bank
+    :class:`~ddcl_lightning.nn.step_statistics.StepStatistics`. ``torch.autograd.grad`` through a bank
     (a saliency, an adversarial step) is a backward pass as well: put the bank into evaluation mode for it. Frozen
     prototypes (``requires_grad_(False)``) stay where they are. Prototypes of half precision move by a copy in float32,
     or small steps would be rounded away.
@@ -60,7 +59,7 @@ class TokenNormalized(Optimizer):
     def __init__(
         self, params: Any, lr: float = 0.05, relocation_threshold: float = 0.0, load_exponent: float = 0.75
     ) -> None:
-        _check_range(lr, relocation_threshold, load_exponent)
+        check_step(RATE, lr, relocation_threshold, load_exponent)
         super().__init__(
             params, {"lr": lr, "relocation_threshold": relocation_threshold, "load_exponent": load_exponent}
         )
@@ -106,7 +105,7 @@ class TokenNormalized(Optimizer):
         """
         for group in state_dict["param_groups"]:
             # torch adds defaults of its own to an optimizer that was loaded or copied.
-            _check_range(**{name: group.get(name, self.defaults[name]) for name in RATES})
+            check_step(RATE, *(group.get(name, self.defaults[name]) for name in RATES))
         parameters = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         memory = [(p, state_dict["state"].get(key, {})) for p, key in zip(parameters, keys, strict=False)]
@@ -155,13 +154,16 @@ class TokenNormalized(Optimizer):
                 if statistics is None:
                     continue
                 precise = self._precise(prototypes)
-                target, seen_by_some = _reduce(statistics)
-                precise.copy_(torch.where(seen_by_some, precise.lerp(target.to(precise.dtype), group["lr"]), precise))
-                if group["relocation_threshold"] > 0 and statistics.cells is not None:
-                    loads = self.state[prototypes].get("cells")
-                    self.state[prototypes]["cells"] = relocate_prototypes(
-                        precise, statistics.cells, loads, group["relocation_threshold"], group["load_exponent"]
-                    )
+                loads = move_prototypes(
+                    precise,
+                    statistics,
+                    self.state[prototypes].get("cells"),
+                    step_size=group["lr"],
+                    relocation_threshold=group["relocation_threshold"],
+                    load_exponent=group["load_exponent"],
+                )
+                if loads is not None:
+                    self.state[prototypes]["cells"] = loads
                 prototypes.copy_(precise)
         return loss
 
@@ -176,30 +178,3 @@ class TokenNormalized(Optimizer):
         precise = torch.where(kept.to(prototypes.dtype) == prototypes, kept, rounded)
         state["precise"] = precise
         return precise
-
-
-def _check_range(lr: float, relocation_threshold: float, load_exponent: float) -> None:
-    if not 0 < lr <= 1:
-        raise ValueError(f"lr of TokenNormalized must be in (0, 1], a step size; got {lr}.")
-    if not 0 <= relocation_threshold < 1:
-        raise ValueError(
-            f"relocation_threshold must be in [0, 1), a share of the mean load; got {relocation_threshold}."
-        )
-    if not 0 <= load_exponent <= 1:
-        raise ValueError(
-            f"load_exponent must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got "
-            f"{load_exponent}."
-        )
-
-
-def _reduce(statistics: TokenStatistics) -> tuple[Tensor, Tensor]:
-    """Means over all processes, weighted by mass, and whether there is any mass, ``(H, K, 1)``.
-
-    The largest mass is taken out so that nothing underflows.
-    """
-    log_mass, mean, _ = statistics
-    largest = max_over_processes(log_mass)
-    some = (largest > -torch.inf).unsqueeze(-1)
-    weight = (log_mass - largest).exp().unsqueeze(-1).masked_fill(~some, 0.0)
-    total = sum_over_processes(weight)
-    return sum_over_processes(weight * mean) / torch.where(some, total, 1.0), some

@@ -210,7 +210,7 @@ def test_the_step_uses_the_means_of_the_forward_pass(monkeypatch: pytest.MonkeyP
         vq = quantizer()
         optimizer = TokenNormalized([vq.bank.prototypes], lr=0.3).watch(vq)
         if known:
-            monkeypatch.setattr("ddcl_lightning.optim.step_statistics.token_means", None)  # not called
+            monkeypatch.setattr("ddcl_lightning.nn.step_statistics.token_means", None)  # not called
             vq(z)
         else:
             monkeypatch.undo()

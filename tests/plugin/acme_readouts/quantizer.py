@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import Quantizer, QuantizerOutput
+from ddcl_lightning import Quantizer, QuantizerOutput, QuantizerTerms
 
 
 class SignQuantizer(Quantizer):
@@ -24,6 +24,5 @@ class SignQuantizer(Quantizer):
         return QuantizerOutput(
             self.restore(signs).masked_fill(padding, 0.0),
             codes.masked_fill(padding, -1),
-            0.1 * distance,
-            {"softness": distance.detach()},
+            QuantizerTerms(0.1 * distance, {"softness": distance.detach()}),
         )

@@ -62,18 +62,36 @@ class StepStatistics(BankObserver):
         Raises:
             RuntimeError: If the bank was not called at all.
         """
-        dropped = prototypes in self._dropped or self._reset(prototypes) or not prototypes.requires_grad
-        call = self._backpropagated.get(prototypes) or self._forwarded.get(prototypes)
-        self.drop(prototypes)
-        if dropped:
+        if self.is_dropped(prototypes):
+            self.drop(prototypes)
             return None
-        if call is None:
+        statistics = self.take_if_any(prototypes)
+        if statistics is None:
             raise RuntimeError(
                 "TokenNormalized needs a forward pass in training mode before each step, with gradients enabled. Check "
                 "that the training step uses the bank, that the module is in training mode, and that zero_grad "
                 "is not called between the backward pass and the step."
             )
-        return call.statistics
+        return statistics
+
+    def take_if_any(self, marker: Tensor, *, need_backward: bool = False) -> TokenStatistics | None:
+        """Statistics since the last step, which are then reset; None where there are none.
+
+        Args:
+            marker: That of the bank.
+            need_backward: Leave calls that no backward pass went through, also where there are no others.
+        """
+        if self.is_dropped(marker):
+            self.drop(marker)
+            return None
+        call = self._backpropagated.get(marker) or (None if need_backward else self._forwarded.get(marker))
+        if call is not None:
+            self.drop(marker)
+        return None if call is None else call.statistics
+
+    def is_dropped(self, marker: Tensor) -> bool:
+        """True if what was seen was dropped, by its gradients or on purpose, or the bank is frozen."""
+        return marker in self._dropped or self._reset(marker) or not marker.requires_grad
 
     def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
         """Drop the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
@@ -91,22 +109,22 @@ class StepStatistics(BankObserver):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, output: BankOutput) -> BankOutput:
         """Read a call in training mode, and count it when a backward pass goes through it."""
-        prototypes = bank.prototypes
-        if not (bank.training and torch.is_grad_enabled() and prototypes.requires_grad):
+        marker = bank.marker
+        if not (bank.training and torch.is_grad_enabled() and marker.requires_grad):
             return output
         number = next(self._counter)
         call = _Call(number, self._read(bank, tokens, mask, output, number))
-        _add(self._forwarded, prototypes, call)
-        self._dropped.discard(prototypes)
-        if prototypes not in self._gradient_hooks:
+        _add(self._forwarded, marker, call)
+        self._dropped.discard(marker)
+        if marker not in self._gradient_hooks:
             graded = weakref.WeakMethod(self._note_gradient)
-            self._gradient_hooks[prototypes] = prototypes.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            self._gradient_hooks[marker] = marker.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(_call, graded)
             )
-        passes = partial(self._pass, prototypes, call)
+        passes = partial(self._pass, bank, call)
         if output.codes is not None:
             # A gradient that is passed around the bank, straight through, hangs on to this.
-            output = output.replaced(anchor=anchor_of(prototypes))
+            output = output.replaced(anchor=anchor_of(marker))
         for value in (output.centroids, *output.terms, output.weights, output.entropy, output.anchor):
             if value is not None and value.requires_grad:
                 value.register_hook(passes)  # type: ignore[no-untyped-call]
@@ -135,32 +153,33 @@ class StepStatistics(BankObserver):
         return statistics.finite(output.terms.loss)
 
     @torch.no_grad()
-    def _pass(self, prototypes: Tensor, call: _Call, gradient: Tensor) -> None:
+    def _pass(self, bank: PrototypeBank, call: _Call, gradient: Tensor) -> None:
         """Count a call that a gradient passes through."""
-        if self._reset(prototypes):
-            self.drop(prototypes)
-        numbers = self._numbers.setdefault(prototypes, set())
+        marker = bank.marker
+        if self._reset(marker):
+            self.drop(marker)
+        numbers = self._numbers.setdefault(marker, set())
         # The prototypes may have changed their number since the call.
-        if call.number not in numbers and call.statistics.mean.shape == prototypes.shape:
+        if call.number not in numbers and call.statistics.mean.shape == bank.prototypes.shape:
             numbers.add(call.number)
-            _add(self._backpropagated, prototypes, call)
+            _add(self._backpropagated, marker, call)
 
-    def _note_gradient(self, prototypes: Tensor) -> None:
-        if prototypes in self._numbers and prototypes.grad is not None:
-            self._graded.add(prototypes)
+    def _note_gradient(self, marker: Tensor) -> None:
+        if marker in self._numbers and marker.grad is not None:
+            self._graded.add(marker)
 
-    def _reset(self, prototypes: Tensor) -> bool:
+    def _reset(self, marker: Tensor) -> bool:
         """True if the gradient of the counted calls was set to None since."""
-        return prototypes in self._graded and prototypes.grad is None
+        return marker in self._graded and marker.grad is None
 
 
-def _add(kept: dict[Tensor, _Call], prototypes: Tensor, call: _Call) -> None:
-    before = kept.get(prototypes)
+def _add(kept: dict[Tensor, _Call], marker: Tensor, call: _Call) -> None:
+    before = kept.get(marker)
     if before is not None and before.statistics.mean.shape == call.statistics.mean.shape:
         # Backward passes come in any order.
         first, last = sorted((before, call), key=lambda counted: counted.number)
         call = _Call(last.number, first.statistics.merge(last.statistics))
-    kept[prototypes] = call
+    kept[marker] = call
 
 
 def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
@@ -168,7 +187,7 @@ def _remove(handles: dict[Tensor, RemovableHandle]) -> None:
         handle.remove()
 
 
-def _call(method: "weakref.WeakMethod[Any]", prototypes: Tensor) -> None:
+def _call(method: "weakref.WeakMethod[Any]", marker: Tensor) -> None:
     bound = method()
     if bound is not None:
-        bound(prototypes)
+        bound(marker)

@@ -1,0 +1,173 @@
+"""A bank that moves its own prototypes, for quantizers that need no optimizer of the codes."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.distributed import from_first_process, warn
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
+from ddcl_lightning.nn.initialization import first_codes
+from ddcl_lightning.nn.settled_state import SettledState
+from ddcl_lightning.nn.step_statistics import StepStatistics
+from ddcl_lightning.nn.token_step import check_step, move_prototypes
+
+CALLS_WITHOUT_STEP = 1000  # after so many a loop has no optimizer, or accumulates over more batches than anybody does
+
+
+@dataclass(frozen=True)
+class CodeUpdate:
+    """How a quantizer moves its own codes, see :class:`~ddcl_lightning.TokenNormalized` for the three numbers.
+
+    Args:
+        step_size: Share of the distance to the mean of its tokens that a code covers per step, in (0, 1].
+        relocation_threshold: Share of the mean load in [0, 1) under which a code moves to a crowded cell; 0 never
+            moves any.
+        load_exponent: What codes share evenly, in [0, 1]: 0 the distortion, 1 the tokens, or a mixture.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    step_size: float = 0.05
+    relocation_threshold: float = 0.5
+    load_exponent: float = 0.75
+
+    @typed
+    def __init__(
+        self, step_size: float = 0.05, relocation_threshold: float = 0.5, load_exponent: float = 0.75
+    ) -> None:
+        check_step("step_size of a CodeUpdate", step_size, relocation_threshold, load_exponent)
+        for name, value in (
+            ("step_size", step_size),
+            ("relocation_threshold", relocation_threshold),
+            ("load_exponent", load_exponent),
+        ):
+            object.__setattr__(self, name, value)
+
+
+class MovingBank(PrototypeBank, SettledState):
+    """A :class:`~ddcl_lightning.PrototypeBank` whose prototypes move when an optimizer of anything steps.
+
+    They are a buffer: no optimizer moves or decays them, and they stay in float32 in a model of half precision. They
+    take the token-normalized step of :class:`~ddcl_lightning.TokenNormalized`, over the tokens of the calls in training
+    mode that a backward pass went through since the step before: calls without gradients, in evaluation mode, or whose
+    gradients were set to None do not count. So two calls between two steps read the same prototypes. In a loop without
+    an optimizer of torch, :meth:`settle` stands for the step, and all calls since the last count.
+
+    ``requires_grad_(False)`` keeps prototypes where they are. Copies move on their own.
+
+    Args:
+        num_prototypes: K, prototypes per head, at least 1.
+        dim: d, dimension of one head's prototypes.
+        update: How they move.
+        **kwargs: Further arguments of a :class:`~ddcl_lightning.PrototypeBank`.
+
+    Attributes:
+        loads: Buffer ``(H, K, 2)``, running distortion and number of tokens of the cells, of all processes.
+
+    Raises:
+        ValueError: As a bank does.
+    """
+
+    loads: Tensor
+    state_rules: ClassVar[Rules] = {**PrototypeBank.state_rules, "loads": NOT_NEGATIVE}
+
+    def __init__(self, num_prototypes: int, dim: int, *, update: CodeUpdate, **kwargs: Any) -> None:
+        super().__init__(num_prototypes, dim, trainable=False, **kwargs)
+        self.update = update
+        self.register_buffer("loads", torch.zeros(self.num_heads, num_prototypes, 2, dtype=running_dtype()))
+        self._statistics: StepStatistics | None = None
+        self._calls = 0
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if the prototypes stay where they are in training mode too."""
+        return not self.marker.requires_grad
+
+    def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.training and self._statistics is None and not torch.compiler.is_compiling():
+            own = weakref.ref(self)  # the statistics must not keep the bank alive, nor its copies
+            self._statistics = StepStatistics({"": self}, lambda: _relocates(own()))
+        if self.training and not torch.compiler.is_compiling():
+            self._count()
+        return super()._begin(tokens, mask)
+
+    @torch.no_grad()
+    def start(self, tokens: Tensor, *, final: bool) -> None:
+        """Start prototypes and T on the first tokens.
+
+        Args:
+            tokens: ``(N, H * d)``, the same on every process; the first process clusters them.
+            final: Whether there are enough; a start on fewer is random tokens, and leaves the bank uninitialized.
+        """
+        heads = self.split_heads(tokens)[0]
+        codes = from_first_process(
+            lambda: torch.stack([first_codes(head, self.num_prototypes, cluster=final) for head in heads]),
+            "the codes of a quantizer cannot start",
+        )
+        self.prototypes.copy_(codes.to(self.prototypes))
+        self.temperature_state.start(heads, self.prototypes)
+        self.initialized.fill_(float(final))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Move the prototypes by the calls since the last step, and update T, as the step of an optimizer does."""
+        self._move(need_backward=False)
+        self.temperature_state.settle()
+
+    @torch.no_grad()
+    def settle_after_step(self) -> None:
+        """Move the prototypes by the calls that a backward pass went through; T is settled by its own state."""
+        self._move(need_backward=True)
+
+    def begin_from_state(self) -> None:
+        """Drop what was seen before the state was loaded."""
+        if self._statistics is not None:
+            self._statistics.drop(self.marker)
+
+    def take_over(self, where: Tensor | bool = True) -> None:
+        """No effect: prototypes move by :meth:`settle`."""
+
+    def _move(self, *, need_backward: bool) -> None:
+        if self._statistics is None or not self.training:
+            return
+        statistics = self._statistics.take_if_any(self.marker, need_backward=need_backward)
+        self._statistics.drop(self.marker)
+        if statistics is None:
+            return
+        self._calls = 0
+        loads = move_prototypes(
+            self.prototypes,
+            statistics,
+            self.loads,
+            step_size=self.update.step_size,
+            relocation_threshold=self.update.relocation_threshold,
+            load_exponent=self.update.load_exponent,
+        )
+        if loads is not None:
+            self.loads.copy_(loads)
+
+    def _count(self) -> None:
+        self._calls += 1
+        if self._calls == CALLS_WITHOUT_STEP and not self.is_frozen:
+            warn(
+                f"codes have not moved in {CALLS_WITHOUT_STEP} calls in training mode: they move when an optimizer of "
+                "torch steps after a backward pass through the quantizer. In a loop without one call settle() of the "
+                "quantizer after each batch; to keep the codes where they are call requires_grad_(False) or eval()."
+            )
+
+    def _make_room(self, num_prototypes: int) -> None:
+        super()._make_room(num_prototypes)
+        self.loads = self.loads.new_zeros(self.num_heads, num_prototypes, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_statistics": None}
+
+
+def _relocates(bank: MovingBank | None) -> bool:
+    return bank is not None and bank.update.relocation_threshold > 0
