@@ -12,7 +12,7 @@ from _tables import Config
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ddcl_lightning import EmbeddingScale
+from ddcl_lightning import EmbeddingScale, SoftVectorQuantizer
 from ddcl_lightning.datamodules import CIFAR10DataModule, FashionMNISTDataModule
 from ddcl_lightning.functional import effective_dimension
 from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
@@ -119,6 +119,19 @@ class LibraryQuantizer(nn.Module):
         return quantized.mT.unflatten(-1, z.shape[2:]), indices.unflatten(-1, z.shape[2:]), loss.sum()
 
 
+class SoftQuantizer(nn.Module):
+    """Ours: one line and nothing else."""
+
+    def __init__(self, dim: int, codes: int, arguments: Config) -> None:
+        super().__init__()
+        self.layer = SoftVectorQuantizer(dim, codes, channels="first", **arguments)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize."""
+        quantized, indices, terms = self.layer(z)
+        return quantized, indices, terms.loss
+
+
 def train_epoch(model: Autoencoder, images: Tensor, batch: int, optimizer: torch.optim.Optimizer) -> None:
     """One pass; a last batch that is not full is left out."""
     model.train()
@@ -154,4 +167,6 @@ def quantizer(config: dict[str, Any]) -> nn.Module:
     dim, codes = config["dim"], config["codes"]
     if config["quantizer"] == "VectorQuantize":
         return LibraryQuantizer(dim, codes, config["arguments"], config["scale"])
+    if config["quantizer"] in ("ours", "candidate"):
+        return SoftQuantizer(dim, codes, config["arguments"])
     raise ValueError(f"quantizer must be known; got {config['quantizer']!r}.")

@@ -48,7 +48,20 @@ BASELINES = {
     for rotation in (False, True)
     for decay in (0.8, 0.99)
 }
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {**BASELINES}
+# What its defaults were chosen from: the scaling of the tokens, and the commitment's size relative to the gradient.
+CANDIDATES = {
+    f"{scale}-{ratio}": (
+        f"{scale}, {ratio}",
+        {"quantizer": "candidate", "arguments": {"embedding_scale": scale, "commitment_ratio": ratio}},
+    )
+    for scale in ("none", "total", "per_dimension")
+    for ratio in (0.1, 0.25, 0.5, 1.0)
+}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    **BASELINES,
+    "ours": ("**ours**", {"quantizer": "ours", "arguments": {}}),
+    **CANDIDATES,
+}
 
 
 def case(method: str, data: str, codes: int, **changes: Any) -> Case:
