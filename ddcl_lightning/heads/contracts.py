@@ -157,7 +157,7 @@ def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) ->
         return output  # type: ignore[no-any-return]
     rule = f"{type(quantizer).__name__}.forward() must return QuantizerOutput(quantized, indices, ...)"
     if not isinstance(output, QuantizerOutput):
-        _refuse(rule, described(output), "Wrap what it returns: QuantizerOutput(quantized, indices, QuantizerTerms(loss))")
+        _refuse(rule, described(output), "Return QuantizerOutput(quantized, indices, QuantizerTerms(loss))")
     shape, books = tuple(tokens.shape[:2]), quantizer.num_codebooks
     for name, value, last in (
         ("quantized", output.quantized, (quantizer.output_dim,)),

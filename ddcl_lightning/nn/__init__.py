@@ -6,6 +6,7 @@ from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.moving_bank import CodeUpdate
 from ddcl_lightning.nn.quantizer import SoftVectorQuantizer
 from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms
+from ddcl_lightning.nn.residual_quantizer import ResidualVectorQuantizer
 from ddcl_lightning.nn.scaling import EmbeddingScale
 from ddcl_lightning.nn.temperature import Temperature
 from ddcl_lightning.nn.vector_quantizer import VectorQuantizer
@@ -19,6 +20,7 @@ __all__ = [
     "Quantizer",
     "QuantizerOutput",
     "QuantizerTerms",
+    "ResidualVectorQuantizer",
     "SoftVectorQuantizer",
     "Temperature",
     "VectorQuantizer",

@@ -40,7 +40,7 @@ class PrototypeBank(Codebook, ObservedModule):
             between two steps of an optimizer see one T; in a loop without optimizers, :meth:`settle` stands for them.
         detach_assignments: Hold assignments constant in the backward pass, the paper's stop-gradient form (eq. 10).
         measure_variance: Follow the variance of the tokens for temperatures that need none too.
-        trainable: Whether prototypes are a parameter, or else a buffer, see :class:`~ddcl_lightning.nn.codebook.Codebook`.
+        trainable: Whether prototypes are a parameter, or else a buffer, of the owner.
 
     Attributes:
         prototypes: Parameter ``(H, K, d)``, or a buffer.

@@ -14,8 +14,8 @@ class ChannelLayout:
     """The dimension of the channels in inputs of every rank.
 
     Two dimensions are ``(N, D)``. Of more, ``"last"`` is ``(B, ..., D)`` and ``"first"`` is ``(B, D, ...)``. If neither
-    is said, the one of the two that has size D is meant, and it stays the one for inputs of that rank: tokens of another
-    length never change it. Where both have it, at the first input of a rank, there is no answer, and an error asks.
+    is said, the one of the two that has size D is meant, and it stays the one for inputs of that rank, whatever their
+    length. Where both have it, at the first input of a rank, there is no answer, and an error asks.
 
     Args:
         dim: D.
@@ -86,7 +86,7 @@ class ChannelLayout:
             )
         if not fits and not fits_other:
             raise ValueError(
-                f"z must have its channels, dim = {self.dim}, in dimension 1 or last; got shape {tuple(z.shape)}. Build "
-                "the quantizer for their number."
+                f"z must have its channels, dim = {self.dim}, in dimension 1 or last; got shape {tuple(z.shape)}. "
+                "Build the quantizer for their number."
             )
         return preferred if fits else other

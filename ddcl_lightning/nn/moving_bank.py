@@ -38,9 +38,7 @@ class CodeUpdate:
     load_exponent: float = 0.75
 
     @typed
-    def __init__(
-        self, step_size: float = 0.05, relocation_threshold: float = 0.5, load_exponent: float = 0.75
-    ) -> None:
+    def __init__(self, step_size: float = 0.05, relocation_threshold: float = 0.5, load_exponent: float = 0.75) -> None:
         check_step("step_size of a CodeUpdate", step_size, relocation_threshold, load_exponent)
         for name, value in (
             ("step_size", step_size),

@@ -3,19 +3,19 @@
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
-from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
-from ddcl_lightning.functional._common import masked_mean, zero_padding
+from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.first_tokens import FirstTokens
-from ddcl_lightning.nn.layout import ChannelLayout, Channels
+from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms, check_indices
-from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
+from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
+from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
@@ -23,10 +23,13 @@ QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
 
 COMMITMENT_RATIO = 0.25
+DEFAULT_UPDATE = CodeUpdate()
 
 
-class SoftVectorQuantizer(Quantizer):
-    """Soft vector quantization (section 5.1, eq. 16) with hard codes at evaluation, in one line::
+class SoftVectorQuantizer(ProjectedQuantizer):
+    """Soft vector quantization (section 5.1, eq. 16) with hard codes at evaluation.
+
+    One line::
 
         vq = SoftVectorQuantizer(dim=64, num_codes=512)
         quantized, indices, terms = vq(z)
@@ -62,16 +65,16 @@ class SoftVectorQuantizer(Quantizer):
         code_dim: d, dimension of a head's codes; by default ``dim // num_heads``. Tokens are projected where
             ``num_heads * code_dim`` differs from D: a low dimension (8 or so) keeps many codes in use.
         num_heads: H, independent codebooks on slices of the token (product quantization).
-        channels: ``"last"`` for tokens ``(B, ..., D)``, ``"first"`` for ``(B, D, ...)``; by default the one that fits, see
-            :class:`~ddcl_lightning.nn.layout.ChannelLayout`.
+        channels: ``"last"`` for tokens ``(B, ..., D)``, ``"first"`` for ``(B, D, ...)``; by default the one that
+            fits, see :class:`~ddcl_lightning.nn.layout.ChannelLayout`.
         code_update: How codes move inside, or ``"optimizer"``: an optimizer of yours moves them.
         temperature: Softness of the assignments, see :class:`~ddcl_lightning.Temperature`. By default a tenth of the
             distortion where codes move inside; a tenth of the critical temperature where an optimizer moves them: there
             too high (0.5 and above) crowds codes together, too low from the start leaves those without tokens that are
             far from them, and 3 / K is a good start and a hundredth of it a good end from 64 codes on.
         commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's, see
-            :func:`~ddcl_lightning.nn.straight_through.straight_through`; needs the gradient straight through. By default
-            0.25 where codes move inside, else 0.
+            :func:`~ddcl_lightning.nn.straight_through.straight_through`; needs the gradient straight through. By
+            default 0.25 where codes move inside, else 0.
         commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens in ``terms.loss``; by default 0
             where codes move inside, else 0.01. It is free of the tokens' scale, but not of that of the decoder's
             loss: about a tenth of the variance of what is reconstructed. Tokens of little variance get a gradient of
@@ -102,7 +105,7 @@ class SoftVectorQuantizer(Quantizer):
         code_dim: int | None = None,
         num_heads: int = 1,
         channels: Channels | None = None,
-        code_update: CodeUpdate | Literal["optimizer"] = CodeUpdate(),
+        code_update: CodeUpdate | Literal["optimizer"] = DEFAULT_UPDATE,
         temperature: float | list[float] | Temperature | None = None,
         commitment_ratio: float | None = None,
         commitment_weight: float | None = None,
@@ -111,7 +114,6 @@ class SoftVectorQuantizer(Quantizer):
         training_output: TrainingOutput = "hard",
         embedding_scale: ScaleMode = "none",
     ) -> None:
-        super().__init__()
         moves = isinstance(code_update, CodeUpdate)
         if commitment_ratio is None:
             commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
@@ -136,15 +138,11 @@ class SoftVectorQuantizer(Quantizer):
         require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
-        self.dim, self.gradient, self.training_output = dim, gradient, training_output
+        super().__init__(dim, num_heads * code_dim, channels, embedding_scale)
+        self.gradient, self.training_output = gradient, training_output
         self.commitment_ratio, self.commitment_weight = commitment_ratio, commitment_weight
         self.entropy_weight, self.code_update = entropy_weight, code_update
-        self.layout = ChannelLayout(dim, channels)
         self.bank = create_bank(num_codes, code_dim, num_heads, temperature, code_update, commitment_weight > 0)
-        width = num_heads * code_dim
-        self.input_projection = nn.Linear(dim, width) if width != dim else None
-        self.output_projection = nn.Linear(width, dim) if width != dim else None
-        self.scale = EmbeddingScale(width, embedding_scale)
         self._first_tokens = FirstTokens(num_codes) if moves else None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
@@ -157,17 +155,17 @@ class SoftVectorQuantizer(Quantizer):
         Returns:
             What the decoder reads, in the shape of the input: codes, or in training also soft centroids. Hard codes in
             the shape of the mask, with a last dimension of heads if there are several, -1 at padding. In the terms, the
-            loss: commitment and entropy bonus, zero without either. Signals, ``(H,)`` each: ``code_entropy``, of the mean
-            soft assignment, in [0, ln K] nats, and ``code_gap``, the mean squared distance of soft centroid and hard
-            code as a share of the total variance of the tokens (of the codes, where that is not measured), which is
-            what changes when codes become hard: it goes to 0 with T.
+            loss: commitment and entropy bonus, zero without either. Signals, ``(H,)`` each: ``code_entropy``, of the
+            mean soft assignment, in [0, ln K] nats, and ``code_gap``, the mean squared distance of soft centroid and
+            hard code as a share of the total variance of the tokens (of the codes, where that is not measured), which
+            is what changes when codes become hard: it goes to 0 with T.
 
         Raises:
             ValueError: If a shape does not fit.
         """
         tokens = self.layout.tokens(z, mask)
         embedded = self._embed(tokens, mask)
-        if self._first_tokens is not None and self.training:
+        if self.training:
             self._start(embedded, mask)
         straight = self.gradient == "straight_through" or not self.training
         learns = not straight or self.commitment_weight > 0 or self.entropy_weight > 0
@@ -183,7 +181,7 @@ class SoftVectorQuantizer(Quantizer):
             mask=mask,
         )
         terms = self._terms(output, hard.detach(), mask)
-        return QuantizerOutput(self._restore(self._project(quantized, mask), z), self._squeeze(output.codes), terms)
+        return QuantizerOutput(self._restore(quantized, mask).to(z.dtype), self._squeeze(output.codes), terms)
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -214,11 +212,7 @@ class SoftVectorQuantizer(Quantizer):
         codes = indices.unsqueeze(-1) if heads == 1 else indices
         fits = codes.dim() >= 2 and codes.shape[-1] == heads
         check_indices(indices, fits, size, "(N,), (B, T) or (B, H, W)" if heads == 1 else f"(..., num_heads = {heads})")
-        return self.layout.restore(self._project(self.bank.vectors(codes), (codes >= 0).all(-1)))
-
-    def settle(self) -> None:
-        """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
-        self.bank.settle()
+        return self._restore(self.bank.vectors(codes), (codes >= 0).all(-1))
 
     @property
     def codebook(self) -> Tensor:
@@ -235,40 +229,9 @@ class SoftVectorQuantizer(Quantizer):
         """H."""
         return self.bank.num_heads
 
-    def embedding_parameters(self) -> list[nn.Parameter]:
-        """The projection into the codes' space, where there is one."""
-        return [] if self.input_projection is None else list(self.input_projection.parameters())
-
     def extra_repr(self) -> str:
         """Dimension and modes, for ``print``."""
         return f"dim={self.dim}, gradient={self.gradient!r}, training_output={self.training_output!r}"
-
-    def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
-        """Start the codes on the first tokens, anew with each batch until there are enough of them."""
-        bank = self.bank
-        if self._first_tokens is None or torch.compiler.is_compiling() or recomputing():
-            return
-        assert isinstance(bank, MovingBank)
-        if bool(bank.initialized):
-            self._first_tokens = None
-        elif not bank.is_frozen:
-            sample = self._first_tokens.add(embedded, mask)
-            bank.start(sample, final=self._first_tokens.enough(sample))
-
-    def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens ``(B, T, D)`` in the space of the codes, ``(B, T, H * d)``."""
-        projected = tokens if self.input_projection is None else self.input_projection(tokens)
-        scaled: Tensor = self.scale(projected, mask)
-        return scaled
-
-    def _project(self, quantized: Tensor, mask: Tensor | None) -> Tensor:
-        if self.output_projection is not None:
-            quantized = self.output_projection(quantized)
-        return zero_padding(quantized, mask)
-
-    def _restore(self, tokens: Tensor, like: Tensor) -> Tensor:
-        """Tokens ``(*, D)`` in the shape and dtype of the input."""
-        return self.layout.restore(tokens).to(like.dtype)
 
     def _squeeze(self, codes: Tensor) -> Tensor:
         """Codes ``(*, H)``, without the last dimension where there is one head."""

@@ -90,8 +90,7 @@ class Quantizer(nn.Module, ABC):
         """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid ones; padding may hold anything."""
 
     def prototype_parameters(self) -> list[nn.Parameter]:
-        """Codes that step at ``lr_prototypes``: by default the prototypes of every bank inside, unless it moves
-        them itself."""
+        """Codes that step at ``lr_prototypes``: those of every bank inside, unless it moves them itself."""
         banks = find_banks(self).values()
         return [bank.prototypes for bank in banks if isinstance(bank.prototypes, nn.Parameter)]
 

@@ -67,7 +67,7 @@ class RunningDistortion(RunningMeans):
 
 
 def hard_distortion(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared distance of ``(H, N, d)`` tokens with mask ``(H, N)`` from the nearest of ``(H, K, d)``, ``(H,)``."""
+    """Mean squared distance ``(H,)`` of ``(H, N, d)`` tokens, mask ``(H, N)``, from the nearest of ``(H, K, d)``."""
     z, codes = tokens.to(running_dtype()), prototypes.to(tokens.device, running_dtype())
     index = nearest_prototype(z, codes).unsqueeze(-1).expand(-1, -1, z.shape[-1])
     distance = (z - codes.gather(1, index)).square().sum(-1)

@@ -1,0 +1,78 @@
+"""What quantizers of our own have in common: the layout of inputs, the space of the codes, and their start."""
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.nn.first_tokens import FirstTokens
+from ddcl_lightning.nn.layout import ChannelLayout, Channels
+from ddcl_lightning.nn.moving_bank import MovingBank
+from ddcl_lightning.nn.quantizer_base import Quantizer
+from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+
+
+class ProjectedQuantizer(Quantizer):
+    """Quantizer of tokens of any layout, in a space of their own if need be, whose codes start on the first tokens.
+
+    Args:
+        dim: D, channels of the tokens.
+        width: Dimension of the space of the codes; tokens are projected where it differs from D.
+        channels: See :class:`~ddcl_lightning.nn.layout.ChannelLayout`.
+        embedding_scale: A bound on the scale of what is quantized, see :class:`~ddcl_lightning.EmbeddingScale`.
+    """
+
+    def __init__(self, dim: int, width: int, channels: Channels | None, embedding_scale: ScaleMode) -> None:
+        super().__init__()
+        self.dim = dim
+        self.layout = ChannelLayout(dim, channels)
+        self.input_projection = nn.Linear(dim, width) if width != dim else None
+        self.output_projection = nn.Linear(width, dim) if width != dim else None
+        self.scale = EmbeddingScale(width, embedding_scale)
+        self._first_tokens: FirstTokens | None = None
+
+    def moving_banks(self) -> list[MovingBank]:
+        """The banks that move their codes themselves, in the order in which they start."""
+        return [bank for bank in self.modules() if isinstance(bank, MovingBank)]
+
+    def settle(self) -> None:
+        """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
+        for bank in self.moving_banks():
+            bank.settle()
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The projection into the codes' space, where there is one."""
+        return [] if self.input_projection is None else list(self.input_projection.parameters())
+
+    def start_codes(self, tokens: Tensor, *, final: bool) -> None:
+        """Start the codes on tokens ``(N, width)``, the same on every process.
+
+        Args:
+            tokens: In the space of the codes, finite.
+            final: Whether there are enough of them for k-means; a start on fewer is done again with the next batch.
+        """
+        for bank in self.moving_banks():
+            bank.start(tokens, final=final)
+
+    def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
+        """Start the codes in a training call, anew with each batch until there are enough tokens."""
+        if self._first_tokens is None or torch.compiler.is_compiling() or recomputing():
+            return
+        banks = self.moving_banks()
+        if all(bool(bank.initialized) for bank in banks):
+            self._first_tokens = None
+        elif not any(bank.is_frozen for bank in banks):
+            sample = self._first_tokens.add(embedded, mask)
+            self.start_codes(sample, final=self._first_tokens.enough(sample))
+
+    def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""
+        projected = tokens if self.input_projection is None else self.input_projection(tokens)
+        scaled: Tensor = self.scale(projected, mask)
+        return scaled
+
+    def _restore(self, quantized: Tensor, mask: Tensor | None) -> Tensor:
+        """Vectors ``(*, width)`` in the space and the layout of the tokens, zero at padding."""
+        if self.output_projection is not None:
+            quantized = self.output_projection(quantized.to(self.output_projection.weight.dtype))
+        return self.layout.restore(zero_padding(quantized, mask))

@@ -1,0 +1,239 @@
+"""Residual vector quantization: every level encodes what the levels before have left."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
+from ddcl_lightning._utils.modes import evaluating
+from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.nn.first_tokens import FirstTokens
+from ddcl_lightning.nn.layout import Channels
+from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
+from ddcl_lightning.nn.quantizer import COMMITMENT_RATIO, DEFAULT_UPDATE
+from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
+from ddcl_lightning.nn.scaling import ScaleMode
+from ddcl_lightning.nn.straight_through import straight_through
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
+
+
+class ResidualVectorQuantizer(ProjectedQuantizer):
+    """Residual vector quantization, with codes that move inside.
+
+    One line::
+
+        rvq = ResidualVectorQuantizer(dim=32, num_codes=256, num_levels=3)
+        quantized, indices, terms = rvq(z)
+
+    The first level replaces a token by its nearest code, every further one the residual that the levels before have
+    left; the token is the sum of its codes, and its indices, one per level, name it from coarse to fine: the first of
+    them alone decode to an approximation. Levels do not send gradients to each other: the decoder's gradient passes
+    straight through the sum, with the commitment of :class:`~ddcl_lightning.SoftVectorQuantizer` to it. Codes start by
+    k-means, level after level, and move as those of that class do.
+
+    Args:
+        dim: D, channels of the tokens.
+        num_codes: K, codes of each level (and head).
+        num_levels: L, at least 1.
+        code_dim: d, dimension of a head's codes; by default ``dim // num_heads``. Tokens are projected where
+            ``num_heads * code_dim`` differs from D.
+        num_heads: H: slices of the token with residual codes of their own (grouped residual quantization).
+        shared_codebook: Use the same codes at all levels.
+        level_dropout: Probability in [0, 1) that a batch is decoded from its first levels alone while training; how
+            many is drawn uniformly from 1 to L - 1. So every number of levels decodes well. The indices of levels that
+            were left out are -1, while all levels go on learning from the batch.
+        channels: See :class:`~ddcl_lightning.SoftVectorQuantizer`.
+        code_update: How codes move.
+        temperature: Softness of the assignments by which codes move, see :class:`~ddcl_lightning.Temperature`; by
+            default a tenth of each level's distortion.
+        commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's.
+        embedding_scale: A bound on the scale of what is quantized, see :class:`~ddcl_lightning.EmbeddingScale`.
+
+    Attributes:
+        levels: The codes: one :class:`~ddcl_lightning.PrototypeBank` per level, or a single one for all.
+
+    Raises:
+        ValueError: If an argument is out of its range or sizes do not fit.
+    """
+
+    @typed
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        num_levels: int,
+        *,
+        code_dim: int | None = None,
+        num_heads: int = 1,
+        shared_codebook: bool = False,
+        level_dropout: float = 0.0,
+        channels: Channels | None = None,
+        code_update: CodeUpdate = DEFAULT_UPDATE,
+        temperature: float | list[float] | Temperature | None = None,
+        commitment_ratio: float = COMMITMENT_RATIO,
+        embedding_scale: ScaleMode = "none",
+    ) -> None:
+        require_at_least(1, dim=dim, num_codes=num_codes, num_levels=num_levels, code_dim=code_dim)
+        if not 0 <= level_dropout < 1:
+            raise ValueError(f"level_dropout must be a probability in [0, 1); got {level_dropout}.")
+        if not commitment_ratio >= 0:
+            raise ValueError(f"commitment_ratio must be >= 0; got {commitment_ratio}.")
+        if code_dim is None:
+            code_dim = width_per_head(num_heads, "code_dim", dim=dim)
+        if temperature is None:
+            temperature = Temperature(DEFAULT_TEMPERATURE, "distortion")
+        super().__init__(dim, num_heads * code_dim, channels, embedding_scale)
+        self.num_codes, self.num_levels, self.num_heads = num_codes, num_levels, num_heads
+        self.num_codebooks = num_levels * num_heads
+        self.level_dropout, self.commitment_ratio, self.shared_codebook = (
+            level_dropout,
+            commitment_ratio,
+            shared_codebook,
+        )
+        settings: dict[str, Any] = {"update": code_update, "num_heads": num_heads, "temperature": temperature}
+        number = 1 if shared_codebook else num_levels
+        self.levels = nn.ModuleList([MovingBank(num_codes, code_dim, **settings) for _ in range(number)])
+        self._first_tokens = FirstTokens(num_codes)
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        """Quantize tokens or feature maps.
+
+        Args:
+            z: ``(N, D)``, ``(B, T, D)``, ``(B, D, H, W)`` or any other rank, see ``channels``; any float dtype.
+            mask: Boolean, the shape of ``z`` without its channels, True for valid tokens. Padding comes out as zero.
+
+        Returns:
+            Sums of codes, in the shape of the input. Indices in the shape of the mask with a last dimension of
+            ``L * H``, those of the first level first; -1 at padding, and at levels that were dropped. In the terms, a
+            loss of zero, the decomposition of every codebook's tokens, ``(L * H,)`` each, and signals
+            ``level1_error`` and so on: the mean squared error with so many levels, as a share of the tokens' variance.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        tokens = self.layout.tokens(z, mask)
+        embedded = self._embed(tokens, mask)
+        if self.training:
+            self._start(embedded, mask)
+        used = self._draw_levels()
+        residual, total = embedded.detach(), torch.zeros_like(embedded)
+        codes, anchors, terms = [], [], []
+        signals: dict[str, Tensor] = {}
+        for level in range(self.num_levels):
+            bank = self.bank(level)
+            output = bank.quantize(residual, mask)
+            assert output.codes is not None
+            vectors = bank.vectors(output.codes).to(residual.dtype)
+            residual = residual - vectors
+            if level < used:
+                total = total + vectors
+            codes.append(output.codes if level < used else torch.full_like(output.codes, -1))
+            terms.append(output.terms)
+            if output.anchor is not None:
+                anchors.append(output.anchor)
+            signals[f"level{level + 1}_error"] = _relative_error(residual, embedded, mask)
+        anchor = torch.stack(anchors).sum() if anchors else None
+        ratio = self.commitment_ratio if self.training else 0.0
+        quantized = straight_through(total, embedded, anchor, commitment_ratio=ratio, mask=mask)
+        loss = terms[0].loss.new_zeros(()) if anchor is None else anchor
+        decomposition = Decomposition(*(torch.cat(values) for values in zip(*terms, strict=True)))
+        return QuantizerOutput(
+            self._restore(quantized, mask).to(z.dtype),
+            self._squeeze(torch.cat(codes, -1)),
+            QuantizerTerms(loss, signals, decomposition),
+        )
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Indices of tokens or feature maps, as the forward pass gives them, at all levels.
+
+        Args:
+            z: As for the forward pass.
+            mask: As for the forward pass; the indices of tokens that are not valid are -1.
+        """
+        with evaluating(self.scale):
+            residual = self._embed(self.layout.tokens(z, mask), mask)
+        codes = []
+        for level in range(self.num_levels):
+            codes.append(self.bank(level).encode(residual, mask))
+            residual = residual - self.bank(level).vectors(codes[-1]).to(residual.dtype)
+        return self._squeeze(torch.cat(codes, -1))
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Tokens or feature maps of indices, or of their first levels.
+
+        Args:
+            indices: As :meth:`encode` returns them, or the first ``l * H`` of the last dimension for l levels; -1 for
+                padding, and for levels that are left out.
+
+        Returns:
+            Their vectors, in the shape of what was encoded (see :meth:`ddcl_lightning.SoftVectorQuantizer.decode`);
+            zero for padding.
+
+        Raises:
+            ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
+        """
+        codes = indices.unsqueeze(-1) if self.num_codebooks == 1 else indices
+        most, heads = self.num_codebooks, self.num_heads
+        fits = codes.dim() >= 2 and 1 <= codes.shape[-1] <= most and codes.shape[-1] % heads == 0
+        check_indices(indices, fits, self.num_codes, f"(..., {heads} to {most}), {heads} per level")
+        total = torch.stack(
+            [self.bank(level).vectors(of_level) for level, of_level in enumerate(codes.split(heads, -1))]
+        ).sum(0)
+        return self._restore(total, codes[..., 0] >= 0)
+
+    def bank(self, level: int) -> MovingBank:
+        """The bank of a level, from 0."""
+        bank = self.levels[0 if self.shared_codebook else level]
+        assert isinstance(bank, MovingBank)
+        return bank
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, ``(L * H, K, d)``, detached: those of the first level first."""
+        return torch.cat([self.bank(level).prototypes.detach() for level in range(self.num_levels)])
+
+    def start_codes(self, tokens: Tensor, *, final: bool) -> None:
+        """Start the levels in order, each on what those before leave of tokens ``(N, width)``."""
+        if self.shared_codebook:
+            bank = self.bank(0)
+            bank.start(tokens, final=final)
+            bank.start(torch.cat([tokens, _residual(bank, tokens)]), final=final)
+            return
+        for level in range(self.num_levels):
+            self.bank(level).start(tokens, final=final)
+            tokens = _residual(self.bank(level), tokens)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print``."""
+        return f"dim={self.dim}, num_codes={self.num_codes}, num_levels={self.num_levels}, num_heads={self.num_heads}"
+
+    def _draw_levels(self) -> int:
+        """How many levels the decoder gets."""
+        if not (self.training and self.level_dropout and self.num_levels > 1):
+            return self.num_levels
+        chance, number = torch.rand(2).tolist()
+        return 1 + int(number * (self.num_levels - 1)) if chance < self.level_dropout else self.num_levels
+
+    def _squeeze(self, codes: Tensor) -> Tensor:
+        return codes.squeeze(-1) if self.num_codebooks == 1 else codes
+
+
+def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
+    """What the bank's codes leave of ``(N, width)`` tokens."""
+    device = bank.prototypes.device
+    vectors = bank.vectors(bank.encode(tokens.to(device, bank.prototypes.dtype)))
+    return tokens - vectors.to(tokens)
+
+
+@torch.no_grad()
+def _relative_error(residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean square of a residual as a share of the variance of the tokens, both ``(*, d)``."""
+    rest, z = (value.detach().flatten(0, -2).float() for value in (residual, tokens))
+    valid = z.new_ones(len(z), 1) if mask is None else mask.reshape(-1, 1).float()
+    number = valid.sum().clamp(min=1.0)
+    mean = (z * valid).sum(0) / number
+    variance = ((z - mean).square() * valid).sum() / number
+    return (rest.square() * valid).sum() / number / variance.clamp(min=torch.finfo(variance.dtype).tiny)
