@@ -35,14 +35,14 @@ def prepare(name: str, codes: int, tokens: Tensor) -> Step:
     torch.manual_seed(0)
     start = torch.randn(codes, DIM)
     if name == "ours":
-        vq = SoftVectorQuantizer(DIM, codes, temperature=0.005)
+        vq = SoftVectorQuantizer(DIM, codes, code_update="optimizer", temperature=0.005)
         vq.bank.set_prototypes(start.unsqueeze(0))
         optimizer = TokenNormalized([vq.bank.prototypes], lr=STEP, relocation_threshold=RELOCATE).watch(vq)
 
         def ours() -> None:
             tokens.grad = None
             output = vq(tokens)
-            (output.quantized.square().mean() + output.loss).backward()
+            (output.quantized.square().mean() + output.terms.loss).backward()
             optimizer.step()
             optimizer.zero_grad()
 

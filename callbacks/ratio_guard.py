@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.nn.discovery import require_banks
+from ddcl_lightning.nn.discovery import prototypes_of, require_banks
 from ddcl_lightning.optim.two_timescale import live_ratio, parameter_ids
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
@@ -55,7 +55,7 @@ class RatioGuard(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sort the parameters into those of prototypes and of the encoder."""
         self._warned = False
-        self._fast = parameter_ids(bank.prototypes for bank in require_banks(pl_module, "RatioGuard").values())
+        self._fast = parameter_ids(prototypes_of(require_banks(pl_module, "RatioGuard").values()))
         if isinstance(pl_module, ReadoutModule):
             self._slow = pl_module.parameter_groups()["encoder"]
             return

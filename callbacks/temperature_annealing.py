@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import averaged_copies
+from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.callbacks._base import is_new_run, log_name
 from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -109,7 +110,10 @@ class TemperatureAnnealing(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the banks, which the module may have built in its own ``setup`` or ``configure_model``."""
-        self._banks = require_banks(pl_module, type(self).__name__, self.banks)
+        banks = require_banks(pl_module, type(self).__name__, self.banks)
+        self._banks = {name: bank for name, bank in banks.items() if bank.temperature_state.unit != "distortion"}
+        if banks and not self._banks:
+            inform(f"{type(self).__name__} stays idle: the temperature of {', '.join(banks)} follows its distortion.")
         for name, bank in self._banks.items():
             if len(self._ends) not in (1, bank.num_heads):
                 raise ValueError(
@@ -137,9 +141,10 @@ class TemperatureAnnealing(Callback):
         missing = [name for name, bank in self._banks.items() if not bank.temperature_state.is_measured]
         for name in execution_order(trainer, pl_module, self._banks) if missing else ():
             if name in missing:
-                state = self._banks[name].temperature_state
-                tokens = collect_tokens(trainer, pl_module, name, self._banks[name], max_tokens=REFERENCE_TOKENS)
-                state.start(tokens)
+                bank = self._banks[name]
+                state = bank.temperature_state
+                tokens = collect_tokens(trainer, pl_module, name, bank, max_tokens=REFERENCE_TOKENS)
+                state.start(tokens, bank.prototypes)
                 if not state.is_measured:
                     raise ValueError(
                         f"the tokens that reach bank {name!r} have no variance, so no temperature is critical. Check "

@@ -20,7 +20,7 @@ from ddcl_lightning.heads.base import Head
 from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
 from ddcl_lightning.metrics.stages import StageMetrics, check_new
-from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 from ddcl_lightning.nn.guarded_state import require_finite
 from ddcl_lightning.optim.added_groups import adopt_groups, release_restored
 from ddcl_lightning.optim.factory import OptimizerConfig
@@ -119,7 +119,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         check_built(head, embed_dim)
         task.build(head)
         if rho == 0:
-            placed = parameter_ids(bank.prototypes for bank in find_banks(backbone).values())
+            placed = parameter_ids(prototypes_of(find_banks(backbone).values()))
             for parameter in [*backbone.parameters(), *head.embedding_parameters()]:
                 if id(parameter) not in placed:
                     parameter.requires_grad_(False)

@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, Any] = {
     "num_classes": 4,
     "num_clusters": 4,
     "num_codes": 6,
+    "num_levels": 2,
     "num_components": 3,
     "num_prototypes": 6,
     "out_channels": 1,

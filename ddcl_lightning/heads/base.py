@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask, require_tokens
-from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 
 AnyHead = TypeVar("AnyHead", bound="Head")
 
@@ -116,7 +116,7 @@ class Head(nn.Module, ABC):
 
     def prototype_parameters(self) -> list[nn.Parameter]:
         """Parameters that step at ``lr_prototypes``: by default the prototypes of every bank inside."""
-        return [bank.prototypes for bank in find_banks(self).values()]
+        return prototypes_of(find_banks(self).values())
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Parameters that move the tokens which a bank sees; they step with the encoder, at rho * lr_prototypes.

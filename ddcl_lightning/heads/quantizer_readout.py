@@ -9,6 +9,7 @@ from ddcl_lightning.functional import code_counts
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
 from ddcl_lightning.heads.contracts import check_quantizer, check_quantizer_output
 from ddcl_lightning.heads.pooling import mean_token
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer_base import Quantizer
 
 
@@ -37,6 +38,8 @@ class CodebookHead(Head):
         quantizer = self.create(embed_dim)
         check_quantizer(self, quantizer)
         self.quantizer = quantizer.train(self.training)
+        if isinstance(quantizer, ProjectedQuantizer):
+            quantizer.layout.assume(3, "last")
         self.num_codes, self.num_codebooks = self.quantizer.num_codes, self.quantizer.num_codebooks
         self.pooled_dim = self.quantizer.output_dim
         super().build(embed_dim)

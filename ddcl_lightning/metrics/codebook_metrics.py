@@ -93,12 +93,15 @@ class CodebookMetrics(Metric):
         """Add the codes of a batch.
 
         Args:
-            codes: ``(B, T, H)`` integers in [0, K), -1 for padding.
+            codes: ``(..., H)`` integers in [0, K), -1 for padding; of one codebook any shape, as a quantizer returns
+                them.
             assignments: Mean soft assignment of each sample, ``(B, H, K)``, or None.
         """
+        if self.num_codebooks == 1:
+            codes = codes.reshape(-1, 1)
         if codes.shape[-1] != self.num_codebooks:
             raise ValueError(
-                f"codes must have shape (B, T, num_codebooks = {self.num_codebooks}); got {tuple(codes.shape)}. Set "
+                f"codes must have shape (..., num_codebooks = {self.num_codebooks}); got {tuple(codes.shape)}. Set "
                 "num_codebooks of the head to the number of its codebooks."
             )
         if assignments is not None and assignments.shape[1:] != self.mass.shape:

@@ -50,7 +50,7 @@ class Codebook(GuardedState):
 
     @property
     def marker(self) -> nn.Parameter:
-        """See the attributes."""
+        """Parameter whose gradient tells of backward passes, see the attributes."""
         prototypes = self.prototypes
         return prototypes if isinstance(prototypes, nn.Parameter) else self._marker
 

@@ -1,5 +1,6 @@
 """Finding prototype banks inside any module."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,6 +12,11 @@ from ddcl_lightning.nn.bank import PrototypeBank
 def find_banks(module: nn.Module) -> dict[str, PrototypeBank]:
     """All prototype banks inside ``module`` by their qualified names, each once, in order of registration."""
     return {name: bank for name, bank in module.named_modules() if isinstance(bank, PrototypeBank)}
+
+
+def prototypes_of(banks: Iterable[PrototypeBank]) -> list[nn.Parameter]:
+    """Prototypes of banks, for an optimizer: those that the bank does not move itself."""
+    return [bank.prototypes for bank in banks if isinstance(bank.prototypes, nn.Parameter)]
 
 
 def require_banks(module: nn.Module, caller: str, pattern: str = "*") -> dict[str, PrototypeBank]:

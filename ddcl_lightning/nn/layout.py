@@ -46,6 +46,10 @@ class ChannelLayout:
         check_mask(tokens, mask)
         return zero_padding(tokens, mask)  # a NaN left in the padding would reach the gradients
 
+    def assume(self, rank: int, place: Channels) -> None:
+        """Take inputs of so many dimensions to have their channels there, unless it was said otherwise."""
+        self._known.setdefault(rank, place)
+
     def restore(self, tokens: Tensor) -> Tensor:
         """Tokens ``(*, D)`` with their channels where those of inputs of that rank are.
 

@@ -21,7 +21,7 @@ CALLS_WITHOUT_STEP = 1000  # after so many a loop has no optimizer, or accumulat
 
 @dataclass(frozen=True)
 class CodeUpdate:
-    """How a quantizer moves its own codes, see :class:`~ddcl_lightning.TokenNormalized` for the three numbers.
+    """Numbers by which a quantizer moves its own codes, see :class:`~ddcl_lightning.TokenNormalized`.
 
     Args:
         step_size: Share of the distance to the mean of its tokens that a code covers per step, in (0, 1].

@@ -4,11 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning._utils.distributed import joint_order
+from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.first_tokens import FirstTokens
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
-from ddcl_lightning.nn.moving_bank import MovingBank
+from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.quantizer_base import Quantizer
+from ddcl_lightning.nn.relocation import relocate_until_settled
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 
 
@@ -54,6 +59,32 @@ class ProjectedQuantizer(Quantizer):
         for bank in self.moving_banks():
             bank.start(tokens, final=final)
 
+    @torch.no_grad()
+    def revive(self, tokens: Tensor, mask: Tensor | None = None, *, threshold: float = 0.5) -> None:
+        """Move codes that hardly a token uses to where tokens are crowded, as training does bit by bit.
+
+        Codes in use stay where they are.
+
+        Args:
+            tokens: A sample in the shape of the quantizer's input, of many more tokens than codes.
+            mask: As for the forward pass.
+            threshold: Share of the mean load in [0, 1) under which a code moves, see
+                :class:`~ddcl_lightning.CodeUpdate`.
+        """
+        with evaluating(self.scale):
+            embedded = self._embed(self.layout.tokens(tokens, mask), mask)
+        for bank in find_banks(self).values():
+            heads, flat_mask = bank.split_heads(embedded, mask)
+            order = joint_order(heads.shape[1], 1, 0, heads.device)
+            relocate_until_settled(
+                bank.prototypes, heads, flat_mask, order, threshold=threshold, exponent=CodeUpdate().load_exponent
+            )
+            embedded = self.next_tokens(bank, embedded, mask)
+
+    def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens ``(*, width)`` of the bank that follows: the same, where banks do not build on each other."""
+        return embedded
+
     def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
         """Start the codes in a training call, anew with each batch until there are enough tokens."""
         if self._first_tokens is None or torch.compiler.is_compiling() or recomputing():
@@ -63,7 +94,8 @@ class ProjectedQuantizer(Quantizer):
             self._first_tokens = None
         elif not any(bank.is_frozen for bank in banks):
             sample = self._first_tokens.add(embedded, mask)
-            self.start_codes(sample, final=self._first_tokens.enough(sample))
+            if sample is not None:
+                self.start_codes(sample, final=self._first_tokens.enough(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""

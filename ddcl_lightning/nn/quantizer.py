@@ -115,6 +115,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         embedding_scale: ScaleMode = "none",
     ) -> None:
         moves = isinstance(code_update, CodeUpdate)
+        if not moves and code_update != "optimizer":
+            raise ValueError(f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}.")
         if commitment_ratio is None:
             commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
         commitment_weight = (0.0 if moves else 0.01) if commitment_weight is None else commitment_weight

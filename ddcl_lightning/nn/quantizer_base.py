@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_code_range
-from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 
 
 class QuantizerTerms(NamedTuple):
-    """What a quantizer adds to a training step beside the codes.
+    """Loss and signals of a quantizer beside the codes.
 
     ``loss + terms`` and ``weight * terms`` read it as its loss, so that a line which added the commitment loss of
     another quantizer stays as it is.
@@ -32,12 +32,14 @@ class QuantizerTerms(NamedTuple):
     def __add__(self, other: Any) -> Any:
         return other if self.loss is None else self.loss + other
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> Any:
+        return self + other
 
     def __mul__(self, other: Any) -> Any:
         return 0.0 if self.loss is None else self.loss * other
 
-    __rmul__ = __mul__
+    def __rmul__(self, other: Any) -> Any:
+        return self * other
 
 
 class QuantizerOutput(NamedTuple):
@@ -91,8 +93,7 @@ class Quantizer(nn.Module, ABC):
 
     def prototype_parameters(self) -> list[nn.Parameter]:
         """Codes that step at ``lr_prototypes``: those of every bank inside, unless it moves them itself."""
-        banks = find_banks(self).values()
-        return [bank.prototypes for bank in banks if isinstance(bank.prototypes, nn.Parameter)]
+        return prototypes_of(find_banks(self).values())
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Parameters that move the tokens which a bank sees, see :meth:`ddcl_lightning.Head.embedding_parameters`."""

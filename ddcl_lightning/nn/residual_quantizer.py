@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.first_tokens import FirstTokens
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
@@ -180,7 +181,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         fits = codes.dim() >= 2 and 1 <= codes.shape[-1] <= most and codes.shape[-1] % heads == 0
         check_indices(indices, fits, self.num_codes, f"(..., {heads} to {most}), {heads} per level")
         total = torch.stack(
-            [self.bank(level).vectors(of_level) for level, of_level in enumerate(codes.split(heads, -1))]
+            [self.bank(level).vectors(of_level) for level, of_level in enumerate(torch.split(codes, heads, -1))]
         ).sum(0)
         return self._restore(total, codes[..., 0] >= 0)
 
@@ -206,12 +207,16 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             self.bank(level).start(tokens, final=final)
             tokens = _residual(self.bank(level), tokens)
 
+    def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        """Residual of tokens ``(*, width)`` after the bank."""
+        return embedded - bank.vectors(bank.encode(embedded, mask)).to(embedded.dtype)
+
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""
         return f"dim={self.dim}, num_codes={self.num_codes}, num_levels={self.num_levels}, num_heads={self.num_heads}"
 
     def _draw_levels(self) -> int:
-        """How many levels the decoder gets."""
+        """Number of levels that the decoder gets."""
         if not (self.training and self.level_dropout and self.num_levels > 1):
             return self.num_levels
         chance, number = torch.rand(2).tolist()
@@ -222,7 +227,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
 
 
 def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
-    """What the bank's codes leave of ``(N, width)`` tokens."""
+    """Residual of ``(N, width)`` tokens after the bank."""
     device = bank.prototypes.device
     vectors = bank.vectors(bank.encode(tokens.to(device, bank.prototypes.dtype)))
     return tokens - vectors.to(tokens)

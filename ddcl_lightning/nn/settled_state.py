@@ -40,7 +40,7 @@ class SettledState(GuardedState):
             self.take_over()
 
     def settle_after_step(self) -> None:
-        """What the step of an optimizer does: :meth:`settle`."""
+        """Apply it at the step of an optimizer: :meth:`settle` unless a subclass differs."""
         self.settle()
 
     def measured(self, first: Tensor) -> None:

@@ -10,7 +10,7 @@ from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.heads.contracts import check_losses, check_readout_output, check_token_output
-from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 from ddcl_lightning.optim.two_timescale import parameter_ids
 from ddcl_lightning.tasks.base import Task
 
@@ -38,7 +38,7 @@ class ReadoutModule(pl.LightningModule):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by role: ``prototypes``, ``encoder`` (they move what a bank sees) and ``task``."""
-        inner = [bank.prototypes for bank in find_banks(self.backbone).values()]  # inside of the network
+        inner = prototypes_of(find_banks(self.backbone).values())  # inside of the network
         prototypes = [*inner, *self.head.prototype_parameters()]
         inner_ids = parameter_ids(inner)
         encoder = [

@@ -21,6 +21,7 @@ from ddcl_lightning import (
     Quantizer,
     QuantizerOutput,
     QuantizerReadout,
+    QuantizerTerms,
     ReadoutOutput,
     Reconstruction,
     Task,
@@ -234,7 +235,7 @@ SLIPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a tuple for quantizer output": (
         codes(tuple),
         TypeError,
-        r"Codes.forward\(\) must return QuantizerOutput\(quantized, indices, ...\); got a tuple of 5",
+        r"Codes.forward\(\) must return QuantizerOutput\(quantized, indices, ...\); got a tuple of 3",
     ),
     "indices with one codebook of their own": (
         codes(lambda output: output._replace(indices=output.indices.unsqueeze(-1))),
@@ -252,7 +253,7 @@ SLIPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"with quantized \(2, 1, 3\); got a tensor \(2, 1, 2\)",
     ),
     "a loss of each token": (
-        codes(lambda output: output._replace(loss=torch.ones(2))),
+        codes(lambda output: output._replace(terms=QuantizerTerms(torch.ones(2)))),
         TypeError,
         r"loss, a scalar tensor or None; got a tensor \(2,\)",
     ),

@@ -70,7 +70,6 @@ def test_batches_add_up_and_reset_forgets() -> None:
         (torch.tensor([[[4]]]), None, ValueError, r"codes must be in \[0, num_codes = 4\).*from 4 to 4.*num_codes"),
         (torch.tensor([[[-2]]]), None, ValueError, "got values from -2 to -2"),
         (torch.zeros(1, 2, 1), None, TypeError, "codes must be integers; got torch.float32"),
-        (CODES, None, ValueError, r"num_codebooks = 1\); got \(2, 3, 2\). Set num_codebooks of the head"),
         (CODES[..., :1], SHARES, ValueError, r"shape \(B, 1, 4\), .*; got \(2, 2, 4\). Leave"),
     ],
 )

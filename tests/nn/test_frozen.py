@@ -96,13 +96,13 @@ def test_k_means_leaves_frozen_prototypes_alone() -> None:
 
 def test_evaluation_moves_nothing_and_passes_gradients_straight_through() -> None:
     for gradient in ("straight_through", "soft"):
-        vq = SoftVectorQuantizer(4, 8, gradient=gradient, embedding_scale="per_dimension")  # type: ignore[arg-type]
+        vq = SoftVectorQuantizer(4, 8, code_update="optimizer", gradient=gradient, embedding_scale="per_dimension")  # type: ignore[arg-type]
         vq(torch.randn(2, 9, 4))
         vq.eval()
         before = {name: value.clone() for name, value in vq.state_dict().items()}
         z, weights = torch.randn(2, 9, 4, requires_grad=True), torch.randn(2, 9, 4)
         output = vq(z)
-        ((output.quantized * weights).sum() + output.loss).backward()
+        ((output.quantized * weights).sum() + output.terms.loss).backward()
         assert z.grad is not None
         assert bool(z.grad.any())
         assert vq.bank.prototypes.grad is None
@@ -111,10 +111,10 @@ def test_evaluation_moves_nothing_and_passes_gradients_straight_through() -> Non
 
 
 def test_the_same_parameter_in_two_optimizers_is_refused_by_name() -> None:
-    net = nn.ModuleDict({"encoder": nn.Linear(4, 4), "vq": SoftVectorQuantizer(4, 8)})
+    net = nn.ModuleDict({"encoder": nn.Linear(4, 4), "vq": SoftVectorQuantizer(4, 8, code_update="optimizer")})
     everything = torch.optim.Adam(net.parameters(), lr=1e-2)
     codes = TokenNormalized([net["vq"].bank.prototypes]).watch(net)
-    net["vq"](net["encoder"](torch.randn(2, 9, 4))).loss.backward()
+    net["vq"](net["encoder"](torch.randn(2, 9, 4))).terms.loss.backward()
     before = net["vq"].codebook.clone()
     with pytest.raises(RuntimeError, match=r"'vq.bank.prototypes' is in two optimizers, TokenNormalized and Adam"):
         everything.step()
@@ -124,7 +124,7 @@ def test_the_same_parameter_in_two_optimizers_is_refused_by_name() -> None:
     # The later of two that watch has them; the earlier one has nothing left to refuse.
     first = TokenNormalized([net["vq"].bank.prototypes]).watch(net)
     second = TokenNormalized([net["vq"].bank.prototypes]).watch(net)
-    net["vq"](net["encoder"](torch.randn(2, 9, 4))).loss.backward()
+    net["vq"](net["encoder"](torch.randn(2, 9, 4))).terms.loss.backward()
     second.step()
     with pytest.raises(RuntimeError, match="is in two optimizers"):
         first.step()

@@ -127,7 +127,8 @@ def test_half_precision_rounds_no_statistic_and_no_temperature() -> None:
     vq(tokens(1).bfloat16())
     for name, buffer in vq.named_buffers():
         assert buffer.dtype in (torch.float32, torch.int64), name
-    assert vq.bank.prototypes.dtype == torch.bfloat16
+    trainable = SoftVectorQuantizer(6, 5, code_update="optimizer").bfloat16()
+    assert trainable.bank.prototypes.dtype == torch.bfloat16
     assert all(buffer.dtype != torch.float32 for buffer in quantizer().double().buffers())
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

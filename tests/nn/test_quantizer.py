@@ -14,7 +14,7 @@ from ddcl_lightning.functional import nearest_prototype, soft_assign
 
 def quantizer(**kwargs: Any) -> SoftVectorQuantizer:
     torch.manual_seed(0)
-    return SoftVectorQuantizer(**{"dim": 6, "num_codes": 5, **kwargs})
+    return SoftVectorQuantizer(**{"dim": 6, "num_codes": 5, "code_update": "optimizer", **kwargs})
 
 
 @pytest.mark.parametrize("heads", [1, 2])
@@ -25,7 +25,7 @@ def test_shapes_of_tokens_and_feature_maps(heads: int, code_dim: int | None, tra
     last = (heads,) if heads > 1 else ()
     tokens, grid = torch.randn(3, 8, 6), torch.randn(3, 6, 2, 4)
     for z, shape in ((tokens, (3, 8)), (grid, (3, 2, 4))):
-        quantized, indices, loss, signals, decomposition = vq(z)
+        quantized, indices, (loss, signals, decomposition) = vq(z)
         assert quantized.shape == z.shape
         assert indices.shape == (*shape, *last)
         assert indices.dtype == torch.int64
@@ -43,7 +43,7 @@ def test_shapes_of_tokens_and_feature_maps(heads: int, code_dim: int | None, tra
 def test_evaluation_reads_the_nearest_codes(heads: int) -> None:
     vq = quantizer(num_heads=heads).eval()
     z = torch.randn(3, 8, 6)
-    quantized, indices, *_ = vq(z)
+    quantized, indices, _ = vq(z)
     head_tokens = z.view(24, heads, -1).transpose(0, 1)
     assert torch.equal(indices.reshape(24, heads).T, nearest_prototype(head_tokens, vq.codebook))
     torch.testing.assert_close(quantized, vq.decode(indices))
@@ -56,7 +56,7 @@ def test_evaluation_reads_the_nearest_codes(heads: int) -> None:
 def test_what_training_reads_and_the_loss_is_its_definition(gradient: Any, output: Any) -> None:
     vq = quantizer(commitment_weight=0.3, entropy_weight=0.2, gradient=gradient, training_output=output)
     z = torch.randn(4, 10, 6)
-    quantized, _, loss, signals, _ = vq(z)
+    quantized, _, (loss, signals, _) = vq(z)
     flat, codes, temperature = z.view(40, 6), vq.codebook[0], float(vq.bank.temperature)
     q = soft_assign(flat, codes, temperature)
     expected = q @ codes if output == "soft" else codes[q.argmax(1)]
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_loss_written_out() -> None:
     """Of the commitment and of the entropy bonus, whose streamed form must have the gradient of the plain one."""
     vq = quantizer(commitment_weight=0.3, entropy_weight=0.2)
     z = torch.randn(4, 10, 6, requires_grad=True)
-    vq(z).loss.backward()
+    vq(z).terms.loss.backward()
     assert z.grad is not None
     actual = [z.grad.clone(), vq.bank.prototypes.grad.clone()]
     other, codes = z.detach().clone().requires_grad_(), vq.codebook.clone().requires_grad_()
@@ -116,7 +116,9 @@ def test_the_gap_closes_with_the_temperature() -> None:
     gaps = []
     for fraction in (0.5, 0.05, 0.0005):
         vq = quantizer(temperature=fraction)
-        gaps.append(float(vq(torch.randn(8, 50, 6, generator=torch.Generator().manual_seed(0))).signals["code_gap"]))
+        gaps.append(
+            float(vq(torch.randn(8, 50, 6, generator=torch.Generator().manual_seed(0))).terms.signals["code_gap"])
+        )
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-3
 
@@ -126,8 +128,8 @@ def test_padding_changes_nothing() -> None:
     full, bare = quantizer(code_dim=3), quantizer(code_dim=3)
     masked = full(z.masked_fill(~mask.unsqueeze(-1), torch.nan), mask)
     alone = bare(z[mask].unsqueeze(0))
-    torch.testing.assert_close(masked.loss, alone.loss)
-    torch.testing.assert_close(masked.signals["code_gap"], alone.signals["code_gap"])
+    torch.testing.assert_close(masked.terms.loss, alone.terms.loss)
+    torch.testing.assert_close(masked.terms.signals["code_gap"], alone.terms.signals["code_gap"])
     torch.testing.assert_close(masked.quantized[mask], alone.quantized[0])
     assert not masked.quantized[~mask].any()
 
@@ -180,7 +182,7 @@ def test_codes_come_back_from_bad_starts(start: str) -> None:
     z = torch.randn(16, 64, 4)
     used = {}
     for name in ("token_normalized", "adam"):
-        vq = SoftVectorQuantizer(4, 16, temperature=0.02)
+        vq = SoftVectorQuantizer(4, 16, temperature=0.02, code_update="optimizer")
         codes = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(1))
         if start == "equal":
             codes = codes[:, :1].expand(-1, 16, -1) + 1e-3 * codes
@@ -196,7 +198,7 @@ def test_codes_come_back_from_bad_starts(start: str) -> None:
         )
         for _ in range(150):
             optimizer.zero_grad()
-            vq(z).loss.backward()
+            vq(z).terms.loss.backward()
             optimizer.step()
         used[name] = len(vq.encode(z).unique())
     assert used["token_normalized"] == 16
@@ -234,7 +236,7 @@ def test_state_and_copies(tmp_path: Any) -> None:
 def test_bfloat16_autocast_and_tokens() -> None:
     vq = quantizer(code_dim=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        quantized, _, loss, *_ = vq(torch.randn(2, 9, 6))
+        quantized, _, (loss, *_) = vq(torch.randn(2, 9, 6))
     assert loss.dtype == torch.float32
     assert torch.isfinite(quantized).all()
     assert quantizer()(torch.randn(2, 9, 6).bfloat16()).quantized.dtype == torch.bfloat16
@@ -264,7 +266,7 @@ def test_it_sits_in_a_sequential_model() -> None:
             "a temperature must be > 0, one number or one per head; got 0.0. As a fraction of the critical",
         ),
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0; got -1.0"),
-        ({"entropy_weight": math.nan}, "entropy_weight must be a finite number; got nan"),
+        ({"entropy_weight": math.nan}, "entropy_weight must be None or a finite number; got nan"),
         ({"gradient": "rotate"}, r"gradient must be one of \('straight_through', 'soft'\); got 'rotate'"),
         ({"embedding_scale": "batch"}, "mode must be one of .*, a layer's embedding_scale too; got 'batch'"),
     ],
@@ -276,14 +278,20 @@ def test_quantizer_refuses_arguments_out_of_range(kwargs: dict[str, Any], messag
 
 def test_quantizer_refuses_inputs_that_do_not_fit() -> None:
     vq = quantizer()
-    for z in (torch.randn(2, 6), torch.randn(2, 5, 7), torch.randn(2, 3, 4, 6), torch.ones(2, 5, 6, dtype=torch.int64)):
-        with pytest.raises(ValueError, match=r"z must be floating point of shape \(B, T, dim\) or \(B, dim, H, W\)"):
+    for z in (torch.randn(2, 5, 7), torch.randn(2, 3, 4, 5), torch.randn(7)):
+        with pytest.raises(
+            ValueError, match=r"z must (have its channels, dim = 6, in dim|be a floating-point tensor of)"
+        ):
             vq(z)
-    with pytest.raises(ValueError, match="mask belongs to tokens"):
+    with pytest.raises(
+        ValueError, match=r"z must be a floating-point tensor of two or more dimensions; got torch.int64"
+    ):
+        vq(torch.ones(2, 5, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"mask must have the shape of tokens without its last dimension, \(2, 3, 3\)"):
         vq(torch.randn(2, 6, 3, 3), torch.ones(2, 9, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"must be in \[0, num_codes = 5\), or -1 for padding; got values from 0 to 5"):
         vq.decode(torch.tensor([[0, 5]]))
-    with pytest.raises(ValueError, match=r"indices must be integers of shape \(B, T\) or \(B, H, W\)"):
-        vq.decode(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match=r"shape \(B, T, 2\)"):
+    with pytest.raises(ValueError, match=r"indices must be integers of shape \(N,\), \(B, T\) or \(B, H, W\)"):
+        vq.decode(torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"shape \(..., num_heads = 2\)"):
         quantizer(num_heads=2).decode(torch.zeros(2, 3, 3, dtype=torch.int64))

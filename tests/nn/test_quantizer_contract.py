@@ -37,7 +37,7 @@ def values(quantizer: Quantizer, tokens: Tensor, mask: Tensor | None) -> list[Te
     output = copy.deepcopy(quantizer)(tokens, mask)
     return [
         value
-        for value in (output.quantized, output.indices, output.loss, *output.signals.values())
+        for value in (output.quantized, output.indices, output.terms.loss, *output.terms.signals.values())
         if value is not None
     ]
 
@@ -55,8 +55,8 @@ def test_shapes_and_codes(name: str, training: bool) -> None:
         assert output.indices.shape == (4, 9, *books)
         assert output.indices.dtype == torch.int64
         assert int(output.indices.max()) < quantizer.num_codes
-        assert output.loss is None or output.loss.shape == ()
-        assert all(value.numel() in (1, quantizer.num_codebooks) for value in output.signals.values())
+        assert output.terms.loss is None or output.terms.loss.shape == ()
+        assert all(value.numel() in (1, quantizer.num_codebooks) for value in output.terms.signals.values())
         codes = output.indices.reshape(4, 9, quantizer.num_codebooks)
         valid = torch.ones_like(mask) if given is None else given
         assert torch.equal(codes == -1, ~valid.unsqueeze(-1).expand_as(codes))
@@ -122,6 +122,7 @@ def test_our_quantizers_of_a_codebook_encode_and_decode() -> None:
         {name for name in ours if hasattr(QUANTIZERS[name], "encode")}
         == ours
         == {
+            "ResidualVectorQuantizer",
             "SoftVectorQuantizer",
             "VectorQuantizer",
         }
@@ -133,7 +134,7 @@ def test_gradients_reach_the_tokens_and_every_parameter(name: str) -> None:
     quantizer = make(QUANTIZERS[name])
     tokens, mask = batch()
     output = quantizer(tokens.requires_grad_(), mask)
-    loss = output.quantized.square().sum() + (0.0 if output.loss is None else output.loss)
+    loss = output.quantized.square().sum() + (0.0 if output.terms.loss is None else output.terms.loss)
     loss.backward()
     assert bool(tokens.grad[mask].any())
     assert not tokens.grad[~mask].any()
@@ -163,13 +164,13 @@ def test_it_sits_between_an_encoder_and_a_decoder_by_the_general_head(name: str)
     tokens, mask = batch()
     readout = module({"x": tokens, "mask": mask})
     alone = untouched(module.backbone.linear(tokens), mask)
-    if alone.loss is not None:
-        torch.testing.assert_close(readout.regularization, 0.5 * alone.loss)
-    assert set(readout.signals) == set(alone.signals)
+    if alone.terms.loss is not None:
+        torch.testing.assert_close(readout.regularization, 0.5 * alone.terms.loss)
+    assert set(readout.signals) == set(alone.terms.signals)
     data = DataLoader([{"x": row} for row in torch.randn(64, 5, DIM)], batch_size=16)
     trainer = quiet_trainer(max_epochs=2)
     trainer.fit(module, data, data)
     assert 0 < float(trainer.callback_metrics["val/usage"]) <= 1
-    assert {f"train/{signal}" for signal in alone.signals} <= trainer.callback_metrics.keys()
+    assert {f"train/{signal}" for signal in alone.terms.signals} <= trainer.callback_metrics.keys()
     with pytest.raises(ValueError, match=rf"dim of the quantizer must be that of the tokens, embed_dim = 5; got {DIM}"):
         QuantizerReadout(quantizer, embed_dim=5)

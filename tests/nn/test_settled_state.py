@@ -25,11 +25,13 @@ class Quantized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.vq = SoftVectorQuantizer(6, 5, temperature=0.3, gradient="soft", training_output="soft")
+        self.vq = SoftVectorQuantizer(
+            6, 5, code_update="optimizer", temperature=0.3, gradient="soft", training_output="soft"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.vq(x)
-        return output.quantized.square().mean() + output.loss
+        return output.quantized.square().mean() + output.terms.loss
 
 
 class Levels(nn.Module):

@@ -24,13 +24,13 @@ class Net(nn.Module):
         self.encoder = nn.Linear(4, 4, bias=False) if encoder else nn.Identity()
         if isinstance(self.encoder, nn.Linear):
             nn.init.eye_(self.encoder.weight)
-        self.vq = SoftVectorQuantizer(4, 8, temperature=0.05)
+        self.vq = SoftVectorQuantizer(4, 8, code_update="optimizer", temperature=0.05)
         generator = torch.Generator().manual_seed(0)
         self.vq.bank.set_prototypes(torch.randn(1, 8, 4, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.vq(self.encoder(x))
-        return (output.quantized.square().mean() + output.loss) * 1e-3
+        return (output.quantized.square().mean() + output.terms.loss) * 1e-3
 
 
 def tokens(number: int, shift: float = 0.0) -> Tensor:
@@ -291,7 +291,7 @@ def test_poisoned_calls_add_nothing(bad: float, monkeypatch: pytest.MonkeyPatch)
 def test_state_of_a_poisoned_step_is_that_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrototypeBank, "_require_finite", lambda *args: None)
     states = []
-    for batches in ([torch.full((1, 4, 4), torch.nan), tokens(1)], [tokens(1)]):
+    for batches in ([torch.full((1, 5, 4), torch.nan), tokens(1)], [tokens(1)]):
         net = Net()
         codes = TokenNormalized([net.vq.bank.prototypes], lr=0.1, relocation_threshold=0.5).watch(net)
         for batch in batches:

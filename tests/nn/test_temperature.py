@@ -21,6 +21,8 @@ from ddcl_lightning import (
     Head,
     PrototypeBank,
     PrototypeNorm,
+    ResidualVectorQuantizer,
+    SoftVectorQuantizer,
     Temperature,
     find_banks,
 )
@@ -74,9 +76,15 @@ def test_the_classes_with_a_temperature_are_found() -> None:
 
 
 def test_a_temperature_defaults_to_one_number() -> None:
+    """None is that number too, in the unit that suits how codes move."""
+    others = {PrototypeNorm: 0.5, SoftVectorQuantizer: None, ResidualVectorQuantizer: None}
     for kind in CLASSES:
         default = inspect.signature(kind).parameters["temperature"].default
-        assert default == (0.5 if kind is PrototypeNorm else DEFAULT_TEMPERATURE), kind
+        assert default == others.get(kind, DEFAULT_TEMPERATURE), kind
+    inside = SoftVectorQuantizer(4, 3).bank.temperature_state
+    assert (float(inside.value), inside.unit) == (pytest.approx(DEFAULT_TEMPERATURE), "distortion")
+    outside = SoftVectorQuantizer(4, 3, code_update="optimizer").bank.temperature_state
+    assert (float(outside.value), outside.unit) == (pytest.approx(DEFAULT_TEMPERATURE), "critical")
 
 
 def called(module: nn.Module, tokens: Tensor) -> dict[str, CodebookRecord]:

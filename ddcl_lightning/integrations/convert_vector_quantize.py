@@ -1,0 +1,122 @@
+"""Codebooks that vector-quantize-pytorch has trained, in quantizers of ours."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
+from ddcl_lightning.nn.quantizer import SoftVectorQuantizer
+from ddcl_lightning.nn.residual_quantizer import ResidualVectorQuantizer
+
+REFUSED = {  # attributes of a layer that change what its codes are
+    "layernorm": "layernorm_after_project_in=True",
+    "vq_bridge": "a vq_bridge",
+    "affine_param": "affine_param=True",
+    "implicit_neural_codebook": "implicit_neural_codebook=True",
+}
+
+
+@torch.no_grad()
+def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options: Any) -> ProjectedQuantizer:
+    """Quantizer with the codes and projections of a ``VectorQuantize`` or ``ResidualVQ`` of vector-quantize-pytorch.
+
+    In evaluation it gives the layer's indices and vectors. In training its codes move as ours do, so that dead ones
+    come back; with tokens they do at once.
+
+    Args:
+        layer: Of that library, trained.
+        tokens: In the shape of its input: a sample on which codes that have hardly a token are moved to crowded cells,
+            see :meth:`~ddcl_lightning.nn.projected_quantizer.ProjectedQuantizer.revive`. None: codes are copied as
+            they are.
+        **options: Further arguments of our quantizer.
+
+    Returns:
+        A :class:`~ddcl_lightning.SoftVectorQuantizer` or :class:`~ddcl_lightning.ResidualVectorQuantizer`, in the mode
+        and on the device of the layer.
+
+    Raises:
+        TypeError: If the layer is something else.
+        ValueError: If it has an option that ours has no counterpart of.
+    """
+    levels = _levels(layer)
+    codes = [_codes(level) for level in levels]
+    heads, size, code_dim = codes[0].shape
+    is_residual = type(layer).__name__ == "ResidualVQ"
+    projections = _projections(layer if is_residual else levels[0])
+    dim = heads * code_dim if projections[0] is None else projections[0].in_features
+    options = {
+        "code_dim": code_dim,
+        "num_heads": heads,
+        "embedding_scale": "unit" if levels[0].use_cosine_sim else "none",
+        "channels": "first" if _has_channels_first(layer, levels[0]) else None,
+        **options,
+    }
+    quantizer: ProjectedQuantizer
+    if is_residual:
+        options = {"shared_codebook": bool(layer.shared_codebook), **options}
+        quantizer = ResidualVectorQuantizer(dim, size, len(levels), **options)
+    else:
+        quantizer = SoftVectorQuantizer(dim, size, **options)
+    for bank, values in zip(find_banks(quantizer).values(), codes, strict=False):  # one bank for all, if it is shared
+        bank.set_prototypes(values.to(bank.prototypes))
+    for own, theirs in zip((quantizer.input_projection, quantizer.output_projection), projections, strict=True):
+        if own is not None and theirs is not None:
+            own.load_state_dict(theirs.state_dict())
+    quantizer.to(codes[0].device).train(layer.training)
+    if tokens is not None:
+        quantizer.revive(tokens)
+    return quantizer
+
+
+def _levels(layer: nn.Module) -> list[Any]:
+    """The layers of a ``ResidualVQ``, or the one of a ``VectorQuantize``, if ours can hold their codes."""
+    kind = type(layer).__name__
+    if not type(layer).__module__.startswith("vector_quantize_pytorch") or kind not in ("VectorQuantize", "ResidualVQ"):
+        raise TypeError(
+            f"layer must be a VectorQuantize or ResidualVQ of vector-quantize-pytorch; got {kind}. Set the codes of "
+            "another quantizer by bank.set_prototypes()."
+        )
+    levels: list[Any] = list(layer.layers) if kind == "ResidualVQ" else [layer]  # type: ignore[arg-type]
+    for level in levels:
+        _require_counterpart(level)
+    sizes = [level.codebook_size for level in levels]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"layer must have as many codes at every level; got {sizes}.")
+    return levels
+
+
+def _require_counterpart(level: Any) -> None:
+    """Raise a ValueError for a layer whose codes ours cannot hold."""
+    for name, option in REFUSED.items():
+        if getattr(level, name, False) or getattr(level._codebook, name, False):
+            raise ValueError(f"layer has {option}, of which our quantizers have no counterpart; got {level}.")
+    if not isinstance(level.project_in, (nn.Linear, nn.Identity)):
+        raise ValueError(
+            f"layer must project its tokens by a linear layer or not at all; got {level.project_in}. Copy its codes by "
+            "bank.set_prototypes(), and keep the projection in front."
+        )
+
+
+def _codes(level: Any) -> Tensor:
+    """Codes ``(H, K, d)`` of a layer."""
+    codes: Tensor = level._codebook.embed.detach()
+    if not bool(level._codebook.initted.all()):
+        raise ValueError(
+            "layer has not started its codes yet: it has seen no batch. Construct a new quantizer instead."
+        )
+    return codes.expand(level.heads, -1, -1)
+
+
+def _projections(layer: Any) -> tuple[nn.Linear | None, nn.Linear | None]:
+    """Into the space of the codes and back, where there are any."""
+    both = (layer.project_in, layer.project_out)
+    return tuple(  # type: ignore[return-value]
+        projection if isinstance(projection, nn.Linear) else None for projection in both
+    )
+
+
+def _has_channels_first(layer: Any, level: Any) -> bool:
+    maps = layer.accept_image_fmap or level.accept_image_fmap or getattr(level, "accept_3d_fmap", False)
+    return bool(maps or not level.channel_last)

@@ -1,0 +1,104 @@
+"""Codebooks of vector-quantize-pytorch in quantizers of ours: the same codes, and dead ones that come back."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+library = pytest.importorskip("vector_quantize_pytorch")
+
+from ddcl_lightning.integrations.convert_vector_quantize import convert_quantizer  # noqa: E402
+
+DIM, CODES = 8, 32
+
+
+def tokens(size: int = 2000) -> Tensor:
+    return torch.randn(1, size, DIM, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"codebook_dim": 4},
+        {"codebook_dim": 4, "heads": 2, "separate_codebook_per_head": True},
+        {"codebook_dim": 4, "heads": 2},
+        {"use_cosine_sim": True},
+        {"kmeans_init": True},
+    ],
+    ids=lambda arguments: "+".join(arguments) or "plain",
+)
+def test_a_vector_quantize_gives_its_indices_and_vectors(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = library.VectorQuantize(dim=DIM, codebook_size=CODES, **arguments)
+    layer(tokens())
+    layer.eval()
+    vq = convert_quantizer(layer)
+    assert not vq.training
+    quantized, indices, _ = layer(tokens())
+    output = vq(tokens())
+    assert float((output.indices == indices).float().mean()) > 0.999  # but for ties
+    torch.testing.assert_close(output.quantized, quantized, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"codebook_dim": 4}, {"shared_codebook": True}])
+def test_a_residual_vq_gives_its_indices_and_vectors(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layer = library.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, **arguments)
+    layer(tokens())
+    layer.eval()
+    rvq = convert_quantizer(layer)
+    quantized, indices, _ = layer(tokens())
+    output = rvq(tokens())
+    assert float((output.indices == indices).float().mean()) > 0.999
+    torch.testing.assert_close(output.quantized, quantized, rtol=1e-4, atol=1e-4)
+
+
+def test_feature_maps_keep_their_channels_first() -> None:
+    layer = library.VectorQuantize(dim=DIM, codebook_size=CODES, accept_image_fmap=True)
+    maps = torch.randn(4, DIM, 8, 8)
+    layer(maps)
+    vq = convert_quantizer(layer.eval())
+    assert torch.equal(vq(maps).indices, layer(maps)[1])
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_dead_codes_are_revived_and_living_ones_stay(levels: int) -> None:
+    layer: nn.Module
+    if levels == 1:
+        layer = library.VectorQuantize(dim=DIM, codebook_size=CODES, kmeans_init=True)
+    else:
+        layer = library.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=levels, kmeans_init=True)
+    layer(tokens())
+    layer.eval()
+    for module in layer.modules():
+        if isinstance(getattr(module, "embed", None), Tensor):
+            module.embed[:, 4:] += 1e3
+    dead = convert_quantizer(layer)
+    revived = convert_quantizer(layer, tokens())
+
+    def used(quantizer: nn.Module) -> list[int]:
+        return [len(column.unique()) for column in quantizer(tokens()).indices.reshape(-1, levels).T]
+
+    def error(quantizer: nn.Module) -> float:
+        return float((quantizer(tokens()).quantized - tokens()).square().mean())
+
+    assert used(dead) == [4] * levels
+    assert used(revived) == [CODES] * levels
+    assert error(revived) < 0.7 * error(dead)
+    torch.testing.assert_close(revived.codebook[0, :4], dead.codebook[0, :4])
+    revived.train()(tokens()).terms.loss.backward()  # and goes on from there
+    revived.settle()
+    assert used(revived.eval()) == [CODES] * levels
+
+
+def test_layers_without_a_counterpart_are_refused() -> None:
+    with pytest.raises(TypeError, match="layer must be a VectorQuantize or ResidualVQ of vector-quantize-pytorch; got"):
+        convert_quantizer(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="must project its tokens by a linear layer or not at all"):
+        convert_quantizer(
+            library.VectorQuantize(dim=DIM, codebook_size=CODES, codebook_dim=4, layernorm_after_project_in=True)
+        )
+    with pytest.raises(ValueError, match="has not started its codes yet"):
+        convert_quantizer(library.VectorQuantize(dim=DIM, codebook_size=CODES, kmeans_init=True))
