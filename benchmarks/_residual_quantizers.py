@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning import ResidualVectorQuantizer
 from ddcl_lightning.nn.initialization import initial_prototypes
 
 
@@ -62,6 +63,19 @@ class LibraryLevels(nn.Module):
         return quantized[0], indices[0], losses.sum()
 
 
+class SoftLevels(nn.Module):
+    """Ours: one line and nothing else; it starts by itself on its first batches."""
+
+    def __init__(self, dim: int, codes: int, levels: int, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.layer = ResidualVectorQuantizer(dim, codes, levels, **arguments)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize."""
+        quantized, indices, terms = self.layer(z)
+        return quantized, indices, terms.loss
+
+
 def create(config: dict[str, Any]) -> nn.Module:
     """The quantizer of a configuration."""
     size = (config["dim"], config["codes"], config["levels"])
@@ -69,4 +83,6 @@ def create(config: dict[str, Any]) -> nn.Module:
         return StraightThroughLevels(*size, config["commitment"])
     if config["quantizer"] == "ResidualVQ":
         return LibraryLevels(*size, config["arguments"])
+    if config["quantizer"] == "ours":
+        return SoftLevels(*size, config["arguments"])
     raise ValueError(f"quantizer must be known; got {config['quantizer']!r}.")

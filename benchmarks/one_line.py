@@ -22,8 +22,8 @@ RATE, BATCH, DIM = 1e-3, 32, 16
 WATCHED = 1_000  # training images that are encoded after every epoch
 DATA: dict[str, dict[str, Any]] = {
     "digits": {"images": 1077, "held_out": 360, "epochs": 24, "widths": [32]},
-    "fashion": {"images": 3_000, "held_out": 1_000, "epochs": 6, "widths": [16, 32]},
-    "cifar10": {"images": 3_000, "held_out": 1_000, "epochs": 6, "widths": [16, 32]},
+    "fashion": {"images": 2_000, "held_out": 500, "epochs": 6, "widths": [16, 32], "rate": 3e-3},
+    "cifar10": {"images": 2_000, "held_out": 500, "epochs": 6, "widths": [16, 32], "rate": 3e-3},
 }
 CHANNELS = {"digits": 1, "fashion": 1, "cifar10": 3}
 NEEDS = {"digits": (), "fashion": ("fashion",), "cifar10": ("cifar",)}
@@ -68,11 +68,15 @@ def case(method: str, data: str, codes: int, **changes: Any) -> Case:
     """A method on a set of images."""
     label, config = METHODS[method]
     return Case(
-        label, {"data": data, "codes": codes, "dim": DIM, **DATA[data], **config, "method": method, **changes}, NEEDS[data]
+        label,
+        {"data": data, "codes": codes, "dim": DIM, **DATA[data], **config, "method": method, **changes},
+        NEEDS[data],
     )
 
 
-CASES = {f"{data}/{codes}/{method}": case(method, data, codes) for data in DATA for codes in CODES for method in METHODS}
+CASES = {
+    f"{data}/{codes}/{method}": case(method, data, codes) for data in DATA for codes in CODES for method in METHODS
+}
 QUICK = {f"tiny/16/{method}": case(method, "digits", 16, images=200, epochs=2, widths=[8]) for method in METHODS}
 _images: dict[str, Images] = {}
 
@@ -86,7 +90,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
     images = _images[name]
     torch.manual_seed(seed)
     model = Autoencoder(CHANNELS[name], config["dim"], tuple(config["widths"]), quantizer(dict(config)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.get("rate", RATE))
     seconds, used = 0.0, []
     for _ in range(config["epochs"]):
         start = time.process_time()
@@ -147,9 +151,7 @@ def settings_table(results: Results) -> Table:
     """Error of every setting on the images of validation, with the first seed."""
     places = cells(results)
     rows = [["method", *(f"{TITLES[data]}, {codes:,}" for data, codes in places)]]
-    labels = {
-        config["method"]: results.labels[name] for name, config in results.configs.items()
-    }
+    labels = {config["method"]: results.labels[name] for name, config in results.configs.items()}
     for method, label in labels.items():
         cases = [results.where(data=data, codes=codes, method=method) for data, codes in places]
         if any(cases):

@@ -1,7 +1,7 @@
 """Encoders that are hard on a quantizer: outputs of 1e-4 to 1e4 in size, fast and slow rates, few tokens, bfloat16.
 
-A small autoencoder of digits, 64 codes, short runs in a plain loop. A grid of encoders for each condition: five sizes of
-the output at the start, with and without biases, with and without layer normalization at the end. A run has collapsed
+A small autoencoder of digits, 64 codes, short runs in a plain loop. A grid of encoders for each condition: five sizes
+of the output at the start, with and without biases, with and without layer normalization at the end. A run has collapsed
 if its tokens end in about one direction (effective dimension under 1.5), if less than half of the codes are in use on
 the training images, or if anything is not finite. Tokens that collapse without a quantizer are the encoder's own.
 
@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def case(method: str, condition: str, **changes: Any) -> Case:
     """A method under a condition."""
     label, config = METHODS[method]
-    sizes = {"codes": CODES, "dim": DIM, "sizes": SIZES, "images": 1077, "steps": 200, "batch": BATCH, "rate": RATE}
+    sizes = {"codes": CODES, "dim": DIM, "sizes": SIZES, "images": 1077, "steps": 100, "batch": BATCH, "rate": RATE}
     common = {**sizes, "condition": condition, "dtype": "float32"}
     return Case(label, {**common, **config, **CONDITIONS[condition][1], **changes})
 

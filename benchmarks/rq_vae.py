@@ -34,7 +34,10 @@ EMA = {"decay": 0.8, "threshold_ema_dead_code": 2, "rotation_trick": False}
 GENTLE = {"decay": 0.99, "threshold_ema_dead_code": 0.1, "rotation_trick": False}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "continuous": ("no quantizer", {"quantizer": "none"}),
-    "public": ("public recipe (straight through, k-means start)", {"quantizer": "straight_through", "commitment": 0.25}),
+    "public": (
+        "public recipe (straight through, k-means start)",
+        {"quantizer": "straight_through", "commitment": 0.25},
+    ),
     **{
         f"library-{name}-{weight}": (
             f"ResidualVQ, {title}, commitment {weight}",
@@ -42,6 +45,14 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         )
         for name, title, arguments in (("ema", "expiry 2, decay .8", EMA), ("gentle", "expiry .1, decay .99", GENTLE))
         for weight in (1.0, 8.0)  # a mean over 32 dimensions: 8 is .25 as a sum
+    },
+    "ours": ("**ours**", {"quantizer": "ours", "arguments": {}}),
+    **{
+        f"ours-{ratio}": (
+            f"ours, commitment ratio {ratio}",
+            {"quantizer": "ours", "arguments": {"commitment_ratio": ratio}},
+        )
+        for ratio in (0.1, 0.5, 1.0)
     },
 }
 TITLES = {"sst2": "SST-2", "newsgroups": "20 Newsgroups"}
@@ -69,7 +80,8 @@ def mlp(*sizes: int) -> nn.Sequential:
 def run(config: Config, seed: int, options: Options) -> Run:
     """Train, and measure held-out items."""
     torch.set_flush_denormal(True)
-    assert options.encoder is not None and options.texts is not None
+    assert options.encoder is not None
+    assert options.texts is not None
     items = embeddings(config["data"], options.encoder, options.texts, options.cache or ROOT / "feature_cache")
     train, held_out = items["train"], items["test"]
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
