@@ -79,12 +79,12 @@ class Training(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images ``(N, 64)`` in [0, 1] and labels, test images and labels."""
+def digits(seed: int, limit: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images ``(N, 64)`` in [0, 1], at most ``limit``, and labels, test images and labels."""
     loaded = load_digits()
     x, y = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    test, train = order[:TEST], order[TEST:]
+    test, train = order[:TEST], order[TEST:][:limit]
     return x[train], y[train], x[test], y[test]
 
 

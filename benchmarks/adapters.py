@@ -189,8 +189,8 @@ def bank_statistics(net: nn.Module, x: Tensor) -> dict[str, float]:
     return {"entropy": sum(entropy) / len(calls), "usage": sum(usage) / len(calls)} if calls else {}
 
 
-def run_network(config: Config, seed: int, epochs: int) -> Run:
-    net, (x, y, test_x, test_y) = create_network(config), digits(seed)
+def run_network(config: Config, seed: int, epochs: int, limit: int | None) -> Run:
+    net, (x, y, test_x, test_y) = create_network(config), digits(seed, limit)
     check = train(net, x, y, epochs)
     generator = torch.Generator().manual_seed(seed)
     noisy = [accuracy(net, test_x + NOISE * torch.randn(test_x.shape, generator=generator), test_y) for _ in range(5)]
@@ -204,8 +204,8 @@ def run_network(config: Config, seed: int, epochs: int) -> Run:
     }
 
 
-def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
-    x, y, test_x, test_y = digits(seed)
+def run_pretrained(config: Config, seed: int, epochs: int, limit: int | None) -> Run:
+    x, y, test_x, test_y = digits(seed, limit)
     net = Transformer(classes=5)
     few = y < 5
     train(net, x[few], y[few], epochs)
@@ -234,8 +234,8 @@ def run_pretrained(config: Config, seed: int, epochs: int) -> Run:
     return result
 
 
-def run_sampling(config: Config, seed: int, epochs: int) -> Run:
-    x, y, test_x, test_y = digits(seed)
+def run_sampling(config: Config, seed: int, epochs: int, limit: int | None) -> Run:
+    x, y, test_x, test_y = digits(seed, limit)
     net = Transformer()
     options = {key: config[key] for key in ("temperature", "sampling")}
     insert_prototypes(net, [f"blocks.{DEPTH - 1}"], lambda: SerialPrototypes(layer(**options)))
@@ -246,9 +246,9 @@ def run_sampling(config: Config, seed: int, epochs: int) -> Run:
     return {**result, "hard": accuracy(net, test_x, test_y), "checks": check.checks, "violations": check.violations}
 
 
-def run_context(config: Config, seed: int, steps: int) -> Run:
+def run_context(config: Config, seed: int, steps: int, limit: int | None) -> Run:
     size, start, knows = config["size"], config["start"], config["context"]
-    images = torch.tensor(load_digits().images, dtype=torch.float32) / 16
+    images = torch.tensor(load_digits().images[:limit], dtype=torch.float32) / 16
     both = torch.cat([images.flatten(1), DOMAINS[config["domain"]](images).flatten(1)])
     context = torch.eye(2).repeat_interleave(len(images), 0)
     centred = both - both.mean(0)
@@ -272,7 +272,7 @@ def run_context(config: Config, seed: int, steps: int) -> Run:
         return {"error": float(distances.mean() / z.square().sum(1).mean()), "parameters": parameters}
 
 
-TASKS: dict[str, tuple[Callable[[Config, int, int], Run], int]] = {
+TASKS: dict[str, tuple[Callable[[Config, int, int, int | None], Run], int]] = {
     "network": (run_network, EPOCHS),
     "pretrained": (run_pretrained, EPOCHS),
     "sampling": (run_sampling, EPOCHS),
@@ -285,7 +285,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
     torch.set_flush_denormal(True)
     pl.seed_everything(seed, verbose=False)
     measure, length = TASKS[config["task"]]
-    return measure(config, seed, 1 if options.quick else length)
+    return measure(config, seed, 1, 3 * BATCH) if options.quick else measure(config, seed, length, None)
 
 
 def task_table(results: Results, task: str, first: str, columns: tuple[str, ...]) -> Table:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
@@ -50,7 +53,15 @@ def emit(trainer: pl.Trainer, figure: Figure, name: str, folder: Path) -> None:
     if not boards:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / f"{name.replace('/', '_')}-step={trainer.global_step:06d}.png") as draft:
-            figure.savefig(draft, dpi=120)
+            write_png(figure, draft)
+
+
+def write_png(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a figure. ``savefig`` would draw it twice, the first time to see where everything goes."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    imsave(path, np.asarray(canvas.buffer_rgba()), format="png", dpi=dpi)
 
 
 class ValidationFigures(Callback):

@@ -194,7 +194,7 @@ class CollapseWarning(CodebookCallback):
         """Keep the loss of the batch, where it is more than that of the codebooks, and read what was recorded."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not (isinstance(pl_module, ReadoutModule) and pl_module.task.unsupervised):
-            self.monitor.add_loss(loss)
+            self.monitor.add_loss(loss if loss.numel() == 1 else loss.mean())  # of a step that optimizes by itself
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,11 +16,11 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report, skipped
-from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning._utils.reservoir import Reservoir, evenly_spaced
 from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
-from ddcl_lightning.functional import Decomposition, split_margins
+from ddcl_lightning.functional import split_margins
 from ddcl_lightning.metrics.evaluation_pass import flat_loaders
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
@@ -232,10 +232,9 @@ def _bank_lines(banks: list[PrototypeBank], samples: list[Tensor]) -> list[str]:
     """A line on every head of every bank, from samples of its tokens ``(H, N, d)``."""
     lines = []
     for level, (bank, tokens) in enumerate(zip(banks, samples, strict=True), 1):
-        terms = Decomposition(*(torch.zeros(bank.num_heads) for _ in range(3)))  # not read
         prototypes, temperature = bank.prototypes.detach().cpu(), bank.temperature.cpu()
         detach = bank.detach_assignments
-        record = BankRecord(tokens, None, prototypes, temperature, terms, detach_assignments=detach)
+        record = BankRecord.without_call(tokens, prototypes, temperature, detach_assignments=detach)
         for head, now in enumerate(read_signals(record)):
             places = [f"level {level}"] * (len(banks) > 1) + [f"head {head}"] * (bank.num_heads > 1)
             lines.append(
@@ -250,7 +249,7 @@ def _next_split(tokens: Tensor, prototypes: Tensor, temperature: Tensor, detach_
     """Which prototype would split next as T falls, where that is quickly known."""
     if len(prototypes) * MAX_SPLIT_TOKENS * tokens.shape[1] ** 2 > MAX_SPLIT_WORK:
         return ""
-    sample = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MAX_SPLIT_TOKENS)).long()]
+    sample = evenly_spaced(tokens, MAX_SPLIT_TOKENS)
     margins = split_margins(sample, prototypes, temperature, detach_assignments=detach_assignments)
     return f", nearest to a split {int(margins.argmin())} (margin {float(margins.min()):.2g})"
 

@@ -192,7 +192,8 @@ class SplitDataModule(pl.LightningDataModule, ABC):
         loaded, _ = self._require_setup()
         if name == "label":
             label = int(loaded.y[place])
-            return str(self.class_names[label]) if label >= 0 else None
+            names = self.class_names
+            return str(names[label] if label < len(names) else label) if label >= 0 else None
         first_test = len(loaded.y) - loaded.num_test
         return SPLITS[(place >= first_test - loaded.num_val) + (place >= first_test)]
 
@@ -279,6 +280,13 @@ class SplitDataModule(pl.LightningDataModule, ABC):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _check_labels(self, loaded: Loaded) -> None:
+        names: object = self.class_names
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            kind = type(self).__name__
+            raise TypeError(
+                f"{kind}.class_names must be a tuple with the name of each class, () without labels; got "
+                f"{described(names)}. Set it in {kind}."
+            )
         invalid = (loaded.y < -1) | (loaded.y >= self.num_classes)
         if bool(invalid.any()) and self.num_classes:
             row = int(invalid.nonzero()[0])

@@ -1,6 +1,7 @@
 """Data modules of feature vectors in memory."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,17 @@ class TensorDataModule(SplitDataModule):
     @property
     def num_features(self) -> int:
         """Number of features F."""
-        return len(self.feature_names)
+        return len(self._names())
+
+    def _names(self) -> Sequence[str]:
+        names: object = getattr(self, "feature_names", None)
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            kind = type(self).__name__
+            raise TypeError(
+                f"{kind}.feature_names must be a tuple with the name of each feature; got {described(names)}. Set it "
+                f"in {kind}."
+            )
+        return names
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -100,4 +111,4 @@ class TensorDataModule(SplitDataModule):
     def example(self, index: int) -> str | npt.NDArray[np.uint8]:
         """Names and unscaled values of the features of row ``index``."""
         values = self._raw[self._check_index(index)].tolist()
-        return ", ".join(f"{name} {value:.4g}" for name, value in zip(self.feature_names, values, strict=True))
+        return ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names(), values, strict=True))

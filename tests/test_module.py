@@ -300,7 +300,7 @@ def test_bounded_scale_keeps_the_embeddings_from_shrinking() -> None:
         torch.manual_seed(0)
         head = DDCLReadout(4, temperature=absolute(0.5), embedding_scale=scale)
         module = DDCLReadoutModule(LinearBackbone(), head, Clustering(4), lr_prototypes=0.05, rho=0.5)
-        quiet_trainer(max_epochs=60).fit(module, loader())
+        quiet_trainer(max_epochs=30).fit(module, loader())
         module.eval()
         with torch.no_grad():
             tokens, mask = module.backbone({"x": Blobs().x})
@@ -348,7 +348,7 @@ class _Fake:
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 def test_the_module_trains_in_every_precision(precision: Any) -> None:
     module = clustering_module(Classification(4), absolute(2.0))
-    trainer = quiet_trainer(max_epochs=30, precision=precision)
+    trainer = quiet_trainer(max_epochs=30, precision=precision, check_val_every_n_epoch=30)
     trainer.fit(module, loader(), loader())
     assert float(trainer.callback_metrics["val/acc"]) > 0.9
 

@@ -91,33 +91,32 @@ PADDED = [
 @pytest.mark.parametrize(
     ("name", "batch_size", "processes", "words"),
     [
-        ("digits", 240, 2, CODES),  # 1,797 rows: neither two processes nor their batches divide them
-        ("digits", 240, 3, CODES),
-        ("digits_adaptive", 240, 2, CODES),
-        ("digits", 60, 2, RELOCATED),
-        ("digits_soft_vq", 240, 2, []),
-        ("digits_rho", 240, 2, CODES),
-        ("digits_vqvae", 240, 2, CODES),
-        ("cifar10_soft_vq", 24, 2, []),
-        ("fashion_mnist_soft_vq", 24, 2, []),
-        ("bert_sst2", 24, 2, CODES),
-        ("bert_sst2", 24, 2, [*CODES, *PADDED]),
+        ("digits", 240, (2, 3), CODES),  # 1,797 rows: neither these processes nor their batches divide them
+        ("digits_adaptive", 240, (2,), CODES),
+        ("digits", 60, (2,), RELOCATED),
+        ("digits_soft_vq", 240, (2,), []),
+        ("digits_rho", 240, (2,), CODES),
+        ("digits_vqvae", 240, (2,), CODES),
+        ("cifar10_soft_vq", 24, (2,), []),
+        ("fashion_mnist_soft_vq", 24, (2,), []),
+        ("bert_sst2", 24, (2,), CODES),
+        ("bert_sst2", 24, (2,), [*CODES, *PADDED]),
     ],
 )
 def test_several_processes_equal_one(
-    name: str, batch_size: int, processes: int, words: list[str], tmp_path: Path
+    name: str, batch_size: int, processes: tuple[int, ...], words: list[str], tmp_path: Path
 ) -> None:
     padded = words[-len(PADDED) :] == PADDED
     local = [word for word in local_words(name, tmp_path) if "batch_size" not in word]
     words = [f"--config={name}", *local, *words, *SGD]
     ((state, logged),) = ends(tmp_path, words, batch_size, 1)
-    others = ends(tmp_path, words, batch_size, processes)
-    for other_state, other_logged in others:
+    runs = [ends(tmp_path, words, batch_size, number) for number in processes]
+    for first, (other_state, other_logged) in [(run[0], end) for run in runs for end in run]:
         assert state.keys() == other_state.keys()
         apart = relative_differences(state, other_state)
         assert max(apart.values()) < 1e-5, apart
-        assert all(torch.equal(value, others[0].state[key]) for key, value in other_state.items())
-        assert other_logged == others[0].logged  # every process has logged the same
+        assert all(torch.equal(value, first.state[key]) for key, value in other_state.items())
+        assert other_logged == first.logged  # every process has logged the same
         # A mean over a batch's tokens depends on what else is in the batch, and evaluation has smaller ones here; so
         # does the entropy of a batch's codes.
         exact = ("train/",) if padded else ("train/", "val/")

@@ -19,9 +19,13 @@ else:
     PROJECT = {}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-MONITORING = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8"), re.DOTALL
-)
+PAGES = [
+    pytest.param(snippet, id=f"{page}-{number}")
+    for page in ("monitoring", "codebooks")
+    for number, snippet in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
 
 
 @pytest.mark.skipif(not PROJECT, reason="needs tomllib (Python 3.11)")
@@ -67,11 +71,11 @@ def test_readme_snippets_run(number: int, tmp_path: Path, monkeypatch: pytest.Mo
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {"__name__": "snippet"})
 
 
-@pytest.mark.parametrize("number", range(len(MONITORING)))
-def test_snippets_on_monitoring_run(number: int) -> None:
-    if "vector_quantize_pytorch" in MONITORING[number]:
+@pytest.mark.parametrize("snippet", PAGES)
+def test_snippets_of_the_pages_run(snippet: str) -> None:
+    if "vector_quantize_pytorch" in snippet:
         pytest.importorskip("vector_quantize_pytorch")
-    exec(compile(MONITORING[number], f"monitoring snippet {number}", "exec"), {"__name__": "snippet"})
+    exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
 
 
 def test_readme_names_every_recipe_and_callback() -> None:

@@ -188,6 +188,9 @@ def _fit(value: Any, kind: Any) -> Any:
         return value.item() if isinstance(value, np.generic) else value
     if origin in _LISTS:
         return _fit_list(value, get_args(kind))
+    if origin is type:
+        bases = get_args(kind) or (object,)
+        return _require(value, isinstance(value, type) and issubclass(value, bases))
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):  # as a checkpoint or a file of settings has it
         fields = {field.name for field in dataclasses.fields(origin) if field.init}
         return cast(Any, origin)(**_require(value, set(value) <= fields))
@@ -241,11 +244,14 @@ def _in_words(kind: Any) -> str:
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
+    if origin is type and arguments:
+        return f"a subclass of {arguments[0].__name__}"
     if origin in _LISTS:
         fixed = [argument for argument in arguments if argument is not ...]
         inner = " or ".join(_in_words(argument).removeprefix("an ").removeprefix("a ") for argument in fixed[:1])
         size = f"{len(fixed)} " if len(fixed) > 1 else ""
-        return f"a list of {size}{inner}s".replace("anys", "values") if inner else "a list"
+        plural = f"subclasses{inner.removeprefix('subclass')}" if inner.startswith("subclass of ") else f"{inner}s"
+        return f"a list of {size}{plural}".replace("anys", "values") if inner else "a list"
     if isinstance(origin, type):
         name = origin.__name__
         return f"a{'n' * (name[0] in 'AEIOU')} {name}"

@@ -1,4 +1,4 @@
-"""A bounded uniform sample of rows from a stream, equal on every process."""
+"""Bounded samples of rows: a uniform one from a stream, equal on every process, and an evenly spaced one."""
 
 import numpy as np
 import torch
@@ -65,3 +65,8 @@ class Reservoir:
         flat = rows.reshape(len(rows), -1).to(torch.float64)
         direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return rows[(flat @ direction).argsort(stable=True)]
+
+
+def evenly_spaced(rows: Tensor, limit: int) -> Tensor:
+    """At most ``limit`` rows of a tensor ``(N, *)``, evenly spaced, the first and the last among them."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), limit)).long()]

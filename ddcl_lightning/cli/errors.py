@@ -65,9 +65,9 @@ _BASES: dict[str, type] = {
 
 def explain(message: str, parser: ArgumentParser) -> str:
     """A parser's message, headed by a line that names the unknown key or class and the nearest valid one."""
-    match = _UNKNOWN_ARGUMENT.search(message)
-    if match and not match[1].endswith(".LightningDataModule"):  # whose arguments are those of any class
-        path, key = match.groups()
+    refused = next((match.groups() for match in _UNKNOWN_ARGUMENT.finditer(message) if not _is_any(match[1])), None)
+    if refused:
+        path, key = refused
         owner = find_class(path)
         renamed = owner and renamed_argument(owner, [key.partition(".")[0]], called=path, as_yaml=True)
         known = list(inspect.signature(owner).parameters) if owner else []
@@ -94,7 +94,15 @@ def explain(message: str, parser: ArgumentParser) -> str:
     match = _REFUSED_VALUE.search(message)
     if match:
         return match.group(1)
+    match = _UNKNOWN_ARGUMENT.search(message)
+    if match:
+        return f"unknown argument {match[2]!r}: no class has been named that could take it. Name the class before it."
     return message
+
+
+def _is_any(path: str) -> bool:
+    """True for a base that stands for all of its classes: the parser tries it last, and it takes no argument."""
+    return find_class(path) in (Callback, LightningDataModule)
 
 
 def lost_process(error: BaseException) -> str | None:
@@ -129,9 +137,19 @@ def unwritable(error: BaseException) -> str | None:
         return "there is not enough memory for sizes like these. Lower the number of prototypes, widths or batch sizes."
     if type(error).__name__ == "PathError" and "writable" in str(error):
         return f"{error} Choose a place where you may write with --trainer.default_root_dir."
+    if isinstance(error, FileNotFoundError) and _makes_folder(error):
+        return (
+            f"{error.filename} must be in a folder that may be written to; it cannot be made ({error.strerror}). "
+            "Choose another place (--trainer.default_root_dir for runs)."
+        )
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return f"{sentence(error)}. Make room, or choose another place (--trainer.default_root_dir for runs)."
     return None
+
+
+def _makes_folder(error: BaseException) -> bool:
+    """True if an error is that of a folder that was to be made, whose own parent is there."""
+    return any(frame.tb_frame.f_code.co_name in ("makedirs", "mkdir") for frame in _frames(error.__traceback__))
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -27,8 +27,13 @@ def largest_stable_rate(mass: Tensor) -> Tensor:
         ``(...)``, in the dtype of the mass.
 
     Raises:
-        ValueError: If a mass is negative, or all of a bank are zero.
+        ValueError: If there is no prototype, a mass is negative, or all of a bank are zero.
     """
+    if mass.dim() == 0 or mass.shape[-1] == 0:
+        raise ValueError(
+            f"mass must hold one number for each of at least one prototype, (..., K); got shape {tuple(mass.shape)}. "
+            "Pass assignment_statistics(...).mass."
+        )
     largest = mass.amax(-1)
     if not bool((mass >= 0).all() & (largest > 0).all()):
         raise ValueError(

@@ -8,6 +8,7 @@ from ddcl_lightning.heads.perceiver import PerceiverPooling
 from ddcl_lightning.heads.pma import PMAPooling
 from ddcl_lightning.heads.pooling import CLSPooling, MaxPooling, MeanPooling, PoolingHead
 from ddcl_lightning.heads.quantizer_readout import CodebookHead, QuantizerReadout
+from ddcl_lightning.heads.residual_vq import ResidualVQ
 from ddcl_lightning.heads.slot_attention import SlotAttentionPooling
 from ddcl_lightning.heads.soft_vq import SoftVQ
 from ddcl_lightning.heads.vq import VQPooling
@@ -26,6 +27,7 @@ __all__ = [
     "PoolingHead",
     "QuantizerReadout",
     "ReadoutOutput",
+    "ResidualVQ",
     "SlotAttentionPooling",
     "SoftVQ",
     "VQPooling",

@@ -1,6 +1,7 @@
 """Checks of what plug-ins set and return, so that a slip is one sentence and no traceback from somewhere else.
 
-They look at types and shapes, never at values, so that none waits for an accelerator; compiled graphs leave them out.
+They look at types and shapes; at values in evaluation only, so that none waits for an accelerator while training.
+Compiled graphs leave them out.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from ddcl_lightning.backbones.base import Backbone, Tokens
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms
+
+SUM_TOLERANCE = 0.05  # of shares that add up to 1, in half precision
 
 
 def check_dimension(owner: nn.Module, name: str, meaning: str, where: str) -> int:
@@ -176,6 +179,46 @@ def check_quantizer_output(quantizer: Quantizer, tokens: Tensor, output: Any) ->
     _require_scalar(f"{rule} with terms.loss, a scalar tensor or None", output.terms.loss)
     _require_signals(rule, output.terms.signals)
     return output
+
+
+def check_code_range(quantizer: Quantizer, codes: Tensor) -> None:
+    """Raise unless all codes are in [0, ``num_codes``), or -1; for evaluation, since it waits for the device.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if torch.compiler.is_compiling() or codes.is_meta or not codes.numel():
+        return
+    low, high = (int(value) for value in codes.aminmax())
+    if low < -1 or high >= quantizer.num_codes:
+        kind = type(quantizer).__name__
+        raise ValueError(
+            f"{kind}.forward() must return indices in [0, num_codes = {quantizer.num_codes}), or -1 for padding; got "
+            f"values from {low} to {high}. Set num_codes of {kind} to the size of its codebook, or correct the indices."
+        )
+
+
+def check_assignments(head: Head, assignments: Tensor | None, mask: Tensor | None) -> None:
+    """Raise unless assignments of samples with a valid token are shares; for evaluation, since it waits for the device.
+
+    Raises:
+        ValueError: If one is not finite, or the shares of a sample in a head do not add up to 1.
+    """
+    if assignments is None or torch.compiler.is_compiling() or assignments.is_meta:
+        return
+    rows = (assignments if mask is None else assignments[mask.any(1)]).detach().float()
+    rule = f"{type(head).__name__}.forward() must return assignments (B, H, K), the share of every prototype"
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(
+            f"{rule}; got NaN or infinite values in {described(assignments)}. Leave padding out of the mean."
+        )
+    sums = rows.sum(-1)
+    if not bool(((sums - 1).abs() < SUM_TOLERANCE).all()):
+        raise ValueError(
+            f"{rule}, which add up to 1 over the last dimension; got sums from {float(sums.min()):.3g} to "
+            f"{float(sums.max()):.3g} in {described(assignments)}. Put the K prototypes last (.mT where they come "
+            "first), and divide by the number of valid tokens."
+        )
 
 
 def check_losses(task: nn.Module, losses: Any) -> Mapping[str, Tensor]:

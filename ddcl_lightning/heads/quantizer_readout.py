@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional import code_counts
 from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
-from ddcl_lightning.heads.contracts import check_quantizer, check_quantizer_output
+from ddcl_lightning.heads.contracts import check_code_range, check_quantizer, check_quantizer_output
 from ddcl_lightning.heads.pooling import mean_token
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer_base import Quantizer
@@ -63,6 +63,8 @@ class CodebookHead(Head):
         tokens, mask = fill_padding(tokens, mask)
         output = check_quantizer_output(self.quantizer, tokens, self.quantizer(tokens, mask))
         codes = output.indices.reshape(*tokens.shape[:2], self.quantizer.num_codebooks)
+        if not self.training:
+            check_code_range(self.quantizer, codes)
         return ReadoutOutput(
             output.quantized,
             mean_token(output.quantized, mask),

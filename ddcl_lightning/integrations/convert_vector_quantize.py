@@ -61,9 +61,9 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
         quantizer = SoftVectorQuantizer(dim, size, **options)
     for bank, values in zip(find_banks(quantizer).values(), codes, strict=False):  # one bank for all, if it is shared
         bank.set_prototypes(values.to(bank.prototypes))
-    for own, theirs in zip((quantizer.input_projection, quantizer.output_projection), projections, strict=True):
-        if own is not None and theirs is not None:
-            own.load_state_dict(theirs.state_dict())
+    for own, source in zip((quantizer.input_projection, quantizer.output_projection), projections, strict=True):
+        if own is not None and source is not None:
+            own.load_state_dict(source.state_dict())
     quantizer.to(codes[0].device).train(layer.training)
     if tokens is not None:
         quantizer.revive(tokens)

@@ -1,8 +1,11 @@
 """Signals of a user's own beside those of a monitor."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning.monitoring.findings import Finding
 from ddcl_lightning.monitoring.health_report import LOGGED
@@ -68,10 +71,19 @@ class AdditionalSignals:
         earlier = self._values.setdefault(where, {}).get(signal.name, [])
         self._values[where][signal.name] = [*earlier, value][-TREND_READINGS:]
         text = read_sign(signal, value, earlier)
+        new = []
+        known = [*earlier, value]  # of 21 readings at most
+        if len(known) == min(self.patience, TREND_READINGS) and all(map(math.isnan, known)):
+            nothing = (
+                f"its value was NaN in each of its first {len(known)} readings, so it tells nothing. Correct "
+                f"{type(signal).__name__}.read(), or leave the signal out."
+            )
+            rank_zero_warn(f"CollapseWarning: the signal {signal.name!r} of {where or 'the codebook'}: {nothing}")
+            new.append(Finding("notice", signal.name, where, step, nothing))
         streaks = self._streaks.setdefault(where, {})
         streaks[signal.name] = streaks.get(signal.name, 0) + 1 if text else 0
         due = bool(text) and streaks[signal.name] == self.patience
-        return [Finding("notice", signal.name, where, step, text)] if due else []
+        return [*new, Finding("notice", signal.name, where, step, text)] if due else new
 
     def state_dict(self) -> dict[str, Any]:
         """Values, streaks and findings as plain numbers and text."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.distributed import gather_objects, world_size
-from ddcl_lightning.functional import Decomposition, code_counts
+from ddcl_lightning.functional import code_counts
 from ddcl_lightning.monitoring.health_report import CodebookReport, report_of_codes, report_of_tokens
 from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
 from ddcl_lightning.monitoring.signals import read_signals
@@ -73,13 +73,10 @@ class CodeWindow:
         if record.tokens is not None:
             self._add_tokens(record.tokens, codes)
         if isinstance(record, BankRecord):
-            zeros = torch.zeros(self.num_heads)
-            self._bank = BankRecord(
+            self._bank = BankRecord.without_call(
                 record.codebook[:, :0],
-                None,
                 record.codebook.cpu(),
                 record.temperature.cpu(),
-                Decomposition(zeros, zeros, zeros),
                 detach_assignments=record.detach_assignments,
             )
 
@@ -143,15 +140,7 @@ class CodeWindow:
         if self._bank is None or not bool(torch.isfinite(self._bank.codebook).all()):
             return None
         tokens = latest[..., :-1].transpose(0, 1)
-        record = BankRecord(
-            tokens,
-            None,
-            self._bank.codebook,
-            self._bank.temperature,
-            self._bank.terms,
-            detach_assignments=self._bank.detach_assignments,
-        )
-        return list(read_signals(record, rows[..., :-1].transpose(0, 1)))
+        return list(read_signals(replace(self._bank, tokens=tokens), rows[..., :-1].transpose(0, 1)))
 
     def state_dict(self) -> dict[str, Any]:
         """State with which a resumed run reports as the uninterrupted one would: tensors and plain numbers."""

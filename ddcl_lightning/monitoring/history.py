@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ class HeadHistory:
         readings: Their number so far.
         first: First known value of each number.
         best: Highest value of each.
-        lowest: Lowest value of each.
         recent: The latest 20 values of each, the oldest first.
         streaks: Readings in a row with a sign, by its name.
         alarmed: Kinds of the present harm that have been reported.
@@ -38,7 +37,6 @@ class HeadHistory:
     readings: int = 0
     first: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
-    lowest: dict[str, float] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
     streaks: dict[str, int] = field(default_factory=dict)
     planned: bool = False
@@ -60,7 +58,6 @@ class HeadHistory:
             self.first.setdefault(name, value)
             if not (self.travels and name in ("separation", "delta")):
                 self.best[name] = max(value, self.best.get(name, -math.inf))
-            self.lowest[name] = min(value, self.lowest.get(name, math.inf))
             self.add_value(name, value)
 
     def add_value(self, name: str, value: float) -> list[float]:
@@ -165,5 +162,9 @@ def trend(values: list[float]) -> float:
 
 
 def histories_from(state: Mapping[str, Mapping[str, Any]]) -> dict[str, HeadHistory]:
-    """Histories of what ``state_dict`` of each gave."""
-    return {name: HeadHistory(**copy.deepcopy(dict(saved))) for name, saved in state.items()}
+    """Histories of what ``state_dict`` of each gave; numbers that are kept no longer are passed over."""
+    known = {field.name for field in fields(HeadHistory)}
+    return {
+        name: HeadHistory(**copy.deepcopy({key: value for key, value in saved.items() if key in known}))
+        for name, saved in state.items()
+    }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning.monitoring.argument_checks import require_check, require_loss, require_state, require_tensors
 from ddcl_lightning.monitoring.code_window import CodeWindow
 from ddcl_lightning.monitoring.findings import CollapseError, Finding, verdict
 from ddcl_lightning.monitoring.health_report import MonitorReport
@@ -148,9 +149,10 @@ class CodebookMonitor:
             num_codes: K of an implicit codebook.
 
         Raises:
-            TypeError: If the indices are not integers or the mask is not boolean.
+            TypeError: If something is no tensor, the indices are not integers or the mask is not boolean.
             ValueError: If sizes do not fit.
         """
+        require_tensors(["indices"], tokens=tokens, codebook=codebook, indices=indices, mask=mask)
         self.add(name, CodebookRecord.of_codes(tokens, codebook, indices, mask, num_codes=num_codes, geometry=geometry))
 
     def add(self, name: str, record: CodebookRecord, tokens_per_pass: int = 0) -> None:
@@ -184,7 +186,9 @@ class CodebookMonitor:
 
         Raises:
             CollapseError: On an alarm, with ``on_collapse="raise"``.
+            TypeError, ValueError: If an argument is something else.
         """
+        require_check(step, planned_end)
         if loss is not None:
             self.add_loss(loss)
         self._steps = self._steps + 1 if step is None else step
@@ -210,7 +214,8 @@ class CodebookMonitor:
         return new
 
     def add_loss(self, loss: Tensor | float) -> None:
-        """Keep the loss of a step until the next reading, without waiting for it."""
+        """Keep the loss of a step, a number or a tensor of one, until the next reading, without waiting for it."""
+        require_loss(loss)
         self._losses = [*self._losses, loss.detach() if isinstance(loss, Tensor) else loss][-MAX_LOSSES:]
 
     @property
@@ -252,7 +257,11 @@ class CodebookMonitor:
     def _mean_loss(self) -> float | None:
         """Mean loss since the last reading over all processes; here it is waited for."""
         losses, self._losses = self._losses, []
-        mean = float(torch.stack([torch.as_tensor(loss).float() for loss in losses]).mean()) if losses else None
+        mean = (
+            float(torch.stack([torch.as_tensor(loss).float().reshape(()) for loss in losses]).mean())
+            if losses
+            else None
+        )
         means = [each for each in gather_objects(mean) if each is not None]
         return sum(means) / len(means) if means else None
 
@@ -305,7 +314,8 @@ class CodebookMonitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave; a ValueError for anything else."""
+        require_state(state, type(self).__name__)
         self._windows = {name: CodeWindow.from_state(saved) for name, saved in state["windows"].items()}
         self._judge.load_state_dict(state["judge"])
         self._steps, self._readings, self._probed = state["counts"]

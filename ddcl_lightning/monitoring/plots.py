@@ -9,10 +9,26 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
+from ddcl_lightning._utils.reservoir import evenly_spaced
 from ddcl_lightning.functional import nearest_prototype
 
 MAX_POINTS = 2000
 MAX_LABELS = 40  # numbers written beside prototypes or bars before they hide the picture
+
+
+def figure_with_legends(width: float, height: float, top: float = 0.45) -> Figure:
+    """A figure with room for labels and for legends on the right; a layout that looks for room takes twice as long.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        top: Room for titles in inches.
+    """
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        left=0.9 / width, right=1 - 2.3 / width, bottom=0.6 / height, top=1 - top / height, hspace=0.12
+    )
+    return figure
 
 
 def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
@@ -23,7 +39,7 @@ def draw_history(points: Sequence[dict[str, float]], title: str) -> Figure:
             ``used_in_batch`` and ``temperature_ratio``.
         title: Name of the bank.
     """
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure = figure_with_legends(10, 8)
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     steps = [point["step"] for point in points]
 
@@ -84,7 +100,7 @@ def draw_course(
         moments: Step, sign, and whether it was an alarm.
         title: Name of the codebook.
     """
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure = figure_with_legends(10, 8, top=0.8)
     axes = figure.subplots(len(COURSES), 1, sharex=True)
     for axis, (label, names) in zip(axes, COURSES.items(), strict=True):
         for name, text in names.items():
@@ -127,7 +143,7 @@ def draw_bank(tokens: Tensor, prototypes: Tensor, title: str) -> Figure:
         prototypes: ``(K, d)`` float32 on the CPU.
         title: Name of the bank.
     """
-    shown = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), MAX_POINTS)).long()]
+    shown = evenly_spaced(tokens, MAX_POINTS)
     codes = nearest_prototype(shown, prototypes)
     mean = shown.mean(0)
     _, singular, directions = torch.linalg.svd(shown - mean, full_matrices=False)
@@ -135,7 +151,7 @@ def draw_bank(tokens: Tensor, prototypes: Tensor, title: str) -> Figure:
     share = float(singular[:2].square().sum() / singular.square().sum().clamp(min=1e-30))
     points, centers = (shown - mean) @ plane.T, (prototypes - mean) @ plane.T
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = figure_with_legends(10, 6.5)
     axis = figure.subplots()
     axis.scatter(points[:, 0], points[:, 1], c=codes % 20, cmap="tab20", vmin=0, vmax=19, s=7, alpha=0.55, linewidths=0)
     axis.scatter([], [], c="gray", s=20, label="token, in the colour\nof its prototype")
@@ -176,7 +192,7 @@ def draw_usage(
     dead = int((counts == 0).sum())
     probabilities = share[share > 0]
     perplexity = float((-(probabilities * probabilities.log()).sum()).exp())
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = figure_with_legends(10, 4)
     axis = figure.subplots()
     axis.bar(range(size), share[order].tolist(), color="tab:blue", alpha=0.6, label=f"nearest {noun}\n(hard)")
     if mass is not None:

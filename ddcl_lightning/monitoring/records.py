@@ -148,6 +148,15 @@ class BankRecord(CodebookRecord):
         prototypes, temperature = bank.prototypes.detach().clone(), bank.temperature.clone()
         return cls(heads, flat_mask, prototypes, temperature, terms, codes, detach_assignments=bank.detach_assignments)
 
+    @classmethod
+    def without_call(
+        cls, tokens: Tensor, codebook: Tensor, temperature: Tensor, *, detach_assignments: bool = False
+    ) -> "BankRecord":
+        """The record of tokens ``(H, N, d)`` beside a codebook that has not been called with them: its terms are 0."""
+        zeros = torch.zeros(len(codebook))
+        terms = Decomposition(zeros, zeros, zeros)
+        return cls(tokens, None, codebook, temperature, terms, detach_assignments=detach_assignments)
+
     def hard_codes(self) -> Tensor:
         """Hard codes ``(H, N)``, -1 at padding: those of the call, or the nearest prototypes."""
         if self.codes is not None:

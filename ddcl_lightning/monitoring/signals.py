@@ -1,6 +1,8 @@
 """Signals of a bank's health, computed from one record of a call."""
 
 import math
+import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -64,6 +66,11 @@ def check_signals(argument: str, signals: Sequence[Signal], taken: Collection[st
             raise ValueError(
                 f"{argument} must hold signals with a name; got {name!r} of {owner}. Set its name, a string."
             )
+        if re.search(r"[\s/]", name):
+            raise ValueError(
+                f"{argument} must hold signals whose names have no spaces and no '/', since they are logged as "
+                f"ddcl/NAME/CODEBOOK; got {name!r} of {owner}. Write '_' in their place."
+            )
         if name in earlier:
             raise ValueError(f"{argument} must hold signals of different names; got {name!r} twice. Rename one.")
         if name in taken:
@@ -78,9 +85,12 @@ def read_signal(signal: Signal, record: BankRecord) -> list[float]:
     """Values of a signal, one per head.
 
     Raises:
-        ValueError: If it reads anything but ``(H,)`` floats.
+        ValueError: If it fails, or reads anything but ``(H,)`` floats.
     """
-    values: object = signal.read(record)
+    try:
+        values: object = signal.read(record)
+    except Exception as error:
+        raise _failed("read", signal, error) from error
     heads = len(record.codebook)
     if isinstance(values, Tensor) and values.is_floating_point() and values.shape == (heads,):
         return [float(value) for value in values]
@@ -95,14 +105,26 @@ def read_sign(signal: Signal, value: float, earlier: Sequence[float]) -> str:
     """Sentence of a signal about its latest value, empty where that is no sign.
 
     Raises:
-        ValueError: If its ``sign`` is neither a string nor None.
+        ValueError: If it fails, or its ``sign`` is neither a string nor None.
     """
-    text: object = signal.sign(value, earlier)
+    try:
+        text: object = signal.sign(value, earlier)
+    except Exception as error:
+        raise _failed("sign", signal, error) from error
     if text is None or isinstance(text, str):
         return text or ""
     raise ValueError(
         f"sign of the signal {signal.name!r} must return a sentence, or None where there is nothing to say; got "
         f"{text!r:.80}. Return a string."
+    )
+
+
+def _failed(method: str, signal: Signal, error: Exception) -> ValueError:
+    """An error of somebody's method, with its place in their code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return ValueError(
+        f"{method} of the signal {signal.name!r} must work on every record of a bank; got {type(error).__name__}: "
+        f"{error} (line {place.lineno} of {place.filename}). Correct it, or leave {type(signal).__name__} out."
     )
 
 

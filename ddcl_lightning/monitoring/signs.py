@@ -138,7 +138,8 @@ def flat_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> 
         return ""
     return (
         f"the effective rank of the codes fell from {past.best['code_rank']:.3g} to {now.code_rank:.3g} of {now.dim}. "
-        "Lower the learning rate of the codes, or start them from tokens (KMeansInitialization, kmeans_init=True)."
+        "Lower the learning rate of the codes, or start them from tokens (KMeansInitialization for a bank, "
+        "kmeans_init=True in vector-quantize-pytorch)."
     )
 
 
@@ -173,7 +174,8 @@ def dead(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
         "Start with KMeansInitialization, step prototypes with TokenNormalized(relocation_threshold=0.5), lower the "
         "rates of encoder and prototypes"
         if now.bank is not None
-        else "Start from tokens (kmeans_init=True), replace dead codes (threshold_ema_dead_code=2)"
+        else "Start the codes from tokens, and put tokens in the place of dead ones (in vector-quantize-pytorch "
+        "kmeans_init=True and threshold_ema_dead_code=2)"
     )
     return f"{len(now.dead)} of {now.num_codes} codes ({shown}) have had no token for long. {remedy}, or use fewer."
 

@@ -87,8 +87,7 @@ class Codebook(GuardedState):
         """Prototypes of indices ``(*, H)``, heads side by side, ``(*, H * d)``; zero for -1, the code of padding."""
         if codes.is_floating_point() or codes.dtype == torch.bool:
             raise TypeError(f"codes must be integers; got {codes.dtype}. Pass those of encode.")
-        if codes.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_code_range("codes", codes, f"K = {self.num_prototypes}", self.num_prototypes)
+        check_code_range("codes", codes, f"K = {self.num_prototypes}", self.num_prototypes)
         return self.vectors(codes)
 
     def vectors(self, codes: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.compat import exporting
 from ddcl_lightning._utils.distributed import from_first_process, warn
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
@@ -67,6 +68,7 @@ class MovingBank(PrototypeBank, SettledState):
 
     Attributes:
         loads: Buffer ``(H, K, 2)``, running distortion and number of tokens of the cells, of all processes.
+        num_steps: Steps of optimizers that this object has seen, of those without its tokens too.
 
     Raises:
         ValueError: As a bank does.
@@ -81,6 +83,7 @@ class MovingBank(PrototypeBank, SettledState):
         self.register_buffer("loads", torch.zeros(self.num_heads, num_prototypes, 2, dtype=running_dtype()))
         self._statistics: StepStatistics | None = None
         self._calls = 0
+        self.num_steps = 0
 
     @property
     def is_frozen(self) -> bool:
@@ -88,11 +91,8 @@ class MovingBank(PrototypeBank, SettledState):
         return not self.marker.requires_grad
 
     def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.training and self._statistics is None and not torch.compiler.is_compiling():
-            own = weakref.ref(self)  # the statistics must not keep the bank alive, nor its copies
-            self._statistics = StepStatistics({"": self}, lambda: _relocates(own()))
-        if self.training and not torch.compiler.is_compiling():
-            self._count()
+        if self.training and not exporting():
+            self._follow()
         return super()._begin(tokens, mask)
 
     @torch.no_grad()
@@ -132,6 +132,7 @@ class MovingBank(PrototypeBank, SettledState):
         """No effect: prototypes move by :meth:`settle`."""
 
     def _move(self, *, need_backward: bool) -> None:
+        self.num_steps += 1
         if self._statistics is None or not self.training:
             return
         statistics = self._statistics.take_if_any(self.marker, need_backward=need_backward)
@@ -150,7 +151,12 @@ class MovingBank(PrototypeBank, SettledState):
         if loads is not None:
             self.loads.copy_(loads)
 
-    def _count(self) -> None:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _follow(self) -> None:
+        """Have the tokens of training calls counted."""
+        if self._statistics is None:
+            own = weakref.ref(self)  # a copy has its own
+            self._statistics = StepStatistics({"": self}, lambda: _relocates(own()))
         self._calls += 1
         if self._calls == CALLS_WITHOUT_STEP and not self.is_frozen:
             warn(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning._utils.compat import exporting, recomputing
 from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional._common import zero_padding
@@ -35,6 +35,7 @@ class ProjectedQuantizer(Quantizer):
         self.output_projection = nn.Linear(width, dim) if width != dim else None
         self.scale = EmbeddingScale(width, embedding_scale)
         self._first_tokens: FirstTokens | None = None
+        self._started_after: int | None = None
 
     def moving_banks(self) -> list[MovingBank]:
         """The banks that move their codes themselves, in the order in which they start."""
@@ -87,14 +88,22 @@ class ProjectedQuantizer(Quantizer):
 
     def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
         """Start the codes in a training call, anew with each batch until there are enough tokens."""
-        if self._first_tokens is None or torch.compiler.is_compiling() or recomputing():
+        if self._first_tokens is not None and not exporting():
+            self._start_once(embedded, mask)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _start_once(self, embedded: Tensor, mask: Tensor | None) -> None:
+        if self._first_tokens is None or recomputing():
             return
         banks = self.moving_banks()
         if all(bool(bank.initialized) for bank in banks):
             self._first_tokens = None
         elif not any(bank.is_frozen for bank in banks):
             sample = self._first_tokens.add(embedded, mask)
-            if sample is not None:
+            steps = banks[0].num_steps
+            # Calls between two steps find the same codes, as after the start.
+            if sample is not None and self._started_after != steps:
+                self._started_after = steps
                 self.start_codes(sample, final=self._first_tokens.enough(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
 from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
-from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, DISTORTION_TEMPERATURE, Temperature
 
 QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
@@ -68,10 +68,10 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         channels: ``"last"`` for tokens ``(B, ..., D)``, ``"first"`` for ``(B, D, ...)``; by default the one that
             fits, see :class:`~ddcl_lightning.nn.layout.ChannelLayout`.
         code_update: How codes move inside, or ``"optimizer"``: an optimizer of yours moves them.
-        temperature: Softness of the assignments, see :class:`~ddcl_lightning.Temperature`. By default a tenth of the
-            distortion where codes move inside; a tenth of the critical temperature where an optimizer moves them: there
-            too high (0.5 and above) crowds codes together, too low from the start leaves those without tokens that are
-            far from them, and 3 / K is a good start and a hundredth of it a good end from 64 codes on.
+        temperature: Softness of the assignments, see :class:`~ddcl_lightning.Temperature`. By default 0.03 of the
+            distortion where codes move inside; a tenth of the critical temperature where an optimizer moves them:
+            there too high (0.5 and above) crowds codes together, too low from the start leaves those without tokens
+            that are far from them, and 3 / K is a good start and a hundredth of it a good end from 64 codes on.
         commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's, see
             :func:`~ddcl_lightning.nn.straight_through.straight_through`; needs the gradient straight through. By
             default 0.25 where codes move inside, else 0.
@@ -282,6 +282,6 @@ def create_bank(
         code_dim,
         update=code_update,
         num_heads=num_heads,
-        temperature=Temperature(DEFAULT_TEMPERATURE, "distortion") if temperature is None else temperature,
+        temperature=Temperature(DISTORTION_TEMPERATURE, "distortion") if temperature is None else temperature,
         measure_variance=measure_variance,
     )

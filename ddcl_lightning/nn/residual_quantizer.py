@@ -17,7 +17,7 @@ from ddcl_lightning.nn.quantizer import COMMITMENT_RATIO, DEFAULT_UPDATE
 from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
 from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
-from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
+from ddcl_lightning.nn.temperature import DISTORTION_TEMPERATURE, Temperature
 
 
 class ResidualVectorQuantizer(ProjectedQuantizer):
@@ -48,7 +48,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         channels: See :class:`~ddcl_lightning.SoftVectorQuantizer`.
         code_update: How codes move.
         temperature: Softness of the assignments by which codes move, see :class:`~ddcl_lightning.Temperature`; by
-            default a tenth of each level's distortion.
+            default 0.03 of each level's distortion.
         commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's.
         embedding_scale: A bound on the scale of what is quantized, see :class:`~ddcl_lightning.EmbeddingScale`.
 
@@ -84,7 +84,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         if temperature is None:
-            temperature = Temperature(DEFAULT_TEMPERATURE, "distortion")
+            temperature = Temperature(DISTORTION_TEMPERATURE, "distortion")
         super().__init__(dim, num_heads * code_dim, channels, embedding_scale)
         self.num_codes, self.num_levels, self.num_heads = num_codes, num_levels, num_heads
         self.num_codebooks = num_levels * num_heads
@@ -237,7 +237,7 @@ def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
 def _relative_error(residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     """Mean square of a residual as a share of the variance of the tokens, both ``(*, d)``."""
     rest, z = (value.detach().flatten(0, -2).float() for value in (residual, tokens))
-    valid = z.new_ones(len(z), 1) if mask is None else mask.reshape(-1, 1).float()
+    valid = z.new_ones(z.shape[0], 1) if mask is None else mask.reshape(-1, 1).float()
     number = valid.sum().clamp(min=1.0)
     mean = (z * valid).sum(0) / number
     variance = ((z - mean).square() * valid).sum() / number

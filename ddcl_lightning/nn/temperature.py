@@ -16,6 +16,7 @@ from ddcl_lightning.nn.settled_state import SettledState
 
 TemperatureUnit = Literal["critical", "initial", "distortion", "absolute"]
 DEFAULT_TEMPERATURE = 0.1
+DISTORTION_TEMPERATURE = 0.03  # in units of the distortion
 
 
 def _plain(value: Any) -> float | list[float]:
@@ -66,7 +67,7 @@ class Temperature:
         if unit == "distortion" and max(values) >= 1:
             raise ValueError(
                 f"a temperature in units of the distortion must be < 1, or it would raise itself; got {value}. "
-                f"{DEFAULT_TEMPERATURE} is a good value."
+                f"{DISTORTION_TEMPERATURE} is a good value."
             )
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "unit", unit)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.arguments import described, typed
 from ddcl_lightning._utils.batch import Batch, labels
 from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.metrics.clustering_metrics import ClusteringMetrics
@@ -65,6 +65,12 @@ class Clustering(Task):
         """Count the batch's clusters against its labels, or against none."""
         if readout.assignments is None:
             raise RuntimeError("Clustering metrics need assignments; run the head in evaluation mode.")
+        if readout.assignments.shape[1] != len(self._sizes):
+            raise ValueError(
+                f"Clustering needs assignments (B, H = {len(self._sizes)}, K), heads before prototypes; got "
+                f"{described(readout.assignments)}. Return them so from the head, with .mT where they are the other "
+                "way round."
+            )
         clusters = readout.assignments.argmax(-1)
         truth = labels(batch) if self.num_classes is not None else None
         if truth is None:

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.heads.base import Head, ReadoutOutput
-from ddcl_lightning.heads.contracts import check_losses, check_readout_output, check_token_output
+from ddcl_lightning.heads.contracts import (
+    check_assignments,
+    check_losses,
+    check_readout_output,
+    check_token_output,
+)
 from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 from ddcl_lightning.optim.two_timescale import parameter_ids
 from ddcl_lightning.tasks.base import Task
@@ -30,6 +35,8 @@ class ReadoutModule(pl.LightningModule):
         """The readout of a batch as the data loader yields it."""
         tokens, mask = check_token_output(self.backbone, self.backbone(batch))
         readout = check_readout_output(self.head, tokens, self.head(tokens, mask))
+        if not self.training:
+            check_assignments(self.head, readout.assignments, mask)
         return replace(readout, inputs=tokens, mask=mask)
 
     def losses(self, readout: ReadoutOutput, batch: Batch) -> Mapping[str, Tensor]:

@@ -1,9 +1,12 @@
 """The ddcl command, run as a user would."""
 
+import contextlib
 import csv
+import io
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,30 @@ QUICK = [
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+DIGITS = ["--config", "digits", "--model.lr_prototypes=0.02", *QUICK]
+HIERARCHY = ["--config", "digits_hierarchical", *QUICK]
+
+
+def fitted(folder: Path, words: list[str]) -> tuple[Path, str]:
+    """The checkpoint of a fit, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["fit", *words, f"--trainer.default_root_dir={folder}"])
+    return next(folder.rglob("*.ckpt")), printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of the digits."""
+    return str(fitted(tmp_path_factory.mktemp("digits"), DIGITS)[0])
+
+
+@pytest.fixture(scope="module")
+def hierarchy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The checkpoint and the output of a hierarchy whose levels are trained one by one."""
+    words = [*HIERARCHY, "--model.head.init_args.end_to_end=false"]
+    return fitted(tmp_path_factory.mktemp("hierarchy"), words)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -63,10 +90,11 @@ def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsy
 
 @pytest.mark.parametrize("end_to_end", ["false", "true"])
 def test_a_hierarchy_reports_its_levels_and_draws_them(
-    end_to_end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    end_to_end: str, tmp_path: Path, hierarchy: tuple[Path, str]
 ) -> None:
-    main(["fit", "--config", "digits_hierarchical", *QUICK, f"--model.head.init_args.end_to_end={end_to_end}"])
-    lines = capsys.readouterr().out.splitlines()
+    words = [*HIERARCHY, "--model.head.init_args.end_to_end=true"]
+    checkpoint, printed = hierarchy if end_to_end == "false" else fitted(tmp_path, words)
+    lines = printed.splitlines()
     levels = [line for line in lines if line.startswith("level ")]
     assert [line.split(":")[0] for line in levels] == ["level 1", "level 2"]
     ratios = [float(line.split("T / T_c ")[1].split(",")[0]) for line in levels]
@@ -74,20 +102,19 @@ def test_a_hierarchy_reports_its_levels_and_draws_them(
     assert ratios == [pytest.approx(0.1 * ratio**0.625, rel=0.2) for ratio in (0.1, 0.05)]
     accuracy = next(line for line in lines if line.startswith("prototypes (last step)")).split()[-5]
     assert float(accuracy) > 0.6
-    tags = EventAccumulator(str(next(tmp_path.rglob("version_0")))).Reload().Tags()
+    tags = EventAccumulator(str(checkpoint.parents[1])).Reload().Tags()
     assert {f"prototypes/head.levels.{level}.bank" for level in (0, 1)} <= set(tags["images"])
     assert {f"ddcl/variance/head.levels.{level}.bank" for level in (0, 1)} <= set(tags["scalars"])
 
 
-def test_a_hierarchical_checkpoint_predicts_and_goes_on(tmp_path: Path) -> None:
-    main(["fit", "--config", "digits_hierarchical", *QUICK])
-    checkpoint = next(tmp_path.rglob("*.ckpt"))
-    main(["predict", "--config", "digits_hierarchical", *QUICK, "--ckpt_path", str(checkpoint)])
+def test_a_hierarchical_checkpoint_predicts_and_goes_on(tmp_path: Path, hierarchy: tuple[Path, str]) -> None:
+    words = ["--config", "digits_hierarchical", "--model.head.init_args.end_to_end=false", *QUICK]
+    checkpoint = str(hierarchy[0])
+    main(["predict", *words, "--ckpt_path", checkpoint])
     table = pd.read_csv("assignments.csv")
     assert len(table) == 1797
     assert table["prototype_1"].max() < 10
-    more = ["--trainer.max_epochs=3", "--ckpt_path", str(checkpoint)]
-    main(["fit", "--config", "digits_hierarchical", *QUICK[:-1], *more])
+    main(["fit", *words[:-1], "--trainer.max_epochs=3", "--ckpt_path", checkpoint])
     assert list(tmp_path.rglob("epoch=2-step=24.ckpt"))
 
 
@@ -108,10 +135,8 @@ def test_one_option_swaps_the_head_for_a_baseline(
     assert f"parameters: {head} " in printed
 
 
-def test_validate_test_and_predict_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--config", "digits", *QUICK])
-    checkpoint = next(tmp_path.rglob("*.ckpt"))
-    common = ["--config", "digits", *QUICK, "--ckpt_path", str(checkpoint)]
+def test_validate_test_and_predict_from_a_checkpoint(digits: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [*DIGITS, "--ckpt_path", digits]
     main(["validate", *common])
     main(["test", *common])
     assert "test/acc" in capsys.readouterr().out
@@ -126,26 +151,21 @@ def test_validate_test_and_predict_from_a_checkpoint(tmp_path: Path, capsys: pyt
     assert [int(row["prototype_1"]) for row in rows] == table["prototype_1"].tolist()
 
 
-def test_resumes_from_a_checkpoint_of_its_own(tmp_path: Path) -> None:
-    main(["fit", "--config", "digits", *QUICK])
-    checkpoint = next(tmp_path.rglob("*.ckpt"))
-    main(["fit", "--config", "digits", *QUICK[:-1], "--trainer.max_epochs=3", "--ckpt_path", str(checkpoint)])
+def test_resumes_from_a_checkpoint_of_its_own(digits: str, tmp_path: Path) -> None:
+    main(["fit", *DIGITS[:-1], "--trainer.max_epochs=3", "--ckpt_path", digits])
     assert list(tmp_path.rglob("epoch=2-step=24.ckpt"))
 
 
-def test_settings_that_a_checkpoint_overrules_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--config", "digits", *QUICK])
-    checkpoint = next(tmp_path.rglob("*.ckpt"))
-    words = ["validate", "--config", "digits", *QUICK, "--ckpt_path", str(checkpoint)]
+def test_settings_that_a_checkpoint_overrules_are_named(digits: str) -> None:
+    words = ["validate", *DIGITS, "--ckpt_path", digits]
     main(words)  # the same settings are no warning, which would be an error here
     with pytest.warns(UserWarning, match=r"model\.head\.init_args\.num_prototypes = 10 \(not 12\)") as caught:
         main([*words, "--model.head.init_args.num_prototypes=12"])
     assert len([warning for warning in caught if "ckpt_path was trained" in str(warning.message)]) == 1
 
 
-def test_checkpoints_of_the_command_line_load_by_themselves(tmp_path: Path) -> None:
-    main(["fit", "--config", "digits", "--model.lr_prototypes=0.02", *QUICK])
-    module = DDCLReadoutModule.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)
+def test_checkpoints_of_the_command_line_load_by_themselves(digits: str) -> None:
+    module = DDCLReadoutModule.load_from_checkpoint(digits, weights_only=True)
     assert module.lr_prototypes == 0.02
     assert isinstance(module.backbone, PCABackbone)
     assert bool(module.backbone.fitted)
@@ -246,7 +266,14 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_installed_command_and_module_run() -> None:
-    for command in (["-m", "ddcl_lightning"], ["-c", "from ddcl_lightning.cli.commands import main; main()"]):
-        finished = subprocess.run([sys.executable, *command, "recipes"], capture_output=True, text=True, check=True)
-        assert finished.stdout.splitlines()[0].split()[0] in recipe_paths()
+def test_the_module_runs_as_a_command() -> None:
+    command = [sys.executable, "-m", "ddcl_lightning", "recipes"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[0].split()[0] in recipe_paths()
+
+
+def test_the_installed_command_is_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = entry_points(group="console_scripts", name="ddcl")
+    monkeypatch.setattr(sys, "argv", ["ddcl", "recipes"])
+    command.load()()
+    assert capsys.readouterr().out.splitlines()[0].split()[0] in recipe_paths()

@@ -1,5 +1,6 @@
 """Checkpoints that are none, and settings that two manual optimizers cannot follow: one line each, with the way out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,18 @@ def test_a_path_of_the_data_must_be_given(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("recipe", ["digits_hierarchical", "vit_digits"])
 def test_random_weights_are_not_evaluated(command: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(capsys, command, "--config", recipe).startswith("ckpt_path is needed: without a checkpoint the ")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody may write to, whoever they are")
+@pytest.mark.parametrize("folder", ["/proc/runs", "/proc/runs/of/today"])
+@pytest.mark.parametrize("logger", [True, False])
+def test_a_folder_for_runs_that_cannot_be_made_is_one_sentence(
+    folder: str, logger: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in FIT if not logger or word != "--trainer.logger=false"]
+    line = fails(capsys, *words, f"--trainer.default_root_dir={folder}")
+    assert re.match(r"/proc/runs\S* must be in a folder that may be written to; it cannot be made \(No such file", line)
+    assert line.endswith("Choose another place (--trainer.default_root_dir for runs).")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -22,6 +22,11 @@ def signals(name: str) -> str:
     return f"--trainer.callbacks=[{{class_path: CollapseWarning, init_args: {{additional: [{signal}]}}}}]"
 
 
+def added(name: str, word: str) -> str:
+    """A callback that is added to those of the recipe, with a word about it."""
+    return f"--trainer.callbacks+={name} --trainer.callbacks.{word}"
+
+
 ANNEALING = "{class_path: ddcl_lightning.callbacks.TemperatureAnnealing, init_args: {start: abc}}"
 WORDS = {
     "--trainer.max_epochs=ten": "trainer.max_epochs must be an integer or null; got ten.",
@@ -62,6 +67,40 @@ WORDS = {
     "--model.task={class_path: Reconstruction, init_args: {decoder: ConvDecodr}}": "unknown class 'ConvDecodr' for "
     "model.task.init_args.decoder. Did you mean 'ConvDecoder'?",
 }
+
+
+ADDED = {
+    added(
+        "ModelCheckpoint", "save_top_k=abc"
+    ): "trainer.callbacks.init_args.save_top_k must be an integer; got abc (an "
+    "argument of lightning.pytorch.callbacks.ModelCheckpoint)",
+    f"--trainer.callbacks+=ModelCheckpoint {added('ModelCheckpoint', 'every_n_epochs=x')}": "trainer.callbacks."
+    "init_args.every_n_epochs must be an integer or null; got x",
+    added(
+        "CollapseWarning", "every_n_batches=x"
+    ): "trainer.callbacks.init_args.every_n_batches must be an integer; got x",
+    added("CollapseWarning", "on_collapse=explode"): "trainer.callbacks.init_args.on_collapse must be one of 'warn', "
+    "'stop', 'raise'; got explode (an argument of ddcl_lightning.CollapseWarning)",
+    added("CollapseWarning", "rules={max_drop:x}"): "trainer.callbacks.init_args.rules",
+    added("CollapseWarning", "rules.max_drop=x"): "trainer.callbacks.init_args.rules",
+    added("CollapseWarning", "save_top_k=1"): "unknown argument 'save_top_k' of ddcl_lightning.CollapseWarning",
+    added(
+        "CollapseWarning", "every_n_batchs=3"
+    ): "unknown argument 'every_n_batchs' of ddcl_lightning.CollapseWarning. Did you mean 'every_n_batches'?",
+    "--trainer.callbacks=null --trainer.callbacks.every_n_batches=3": "unknown argument 'every_n_batches': no "
+    "class has been named that could take it. Name the class before it.",
+    "--model.task=Reconstruction --model.task.decoder=ConvDecoder --model.task.decoder.out_channels=x": "model.task."
+    "init_args.decoder.init_args.out_channels must be an integer; got x (an argument of ddcl_lightning.ConvDecoder)",
+    "--model.task=Reconstruction --model.task.decoder=ConvDecoder --model.task.decoder.out_chanels=3": "unknown "
+    "argument 'out_chanels' of ddcl_lightning.ConvDecoder. Did you mean 'out_channels'?",
+}
+
+
+@pytest.mark.parametrize("words", ADDED)
+def test_a_wrong_value_of_an_inner_class_is_not_called_an_unknown_argument(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert first_line(capsys, "--config", "digits", *words.split()).startswith(ADDED[words])
 
 
 def first_line(capsys: pytest.CaptureFixture[str], *words: str, command: str = "fit") -> str:

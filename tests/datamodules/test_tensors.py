@@ -91,3 +91,34 @@ def test_a_data_module_that_did_not_call_its_base_says_so(use: str) -> None:
 def test_other_missing_attributes_of_a_data_module_are_named_as_usual() -> None:
     with pytest.raises(AttributeError, match="'Given' object has no attribute 'horns'"):
         _ = Given((X, Y)).horns
+
+
+@pytest.mark.parametrize(("names", "got"), [(None, "None"), ("even", "a str"), (3, "an int")])
+def test_names_of_classes_that_are_no_list_are_refused_at_setup(names: Any, got: str) -> None:
+    data = type("Named", (Given,), {"class_names": names})((X, Y))
+    with pytest.raises(
+        TypeError, match=f"Named.class_names must be a tuple with the name of each class, .*; got {got}"
+    ):
+        data.setup()
+
+
+def test_names_of_features_that_are_left_out_are_asked_for() -> None:
+    class Unnamed(TensorDataModule):
+        class_names = ("even", "odd")
+
+        def tensors(self) -> tuple[Tensor, Tensor]:
+            return X, Y
+
+    data = Unnamed(batch_size=4, seed=0)
+    data.setup()  # nobody has asked for them
+    message = r"Unnamed.feature_names must be a tuple with the name of each feature; got None\. Set it in Unnamed"
+    with pytest.raises(TypeError, match=message):
+        _ = data.num_features
+    with pytest.raises(TypeError, match=message):
+        data.example(0)
+
+
+def test_labels_without_names_are_described_by_their_numbers() -> None:
+    data = type("Nameless", (Given,), {"class_names": ()})((X, Y))
+    data.setup()
+    assert data.describe_rows([0, 1], ["label"]) == {"label": ["0", "1"]}

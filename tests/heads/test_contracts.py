@@ -327,3 +327,25 @@ def test_checks_read_no_values() -> None:
     model = DDCLReadoutModule(LinearBackbone(), MeanPooling(), Classification(4, quantization_weight=0.0)).to("meta")
     output = model({"x": BATCH["x"].to("meta")})
     assert output.pooled.device.type == "meta"
+
+
+VALUES: dict[str, tuple[Callable[[], Head], str]] = {
+    "codes out of range": (
+        lambda: QuantizerReadout(Codes(lambda output: output._replace(indices=output.indices + 4))),
+        r"Codes.forward\(\) must return indices in \[0, num_codes = 4\), .*; got values from \d to \d. Set num_codes",
+    ),
+    "assignments the other way round": (
+        lambda: Nearest(readout(assignments=torch.full((2, 4, 1), 0.25))),
+        r"add up to 1 over the last dimension; got sums from 0.25 to 0.25 in a tensor \(2, 4, 1\).*\.mT",
+    ),
+    "no assignments": (lambda: Nearest(readout(assignments=torch.full((2, 1, 4), torch.nan))), "got NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_checked_in_evaluation_and_not_in_training(name: str) -> None:
+    head, message = VALUES[name]
+    model = module(head=head())
+    model(BATCH)
+    with pytest.raises(ValueError, match=message):
+        model.eval()(BATCH)

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddcl_lightning import Classification, DDCLReadoutModule, Head, PoolingHead, find_banks
+from ddcl_lightning._utils.arguments import as_plain
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads.base import fill_padding
 from ddcl_lightning.heads.saving import CONFIG
+from ddcl_lightning.nn.discovery import prototypes_of
 
 # Every head is tried with its defaults; those with more than one way of working in the others too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -41,6 +43,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "PMAPooling": [{"num_seeds": 2, "num_heads": 2, "pooling": "mean", "dim": 6}],
     "PerceiverPooling": [{"num_latents": 3, "num_heads": 2, "num_blocks": 2, "dim": 12}],
     "SlotAttentionPooling": [{"num_slots": 3, "dim": 5}],
+    "ResidualVQ": [{"num_heads": 2, "code_dim": 3}, {"shared_codebook": True, "level_dropout": 0.3}],
     "SoftVQ": [
         {"num_heads": 2, "code_dim": 3, "embedding_scale": "per_dimension"},
         {"gradient": "soft", "training_output": "soft"},
@@ -209,7 +212,7 @@ def test_round_trip_through_files(name: str, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     head = randomized(built(name)).eval()
     try:
-        json.dumps(head.init_args())
+        json.dumps({name: as_plain(value) for name, value in head.init_args().items()})
     except TypeError:
         with pytest.raises(TypeError, match=r"must be plain data .* to be saved"):
             head.save_pretrained(tmp_path)
@@ -308,7 +311,7 @@ def test_trains_every_parameter_in_its_group(name: str) -> None:
     groups = {role: {id(p) for p in parameters} for role, parameters in module.parameter_groups().items()}
     slow = [*module.backbone.parameters(), *head.embedding_parameters()]
     assert groups["prototypes"] == {id(p) for p in head.prototype_parameters()}
-    assert groups["prototypes"] >= {id(bank.prototypes) for bank in find_banks(head).values()}
+    assert groups["prototypes"] >= {id(prototypes) for prototypes in prototypes_of(find_banks(head).values())}
     assert groups["encoder"] == {id(p) for p in slow}
     assert set().union(*groups.values()) == {id(p) for p in module.parameters()}
     whole = next(iter(DataLoader(Sets(), batch_size=64)))

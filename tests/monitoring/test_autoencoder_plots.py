@@ -39,21 +39,41 @@ def test_atoms_are_sorted_by_use_and_unused_ones_crossed_out(size: int) -> None:
     counts = torch.arange(size)
     counts[0] = 1 if size == 1 else 0
     figure = drawn(draw_atoms(torch.rand(size, 1, 2, 2), counts, 0.0, 1.0, "book"))
-    shown = [axis for axis in figure.axes if axis.images]
-    assert len(shown) == min(size, MAX_ATOMS)
-    titles = [axis.get_title().split(":")[0] for axis in shown]
-    assert titles[:2] == [str(code) for code in counts.argsort(descending=True)[:2].tolist()]
-    crossed = [axis for axis in shown if axis.lines]
-    assert [axis.get_title() for axis in crossed] == (["0: unused"] if 1 < size <= MAX_ATOMS else [])
-    title = figure.get_suptitle()
-    assert ("the 128 most used" in title) == (size > MAX_ATOMS)
+    (axis,) = figure.axes
+    assert len(axis.images) == len(axis.texts) == min(size, MAX_ATOMS)
+    titles = [text.get_text() for text in axis.texts]
+    expected = counts.argsort(descending=True, stable=True)[:MAX_ATOMS].tolist()
+    assert [title.split(":")[0] for title in titles] == [str(code) for code in expected]
+    assert [title for title in titles if title.endswith("unused")] == (["0: unused"] if 1 < size <= MAX_ATOMS else [])
+    assert len(axis.lines) == (1 < size <= MAX_ATOMS)
+    heading = figure.get_suptitle()
+    assert ("the 128 most used" in heading) == (size > MAX_ATOMS)
     if size == 5:
-        assert shown[0].get_title() == "4: 40.0%"
+        assert titles[0] == "4: 40.0%"
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 8), (9, 3)], ids=str)
+@pytest.mark.parametrize("size", [3, 40])
+def test_every_atom_is_whole_in_a_place_of_its_own_and_undistorted(size: int, shape: tuple[int, int]) -> None:
+    atoms = torch.rand(size, 1, *shape)
+    figure = drawn(draw_atoms(atoms, torch.arange(size, 0, -1), 0.0, 1.0, "book"))
+    (axis,) = figure.axes
+    boxes = [image.get_window_extent() for image in axis.images]
+    words = [text.get_window_extent() for text in axis.texts]
+    everything = [*boxes, *words]
+    for number, box in enumerate(everything):
+        assert axis.bbox.padded(1).contains(box.x0, box.y0)
+        assert axis.bbox.padded(1).contains(box.x1, box.y1)
+        assert not any(box.overlaps(other) for other in everything[number + 1 :])
+    for code, (image, box) in enumerate(zip(axis.images, boxes, strict=True)):
+        assert box.width / box.height == pytest.approx(shape[1] / shape[0], rel=1e-3)
+        shown = torch.tensor(image.get_array().data)[..., 0]
+        torch.testing.assert_close(shown, atoms[code, 0])
 
 
 def test_a_share_that_rounds_to_zero_is_not_called_zero() -> None:
     figure = draw_atoms(torch.rand(2, 1, 2, 2), torch.tensor([9999, 1]), 0.0, 1.0, "book", tokens="one batch's tokens")
-    assert [axis.get_title() for axis in figure.axes] == ["0: 100.0%", "1: < 0.1%"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0: 100.0%", "1: < 0.1%"]
     assert figure.get_suptitle() == "book: each code and its share of one batch's tokens"
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -143,3 +144,33 @@ def test_usage_is_sorted() -> None:
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "2", "0"]
     soft = next(line for line in axis.lines if len(line.get_xdata()) == 3)
     assert list(soft.get_ydata()) == pytest.approx([0.5, 0.3, 0.2])
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "history": lambda: draw_history(points(30, delta_mean=1.2e5, temperature_ratio=1e-3), "head.bank/head1"),
+    "undefined history": lambda: draw_history(points(3, delta_min=math.inf, entropy_ratio=math.nan), "head.bank"),
+    "course": lambda: draw_course(
+        [{**reading, "explained": 0.5} for reading in course(30)],
+        [(0.0, "merged", False), (120.0, "flat_codes", False), (130.0, "falling", True)],
+        "quantizer.level0",
+    ),
+    "bank": lambda: draw_bank(torch.randn(50, 4), torch.cat([torch.randn(2, 4), torch.full((1, 4), 9e4)]), "bank"),
+    "usage": lambda: draw_usage(torch.arange(MAX_LABELS), torch.rand(MAX_LABELS), "head.bank"),
+    "usage of many": lambda: draw_usage(torch.arange(300), None, "head.bank"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off_and_no_legend_hides_what_is_drawn(name: str) -> None:
+    figure = FIGURES[name]()
+    render(figure)
+    whole = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert min(whole.x0, whole.y0) >= 0
+    assert whole.x1 <= width
+    assert whole.y1 <= height
+    for axis in figure.axes:
+        assert not axis.get_legend().get_window_extent().overlaps(axis.bbox)
+    titles = [text.get_window_extent() for text in figure.texts]
+    moments = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text() in ("merged",)]
+    assert not any(title.overlaps(moment) for title in titles for moment in moments)

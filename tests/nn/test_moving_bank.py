@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ddcl_lightning import CodebookMetrics, CodeUpdate, SoftVectorQuantizer, Temperature, TokenNormalized
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.nn.moving_bank import CALLS_WITHOUT_STEP
+from tests.processes import results_of_processes
 
 DIM, CODES = 4, 8
 
@@ -144,11 +146,11 @@ def test_passes_without_a_step_of_their_own_move_no_code(passes: Callable[..., N
 
 def test_accumulated_batches_move_codes_like_the_joint_one() -> None:
     results = []
-    for parts in (1, 4):
+    for number in (1, 4):
         model, optimizer = started(temperature=Temperature(0.5, "absolute"))
         optimizer.zero_grad()
-        for part in batch(1, 64).chunk(parts):
-            (model(part) / parts).backward()
+        for chunk in batch(1, 64).chunk(number):
+            (model(chunk) / number).backward()
         optimizer.step()
         results.append(model.vq.codebook.clone())
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -357,3 +359,30 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         Temperature(1.5, "distortion")
     with pytest.raises(ValueError, match="code_update must be"):
         SoftVectorQuantizer(DIM, CODES, code_update="adam")  # type: ignore[arg-type]
+
+
+def _trained_on_half(rank: int) -> Tensor:
+    return _trained(processes=2, rank=rank)
+
+
+def _trained(processes: int = 1, rank: int = 0) -> Tensor:
+    """Codes after a few steps on this process's rows, with gradients averaged as DDP does."""
+    torch.manual_seed(0)
+    encoder, vq = nn.Linear(6, DIM), SoftVectorQuantizer(DIM, CODES)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *vq.parameters()], lr=0.1)
+    for number in range(6):
+        quantized = vq(encoder(batch(number)[rank::processes])).quantized
+        optimizer.zero_grad()
+        quantized.square().mean().backward()
+        for parameter in encoder.parameters() if processes > 1 else ():
+            assert parameter.grad is not None
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= processes
+        optimizer.step()
+    return torch.cat([vq.codebook.flatten(), encoder.weight.detach().flatten()])
+
+
+def test_two_processes_move_codes_like_one(tmp_path: Path) -> None:
+    first, second = results_of_processes(tmp_path, _trained_on_half)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, _trained(), rtol=1e-5, atol=1e-5)

@@ -22,6 +22,7 @@ from ddcl_lightning import (
     PrototypeBank,
     PrototypeNorm,
     ResidualVectorQuantizer,
+    ResidualVQ,
     SoftVectorQuantizer,
     Temperature,
     find_banks,
@@ -29,7 +30,7 @@ from ddcl_lightning import (
 from ddcl_lightning.callbacks import KMeansInitialization, TemperatureAnnealing
 from ddcl_lightning.functional import critical_temperature, soft_assign
 from ddcl_lightning.monitoring.recording import CodebookRecord, record_codebooks
-from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE
+from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, DISTORTION_TEMPERATURE
 
 
 def stretched(size: int = 400, heads: int = 2, dim: int = 5, seed: int = 0) -> Tensor:
@@ -77,12 +78,12 @@ def test_the_classes_with_a_temperature_are_found() -> None:
 
 def test_a_temperature_defaults_to_one_number() -> None:
     """None is that number too, in the unit that suits how codes move."""
-    others = {PrototypeNorm: 0.5, SoftVectorQuantizer: None, ResidualVectorQuantizer: None}
+    others = {PrototypeNorm: 0.5, SoftVectorQuantizer: None, ResidualVectorQuantizer: None, ResidualVQ: None}
     for kind in CLASSES:
         default = inspect.signature(kind).parameters["temperature"].default
         assert default == others.get(kind, DEFAULT_TEMPERATURE), kind
     inside = SoftVectorQuantizer(4, 3).bank.temperature_state
-    assert (float(inside.value), inside.unit) == (pytest.approx(DEFAULT_TEMPERATURE), "distortion")
+    assert (float(inside.value), inside.unit) == (pytest.approx(DISTORTION_TEMPERATURE), "distortion")
     outside = SoftVectorQuantizer(4, 3, code_update="optimizer").bank.temperature_state
     assert (float(outside.value), outside.unit) == (pytest.approx(DEFAULT_TEMPERATURE), "critical")
 

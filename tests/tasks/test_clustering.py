@@ -84,3 +84,11 @@ def test_clustering_refuses_heads_without_prototypes_and_readouts_without_assign
     untrained = ReadoutOutput(readout.tokens, readout.pooled, readout.loss_terms)
     with pytest.raises(RuntimeError, match="run the head in evaluation mode"):
         task.update_metrics(task.metrics(), untrained, {})
+
+
+def test_assignments_with_prototypes_before_heads_are_refused() -> None:
+    task, _ = prepared()
+    turned = ReadoutOutput(torch.zeros(1), torch.zeros(1), assignments=torch.ones(2, 3, 1))
+    message = r"Clustering needs assignments \(B, H = 1, K\), heads before prototypes; got a tensor \(2, 3, 1\).*\.mT"
+    with pytest.raises(ValueError, match=message):
+        task.update_metrics(task.metrics(), turned, {"y": torch.tensor([0, 1])})

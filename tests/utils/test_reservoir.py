@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddcl_lightning._utils.reservoir import Reservoir
+from ddcl_lightning._utils.reservoir import Reservoir, evenly_spaced
 
 
 def feed(reservoir: Reservoir, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -90,3 +90,11 @@ def test_rows_that_a_mask_leaves_out_are_not_sampled() -> None:
     reservoir = Reservoir(10)
     reservoir.add(tokens, mask)
     assert sorted(reservoir.gather().tolist()) == [[0.0, 1.0], [4.0, 5.0], [8.0, 9.0]]
+
+
+def test_evenly_spaced_rows_begin_and_end_with_those_of_the_tensor() -> None:
+    rows = torch.arange(10)
+    assert evenly_spaced(rows, 4).tolist() == [0, 3, 6, 9]
+    assert torch.equal(evenly_spaced(rows, 20), rows)
+    assert evenly_spaced(rows.view(5, 2), 2).tolist() == [[0, 1], [8, 9]]
+    assert evenly_spaced(rows[:1], 3).tolist() == [0]

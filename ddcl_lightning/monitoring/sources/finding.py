@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ddcl_lightning._utils.arguments import described
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.codec_codebooks import DirectionCodebook, EuclideanCodebook
 from ddcl_lightning.monitoring.sources.gumbel_quantizers import GumbelQuantizer
@@ -54,8 +55,15 @@ def find_codebooks(
         Banks and sources by name, in order of registration; for :class:`~ddcl_lightning.record_codebooks`.
 
     Raises:
-        ValueError: If a name is that of no module, or of one that is no codebook by itself.
+        ValueError: If a name is that of no module, or of one that is no codebook by itself, or a kind is none.
     """
+    for kind in kinds:
+        if not (isinstance(kind, type) and issubclass(kind, CodebookSource)):
+            given = kind.__name__ if isinstance(kind, type) else described(kind)
+            raise ValueError(
+                f"kinds must hold subclasses of CodebookSource; got {given}. Write one (recognizes(module), "
+                "read(call)), or name the module instead (named=['quantizer.embedding'])."
+            )
     modules = dict(module.named_modules(remove_duplicate=False))
     paths: dict[str, Recordable] = dict(find_banks(module))
     banks = set(map(id, paths.values()))

@@ -1,0 +1,116 @@
+"""Quantizers in exported and compiled graphs, with any number of samples and tokens."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+from ddcl_lightning import ResidualVectorQuantizer, SoftVectorQuantizer
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
+
+D, K = 8, 16
+KINDS: dict[str, Callable[[], ProjectedQuantizer]] = {
+    "plain": lambda: SoftVectorQuantizer(D, K),
+    "projected": lambda: SoftVectorQuantizer(D, K, code_dim=4, num_heads=2, embedding_scale="per_dimension"),
+    "residual": lambda: ResidualVectorQuantizer(D, K, 3, shared_codebook=True, code_dim=4),
+}
+SHAPES = {
+    "vectors": (40, D),
+    "tokens": (4, 40, D),
+    "maps": (2, D, 5, 6),
+}
+
+
+class Method(nn.Module):
+    """One method of a quantizer as a module."""
+
+    def __init__(self, quantizer: ProjectedQuantizer, name: str) -> None:
+        super().__init__()
+        self.quantizer, self.name = quantizer, name
+
+    def forward(self, *inputs: Tensor) -> object:
+        return getattr(self.quantizer, self.name)(*inputs)
+
+
+def tokens(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def started(kind: str) -> ProjectedQuantizer:
+    torch.manual_seed(0)
+    quantizer = KINDS[kind]()
+    quantizer(tokens((4, 100, D)))
+    return quantizer.eval()
+
+
+def dynamic(shape: tuple[int, ...]) -> dict[int, Dim]:
+    """All dimensions but that of the channels, and of the levels or heads behind indices."""
+    return {place: Dim(f"d{place}", min=2, max=4096) for place, size in enumerate(shape) if size not in (D, 2, 3)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizers_are_exported_for_any_number_of_tokens(kind: str, shape: str) -> None:
+    quantizer = started(kind)
+    size = SHAPES[shape]
+    z, other = (
+        tokens((5, *size[1:]) if shape == "maps" else size),
+        tokens((7, D, 4, 9) if shape == "maps" else (7, 11, D)),
+    )
+    if shape == "vectors":
+        other = tokens((33, D))
+    for name in ("forward", "encode"):
+        places = ({0: Dim("n"), 2: Dim("h"), 3: Dim("w")} if shape == "maps" else dynamic(z.shape),)
+        program = export(Method(quantizer, name), (z,), dynamic_shapes=(places,)).module()
+        actual, expected = program(other), getattr(quantizer, name)(other)
+        if name == "forward":
+            torch.testing.assert_close(actual[0], expected.quantized)
+            assert torch.equal(actual[1], expected.indices)
+        else:
+            assert torch.equal(actual, expected)
+    indices, others = quantizer.encode(z), quantizer.encode(other)
+    places = ({place: Dim(f"d{place}") for place in range(z.dim() - 1)},)
+    program = export(Method(quantizer, "decode"), (indices,), dynamic_shapes=(places,)).module()
+    torch.testing.assert_close(program(others), quantizer.decode(others))
+
+
+def test_masks_are_exported_with_the_tokens() -> None:
+    quantizer = started("plain")
+    both = {0: Dim("b"), 1: Dim("t")}
+    mask = tokens((4, 40)) > 0
+    program = export(Method(quantizer, "encode"), (tokens((4, 40, D)), mask), dynamic_shapes=((both, both),)).module()
+    other, other_mask = tokens((7, 11, D), 1), tokens((7, 11), 2) > 0
+    assert torch.equal(program(other, other_mask), quantizer.encode(other, other_mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_compiles_in_one_graph(kind: str) -> None:
+    quantizer = started(kind)
+    z = tokens((4, 40, D))
+    for name, given in (("forward", z), ("encode", z), ("decode", quantizer.encode(z))):
+        torch._dynamo.reset()
+        compiled = torch.compile(Method(quantizer, name), fullgraph=True, backend="eager", dynamic=True)
+        actual, expected = compiled(given), getattr(quantizer, name)(given)
+        torch.testing.assert_close(
+            actual[0] if name == "forward" else actual, expected[0] if name == "forward" else expected
+        )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_training_compiles_with_breaks_and_moves_codes_alike() -> None:
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        quantizer, linear = SoftVectorQuantizer(D, K), nn.Linear(D, D)
+        optimizer = torch.optim.SGD([*linear.parameters(), *quantizer.parameters()], lr=0.1)
+        run = torch.compile(quantizer, backend="eager") if compiled else quantizer
+        for number in range(4):
+            quantized, _, terms = run(linear(tokens((4, 40, D), number)))
+            optimizer.zero_grad()
+            (quantized.square().mean() + terms.loss).backward()
+            optimizer.step()
+        results.append(quantizer.codebook.clone())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
