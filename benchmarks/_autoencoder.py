@@ -12,7 +12,7 @@ from _tables import Config
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ddcl_lightning import EmbeddingScale, SoftVectorQuantizer
+from ddcl_lightning import CodeUpdate, EmbeddingScale, SoftVectorQuantizer
 from ddcl_lightning.datamodules import CIFAR10DataModule, FashionMNISTDataModule
 from ddcl_lightning.functional import effective_dimension
 from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
@@ -103,6 +103,14 @@ class Autoencoder(nn.Module):
         return self.decoder(quantized), indices, loss
 
 
+class NoQuantizer(nn.Module):
+    """Tokens as they are."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Nothing."""
+        return z, torch.zeros_like(z[:, 0], dtype=torch.int64), z.new_zeros(())
+
+
 class LibraryQuantizer(nn.Module):
     """``VectorQuantize`` of vector-quantize-pytorch on feature maps, if wished behind tokens of unit variance."""
 
@@ -124,6 +132,9 @@ class SoftQuantizer(nn.Module):
 
     def __init__(self, dim: int, codes: int, arguments: Config) -> None:
         super().__init__()
+        arguments = dict(arguments)
+        if "code_update" in arguments:
+            arguments["code_update"] = CodeUpdate(**arguments["code_update"])
         self.layer = SoftVectorQuantizer(dim, codes, channels="first", **arguments)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +176,8 @@ def evaluate(model: Autoencoder, images: Tensor, codes: int) -> dict[str, float]
 def quantizer(config: dict[str, Any]) -> nn.Module:
     """The quantizer of a configuration: one line each."""
     dim, codes = config["dim"], config["codes"]
+    if config["quantizer"] == "none":
+        return NoQuantizer()
     if config["quantizer"] == "VectorQuantize":
         return LibraryQuantizer(dim, codes, config["arguments"], config["scale"])
     if config["quantizer"] in ("ours", "candidate"):

@@ -57,7 +57,16 @@ CANDIDATES = {
     for scale in ("none", "total", "per_dimension")
     for ratio in (0.1, 0.25, 0.5, 1.0)
 }
+CANDIDATES |= {
+    f"step-{step}-{ratio}": (
+        f"none, {ratio}, codes step by {step}",
+        {"quantizer": "candidate", "arguments": {"code_update": {"step_size": step}, "commitment_ratio": ratio}},
+    )
+    for step in (0.01, 0.2)
+    for ratio in (0.1, 0.25)
+}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "continuous": ("no quantizer", {"quantizer": "none"}),
     **BASELINES,
     "ours": ("**ours**", {"quantizer": "ours", "arguments": {}}),
     **CANDIDATES,
@@ -123,7 +132,9 @@ def compared(results: Results, data: str, codes: int) -> dict[str, str]:
         name = best(results, results.where(data=data, codes=codes, quantizer="VectorQuantize", scale=scale))
         if name is not None:
             chosen[name] = f"{title} ({results.labels[name].replace(', scaled', '')})"
-    others = [name for name in results.where(data=data, codes=codes) if results.configs[name]["quantizer"] == "ours"]
+    others = [
+        name for name in results.where(data=data, codes=codes) if results.configs[name]["quantizer"] in ("none", "ours")
+    ]
     return {**chosen, **{name: results.labels[name] for name in others}}
 
 

@@ -16,7 +16,7 @@ import torch
 from _autoencoder import Autoencoder, evaluate, load_images, quantizer, train_epoch
 from _study import Case, Options, Study
 from _tables import Config, Results, Run, Table, mean
-from torch import Tensor, nn
+from torch import Tensor
 
 CODES, DIM, WIDTHS, BATCH, RATE = 64, 16, (16, 32), 32, 1e-3
 SIZES = (1e-4, 1e-2, 1.0, 1e2, 1e4)
@@ -63,14 +63,6 @@ QUICK = {
 }
 
 
-class NoQuantizer(nn.Module):
-    """Tokens as they are."""
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Nothing."""
-        return z, torch.zeros_like(z[:, 0], dtype=torch.int64), z.new_zeros(())
-
-
 def run(config: Config, seed: int, options: Options) -> Run:
     """Train every encoder of the grid."""
     torch.set_flush_denormal(True)
@@ -86,8 +78,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
 def train(config: Config, seed: int, images: Tensor, size: float, bias: bool, norm: bool) -> Run:
     """One encoder; numbers that are not finite are None."""
     torch.manual_seed(seed)
-    layer = NoQuantizer() if config["quantizer"] == "none" else quantizer(dict(config))
-    model = Autoencoder(1, config["dim"], WIDTHS, layer, bias, norm, size).to(images.dtype)
+    model = Autoencoder(1, config["dim"], WIDTHS, quantizer(dict(config)), bias, norm, size).to(images.dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["rate"])
     left = config["steps"]
     while left > 0:
