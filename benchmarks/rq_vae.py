@@ -66,7 +66,7 @@ def case(method: str, data: str, **changes: Any) -> Case:
 
 
 CASES = {f"{data}/{method}": case(method, data) for data in TITLES for method in METHODS}
-QUICK = {f"tiny/{method}": case(method, "sst2", codes=16, steps=10) for method in METHODS}
+QUICK = {f"tiny/{method}": case(method, "sst2", codes=4, levels=2, steps=10) for method in METHODS}
 
 
 def mlp(*sizes: int) -> nn.Sequential:
