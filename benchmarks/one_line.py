@@ -9,7 +9,7 @@ of the validation images. Errors are those of hard codes on test images.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ def best(results: Results, cases: Iterable[str]) -> str | None:
     return min(errors, key=errors.__getitem__, default=None)
 
 
+def used(run: Run, pick: Callable[[list[float]], float]) -> float | None:
+    """A usage of all epochs; None of a run without a quantizer, whose every token has the one index."""
+    return None if run["test"]["perplexity"] == 1 else pick(run["used"])
+
+
 def cells(results: Results) -> list[tuple[str, int]]:
     """Images and numbers of codes that have runs."""
     return list(dict.fromkeys((config["data"], config["codes"]) for config in results.configs.values()))
@@ -144,10 +149,12 @@ def main_table(results: Results) -> Table:
     for data, codes in cells(results):
         columns = {
             "test MSE": mean("test.mse", ".5f"),
-            "used, epoch 1": extreme(min, lambda run: run["used"][0]),
-            "least used": extreme(min, lambda run: min(run["used"])),
-            "used, end": extreme(min, lambda run: run["used"][-1]),
-            "perplexity / K": mean(lambda run, codes=codes: run["test"]["perplexity"] / codes, deviation=False),
+            "used, epoch 1": extreme(min, lambda run: used(run, lambda usages: usages[0])),
+            "least used": extreme(min, lambda run: used(run, min)),
+            "used, end": extreme(min, lambda run: used(run, lambda usages: usages[-1])),
+            "perplexity / K": mean(
+                lambda run, codes=codes: used(run, lambda _: run["test"]["perplexity"] / codes), deviation=False
+            ),
             "dimensions": mean("test.effective_dimension", ".1f", deviation=False),
             "CPU seconds": mean("seconds", ".0f", deviation=False),
         }

@@ -1,9 +1,10 @@
 """Encoders that are hard on a quantizer: outputs of 1e-4 to 1e4 in size, fast and slow rates, few tokens, bfloat16.
 
 A small autoencoder of digits, 64 codes, short runs in a plain loop. A grid of encoders for each condition: five sizes
-of the output at the start, with and without biases, with and without layer normalization at the end. A run has collapsed
-if its tokens end in about one direction (effective dimension under 1.5), if less than half of the codes are in use on
-the training images, or if anything is not finite. Tokens that collapse without a quantizer are the encoder's own.
+of the output at the start, with and without biases, with and without layer normalization at the end. A run has
+collapsed if its tokens end in about one direction (effective dimension under 1.5) where those of the same encoder
+without a quantizer do not, if less than half of the codes are in use on the training images, or if anything is not
+finite.
 
     python benchmarks/quantizer_stability.py
 """
@@ -90,10 +91,11 @@ def train(config: Config, seed: int, images: Tensor, size: float, bias: bool, no
     return {name: value if math.isfinite(value) else None for name, value in result.items()}
 
 
-def flat(encoder: Run) -> bool:
-    """Whether tokens are in about one direction."""
-    dimensions = encoder["effective_dimension"]
-    return dimensions is not None and dimensions < FEWEST_DIMENSIONS
+def flat(encoder: Run, reference: dict[tuple[Any, ...], Run]) -> bool:
+    """Whether tokens are in about one direction, and would not be without a quantizer."""
+    free = reference.get((encoder["size"], encoder["bias"], encoder["norm"]))
+    dimensions = encoder["effective_dimension"], FEWEST_DIMENSIONS if free is None else free["effective_dimension"]
+    return None not in dimensions and dimensions[0] < FEWEST_DIMENSIONS <= dimensions[1]
 
 
 def unused(encoder: Run) -> bool:
@@ -124,27 +126,25 @@ def table(results: Results) -> Table:
     rows: Table = []
     for condition, (title, _) in CONDITIONS.items():
         cases = results.where(condition=condition)
+        free = [run for name in results.where(condition=condition, quantizer="none") for run in results.of(name)]
+        reference = {(each["size"], each["bias"], each["norm"]): each for run in free for each in run["encoders"]}
         columns = {
             "runs": lambda runs: f"{sum(len(run['encoders']) for run in runs)}",
-            "one direction": counted(flat),
-            "codes unused": lambda runs: "" if unquantized(results, runs) else counted(unused)(runs),
+            "one direction": counted(lambda each, reference=reference: flat(each, reference)),
+            "codes unused": counted(unused),
             "not finite": counted(broken),
-            "collapsed": lambda runs: counted(
-                lambda each: flat(each) or broken(each) or (not unquantized(results, runs) and unused(each))
-            )(runs),
+            "collapsed": counted(
+                lambda each, reference=reference: flat(each, reference) or unused(each) or broken(each)
+            ),
             "dimensions, median": median("effective_dimension", ".1f"),
-            "used, median": lambda runs: "" if unquantized(results, runs) else median("usage", ".2f")(runs),
+            "used, median": median("usage", ".2f"),
             "MSE, median": median("mse", ".4f"),
         }
-        header, *body = results.table("quantizer", cases, columns)
+        quantized = [name for name in cases if results.configs[name]["quantizer"] != "none"]
+        header, *body = results.table("quantizer", quantized, columns)
         rows = rows or [["condition", *header]]
         rows += [[title, *row] for row in body]
     return rows
-
-
-def unquantized(results: Results, runs: list[Run]) -> bool:
-    """Whether there are no codes."""
-    return results.configs[runs[0]["case"]]["quantizer"] == "none"
 
 
 STUDY = Study(
