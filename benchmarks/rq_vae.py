@@ -92,13 +92,13 @@ def run(config: Config, seed: int, options: Options) -> Run:
     width = train.shape[1]
     encoder, decoder = mlp(width, *HIDDEN, config["dim"]), mlp(config["dim"], *HIDDEN[::-1], width)
     levels = None if config["quantizer"] == "none" else create(dict(config))
-    parts = nn.ModuleList([encoder, decoder, *([] if levels is None else [levels])])
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=RATE)
+    model = nn.ModuleList([encoder, decoder, *([] if levels is None else [levels])])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     start = time.process_time()
     if levels is not None and hasattr(levels, "start"):
         with torch.no_grad():
             levels.start(encoder(train[torch.randperm(len(train))[:START]]), seed)
-    parts.train()
+    model.train()
     for _ in range(config["steps"]):
         x = train[torch.randint(len(train), (BATCH,))]
         z = encoder(x)
@@ -108,7 +108,7 @@ def run(config: Config, seed: int, options: Options) -> Run:
         (error + loss).backward()
         optimizer.step()
     seconds = round(time.process_time() - start, 1)
-    parts.eval()
+    model.eval()
     results = {name: measure(encoder, decoder, levels, x, config) for name, x in {**splits, "train": train}.items()}
     return {"seconds": seconds, **results}
 
