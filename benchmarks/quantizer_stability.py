@@ -92,19 +92,19 @@ def train(config: Config, seed: int, images: Tensor, size: float, bias: bool, no
 
 
 def flat(encoder: Run, reference: dict[tuple[Any, ...], Run]) -> bool:
-    """Whether tokens are in about one direction, and would not be without a quantizer."""
+    """True if tokens are in about one direction, and would not be without a quantizer."""
     free = reference.get((encoder["size"], encoder["bias"], encoder["norm"]))
     dimensions = encoder["effective_dimension"], FEWEST_DIMENSIONS if free is None else free["effective_dimension"]
     return None not in dimensions and dimensions[0] < FEWEST_DIMENSIONS <= dimensions[1]
 
 
 def unused(encoder: Run) -> bool:
-    """Whether most codes are out of use."""
+    """True if most codes are out of use."""
     return encoder["usage"] is not None and encoder["usage"] < LEAST_USED
 
 
 def broken(encoder: Run) -> bool:
-    """Whether the error or the tokens are not finite."""
+    """True if the error or the tokens are not finite."""
     return encoder["mse"] is None or encoder["effective_dimension"] is None
 
 

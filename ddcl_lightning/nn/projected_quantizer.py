@@ -108,7 +108,9 @@ class ProjectedQuantizer(Quantizer):
             # Calls between two steps find the same codes, as after the start.
             if sample is not None and self._started_after != steps:
                 self._started_after = steps
-                self.start_codes(sample, final=self._first_tokens.enough(sample))
+                final = self._first_tokens.enough(sample)
+                self.start_codes(sample, final=final)
+                self._first_tokens = None if final else self._first_tokens
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -118,7 +120,11 @@ class ProjectedQuantizer(Quantizer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rows = state_dict.pop(f"{prefix}{FIRST_TOKENS}", None)
-        if rows is not None and self._first_tokens is not None:
+        if rows is not None and not bool(torch.isfinite(rows).all()):
+            args[-1].append(
+                f"{prefix}{FIRST_TOKENS} must be finite; got NaN or infinity. The state is damaged: load another."
+            )
+        elif rows is not None and self._first_tokens is not None:
             self._first_tokens.take_up(rows)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
