@@ -91,7 +91,8 @@ def first_codes(tokens: Tensor, num_codes: int, *, cluster: bool, seed: int = 0)
     Returns:
         ``(K, d)`` in float64 on the CPU.
     """
-    points = np.unique(tokens.detach().to("cpu", torch.float64).numpy(), axis=0)
+    sample = tokens.detach().to("cpu", torch.float64).numpy()
+    points = np.unique(sample, axis=0)
     generator = np.random.default_rng(seed)
     if len(points) <= num_codes:
         copies = points[np.arange(num_codes) % len(points)]
@@ -100,11 +101,10 @@ def first_codes(tokens: Tensor, num_codes: int, *, cluster: bool, seed: int = 0)
         return torch.from_numpy(copies)
     if not cluster or num_codes > MOST_CLUSTERED:
         return torch.from_numpy(points[generator.choice(len(points), num_codes, replace=False)])
-    sample = tokens.detach().to("cpu", torch.float64).numpy()  # duplicates weigh what they are
     run = KMeans(num_codes, init="k-means++", n_init=1, max_iter=ITERATIONS, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return torch.from_numpy(run.fit(sample).cluster_centers_)
+        return torch.from_numpy(run.fit(sample).cluster_centers_)  # duplicates weigh what they are
 
 
 def _farthest_points(

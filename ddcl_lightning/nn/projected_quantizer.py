@@ -134,6 +134,10 @@ class ProjectedQuantizer(Quantizer):
         scaled: Tensor = self.scale(projected, mask)
         return scaled
 
+    def _squeeze(self, codes: Tensor) -> Tensor:
+        """Codes with a last dimension of codebooks, without it where there is one."""
+        return codes.squeeze(-1) if self.num_codebooks == 1 else codes
+
     def _restore(self, quantized: Tensor, mask: Tensor | None) -> Tensor:
         """Vectors ``(*, width)`` in the space and the layout of the tokens, zero at padding."""
         if self.output_projection is not None:

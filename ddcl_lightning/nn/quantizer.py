@@ -235,10 +235,6 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         """Dimension and modes, for ``print``."""
         return f"dim={self.dim}, gradient={self.gradient!r}, training_output={self.training_output!r}"
 
-    def _squeeze(self, codes: Tensor) -> Tensor:
-        """Codes ``(*, H)``, without the last dimension where there is one head."""
-        return codes.squeeze(-1) if self.bank.num_heads == 1 else codes
-
     def _terms(self, output: BankOutput, hard: Tensor, mask: Tensor | None) -> QuantizerTerms:
         """The loss and the signals."""
         spread = self.bank.temperature_state.variance

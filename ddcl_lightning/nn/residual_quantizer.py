@@ -209,7 +209,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
 
     def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """Residual of tokens ``(*, width)`` after the bank."""
-        return embedded - bank.vectors(bank.encode(embedded, mask)).to(embedded.dtype)
+        return _residual(bank, embedded, mask)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""
@@ -222,15 +222,10 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         chance, number = torch.rand(2).tolist()
         return 1 + int(number * (self.num_levels - 1)) if chance < self.level_dropout else self.num_levels
 
-    def _squeeze(self, codes: Tensor) -> Tensor:
-        return codes.squeeze(-1) if self.num_codebooks == 1 else codes
 
-
-def _residual(bank: MovingBank, tokens: Tensor) -> Tensor:
-    """Residual of ``(N, width)`` tokens after the bank."""
-    device = bank.prototypes.device
-    vectors = bank.vectors(bank.encode(tokens.to(device, bank.prototypes.dtype)))
-    return tokens - vectors.to(tokens)
+def _residual(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Residual of tokens ``(*, width)``, on any device, after the bank."""
+    return tokens - bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask)).to(tokens)
 
 
 @torch.no_grad()
