@@ -41,3 +41,9 @@ def joint_covariance(
         total = centred.square().sum(-2) if diagonal else centred.mT @ centred
     number = number.clamp(min=1.0)
     return sum_over_processes(total) / (number if diagonal else number.unsqueeze(-1))
+
+
+def joint_spread(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of squared distances ``()`` of the valid ones of tokens ``(N, d)`` of all processes from their mean."""
+    mean, number = joint_mean(tokens, mask)
+    return joint_covariance(tokens, mask, mean, number, diagonal=True).sum() * number.sum()

@@ -1,24 +1,22 @@
 """What quantizers of our own have in common: the layout of inputs, the space of the codes, and their start."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.compat import exporting, recomputing
-from ddcl_lightning._utils.distributed import joint_order
+from ddcl_lightning._utils.distributed import joint_order, sum_over_processes
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.code_start import CodeStart
+from ddcl_lightning.nn.commitment import Commitment
 from ddcl_lightning.nn.discovery import find_banks
-from ddcl_lightning.nn.first_tokens import FirstTokens
+from ddcl_lightning.nn.joint_moments import joint_spread
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.quantizer_base import Quantizer
 from ddcl_lightning.nn.relocation import relocate_until_settled
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
-
-FIRST_TOKENS = "first_tokens"  # in states that were saved before the codes had started
 
 
 class ProjectedQuantizer(Quantizer):
@@ -38,7 +36,8 @@ class ProjectedQuantizer(Quantizer):
         self.input_projection = nn.Linear(dim, width) if width != dim else None
         self.output_projection = nn.Linear(width, dim) if width != dim else None
         self.scale = EmbeddingScale(width, embedding_scale)
-        self._first_tokens: FirstTokens | None = None
+        self.code_start: CodeStart | None = None
+        self.commitment: Commitment | None = None
         self._started_after: int | None = None
 
     def moving_banks(self) -> list[MovingBank]:
@@ -47,8 +46,9 @@ class ProjectedQuantizer(Quantizer):
 
     def settle(self) -> None:
         """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
-        for bank in self.moving_banks():
-            bank.settle()
+        for child in (*self.moving_banks(), self.code_start, self.commitment):
+            if child is not None:
+                child.settle()
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The projection into the codes' space, where there is one."""
@@ -92,41 +92,32 @@ class ProjectedQuantizer(Quantizer):
 
     def _start(self, embedded: Tensor, mask: Tensor | None) -> None:
         """Start the codes in a training call, anew with each batch until there are enough tokens."""
-        if self._first_tokens is not None and not exporting():
-            self._start_once(embedded, mask)
+        if self.code_start is not None and not exporting():
+            self._start_if_due(self.code_start, embedded, mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _start_once(self, embedded: Tensor, mask: Tensor | None) -> None:
-        if self._first_tokens is None or recomputing():
-            return
+    def _start_if_due(self, start: CodeStart, embedded: Tensor, mask: Tensor | None) -> None:
         banks = self.moving_banks()
-        if all(bool(bank.initialized) for bank in banks):
-            self._first_tokens = None
-        elif not any(bank.is_frozen for bank in banks):
-            sample = self._first_tokens.add(embedded, mask)
-            steps = banks[0].num_steps
-            # Calls between two steps find the same codes, as after the start.
-            if sample is not None and self._started_after != steps:
+        if recomputing() or any(bank.is_frozen for bank in banks):
+            return
+        if not start.is_collecting and start.is_due() and relative_error(banks[0], embedded, mask) > start.limit:
+            start.begin_anew()
+        if not start.is_collecting:
+            return
+        again = bool(start.limit > 0)
+        if not again and all(bool(bank.initialized) for bank in banks):
+            start.end()  # started elsewhere
+            return
+        sample = start.add(embedded, mask)
+        steps = banks[0].num_steps
+        # Calls between two steps find the same codes, as after the start.
+        if sample is not None and self._started_after != steps:
+            final = start.enough(sample)
+            if final or not again:
                 self._started_after = steps
-                final = self._first_tokens.enough(sample)
                 self.start_codes(sample, final=final)
-                self._first_tokens = None if final else self._first_tokens
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        rows = None if self._first_tokens is None else self._first_tokens.rows
-        if rows is not None:
-            destination[f"{prefix}{FIRST_TOKENS}"] = rows
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        rows = state_dict.pop(f"{prefix}{FIRST_TOKENS}", None)
-        if rows is not None and not bool(torch.isfinite(rows).all()):
-            args[-1].append(
-                f"{prefix}{FIRST_TOKENS} must be finite; got NaN or infinity. The state is damaged: load another."
-            )
-        elif rows is not None and self._first_tokens is not None:
-            self._first_tokens.take_up(rows)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            if final:
+                start.started(relative_error(banks[0], sample.to(embedded.device), None), len(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""
@@ -143,3 +134,20 @@ class ProjectedQuantizer(Quantizer):
         if self.output_projection is not None:
             quantized = self.output_projection(quantized.to(self.output_projection.weight.dtype))
         return self.layout.restore(zero_padding(quantized, mask))
+
+
+@torch.no_grad()
+def residual_of(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What the hard codes of a bank leave of tokens ``(*, width)``, on any device."""
+    return tokens - bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask)).to(tokens)
+
+
+@torch.no_grad()
+def relative_error(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean squared error ``()`` of a bank's hard codes as a share of the variance of all processes' valid tokens."""
+    flat, valid = tokens.flatten(0, -2).float(), None if mask is None else mask.flatten()
+    rest = zero_padding(residual_of(bank, flat, valid), valid).square().sum()
+    number = torch.as_tensor(len(flat) if valid is None else valid.sum(), dtype=rest.dtype, device=rest.device)
+    error, number = sum_over_processes(torch.stack([rest, number]))
+    spread = joint_spread(flat, valid) * number / (number - 1).clamp(min=1.0)  # few tokens are close to their own mean
+    return error / spread.clamp(min=torch.finfo(spread.dtype).tiny)

@@ -10,7 +10,8 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.first_tokens import FirstTokens
+from ddcl_lightning.nn.code_start import CodeStart
+from ddcl_lightning.nn.commitment import Commitment, check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
@@ -22,7 +23,7 @@ from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, DISTORTION_TEMPER
 QuantizerGradient = Literal["straight_through", "soft"]
 TrainingOutput = Literal["hard", "soft"]
 
-COMMITMENT_RATIO = 0.25
+COMMITMENT_RATIO = 1.4
 DEFAULT_UPDATE = CodeUpdate()
 
 
@@ -121,11 +122,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
         commitment_weight = (0.0 if moves else 0.01) if commitment_weight is None else commitment_weight
         entropy_weight = (0.0 if moves else 0.001) if entropy_weight is None else entropy_weight
-        for name, value in (
-            ("commitment_ratio", commitment_ratio),
-            ("commitment_weight", commitment_weight),
-            ("entropy_weight", entropy_weight),
-        ):
+        check_ratio(commitment_ratio)
+        for name, value in (("commitment_weight", commitment_weight), ("entropy_weight", entropy_weight)):
             if not value >= 0:
                 raise ValueError(f"{name} must be >= 0; got {value}.")
         if gradient not in get_args(QuantizerGradient):
@@ -145,7 +143,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         self.commitment_ratio, self.commitment_weight = commitment_ratio, commitment_weight
         self.entropy_weight, self.code_update = entropy_weight, code_update
         self.bank = create_bank(num_codes, code_dim, num_heads, temperature, code_update, commitment_weight > 0)
-        self._first_tokens = FirstTokens(num_codes) if moves else None
+        self.code_start = CodeStart(num_codes) if moves else None
+        self.commitment = Commitment(commitment_ratio) if commitment_ratio else None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize tokens or feature maps.
@@ -175,13 +174,11 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         assert output.codes is not None
         hard = self.bank.vectors(output.codes)
         value = output.centroids if self.training and self.training_output == "soft" else hard
-        quantized = straight_through(
-            value.to(embedded.dtype),
-            embedded if straight else output.centroids,
-            output.anchor,
-            commitment_ratio=self.commitment_ratio if self.training else 0.0,
-            mask=mask,
-        )
+        value = value.to(embedded.dtype)
+        if self.commitment is not None:
+            quantized = self.commitment(value, embedded, output.anchor, mask)
+        else:
+            quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
         terms = self._terms(output, hard.detach(), mask)
         return QuantizerOutput(self._restore(quantized, mask).to(z.dtype), self._squeeze(output.codes), terms)
 

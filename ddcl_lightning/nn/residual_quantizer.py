@@ -9,10 +9,11 @@ from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_h
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.first_tokens import FirstTokens
+from ddcl_lightning.nn.code_start import CodeStart
+from ddcl_lightning.nn.commitment import Commitment, check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
-from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
+from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer, residual_of
 from ddcl_lightning.nn.quantizer import COMMITMENT_RATIO, DEFAULT_UPDATE
 from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
 from ddcl_lightning.nn.scaling import ScaleMode
@@ -79,8 +80,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         require_at_least(1, dim=dim, num_codes=num_codes, num_levels=num_levels, code_dim=code_dim)
         if not 0 <= level_dropout < 1:
             raise ValueError(f"level_dropout must be a probability in [0, 1); got {level_dropout}.")
-        if not commitment_ratio >= 0:
-            raise ValueError(f"commitment_ratio must be >= 0; got {commitment_ratio}.")
+        check_ratio(commitment_ratio)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         if temperature is None:
@@ -96,7 +96,8 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         settings: dict[str, Any] = {"update": code_update, "num_heads": num_heads, "temperature": temperature}
         number = 1 if shared_codebook else num_levels
         self.levels = nn.ModuleList([MovingBank(num_codes, code_dim, **settings) for _ in range(number)])
-        self._first_tokens = FirstTokens(num_codes)
+        self.code_start = CodeStart(num_codes)
+        self.commitment = Commitment(commitment_ratio) if commitment_ratio else None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize tokens or feature maps.
@@ -136,8 +137,10 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
                 anchors.append(output.anchor)
             signals[f"level{level + 1}_error"] = _relative_error(residual, embedded, mask)
         anchor = torch.stack(anchors).sum() if anchors else None
-        ratio = self.commitment_ratio if self.training else 0.0
-        quantized = straight_through(total, embedded, anchor, commitment_ratio=ratio, mask=mask)
+        if self.commitment is not None:
+            quantized = self.commitment(total, embedded, anchor, mask)
+        else:
+            quantized = straight_through(total, embedded, anchor)
         loss = terms[0].loss.new_zeros(()) if anchor is None else anchor
         decomposition = Decomposition(*(torch.cat(values) for values in zip(*terms, strict=True)))
         return QuantizerOutput(
@@ -201,15 +204,15 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         if self.shared_codebook:
             bank = self.bank(0)
             bank.start(tokens, final=final)
-            bank.start(torch.cat([tokens, _residual(bank, tokens)]), final=final)
+            bank.start(torch.cat([tokens, residual_of(bank, tokens)]), final=final)
             return
         for level in range(self.num_levels):
             self.bank(level).start(tokens, final=final)
-            tokens = _residual(self.bank(level), tokens)
+            tokens = residual_of(self.bank(level), tokens)
 
     def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """Residual of tokens ``(*, width)`` after the bank."""
-        return _residual(bank, embedded, mask)
+        return residual_of(bank, embedded, mask)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""
@@ -221,11 +224,6 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             return self.num_levels
         chance, number = torch.rand(2).tolist()
         return 1 + int(number * (self.num_levels - 1)) if chance < self.level_dropout else self.num_levels
-
-
-def _residual(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Residual of tokens ``(*, width)``, on any device, after the bank."""
-    return tokens - bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask)).to(tokens)
 
 
 @torch.no_grad()
