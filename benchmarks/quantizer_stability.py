@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 def case(method: str, condition: str, **changes: Any) -> Case:
     """A method under a condition."""
     label, config = METHODS[method]
-    sizes = {"codes": CODES, "dim": DIM, "sizes": SIZES, "images": 1077, "steps": 100, "batch": BATCH, "rate": RATE}
+    sizes = {"codes": CODES, "dim": DIM, "sizes": SIZES, "images": 1077, "steps": 400, "batch": BATCH, "rate": RATE}
     common = {**sizes, "condition": condition, "dtype": "float32"}
     return Case(label, {**common, **config, **CONDITIONS[condition][1], **changes})
 
