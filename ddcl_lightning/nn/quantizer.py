@@ -40,7 +40,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
     is all that a training loop needs; in one without an optimizer call :meth:`settle` after every batch. Codes of
     nearly empty cells are moved to crowded ones. The assignments by which codes move are soft, at a temperature that
     falls with the error of the codes; the decoder reads the nearest code, and its gradient passes straight through,
-    with a commitment of a fixed ratio to it, so that no weight depends on the scale of tokens or loss.
+    with a commitment in proportion to it, so that no weight depends on the scale of tokens or loss.
 
     With ``code_update="optimizer"`` codes are a parameter that you optimize, by
     :class:`~ddcl_lightning.TokenNormalized`, under which no code is left behind, or by another optimizer::
@@ -73,9 +73,9 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             distortion where codes move inside; a tenth of the critical temperature where an optimizer moves them:
             there too high (0.5 and above) crowds codes together, too low from the start leaves those without tokens
             that are far from them, and 3 / K is a good start and a hundredth of it a good end from 64 codes on.
-        commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's, see
-            :func:`~ddcl_lightning.nn.straight_through.straight_through`; needs the gradient straight through. By
-            default 0.25 where codes move inside, else 0.
+        commitment_ratio: Strength >= 0 of a commitment in proportion to the decoder's gradient, see
+            :class:`~ddcl_lightning.nn.commitment.Commitment`; needs the gradient straight through. By default 1.4
+            where codes move inside, else 0. Too low: tokens grow without end. Too high: they fall to few directions.
         commitment_weight: Weight >= 0 of ``L_q`` over the total variance of the tokens in ``terms.loss``; by default 0
             where codes move inside, else 0.01. It is free of the tokens' scale, but not of that of the decoder's
             loss: about a tenth of the variance of what is reconstructed. Tokens of little variance get a gradient of

@@ -50,7 +50,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         code_update: How codes move.
         temperature: Softness of the assignments by which codes move, see :class:`~ddcl_lightning.Temperature`; by
             default 0.03 of each level's distortion.
-        commitment_ratio: Size >= 0 of the commitment's gradient relative to the decoder's.
+        commitment_ratio: Strength >= 0 of the commitment, see :class:`~ddcl_lightning.nn.commitment.Commitment`.
         embedding_scale: A bound on the scale of what is quantized, see :class:`~ddcl_lightning.EmbeddingScale`.
 
     Attributes:
