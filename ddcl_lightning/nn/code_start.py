@@ -116,7 +116,7 @@ class CodeStart(SettledState):
         self._number = None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         rows = None if self._sample is None else self._sample.rows
         if rows is not None:
             destination[f"{prefix}{SAMPLE}"] = rows

@@ -1,4 +1,4 @@
-"""What quantizers of our own have in common: the layout of inputs, the space of the codes, and their start."""
+"""Base of quantizers of our own: the layout of inputs, the space of the codes, and their start."""
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,9 @@ class ProjectedQuantizer(Quantizer):
 
 @torch.no_grad()
 def residual_of(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What the hard codes of a bank leave of tokens ``(*, width)``, on any device."""
-    return tokens - bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask)).to(tokens)
+    """Residual of tokens ``(*, width)``, on any device, after the hard codes of a bank."""
+    vectors: Tensor = bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask))
+    return tokens - vectors.to(tokens)
 
 
 @torch.no_grad()
@@ -150,4 +151,5 @@ def relative_error(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None) -> 
     number = torch.as_tensor(len(flat) if valid is None else valid.sum(), dtype=rest.dtype, device=rest.device)
     error, number = sum_over_processes(torch.stack([rest, number]))
     spread = joint_spread(flat, valid) * number / (number - 1).clamp(min=1.0)  # few tokens are close to their own mean
-    return error / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    result: Tensor = error / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    return result
