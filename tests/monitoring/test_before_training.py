@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from ddcl_lightning import PrototypeBank, find_codebooks
+from ddcl_lightning import PrototypeBank, ResidualVectorQuantizer, find_codebooks
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
 from ddcl_lightning.monitoring.before_training import Remark, remarks_on
 from tests.monitoring.codebook_cases import VQGAN, Student, vq
@@ -153,3 +153,10 @@ def test_codes_that_two_optimizers_hold_are_a_problem() -> None:
     ]
     assert (remark.sign, remark.codebook) == ("moved_twice", "bank")
     assert "held 2 times" in remark.text
+
+
+def test_codes_that_start_in_training_have_no_temperature_before_it() -> None:
+    quantizer = ResidualVectorQuantizer(4, 3, 2)
+    assert remarks(quantizer) == []
+    quantizer.train()(TOKENS[0].float())
+    assert [remark.sign for remark in remarks(quantizer)] == ["temperature", "temperature"]
