@@ -1,6 +1,7 @@
 """Quantizers in exported and compiled graphs, with any number of samples and tokens."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,25 @@ def test_masks_are_exported_with_the_tokens() -> None:
     program = export(Method(quantizer, "encode"), (tokens((4, 40, D)), mask), dynamic_shapes=((both, both),)).module()
     other, other_mask = tokens((7, 11, D), 1), tokens((7, 11), 2) > 0
     assert torch.equal(program(other, other_mask), quantizer.encode(other, other_mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_quantizers_run_as_onnx(kind: str, tmp_path: Path) -> None:
+    """With other numbers of samples and tokens; onnx, onnxscript and onnxruntime are in no extra of this project."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    quantizer = started(kind)
+    z, other = tokens((4, 40, D)), tokens((7, 11, D))
+    for name, given, asked in (
+        ("encode", z, other),
+        ("decode", quantizer.encode(z), quantizer.encode(other)),
+    ):
+        program = export(Method(quantizer, name), (given,), dynamic_shapes=(({0: Dim("b"), 1: Dim("t")},),))
+        torch.onnx.export(program, f=tmp_path / "q.onnx", dynamo=True)
+        session = runtime.InferenceSession(tmp_path / "q.onnx")
+        (actual,) = session.run(None, {session.get_inputs()[0].name: asked.numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), getattr(quantizer, name)(asked))
 
 
 @pytest.mark.parametrize("kind", KINDS)
