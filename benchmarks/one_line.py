@@ -48,22 +48,14 @@ BASELINES = {
     for rotation in (False, True)
     for decay in (0.8, 0.99)
 }
-# What its defaults were chosen from: the scaling of the tokens, and the commitment's size relative to the gradient.
-CANDIDATES = {
-    f"{scale}-{ratio}": (
-        f"{scale}, {ratio}",
-        {"quantizer": "candidate", "arguments": {"embedding_scale": scale, "commitment_ratio": ratio}},
+# What its defaults were compared with: scaling of the tokens, strengths of the commitment, and steps of the codes.
+CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (label, {"quantizer": "candidate", "arguments": arguments})
+    for name, label, arguments in (
+        *((f"ratio-{ratio}", f"ratio {ratio}", {"commitment_ratio": ratio}) for ratio in (0.7, 1.0, 2.0)),
+        *((f"step-{step}", f"codes step by {step}", {"code_update": {"step_size": step}}) for step in (0.02, 0.1, 0.2)),
+        *((scale, f"scaled, {scale}", {"embedding_scale": scale}) for scale in ("total", "per_dimension")),
     )
-    for scale in ("none", "total", "per_dimension")
-    for ratio in (0.1, 0.25, 0.5, 1.0)
-}
-CANDIDATES |= {
-    f"step-{step}-{ratio}": (
-        f"none, {ratio}, codes step by {step}",
-        {"quantizer": "candidate", "arguments": {"code_update": {"step_size": step}, "commitment_ratio": ratio}},
-    )
-    for step in (0.01, 0.2)
-    for ratio in (0.1, 0.25)
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "continuous": ("no quantizer", {"quantizer": "none"}),

@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             f"ours, commitment ratio {ratio}",
             {"quantizer": "ours", "arguments": {"commitment_ratio": ratio}},
         )
-        for ratio in (0.1, 0.5, 1.0)
+        for ratio in (0.7, 1.0, 2.0)
     },
 }
 TITLES = {"sst2": "SST-2", "newsgroups": "20 Newsgroups"}
