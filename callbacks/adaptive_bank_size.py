@@ -17,6 +17,7 @@ from ddcl_lightning.heads.base import Head
 from ddcl_lightning.monitoring.token_sampling import collect_tokens
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.discovery import require_banks
+from ddcl_lightning.nn.moving_bank import MovingBank
 from ddcl_lightning.optim.resizing import Resize, SizeRules, plan_resize, resize_bank
 from ddcl_lightning.optim.two_timescale import run_length
 
@@ -59,9 +60,9 @@ class AdaptiveBankSize(Callback):
         history: ``(global_step, K)`` at the start and after every change, by bank.
 
     Raises:
-        ValueError: If an argument is out of its range; before training, if a bank has several heads (they share K)
-            or lies in a head whose shapes depend on K, if the strategy is neither a single device nor DDP, if
-            weights are averaged, or if no bank has such a name.
+        ValueError: If an argument is out of its range; before training, if a bank has several heads (they share K),
+            moves inside of a quantizer or lies in a head whose shapes depend on K, if the strategy is neither a single
+            device nor DDP, if weights are averaged, or if no bank has such a name.
     """
 
     @typed
@@ -125,6 +126,12 @@ class AdaptiveBankSize(Callback):
             self.history.setdefault(name, [(trainer.global_step, bank.num_prototypes)])
 
     def _require_free_size(self, module: pl.LightningModule, name: str, bank: PrototypeBank) -> None:
+        if isinstance(bank, MovingBank):
+            raise ValueError(
+                f"a bank that changes its size must be moved by an optimizer; got {name!r}, codes that a quantizer moves "
+                "inside and whose number is an argument of it. Narrow banks of AdaptiveBankSize, or build the quantizer "
+                "with code_update='optimizer'."
+            )
         if bank.num_heads > 1:
             raise ValueError(
                 "num_heads must be 1 for a bank that changes its size, since all heads share one K; got "

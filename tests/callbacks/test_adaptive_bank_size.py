@@ -31,8 +31,9 @@ from ddcl_lightning.callbacks import (
     TemperatureAnnealing,
 )
 from ddcl_lightning.datamodules import DigitsDataModule
-from ddcl_lightning.heads import SoftVQ
-from ddcl_lightning.tasks import Classification, Reconstruction
+from ddcl_lightning.decoders import MLPDecoder
+from ddcl_lightning.heads import ResidualVQ, SoftVQ
+from ddcl_lightning.tasks import Classification, Reconstruction, SemanticIDs
 from tests.processes import succeed_in_processes
 from tests.tiny import absolute, quiet_trainer
 from tests.tiny import loader as tiny_loader
@@ -279,6 +280,9 @@ def test_what_depends_on_the_size_is_refused() -> None:
         assert f"'head.attention.bank' must stay as built: pooling='{pooling}'" in refusal(module, tiny_loader())
     module = DDCLReadoutModule(PCABackbone(4, 4), SoftVQ(4), Clustering(4))
     assert "SoftVQ does not say that it can change" in refusal(module, tiny_loader())
+    module = DDCLReadoutModule(PCABackbone(4, 4), ResidualVQ(4, 2), SemanticIDs(MLPDecoder(4)))
+    with pytest.raises(ValueError, match=r"must be moved by an optimizer; got 'head.quantizer.levels.0'.*code_update"):
+        fit(module, AdaptiveBankSize(), data=tiny_loader())
     assert "num_prototypes must start between min_prototypes = 2" in refusal(Project(num_prototypes=1))
     assert "banks must match the name of a bank; got 'nothing'" in refusal(Project(), banks="nothing")
     with pytest.raises(ValueError, match="WeightAveraging averages weights of one shape"):
