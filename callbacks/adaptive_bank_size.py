@@ -128,9 +128,9 @@ class AdaptiveBankSize(Callback):
     def _require_free_size(self, module: pl.LightningModule, name: str, bank: PrototypeBank) -> None:
         if isinstance(bank, MovingBank):
             raise ValueError(
-                f"a bank that changes its size must be moved by an optimizer; got {name!r}, codes that a quantizer moves "
-                "inside and whose number is an argument of it. Narrow banks of AdaptiveBankSize, or build the quantizer "
-                "with code_update='optimizer'."
+                f"a bank that changes its size must be moved by an optimizer; got {name!r}, codes that a quantizer "
+                "moves inside and whose number is an argument of it. Narrow banks of AdaptiveBankSize, or build the "
+                "quantizer with code_update='optimizer'."
             )
         if bank.num_heads > 1:
             raise ValueError(
