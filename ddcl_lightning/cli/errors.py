@@ -29,11 +29,12 @@ from ddcl_lightning.monitoring import Signal
 from ddcl_lightning.nn import Quantizer
 from ddcl_lightning.tasks import Task
 
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.-]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
 # Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
 _REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
+_KEY_OF_NO_TEXT = re.compile(r"Key must be a string, got: (.+)\.$")
 # What argument and data checks raise.
 CHECKED = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 # ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite.
@@ -94,6 +95,8 @@ def explain(message: str, parser: ArgumentParser) -> str:
     wrong = missing_value(message) or missing_class(message) or wrong_value(message)
     if wrong:
         return wrong
+    if match := _KEY_OF_NO_TEXT.search(message):
+        return f"keys of settings must be text; got {match[1]}. Write the name of a setting, or put it in quotes."
     match = _REFUSED_VALUE.search(message)
     if match:
         return match.group(1)
