@@ -45,7 +45,7 @@ class CodebookCallback(Callback):
     @typed
     def __init__(self, every_n_batches: int) -> None:
         if every_n_batches < 1:
-            raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}.")
+            raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}. Pass 1 or more.")
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._due = self._reads = 0  # batches of this run

@@ -94,7 +94,7 @@ class CollapseWarning(CodebookCallback):
     ) -> None:
         super().__init__(every_n_batches)
         if on_collapse not in ("warn", "stop", "raise"):
-            raise ValueError(f"on_collapse must be 'warn', 'stop' or 'raise'; got {on_collapse!r}.")
+            raise ValueError(f"on_collapse must be 'warn', 'stop' or 'raise'; got {on_collapse!r}. Pass one of these.")
         self.on_collapse, self.named, self.kinds, self.use_probe = on_collapse, named, tuple(kinds), probe
         self.rules = rules or CollapseRules()
         self.additional = AdditionalSignals(additional or [], self.rules.patience)

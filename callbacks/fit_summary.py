@@ -79,7 +79,7 @@ class FitSummary(Callback):
     @typed
     def __init__(self, enabled: bool = True, num_restarts: int = 10, compare: bool = False) -> None:
         if num_restarts < 1:
-            raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
+            raise ValueError(f"num_restarts must be at least 1; got {num_restarts}. Pass 1 or more.")
         self.enabled, self.num_restarts, self.compare = enabled, num_restarts, compare
         self.table = ""
         self.rows: dict[str, dict[str, float]] = {}

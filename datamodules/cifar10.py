@@ -60,7 +60,9 @@ class CIFAR10DataModule(TorchvisionDataModule):
             raise ValueError(f"path must be an .npz file with {', '.join(ARRAYS)}; {path} is not ({error}).") from None
         names = tuple(map(str, arrays["classes"]))
         if names != self.class_names:
-            raise ValueError(f"classes of {path} must be {', '.join(self.class_names)}; got {', '.join(names)}.")
+            raise ValueError(
+                f"classes of {path} must be {', '.join(self.class_names)}; got {', '.join(names)}. Correct it."
+            )
         splits = ("train", "test")
         for split in splits:
             images, labels = len(arrays[f"offset_{split}"]) - 1, len(arrays[f"y_{split}"])

@@ -259,6 +259,8 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         limit = self.trainer.limit_train_batches
         if limit == 0:
             raise ValueError("limit_train_batches must be > 0 to fit; got 0. Use validate, test or predict instead.")
+        if self.trainer.val_check_interval == 0:
+            raise ValueError("val_check_interval must be > 0; got 0. To validate never, set limit_val_batches=0.")
         every = self.trainer.check_val_every_n_epoch
         if every is not None and every < 1:
             raise ValueError(

@@ -1,6 +1,8 @@
 """Bad inputs, each with the error a user gets: the argument, the rule, the value and the way out."""
 
+import ast
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,3 +342,26 @@ def test_bad_input_is_a_clear_error(name: str, tmp_path: Path, monkeypatch: pyte
     action, kind, message = CASES[name]
     with pytest.raises(kind, match=f"(?s){message}"):
         action()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def text_of(node: ast.expr) -> str:
+    """Text of a message, with a sign in the place of every value."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(value.value if isinstance(value, ast.Constant) else "@" for value in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "@"
+
+
+def test_no_message_ends_with_the_value_that_it_got() -> None:
+    """After it comes what to do."""
+    folders = ("ddcl_lightning", "callbacks", "datamodules", "recipes")
+    ends = []
+    for file in (file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and len(node.exc.args) == 1:
+                message = text_of(node.exc.args[0])
+                if re.search(r"must.*; got [^.?]*\.$", message):
+                    ends.append(f"{file.relative_to(ROOT)}:{node.lineno}: {message}")
+    assert not ends, "\n".join(ends)

@@ -82,7 +82,8 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         except _Misfit:
             continue
     words = " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds))
-    raise ValueError(f"{name} must be {words}; got {value!r:.200}.{_remedy(value, kinds)}")
+    remedy = _remedy(value, kinds) or f" Pass {words}."
+    raise ValueError(f"{name} must be {words}; got {value!r:.200}.{remedy}")
 
 
 def as_plain(value: Any) -> Any:
@@ -140,7 +141,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if close:
         return f". Did you mean {close[0]!r}?"
-    return f". Valid are: {', '.join(words)}." if 0 < len(words) <= 30 else "."
+    return f". Valid are: {', '.join(words)}." if 0 < len(words) <= 30 else ". Correct the name."
 
 
 class _Misfit(Exception):

@@ -76,9 +76,9 @@ def insert_prototypes(
         if hasattr(known[name], CHILD):
             raise ValueError(f"block {name!r} has {CHILD} already. Call remove_prototypes(model) first.")
     if len({id(known[name]) for name in names}) < len(names) or not names:
-        raise ValueError(f"blocks must name at least one block, and each once; got {names}.")
+        raise ValueError(f"blocks must name at least one block, and each once; got {names}. Pass as many.")
     if mask is not None and mask not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}.")
+        raise ValueError(f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}. Correct it.")
     placed = [create() for _ in names]
     if len({id(adapter) for adapter in placed}) < len(placed):
         raise ValueError(

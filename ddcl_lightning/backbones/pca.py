@@ -44,7 +44,10 @@ class PCABackbone(GuardedState, Backbone):
     def __init__(self, in_features: int, num_components: int, whiten: bool = False, trainable: bool = False) -> None:
         super().__init__()
         if not 1 <= num_components <= in_features:
-            raise ValueError(f"num_components must be in [1, in_features = {in_features}]; got {num_components}.")
+            raise ValueError(
+                f"num_components must be in [1, in_features = {in_features}]; got {num_components}. "
+                "Pass a number in that range."
+            )
         self.in_features, self.num_components, self.embed_dim = in_features, num_components, num_components
         self.whiten, self.trainable = whiten, trainable
         self.weight = nn.Parameter(torch.zeros(num_components, in_features), requires_grad=trainable)
@@ -72,7 +75,8 @@ class PCABackbone(GuardedState, Backbone):
             raise ValueError("x must be finite to fit a PCA; got NaN or infinity. Clean the data.")
         if len(rows) < self.num_components:
             raise ValueError(
-                f"x must hold at least num_components = {self.num_components} rows to fit a PCA; got {len(rows)}."
+                f"x must hold at least num_components = {self.num_components} rows to fit a PCA; got {len(rows)}. "
+                "Pass as many."
             )
         if bool((rows == rows[0]).all()):
             raise ValueError(f"x must vary to fit a PCA; got {len(rows)} equal rows. Check the data.")

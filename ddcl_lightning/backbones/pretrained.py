@@ -57,7 +57,9 @@ class PretrainedBackbone(Backbone):
     ) -> None:
         super().__init__()
         if unfreeze != "all" and (not isinstance(unfreeze, int) or isinstance(unfreeze, bool) or unfreeze < 0):
-            raise ValueError(f"unfreeze must be a number of blocks >= 0, or 'all'; got {unfreeze!r}.")
+            raise ValueError(
+                f"unfreeze must be a number of blocks >= 0, or 'all'; got {unfreeze!r}. Pass one of these."
+            )
         if gradient_checkpointing and unfreeze == 0:
             raise ValueError(
                 "gradient_checkpointing saves memory for gradients, of which a frozen encoder has none; leave it "
@@ -69,7 +71,9 @@ class PretrainedBackbone(Backbone):
                 "it out, or set unfreeze=0."
             )
         if cache_dtype not in get_args(CacheDtype):
-            raise ValueError(f"cache_dtype must be one of {get_args(CacheDtype)}; got {cache_dtype!r}.")
+            raise ValueError(
+                f"cache_dtype must be one of {get_args(CacheDtype)}; got {cache_dtype!r}. Pass one of these."
+            )
         self.unfreeze, self.gradient_checkpointing = unfreeze, gradient_checkpointing
         self.cache_dir, self.cache_dtype = cache_dir, cache_dtype
         self._cache: FeatureCache | None = None
@@ -121,7 +125,8 @@ class PretrainedBackbone(Backbone):
             blocks = [block for block in blocks if block]
             if self.unfreeze > len(blocks):
                 raise ValueError(
-                    f"unfreeze must be at most the {len(blocks)} blocks that are used, or 'all'; got {self.unfreeze}."
+                    f"unfreeze must be at most the {len(blocks)} blocks that are used, or 'all'; got {self.unfreeze}. "
+                    "Pass one of these."
                 )
             used = [parameter for block in blocks[-self.unfreeze :] for parameter in block]
         for parameter in used:

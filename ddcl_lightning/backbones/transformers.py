@@ -75,7 +75,7 @@ class TransformersBackbone(PretrainedBackbone):
     ) -> None:
         super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype)
         if tokens not in get_args(TextTokens):
-            raise ValueError(f"tokens must be one of {get_args(TextTokens)}; got {tokens!r}.")
+            raise ValueError(f"tokens must be one of {get_args(TextTokens)}; got {tokens!r}. Pass one of these.")
         self.model, self.tokens, self.max_length, self.revision = model, tokens, max_length, revision
         self.ragged = tokens == "all"
         self.encoder = load_encoder(model, revision)
@@ -87,7 +87,10 @@ class TransformersBackbone(PretrainedBackbone):
         config: Any = self.encoder.config
         depth = int(config.num_hidden_layers)
         if not -depth - 1 <= layer <= depth:
-            raise ValueError(f"layer must be in [-{depth + 1}, {depth}] for {model!r} of depth {depth}; got {layer}.")
+            raise ValueError(
+                f"layer must be in [-{depth + 1}, {depth}] for {model!r} of depth {depth}; got {layer}. "
+                "Pass a number in that range."
+            )
         self.layer = layer % (depth + 1)  # from the embeddings
         self._inner = self.layer < depth
         blocks = max(
@@ -128,7 +131,9 @@ class TransformersBackbone(PretrainedBackbone):
                 "the batch 'text' to have it tokenized."
             )
         if ids.shape[1] > self.limit:
-            raise ValueError(f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}.")
+            raise ValueError(
+                f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}. Correct it."
+            )
         valid = token_mask(batch, ids)
         if valid is None:
             return list(ids)
@@ -250,7 +255,8 @@ class TransformersBackbone(PretrainedBackbone):
         shortest = 1 if self.tokenizer is None else 1 + self.tokenizer.num_special_tokens_to_add()
         if not shortest <= self.max_length <= self.limit:
             raise ValueError(
-                f"max_length must be in [{shortest}, {self.limit}] tokens for {self.model!r}; got {self.max_length}."
+                f"max_length must be in [{shortest}, {self.limit}] tokens for {self.model!r}; got {self.max_length}. "
+                "Pass a number in that range."
             )
 
     def _require_tokenizer(self) -> Any:

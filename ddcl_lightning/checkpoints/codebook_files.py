@@ -134,7 +134,7 @@ def check_codebook_path(path: str | Path, argument: str = "path") -> None:
         ValueError: If the name ends in something else.
     """
     if Path(path).suffix != SUFFIX:
-        raise ValueError(f"{argument} must end in {SUFFIX}; got {str(path)!r}.")
+        raise ValueError(f"{argument} must end in {SUFFIX}; got {str(path)!r}. Rename it.")
     _safetensors()
 
 

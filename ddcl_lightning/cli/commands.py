@@ -260,10 +260,14 @@ def _run(args: ArgsType) -> None:
         _refuse(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")
 
 
+class _RecipesParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, like everywhere else."""
+        _refuse(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
 def _recipes(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ddcl recipes", description="List the shipped recipes, or copy one to change it."
-    )
+    parser = _RecipesParser(prog="ddcl recipes", description="List the shipped recipes, or copy one to change it.")
     commands = parser.add_subparsers(dest="command")
     copy = commands.add_parser("copy", help="copy a recipe into a folder")
     copy.add_argument("name", help="name of the recipe")

@@ -99,7 +99,7 @@ def check_words(words: Sequence[str]) -> None:
         if Path(value).suffix.lower() in _SUFFIXES and "\n" not in value and Path(value).is_file():
             check_config(value, option)
             continue
-        if option[2:] in GROUPS:
+        if option[2:] in GROUPS and value != "null":
             check_text(value, option)
             continue
         try:

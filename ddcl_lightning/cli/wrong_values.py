@@ -142,7 +142,7 @@ def wrong_value(message: str) -> str | None:
     given = "null" if given == "None" else given
     shown = given if len(given) <= 200 else given[:200] + "..."
     rule = f"{'.init_args.'.join(keys)} must be {' or '.join(choices)}"
-    return f"{rule}; got {shown or 'nothing'}{of}.{renamed_value(given, rule)}"
+    return f"{rule}; got {shown or 'nothing'}{of}.{renamed_value(given, rule) or ' Correct it.'}"
 
 
 def _mappings(text: str) -> dict[str, str]:

@@ -176,9 +176,9 @@ def check_arguments(examples: int, inputs: int, indices: Sequence[int] | None, m
     """Raise a ValueError that names the argument of :func:`collect` that is out of its range."""
     for name, value, minimum in (("examples", examples, 1), ("inputs", inputs, 0), ("max_samples", max_samples, 1)):
         if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}; got {value}.")
+            raise ValueError(f"{name} must be at least {minimum}; got {value}. Pass that or more.")
     if indices is not None and any(place < 0 for place in indices):
-        raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}.")
+        raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}. Correct it.")
 
 
 def progress_bar(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:

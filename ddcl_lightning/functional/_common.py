@@ -45,7 +45,7 @@ def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
     if mask.shape != tokens.shape[:-1]:
         raise ValueError(
             f"mask must have the shape of tokens without its last dimension, {tuple(tokens.shape[:-1])}; "
-            f"got {tuple(mask.shape)}."
+            f"got {tuple(mask.shape)}. Reshape it."
         )
 
 
@@ -75,7 +75,9 @@ def temperature_like(temperature: float | Tensor, reference: Tensor) -> Tensor:
         value = temperature.to(device=reference.device, dtype=reference.dtype)
         return value.reshape(*value.shape, 1, 1) if value.dim() else value
     if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, in units of squared distance; got {temperature}.")
+        raise ValueError(
+            f"temperature must be > 0, in units of squared distance; got {temperature}. Pass a positive number."
+        )
     return torch.as_tensor(temperature, device=reference.device, dtype=reference.dtype)
 
 

@@ -91,6 +91,6 @@ def descent_violation(before: Tensor, after: Tensor, scale: Tensor, tolerance: f
         ValueError: If the tolerance is negative or not finite.
     """
     if not 0 <= tolerance < float("inf"):
-        raise ValueError(f"tolerance must be finite and >= 0, relative to L_q; got {tolerance}.")
+        raise ValueError(f"tolerance must be finite and >= 0, relative to L_q; got {tolerance}. Pass 0 or more.")
     # A NaN is a violation.
     return torch.logical_not(after - before <= tolerance * scale)

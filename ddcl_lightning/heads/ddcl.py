@@ -81,15 +81,15 @@ class DDCLReadout(Head):
         Temperature.of(temperature).per_head(num_heads)  # refuse early
         check_width("prototype_dim", prototype_dim, max_parameters)
         if tokens not in get_args(TokenChoice):
-            raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")
+            raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}. Pass one of these.")
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}.")
+            raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}. Pass one of these.")
         if pooling in ("slots", "token_slots") and residual:
             raise ValueError(
                 f"residual must be False with pooling={pooling!r}, which reads tokens and not their mixtures."
             )
         if repulsion < 0:
-            raise ValueError(f"repulsion must be >= 0; got {repulsion}.")
+            raise ValueError(f"repulsion must be >= 0; got {repulsion}. Pass 0 or more.")
         if repulsion > 0 and num_prototypes < 2:
             raise ValueError(f"repulsion needs at least 2 prototypes; got num_prototypes = {num_prototypes}.")
         self._num_prototypes, self.num_heads, self.prototype_dim = num_prototypes, num_heads, prototype_dim

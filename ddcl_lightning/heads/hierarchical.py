@@ -131,7 +131,7 @@ class HierarchicalReadout(Head):
         if len(value) != self.num_levels:
             raise ValueError(
                 f"{name} must be one value for all levels or a list with one per level, {self.num_levels} as in "
-                f"num_prototypes = {list(self.num_prototypes)}; got {list(value)}."
+                f"num_prototypes = {list(self.num_prototypes)}; got {list(value)}. Correct it."
             )
         return list(value)
 
@@ -157,7 +157,9 @@ class HierarchicalReadout(Head):
                 f"tokens {self._reads}."
             )
         if self.num_tokens is not None and self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, the tokens of a sample; got {self.num_tokens}.")
+            raise ValueError(
+                f"num_tokens must be at least 1, the tokens of a sample; got {self.num_tokens}. Pass 1 or more."
+            )
         single = next((level for level, reads in enumerate(self._reads) if reads != "all"), self.num_levels)
         for reads in self._reads[single + 1 :]:
             if reads in ("joined", *IDF_READS):

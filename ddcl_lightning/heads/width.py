@@ -50,4 +50,4 @@ def check_width(name: str, width: int | None, max_parameters: int | None) -> Non
         )
     for argument, value in ((name, width), ("max_parameters", max_parameters)):
         if value is not None and value < 1:
-            raise ValueError(f"{argument} must be at least 1, or None; got {value}.")
+            raise ValueError(f"{argument} must be at least 1, or None; got {value}. Pass 1 or more.")

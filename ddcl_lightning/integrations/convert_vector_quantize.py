@@ -83,7 +83,7 @@ def _levels(layer: nn.Module) -> list[Any]:
         _require_counterpart(level)
     sizes = [level.codebook_size for level in levels]
     if len(set(sizes)) > 1:
-        raise ValueError(f"layer must have as many codes at every level; got {sizes}.")
+        raise ValueError(f"layer must have as many codes at every level; got {sizes}. Correct it.")
     return levels
 
 

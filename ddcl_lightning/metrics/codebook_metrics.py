@@ -83,7 +83,7 @@ class CodebookMetrics(Metric):
         super().__init__(**kwargs)
         for name, value in (("num_codes", num_codes), ("num_codebooks", num_codebooks)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         self.num_codes, self.num_codebooks = num_codes, num_codebooks
         counts = torch.zeros(num_codebooks, num_codes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")

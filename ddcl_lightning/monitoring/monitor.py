@@ -84,7 +84,9 @@ class CodebookMonitor:
     ) -> None:
         require_at_least(1, every_n_calls=every_n_calls, tokens_per_pass=tokens_per_pass)
         if on_collapse not in ("warn", "raise", "ignore"):
-            raise ValueError(f"on_collapse must be 'warn', 'raise' or 'ignore'; got {on_collapse!r}.")
+            raise ValueError(
+                f"on_collapse must be 'warn', 'raise' or 'ignore'; got {on_collapse!r}. Pass one of these."
+            )
         self.rules, self.on_collapse = rules or CollapseRules(), on_collapse
         self.tokens_per_pass = tokens_per_pass or 0
         self._windows: dict[str, CodeWindow] = {}

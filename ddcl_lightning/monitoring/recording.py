@@ -65,7 +65,7 @@ class record_codebooks(BankObserver):
         every_n_calls: int = 1,
     ) -> None:
         if every_n_calls < 1:
-            raise ValueError(f"every_n_calls must be at least 1; got {every_n_calls}.")
+            raise ValueError(f"every_n_calls must be at least 1; got {every_n_calls}. Pass 1 or more.")
         self._receive, self._interval, self._armed = receive, every_n_calls, False
         self._calls: dict[str, int] = {}
         self._names: dict[PrototypeBank, str] = {}

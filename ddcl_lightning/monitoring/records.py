@@ -43,10 +43,10 @@ class CodebookRecord:
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
-            raise ValueError(f"geometry must be one of {get_args(Geometry)}; got {self.geometry!r}.")
+            raise ValueError(f"geometry must be one of {get_args(Geometry)}; got {self.geometry!r}. Pass one of these.")
         if self.num_codes < 1:
             if self.codebook is None:
-                raise ValueError("num_codes must be given for a codebook without vectors; got none.")
+                raise ValueError("num_codes must be given for a codebook without vectors; got none. Pass one of them.")
             object.__setattr__(self, "num_codes", self.codebook.shape[1])
 
     @classmethod
@@ -181,6 +181,7 @@ def _flat_mask(mask: Tensor, codes: Tensor) -> Tensor:
         raise TypeError(f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool().")
     if mask.numel() != codes.shape[1]:
         raise ValueError(
-            f"mask must have an entry for each of the {codes.shape[1]} tokens; got shape {tuple(mask.shape)}."
+            f"mask must have an entry for each of the {codes.shape[1]} tokens; got shape {tuple(mask.shape)}. "
+            "Correct it."
         )
     return mask.detach().reshape(1, -1).expand_as(codes)

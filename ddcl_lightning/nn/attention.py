@@ -94,7 +94,9 @@ class DDCLAttention(nn.Module):
         super().__init__()
         require_at_least(1, embed_dim=embed_dim, prototype_dim=prototype_dim)
         if context_dim is not None and context_dim < 1:
-            raise ValueError(f"context_dim must be at least 1, or None for no context; got {context_dim}.")
+            raise ValueError(
+                f"context_dim must be at least 1, or None for no context; got {context_dim}. Pass 1 or more."
+            )
         if bank is not None:
             refuse_bank_arguments(
                 num_prototypes=num_prototypes,
@@ -105,7 +107,7 @@ class DDCLAttention(nn.Module):
                 measure_variance=measure_variance or None,
             )
         elif num_prototypes is None:
-            raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
+            raise ValueError("num_prototypes must be given, or a bank to share; got neither. Pass one of them.")
         else:
             bank = PrototypeBank(
                 num_prototypes,
@@ -155,7 +157,8 @@ class DDCLAttention(nn.Module):
         """
         if tokens.shape[-1] != self.embed_dim:
             raise ValueError(
-                f"tokens must have last dimension embed_dim = {self.embed_dim}; got shape {tuple(tokens.shape)}."
+                f"tokens must have last dimension embed_dim = {self.embed_dim}; got shape {tuple(tokens.shape)}. "
+                "Reshape it."
             )
         check_mask(tokens, mask)
         shift = self._shift(tokens, context)
@@ -195,7 +198,7 @@ class DDCLAttention(nn.Module):
         if context is None or context.shape != expected:
             raise ValueError(
                 f"context must have shape {expected}, one vector of context_dim = {self.context_dim} per sample; got "
-                f"{None if context is None else tuple(context.shape)}."
+                f"{None if context is None else tuple(context.shape)}. Reshape it."
             )
         shift: Tensor = self.context_projection(context).unsqueeze(-2)
         return shift

@@ -27,7 +27,9 @@ class ChannelLayout:
 
     def __init__(self, dim: int, channels: Channels | None) -> None:
         if channels is not None and channels not in get_args(Channels):
-            raise ValueError(f"channels must be one of {get_args(Channels)}, or None; got {channels!r}.")
+            raise ValueError(
+                f"channels must be one of {get_args(Channels)}, or None; got {channels!r}. Pass one of these."
+            )
         self.dim, self.channels = dim, channels
         self._known: dict[int, Channels] = {}
 
@@ -63,7 +65,7 @@ class ChannelLayout:
     def _place(self, z: Tensor) -> Channels:
         if not isinstance(z, Tensor) or z.dim() < 2 or not z.is_floating_point():
             given = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"z must be a floating-point tensor of two or more dimensions; got {given}.")
+            raise ValueError(f"z must be a floating-point tensor of two or more dimensions; got {given}. Correct it.")
         rank = z.dim()
         place: Channels | None = "last" if rank == 2 else self.channels or self._known.get(rank)
         if place is None:

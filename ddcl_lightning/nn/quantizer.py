@@ -116,7 +116,9 @@ class SoftVectorQuantizer(ProjectedQuantizer):
     ) -> None:
         moves = isinstance(code_update, CodeUpdate)
         if not moves and code_update != "optimizer":
-            raise ValueError(f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}.")
+            raise ValueError(
+                f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}. Pass one of these."
+            )
         if commitment_ratio is None:
             commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
         commitment_weight = (0.0 if moves else 0.01) if commitment_weight is None else commitment_weight
@@ -127,16 +129,21 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             ("entropy_weight", entropy_weight),
         ):
             if not value >= 0:
-                raise ValueError(f"{name} must be >= 0; got {value}.")
+                raise ValueError(f"{name} must be >= 0; got {value}. Pass 0 or more.")
         if gradient not in get_args(QuantizerGradient):
-            raise ValueError(f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}.")
+            raise ValueError(
+                f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}. Pass one of these."
+            )
         if commitment_ratio and gradient != "straight_through":
             raise ValueError(
                 f"commitment_ratio needs gradient='straight_through', to which it is relative; got {commitment_ratio} "
                 f"and {gradient!r}. Use commitment_weight."
             )
         if training_output not in get_args(TrainingOutput):
-            raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
+            raise ValueError(
+                f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}. "
+                "Pass one of these."
+            )
         require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)

@@ -78,9 +78,11 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
     ) -> None:
         require_at_least(1, dim=dim, num_codes=num_codes, num_levels=num_levels, code_dim=code_dim)
         if not 0 <= level_dropout < 1:
-            raise ValueError(f"level_dropout must be a probability in [0, 1); got {level_dropout}.")
+            raise ValueError(
+                f"level_dropout must be a probability in [0, 1); got {level_dropout}. Pass a number in that range."
+            )
         if not commitment_ratio >= 0:
-            raise ValueError(f"commitment_ratio must be >= 0; got {commitment_ratio}.")
+            raise ValueError(f"commitment_ratio must be >= 0; got {commitment_ratio}. Pass 0 or more.")
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         if temperature is None:

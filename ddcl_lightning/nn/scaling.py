@@ -58,7 +58,10 @@ class EmbeddingScale(RunningMeans):
         super().__init__(momentum)
         require_at_least(1, dim=dim)
         if mode not in get_args(ScaleMode):
-            raise ValueError(f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}.")
+            raise ValueError(
+                f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}. "
+                "Pass one of these."
+            )
         self.dim, self.mode = dim, mode
         dtype = running_dtype()
         self.register_buffer("mean", torch.zeros(dim, dtype=dtype))

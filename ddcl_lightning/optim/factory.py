@@ -101,4 +101,4 @@ def _find(argument: str, name: str) -> type[Optimizer]:
 
 def _nearest(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f". Did you mean {close[0]!r}?" if close else "."
+    return f". Did you mean {close[0]!r}?" if close else ". Correct the name."
