@@ -40,6 +40,7 @@ _TOO_EARLY = re.compile(r"Option '([^']*)' is not accepted before subcommand '(\
 _ALTERNATIVE = "\n  - Not a valid subclass of "
 _ALTERNATIVES = re.compile(r"^\s+- (.*)$", re.MULTILINE)
 _OF_PARSER = (
+    "Does not validate",
     "Expected a",
     "Not a valid subclass",
     "Problem with",

@@ -1,4 +1,4 @@
-"""Configs and settings in words that cannot be used: one sentence with the place, the rule, the value and the way out."""
+"""Configs and settings in words that cannot be used: one sentence with place, rule, value and remedy."""
 
 import re
 import shlex
