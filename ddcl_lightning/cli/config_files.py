@@ -192,7 +192,7 @@ class _Check:
         if ":" in node.value:
             raise ValueError(f"{self.place} must not count in sixties; {got}, a number in YAML. Put it in quotes.")
         try:
-            value = yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+            value = yaml.SafeLoader("").construct_object(node)
         except (ValueError, KeyError):
             value = None
         if value is None or (kind == "an integer" and abs(value) > LARGEST):
