@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.monitoring.sources.finding import Recordable
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -136,6 +137,7 @@ class CodebookCallback(Callback):
         """Number of batches seen, so that a resumed run looks at the same ones."""
         return {"batches": self._batches}
 
+    @restores(batches=int)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the number of batches."""
         self._batches = state_dict["batches"]

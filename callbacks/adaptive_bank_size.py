@@ -1,6 +1,7 @@
 """A bank that finds its own number of prototypes."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import rebuild_ddp
 from ddcl_lightning._utils.distributed import from_first_process
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning._utils.seeding import resolve_seed
 from ddcl_lightning.callbacks._base import BankCallback, is_new_run, log_name
 from ddcl_lightning.heads.base import Head
@@ -232,6 +234,7 @@ class AdaptiveBankSize(Callback):
         end = None if self._end is None or math.isinf(self._end) else self._end
         return {"history": history, "idle": dict(self._idle), "end": end, "steps": self._steps}
 
+    @restores(history=Mapping, idle=Mapping, end=(int, float, type(None)), steps=int)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore sizes, idle counts and the end of the changes."""
         self.history = {name: [(step, size) for step, size in points] for name, points in state_dict["history"].items()}

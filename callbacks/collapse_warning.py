@@ -16,6 +16,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import broadcast_object, inform, world_size
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import CodebookCallback, log_name
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.additional import AdditionalSignals
@@ -261,12 +262,17 @@ class CollapseWarning(CodebookCallback):
             "readings": {name: [dict(reading) for reading in readings] for name, readings in self.readings.items()},
         }
 
+    @restores(batches=int)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was read and found."""
         super().load_state_dict(state_dict)
         if "monitor" not in state_dict:
             rank_zero_warn("CollapseWarning: the checkpoint is from before version 0.2; its histories start anew.")
             return
+        self._restore(state_dict)
+
+    @restores(monitor=Mapping, additional=Mapping, verdict=str, readings=Mapping)
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self.monitor.load_state_dict(state_dict["monitor"])
         self.additional.load_state_dict(state_dict["additional"])
         self._earlier_verdict = state_dict["verdict"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import BankCallback, log_name
 from ddcl_lightning.functional import DecompositionErrors, decompose, decomposition_errors
 from ddcl_lightning.monitoring.recording import BankRecord
@@ -153,6 +154,7 @@ class DecompositionCheck(BankCallback):
             "smallest_variance": self.smallest_variance,
         }
 
+    @restores(batches=int, checks=int, violations=int)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counts."""
         super().load_state_dict(state_dict)

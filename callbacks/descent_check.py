@@ -1,5 +1,6 @@
 """The step of the prototypes, checked on the batch that it was made from."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.distributed import gather_objects
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import BankCallback, log_name
 from ddcl_lightning.functional import (
     assignment_statistics,
@@ -145,6 +147,7 @@ class DescentCheck(BankCallback):
         counts = {"checks": self.checks, "violations": self.violations}
         return {**super().state_dict(), **counts, "reported": sorted(self._reported)}
 
+    @restores(batches=int, checks=int, violations=int, reported=Sequence)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counts."""
         super().load_state_dict(state_dict)

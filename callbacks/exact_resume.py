@@ -1,5 +1,6 @@
 """Resumed runs that repeat the uninterrupted one bit for bit."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.random_state import random_states, set_random_states
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
 
 
@@ -50,6 +52,7 @@ class ExactResume(Callback):
         """States of the generators of all processes, in rank order; inside a validation those before it."""
         return {"random": gather_objects(self._before_validation or random_states(self._device))}
 
+    @restores(random=Sequence)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Store the states of the generators until the run goes on."""
         self._states = state_dict["random"]

@@ -1,7 +1,7 @@
 """The table at the end of fit."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
 from ddcl_lightning._utils.distributed import gather_objects, is_lost_process, on_every_process, report, skipped
 from ddcl_lightning._utils.reservoir import Reservoir, evenly_spaced
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks._id_table import id_lines
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
@@ -225,6 +226,7 @@ class FitSummary(Callback):
         """The baseline from before training, which a resumed run can no longer compute."""
         return {"before": self._before}
 
+    @restores(before=(Mapping, type(None)))
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the baseline from before training."""
         self._before = state_dict["before"]

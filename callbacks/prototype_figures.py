@@ -1,5 +1,6 @@
 """Pictures of a bank's life, for TensorBoard or as files."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,6 +8,7 @@ from matplotlib.figure import Figure
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import callbacks_of
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import BankCallback
 from ddcl_lightning.callbacks._figures import MAX_POINTS, show
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
@@ -90,6 +92,7 @@ class PrototypeFigures(BankCallback):
         """The curves so far."""
         return {**super().state_dict(), "history": self._history}
 
+    @restores(batches=int, history=Mapping)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curves."""
         super().load_state_dict(state_dict)

@@ -1,5 +1,6 @@
 """Pictures of an autoencoder at work, for TensorBoard or as files."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._figures import MAX_POINTS, ValidationFigures
 from ddcl_lightning.functional import code_counts
 from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
@@ -133,6 +135,7 @@ class ReconstructionFigures(ValidationFigures):
         """The curves so far."""
         return {"history": self._history}
 
+    @restores(history=Sequence)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curves."""
         self._history = list(state_dict["history"])

@@ -134,7 +134,7 @@ class SaveOnSignal(Callback):
             return "Nothing was trained, so nothing is lost."
         if self._complete:
             path = self._path(trainer)
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)  # not left to a default that Lightning reports
             return f"Go on with the checkpoint of that step: --ckpt_path {path}"
         latest = [
             path

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import averaged_copies
 from ddcl_lightning._utils.distributed import inform
+from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import is_new_run, log_name
 from ddcl_lightning.monitoring.token_sampling import collect_tokens, execution_order
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -279,6 +280,7 @@ class TemperatureAnnealing(Callback):
         """Length of the run and the steps done: a resumed schedule is the same one."""
         return {"length": self._length, "steps": self._steps}
 
+    @restores(length=(int, float, type(None)), steps=int)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the length of the run and the steps done."""
         self._length = state_dict["length"]

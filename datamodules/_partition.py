@@ -72,7 +72,7 @@ def partition(
     first_val = first_test - loaded.num_val
     train, val, test = torch.arange(len(loaded.y)).tensor_split([first_val, first_test])
     if not len(train):
-        raise ValueError(f"the data set must hold at least one training row; {name} found none.")
+        raise ValueError(f"the data set must hold at least one training row; {name} found none. Move rows to it.")
     official = val
     if val_fraction and len(official) and evaluate_on != "held_out":
         rank_zero_warn(

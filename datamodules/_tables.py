@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ddcl_lightning._utils.arguments import LARGEST
 from ddcl_lightning.datamodules._optional import require
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
@@ -45,10 +46,18 @@ def read_columns(argument: str, path: str | Path) -> Columns:
         raise ValueError(f"{argument} must be a file in {FORMATS}; got {path}. Convert or rename it.")
     try:
         columns = readers[form](path)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{argument} must be a {form} file in UTF-8; {path} cannot be read ({error}).") from None
+    except UnicodeDecodeError as error:
+        place = _undecodable(path)
+        raise ValueError(
+            f"{argument} must be a {form} file in UTF-8; {path} cannot be read{place} ({error.reason}). Save it as "
+            "UTF-8."
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{argument} must be a {form} file in UTF-8; {path} cannot be read ({error}). Write the file once more."
+        ) from None
     if not any(columns.values()):
-        raise ValueError(f"{argument} must hold at least one row; {path} has none.")
+        raise ValueError(f"{argument} must hold at least one row; {path} has none. Name a file that has.")
     return columns
 
 
@@ -65,6 +74,48 @@ def require_column(columns: Columns, argument: str, name: str, path: str | Path,
             f"{argument} must name a column of {path}, which has {', '.join(columns)}; got {name!r}.{hint}{remedy}"
         )
     return columns[name]
+
+
+def check_labels(labels: Sequence[Any], column: str, path: str | Path) -> None:
+    """Refuse labels of a table that can be no classes, by their row.
+
+    Args:
+        labels: Cells of the column.
+        column: Its name.
+        path: Of the table.
+
+    Raises:
+        ValueError: If one is neither an integer of at least 0 nor a name, or is true or false beside others, or if all
+            are numbers and one is not whole.
+    """
+    rule = (
+        f"labels must be names, or integers of at least 0 (-1, empty or null where there is none); row {{}} of {path}"
+    )
+    kinds = {type(label) for label in labels if label is not None}
+    numeric = all(_is_number(label) for label in labels)
+    for row, label in enumerate(labels, start=1):
+        if label is None or label != label or label == UNKNOWN:
+            continue
+        whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
+        fits = abs(label) <= LARGEST and (whole and label >= 0) if isinstance(label, (int, float)) else True
+        text = label.strip() if isinstance(label, str) else ""
+        if text and numeric:
+            whole_text = _WHOLE_FLOAT.fullmatch(text) or _INTEGER.fullmatch(text)
+            fits = whole_text is not None and len(text) < 19 and float(text) >= UNKNOWN
+        if not (fits and isinstance(label, (int, float, str))) or (isinstance(label, bool) and kinds != {bool}):
+            shown = repr(label) if len(repr(label)) <= 40 else f"{repr(label)[:40]}..."
+            raise ValueError(f"{rule}; row {row} of {path} has {shown} as {column!r}. Correct it, or leave it empty.")
+
+
+def _is_number(label: Any) -> bool:
+    """True for a number, a text of one, and for no label."""
+    if not isinstance(label, str):
+        return label is None or isinstance(label, (int, float))
+    try:
+        float(label.strip() or "0")
+    except ValueError:
+        return False
+    return True
 
 
 def class_numbers(
@@ -89,7 +140,7 @@ def class_numbers(
     integers = all(_INTEGER.fullmatch(cell) for cell in given)
     ordered = sorted(given, key=int) if integers else sorted(given)
     if integers and ordered and int(ordered[0]) < 0:
-        raise ValueError(f"integer labels must be at least 0, or -1 for unlabelled; got {ordered[0]}. Correct it.")
+        raise ValueError(f"integer labels must be at least 0, or -1 for unlabelled; got {ordered[0]}.")
     if known is None:
         classes = tuple(ordered)
         numbers = {name: number for number, name in enumerate(classes)}
@@ -144,6 +195,10 @@ def _read_separated(path: Path, separator: str) -> Columns:
         try:
             rows = list(_checked_rows(reader, path))
         except csv.Error as error:
+            if "NUL" in str(error):  # Python 3.10
+                raise ValueError(
+                    f"line {reader.line_num} of {path} must hold text; got a NUL byte. Save the table once more."
+                ) from None
             raise ValueError(
                 f"line {reader.line_num} of {path} has unbalanced quotes ({error}). Quote texts that hold separators, "
                 'quotes or line breaks, and double the quotes inside ("").'
@@ -153,11 +208,26 @@ def _read_separated(path: Path, separator: str) -> Columns:
     return {name: [row[place] for row in body] for place, name in enumerate(header)}
 
 
+def _undecodable(path: Path) -> str:
+    """Where the first line is that is not UTF-8."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return f" in line {number}"
+    return ""
+
+
 def _checked_rows(reader: Any, path: Path) -> Iterator[list[str]]:
     width = None
     for row in reader:
         if not row:
             continue
+        if any("\0" in field for field in row):
+            raise ValueError(
+                f"line {reader.line_num} of {path} must hold text; got a NUL byte. Save the table once more."
+            )
         width = width or len(row)
         if len(row) != width:
             raise ValueError(
@@ -180,16 +250,31 @@ def _read_jsonl(path: Path) -> Columns:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_without_repetition)
             except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"line {number} of {path} must be JSON; {error.msg.removesuffix(' at')} at character "
+                    f"{error.pos + 1}. Correct that line."
+                ) from None
+            except ValueError as error:  # an integer of thousands of digits, or a key twice
                 raise ValueError(f"line {number} of {path} must be JSON; {error}. Correct that line.") from None
             except RecursionError:
                 raise ValueError(f"line {number} of {path} must not be nested so deeply. Write it flat.") from None
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} of {path} must be a JSON object; got {line.strip()[:40]}.")
+                raise ValueError(
+                    f"line {number} of {path} must be a JSON object; got {line.strip()[:40]}. Write {{...}}."
+                )
             rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return row
 
 
 def _read_parquet(path: Path) -> Columns:
@@ -200,7 +285,7 @@ def _read_parquet(path: Path) -> Columns:
             _check_names(file.schema_arrow.names, path)
             columns: Columns = file.read().to_pydict()
     except (arrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} must be a parquet file; it cannot be read ({error}).") from None
+        raise ValueError(f"{path} must be a parquet file; it cannot be read ({error}). Write it once more.") from None
     return columns
 
 

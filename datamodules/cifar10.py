@@ -68,7 +68,7 @@ class CIFAR10DataModule(TorchvisionDataModule):
             if given.dtype.kind not in "iu" and not (given.dtype.kind == "f" and np.array_equal(given, given.round())):
                 raise ValueError(
                     f"y_{split} of {path} must be whole numbers in [0, {len(self.class_names)}); got {given.dtype} "
-                    f"such as {given.ravel()[:3].tolist()}. Convert it."
+                    f"such as {given.ravel()[:3].tolist()}."
                 )
             if images != labels or arrays[f"offset_{split}"][-1] != len(arrays[f"jpeg_{split}"]):
                 raise ValueError(f"offset_{split} of {path} does not fit to y_{split} and jpeg_{split}.")

@@ -12,7 +12,7 @@ from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._origin import Origin
 from ddcl_lightning.datamodules._partition import EvaluateOn, Loaded
 from ddcl_lightning.datamodules._splits import SplitDataModule
-from ddcl_lightning.datamodules._tables import Columns, class_numbers, read_columns, require_column
+from ddcl_lightning.datamodules._tables import Columns, check_labels, class_numbers, read_columns, require_column
 from ddcl_lightning.datamodules._tensors import Features
 
 TITLES = ("title", "name", "text")  # columns that say what a row is, the first that is there
@@ -93,6 +93,7 @@ class FeaturesDataModule(SplitDataModule):
             raise ValueError(f"items must be a table for {named}, since {source} has no columns; got None. Name one.")
         if self.label is not None:
             cells = require_column(columns, "label", self.label, source)
+            check_labels(cells, self.label, source)
             self._class_names, numbers = class_numbers(cells, len(cells))
             y = torch.tensor(numbers, dtype=torch.int64)
         if self.title is not None:
@@ -129,7 +130,9 @@ class FeaturesDataModule(SplitDataModule):
         try:
             array = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"path must be an array that numpy.save wrote; {path} cannot be read ({error}).") from None
+            raise ValueError(
+                f"path must be an array that numpy.save wrote; {path} cannot be read ({error}). Save it anew."
+            ) from None
         vectors = _as_vectors(array, path)
         columns = {} if self.items is None else read_columns("items", self.items)
         rows = next(map(len, columns.values()), len(vectors))
@@ -159,11 +162,14 @@ def _as_vectors(array: Any, path: Path) -> Tensor:
     numbers = isinstance(array, np.ndarray) and array.dtype.kind in "fiu"
     if not numbers or array.ndim != 2 or not array.size:
         form = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"path must hold numbers of shape (N, F), a row per item; {path} has {form}. Reshape it.")
+        raise ValueError(f"path must hold numbers of shape (N, F), a row per item; {path} has {form}.")
     vectors = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     broken = torch.nonzero(~vectors.isfinite().all(1)).flatten()
     if len(broken):
+        row = int(broken[0])
+        column = int(torch.nonzero(~vectors[row].isfinite())[0])
         raise ValueError(
-            f"features must be finite numbers in float32; row {int(broken[0])} of {path} is not. Correct or remove it."
+            f"features must be finite numbers in float32; row {row}, column {column} of {path} (from 0) has "
+            f"{array[row, column]}. Correct or remove it."
         )
     return vectors

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.datamodules._partition import SPLIT_NAMES, SPLITS, EvaluateOn, Split
-from ddcl_lightning.datamodules._tables import read_columns, require_column
+from ddcl_lightning.datamodules._tables import check_labels, read_columns, require_column
 from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
 
 
@@ -16,7 +16,7 @@ class TextDataModule(TextSplitDataModule):
     training rows. For the rows of validation and test see :class:`~ddcl_lightning.datamodules.SplitDataModule`.
 
     Labels are integers or names. Classes are numbered in the order of the integers or of the alphabet, the same in all
-    splits. A row whose label is empty, null or -1 has ``y`` -1.
+    splits. A row whose label is empty, null, NaN or -1 has ``y`` -1.
 
     ``index`` is the row's number in its file, from 0, blank lines not counted. With ``val_path`` or ``test_path``
     it counts on from file to file, and predictions have the columns ``file`` and ``row`` (the number in that file) too.
@@ -123,7 +123,14 @@ def _read_rows(argument: str, path: str | Path, text: str, label: str | None) ->
             raise ValueError(
                 f"texts must be strings; row {row} of {path} has {value!r} as {text!r}. Correct or remove that row."
             )
+    if not any(value.strip() for value in texts):
+        raise ValueError(
+            f"texts must hold more than white space; {path} has nothing else as {text!r}, in {len(texts)} rows. Name "
+            "another column or file."
+        )
     if label is None:
         return TextRows(texts, [None] * len(texts), columns=columns)
     remedy = " Pass label=None for unlabelled texts."
-    return TextRows(texts, require_column(columns, "label", label, path, remedy), columns=columns)
+    labels = require_column(columns, "label", label, path, remedy)
+    check_labels(labels, label, path)
+    return TextRows(texts, labels, columns=columns)

@@ -25,7 +25,7 @@ from ddcl_lightning.nn.guarded_state import require_finite
 from ddcl_lightning.optim.added_groups import adopt_groups, release_restored
 from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.optim.schedule import LRSchedule, Shape
-from ddcl_lightning.optim.two_optimizers import TwoOptimizerModule
+from ddcl_lightning.optim.two_optimizers import TwoOptimizerModule, require_precision
 from ddcl_lightning.optim.two_timescale import parameter_ids, run_length
 from ddcl_lightning.tasks.base import Task, check_updates
 from ddcl_lightning.tasks.class_names import ClassNames
@@ -250,11 +250,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
                 f"strategy {type(self.trainer.strategy).__name__} does not work with two manual optimizers; use "
                 "strategy='ddp', or attach the callbacks to a module with one optimizer and two_timescale_groups."
             )
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(
-                f"precision {self.trainer.precision!r} rescales the two optimizers' gradients differently, which "
-                "changes rho; use precision='bf16-mixed' or '32-true'."
-            )
+        require_precision(self.trainer.precision)
         if stage == "fit":
             refuse_callbacks(self.trainer, self)
             self._refuse_limits()
@@ -263,6 +259,8 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         limit = self.trainer.limit_train_batches
         if limit == 0:
             raise ValueError("limit_train_batches must be > 0 to fit; got 0. Use validate, test or predict instead.")
+        if self.trainer.val_check_interval == 0:
+            raise ValueError("val_check_interval must be > 0; got 0. To validate never, set limit_val_batches=0.")
         every = self.trainer.check_val_every_n_epoch
         if every is not None and every < 1:
             raise ValueError(

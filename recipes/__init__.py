@@ -25,7 +25,7 @@ def find_recipe(name: str) -> Path:
     if stem in paths:
         return paths[stem]
     close = difflib.get_close_matches(stem, paths, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = f" Did you mean {close[0]!r}?" if close else " Correct the name; `ddcl recipes` says what each does."
     raise ValueError(f"{name!r} is neither a file nor a shipped recipe ({', '.join(paths)}).{hint}")
 
 

@@ -1,6 +1,7 @@
 """What is promised of several processes: nothing hangs, and they see what one process sees."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,57 @@ def test_an_error_of_one_process_after_training_ends_all(failing: int, tmp_path:
     outcomes = run_processes(tmp_path, fail_at_the_end, [*words, "--trainer.max_epochs=1"], failing, limit=60.0)
     assert all(outcome.code not in (0, None) for outcome in outcomes)
     assert "skipped its table" not in outcomes[1 - failing].output
+
+
+class FailsAlone(pl.Callback):
+    """Fails in one hook of one process.
+
+    Args:
+        hook: Its name.
+        failing: Rank of the process.
+    """
+
+    def __init__(self, hook: str, failing: int) -> None:
+        super().__init__()
+        self.hook, self.failing = hook, failing
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("on_fit_end", "on_train_end", "on_validation_end", "on_exception", "teardown"):
+            return partial(self._call, name)
+        return super().__getattribute__(name)
+
+    def _call(self, name: str, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if name == self.hook and trainer.global_rank == self.failing and not trainer.sanity_checking:
+            raise ValueError("the last file cannot be closed. Make room.")
+
+
+def fail_in_teardown(words: list[str], failing: int) -> None:
+    """A fit after which the module of one process fails to clean up."""
+
+    def teardown(module: DDCLReadoutModule, stage: str) -> None:
+        if module.global_rank == failing:
+            raise ValueError("the last file cannot be closed. Make room.")
+
+    DDCLReadoutModule.teardown = teardown  # type: ignore[method-assign]
+    main(["fit", *words])
+
+
+TWO = ["--config=digits", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("hook", ["teardown", "on_fit_end", "on_train_end", "on_validation_end", "module"])
+def test_an_error_of_one_process_in_any_hook_at_the_end_ends_all(hook: str, failing: int, tmp_path: Path) -> None:
+    words = [*TWO, "--trainer.max_epochs=1", "--data.limit=400"]
+    if hook == "module":
+        outcomes = run_processes(tmp_path, fail_in_teardown, words, failing, limit=60.0)
+    else:
+        callback = f"{{class_path: {__name__}.FailsAlone, init_args: {{hook: {hook}, failing: {failing}}}}}"
+        words += [f"--trainer.callbacks+={callback}"]
+        outcomes = run_processes(tmp_path, main, ["fit", *words], limit=60.0)
+    assert all(outcome.code not in (0, None) for outcome in outcomes), outcomes
+    assert "the last file cannot be closed" in outcomes[failing].output
+    assert "another process of this run has ended" in outcomes[1 - failing].output
 
 
 @pytest.mark.parametrize("failing", [0, 1])

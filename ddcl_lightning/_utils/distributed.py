@@ -202,6 +202,16 @@ def no_collectives() -> Iterator[None]:
         yield
 
 
+def end_together() -> None:
+    """Wait until every process of the run has come here; an error where one of them ends without that.
+
+    For the end of a command: a process that fails when the work is done (in a ``teardown``, say) would otherwise leave
+    the others behind with success. :func:`is_lost_process` knows the error.
+    """
+    if world_size() > 1:
+        dist.barrier()
+
+
 # What the back ends of torch.distributed say when nobody is at the other end any more.
 _LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|remote process exited|NCCL.*(abort|remote)")
 

@@ -35,7 +35,10 @@ class ConvBackbone(Backbone):
         if embed_dim < 1:
             raise ValueError(f"embed_dim must be at least 1; got {embed_dim}.")
         if not widths or min(widths) < 1:
-            raise ValueError(f"widths must hold at least one number of channels >= 1; got {tuple(widths)}.")
+            raise ValueError(
+                f"widths must hold at least one number of channels >= 1; got {tuple(widths)}. "
+                "Pass a list such as [32, 64]."
+            )
         self.in_channels, self.embed_dim = in_channels, embed_dim
         sizes = [in_channels, *widths]
         self.stages = nn.Sequential(*(_stage(before, after) for before, after in pairwise(sizes)))

@@ -18,11 +18,12 @@ from lightning_utilities.core.enums import StrEnum
 
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning._utils import compat
+from ddcl_lightning._utils.distributed import end_together
 from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning._utils.seeding import check_seed
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
-from ddcl_lightning.cli.config_files import check_config
+from ddcl_lightning.cli.config_files import check_config, check_text, check_words
 from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.cli.errors import (
     CHECKED,
@@ -35,6 +36,7 @@ from ddcl_lightning.cli.errors import (
 )
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
+from ddcl_lightning.optim.two_optimizers import require_precision
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
@@ -73,12 +75,14 @@ class DDCLCommandLine(LightningCLI):
         except ArgumentError as error:
             _refuse(explain(str(error), self._parser(name) if name else parser))
         except (UnicodeDecodeError, RecursionError) as error:  # of a file of settings below the config
-            _refuse(f"a file of settings must be YAML in UTF-8, and flat; {error}. Correct it.")
+            _refuse(f"a file of settings must be YAML in UTF-8, and flat; {error}.")
         for name in self._foreign.get(self.config.get("subcommand") or "", ()):
             self.config[self.config["subcommand"]].pop(name, None)
         settings = self.config.get(self.config.get("subcommand") or "") or {}
         with _refusals(ValueError):
             check_seed("seed_everything", int(settings.get("seed_everything") or 0))
+            # Of the trainer on a CPU the module only sees what Lightning takes in its place.
+            require_precision((settings.get("trainer") or {}).get("precision"))
         self._given = self._model_settings()
         self._check_checkpoint()
         self._warn_of_dropped_callbacks()
@@ -137,7 +141,7 @@ class DDCLCommandLine(LightningCLI):
         overruled = [
             f"model.{name} = {value!r} (not {self._given.get(name)!r})"
             for name, value in self._model_settings().items()
-            if value != self._given.get(name)
+            if value != self._given.get(name) and value == value  # NaN is refused below
         ]
         if overruled:
             rank_zero_warn(f"the model is built as ckpt_path was trained, with {', '.join(overruled)}.")
@@ -195,6 +199,7 @@ def _main(args: ArgsType) -> None:
         _recipes(words[1:])
         return
     with _refusals(ValueError):
+        check_words(words)
         words = resolve_configs(words)
     # Reaches only threads that start later, so it comes before the first tensor; see DDCLReadoutModule.on_fit_start.
     torch.set_flush_denormal(True)
@@ -223,6 +228,7 @@ def resolve_configs(words: list[str]) -> list[str]:
 def _config_path(value: str) -> str:
     # Several lines are a config written out on the command line.
     if "\n" in value:
+        check_text(value, "--config")
         return value
     path = value if Path(value).exists() else str(find_recipe(value))
     check_config(path)
@@ -243,6 +249,7 @@ def _run(args: ArgsType) -> None:
             parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
             args=args,
         )
+        end_together()
     except Exception as error:
         lost = lost_process(error)
         short = lost or refused_in_worker(error) or (None if is_refusal(error) else unwritable(error))
@@ -253,10 +260,14 @@ def _run(args: ArgsType) -> None:
         _refuse(f"{sentence(error)}\n(DDCL_TRACEBACK=1 shows where.)")
 
 
+class _RecipesParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, like everywhere else."""
+        _refuse(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
 def _recipes(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ddcl recipes", description="List the shipped recipes, or copy one to change it."
-    )
+    parser = _RecipesParser(prog="ddcl recipes", description="List the shipped recipes, or copy one to change it.")
     commands = parser.add_subparsers(dest="command")
     copy = commands.add_parser("copy", help="copy a recipe into a folder")
     copy.add_argument("name", help="name of the recipe")

@@ -17,7 +17,7 @@ def dropped_callbacks(configs: Sequence[str], final: Iterable[Any]) -> list[str]
     requested: Counter[str] = Counter()
     for text in configs:
         configured: Counter[str] = Counter()
-        settings = yaml.safe_load(text)
+        settings = yaml.load(text, Loader=yaml.BaseLoader)  # names alone, whatever the values are
         trainer = settings.get("trainer") if isinstance(settings, dict) else None
         if not isinstance(trainer, dict):
             continue

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 import ddcl_lightning
@@ -29,15 +29,34 @@ from ddcl_lightning.monitoring import Signal
 from ddcl_lightning.nn import Quantizer
 from ddcl_lightning.tasks import Task
 
-_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.]+)")
+_UNKNOWN_OPTION = re.compile(r"(?:does not accept option|[Uu]nrecognized arguments?:?) '?-{0,2}([\w.-]+)")
 _UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 _UNKNOWN_CLASS = re.compile(r"Parser key \"([\w.]+)\".*?dot import path string: ([\w.]+)", re.DOTALL)
-# Under a type that may be None, a class that refuses an argument is reported as one failed alternative of several.
-_REFUSED_VALUE = re.compile(r"Does not validate against any.*?Errors:\s+- (.*?)\n\s+- Expected", re.DOTALL)
+_UNKNOWN_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)' \(choose from (.*)\)")
+_NO_COMMAND = re.compile(r'expected "subcommand" to be one of \{(.*?)\}')
+_NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
+_TOO_EARLY = re.compile(r"Option '([^']*)' is not accepted before subcommand '(\w+)'")
+# A class that refuses an argument is reported as one failed alternative of several.
+_ALTERNATIVE = "\n  - Not a valid subclass of "
+_ALTERNATIVES = re.compile(r"^\s+- (.*)$", re.MULTILINE)
+_OF_PARSER = (
+    "Does not validate",
+    "Expected a",
+    "Not a valid subclass",
+    "Problem with",
+    "Parser key",
+    "Import path",
+    "a class path",
+    "a dict",
+)
+_KEY_OF_NO_TEXT = re.compile(r"Key must be a string, got: (.+)\.$")
 # What argument and data checks raise.
 CHECKED = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 # ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite.
 _CHECKED_IN_RUN = (*CHECKED, RuntimeError, FloatingPointError)
+_REFUSED_BY_LIGHTNING = (ValueError, MisconfigurationException, FileNotFoundError)
+# ... and where it raises plain RuntimeErrors for callbacks that cannot work as they are set.
+_CALLBACKS = ("lightning.pytorch.callbacks", "lightning.pytorch.trainer.connectors.callback_connector")
 # Refusals of Lightning whose remedy is an argument of ours.
 _REMEDIES = {
     r"gradient clipping is not supported": "gradient_clip_val belongs to the model here, which steps two optimizers: "
@@ -94,10 +113,31 @@ def explain(message: str, parser: ArgumentParser) -> str:
     wrong = missing_value(message) or missing_class(message) or wrong_value(message)
     if wrong:
         return wrong
-    match = _REFUSED_VALUE.search(message)
-    if match:
-        return match.group(1)
-    return message
+    if match := _KEY_OF_NO_TEXT.search(message):
+        return f"keys of settings must be text; got {match[1]}. Write the name of a setting, or put it in quotes."
+    if slip := _slip(message):
+        return slip
+    if "Union subtypes" in message:
+        checks = [line for line in _ALTERNATIVES.findall(message) if not line.startswith(_OF_PARSER)]
+    else:
+        checks = [message.partition("\n")[0]] if _ALTERNATIVE in message else []
+    if not checks:
+        return message
+    return checks[0] if "; got" in checks[0] else _with_remedy(checks[0])
+
+
+def _slip(message: str) -> str | None:
+    """The sentence about a word that is missing, unknown or in the wrong place; None for other messages."""
+    if match := _UNKNOWN_COMMAND.search(message):
+        known = [*re.findall(r"\w+", match[2]), "recipes"]
+        return f"unknown command {match[1]!r}{nearest(match[1], known)}"
+    if match := _NO_COMMAND.search(message):
+        return f"a command must be given; got none. Pass one of {', '.join(match[1].split(','))} or recipes."
+    if match := _NO_VALUE.search(message):
+        return f"{match[1]} must have a value; got none. Write it after the option."
+    if match := _TOO_EARLY.search(message):
+        return f"settings must come after the command; got {match[1]!r} before {match[2]!r}. Write {match[2]} first."
+    return None
 
 
 def _is_any(path: str) -> bool:
@@ -170,7 +210,9 @@ def is_refusal(error: BaseException) -> bool:
     if other_model(str(error)) is not None:
         return True
     # Lightning's own argument checks say what is wrong as ours do.
-    refuses = owners[-1:] == ["lightning"] and isinstance(error, (ValueError, MisconfigurationException))
+    refuses = owners[-1:] == ["lightning"] and isinstance(error, _REFUSED_BY_LIGHTNING)
+    if frames and str(frames[-1].tb_frame.f_globals.get("__name__")).startswith(_CALLBACKS):
+        refuses = refuses or isinstance(error, RuntimeError)
     return (owners[-1:] == [_PACKAGE] or refuses) and (missing or _raised_here(frames[-1]))
 
 
@@ -183,9 +225,17 @@ def sentence(error: BaseException) -> str:
             return remedy
     if (other := other_model(str(error))) is not None:
         return other
-    if isinstance(error, MisconfigurationException):
-        return " ".join(str(error).split())
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    raised = list(_frames(error.__traceback__))
+    owner = str(raised[-1].tb_frame.f_globals.get("__name__", "")).partition(".")[0] if raised else ""
+    return _with_remedy(" ".join(text.split())) if owner == "lightning" else text
+
+
+def _with_remedy(message: str) -> str:
+    """A refusal of Lightning's, which says what is wrong, with the word to correct."""
+    names = [name for name in inspect.signature(Trainer).parameters if re.search(rf"\b{name}\b", message)]
+    words = f"--trainer.{max(names, key=len)}" if names else "it"
+    return f"{message.strip().rstrip('.')}. Correct {words}."
 
 
 def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:

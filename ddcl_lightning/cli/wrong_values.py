@@ -79,7 +79,7 @@ def missing_class(message: str) -> str | None:
     if moved := _MOVED.search(text):
         return f"{key} must name a class; {moved[0]}"
     if match := _NO_MODULE.search(text):
-        return f"{key} must name a class; there is no module {match[1]!r}. Correct the name."
+        return f"{key} must name a class; there is no module {match[1]!r}."
     if match := _NOT_THERE.search(text):
         module = importlib.import_module(match[1])
         known = [name for name, value in vars(module).items() if inspect.isclass(value) and not name.startswith("_")]

@@ -47,7 +47,10 @@ class ConvDecoder(Decoder):
         if out_channels < 1:
             raise ValueError(f"out_channels must be at least 1; got {out_channels}.")
         if not widths or min(widths) < 1:
-            raise ValueError(f"widths must hold at least one number of channels >= 1; got {tuple(widths)}.")
+            raise ValueError(
+                f"widths must hold at least one number of channels >= 1; got {tuple(widths)}. "
+                "Pass a list such as [32, 64]."
+            )
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"size must be (H, W), both at least 1, or None; got {tuple(size)}.")
         if output not in get_args(Output):

@@ -67,25 +67,3 @@ def require_check(step: Any, planned_end: Any) -> None:
     for name, end in planned_end.items():
         if not isinstance(name, str) or isinstance(end, bool) or not isinstance(end, (Real, Tensor)):
             raise TypeError(f"{rule}; got {name!r:.80}: {end!r:.80}. {remedy}.")
-
-
-def require_state(state: Any, owner: str) -> None:
-    """Raise unless a state has what ``state_dict`` of a monitor gives.
-
-    Args:
-        state: Anything.
-        owner: Class of the monitor.
-
-    Raises:
-        ValueError: If something is missing, or of another type.
-    """
-    rule = f"state must be what {owner}.state_dict() gave"
-    remedy = f"Pass the state of a {owner}, or leave it out to start anew"
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{rule}; got {described(state)}. {remedy}.")
-    missing = [key for key in STATE if key not in state]
-    if missing:
-        raise ValueError(f"{rule}; got one without {', '.join(map(repr, missing))}. {remedy}.")
-    for key, kind in STATE.items():
-        if not isinstance(state[key], kind) or isinstance(state[key], str):
-            raise ValueError(f"{rule}; got {described(state[key])} under {key!r}. {remedy}.")

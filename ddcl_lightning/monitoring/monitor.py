@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.distributed import gather_objects
-from ddcl_lightning.monitoring.argument_checks import require_check, require_loss, require_state, require_tensors
+from ddcl_lightning._utils.saved_state import restores
+from ddcl_lightning.monitoring.argument_checks import STATE, require_check, require_loss, require_tensors
 from ddcl_lightning.monitoring.code_window import CodeWindow
 from ddcl_lightning.monitoring.findings import CollapseError, Finding, verdict
 from ddcl_lightning.monitoring.health_report import MonitorReport
@@ -313,9 +314,9 @@ class CodebookMonitor:
             "losses": [float(loss) for loss in self._losses],
         }
 
+    @restores(**STATE)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave; a ValueError for anything else."""
-        require_state(state, type(self).__name__)
         self._windows = {name: CodeWindow.from_state(saved) for name, saved in state["windows"].items()}
         self._judge.load_state_dict(state["judge"])
         self._steps, self._readings, self._probed = state["counts"]

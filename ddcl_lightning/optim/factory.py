@@ -46,6 +46,7 @@ class OptimizerSpec:
 
     def __init__(self, argument: str, config: OptimizerConfig, *, weight_decay: float | None = None) -> None:
         owner = _find(argument, config.name)
+        self.argument = argument
         self.optimizer_class: Callable[..., Optimizer] = owner
         self.arguments = dict(config.args)
         if "lr" in self.arguments:
@@ -66,7 +67,13 @@ class OptimizerSpec:
         """An optimizer over parameter groups that carry their own ``lr``."""
         largest = max(group["lr"] for group in groups)
         # Not every class has a default rate; the groups' own take precedence.
-        return self.optimizer_class(groups, lr=largest, **self.arguments)
+        try:
+            return self.optimizer_class(groups, lr=largest, **self.arguments)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.argument}.args must be arguments that {self.optimizer_class.__name__} takes; got "
+                f"{self.arguments} ({error})."
+            ) from error
 
 
 def _find(argument: str, name: str) -> type[Optimizer]:

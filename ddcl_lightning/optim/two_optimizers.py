@@ -201,3 +201,21 @@ class TwoOptimizerModule(pl.LightningModule):
             for group in optimizer.param_groups
             for parameter in group["params"]
         ]
+
+
+def require_precision(precision: str | int | None) -> None:
+    """Refuse half precision, whose gradients are rescaled.
+
+    A trainer on a CPU never has it: Lightning takes ``"bf16-mixed"`` in its place, with a warning.
+
+    Args:
+        precision: As a trainer takes it.
+
+    Raises:
+        ValueError: If it is fp16.
+    """
+    if str(precision) in ("16", "16-mixed", "16-true", "transformer-engine-float16"):
+        raise ValueError(
+            f"precision must not be fp16, which rescales the gradients of the two optimizers differently and changes "
+            f"rho; got {precision!r}. Use precision='bf16-mixed' or '32-true'."
+        )

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
+from ddcl_lightning.datamodules import TextDataModule
 from ddcl_lightning.datamodules._tables import class_numbers, read_columns, require_column
 
 TEXTS = ['plain, with "quotes"', "two\nlines", "NA", "", "ümlaut", "42"]
@@ -94,7 +96,7 @@ def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None
 def test_other_encodings_cut_files_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("text\nümlaut\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"val_path must be a \.csv file in UTF-8; .*can't decode"):
+    with pytest.raises(ValueError, match=r"val_path must be a \.csv file in UTF-8; .* cannot be read in line 2"):
         read_columns("val_path", path)
     cut = tmp_path / "a.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-12])
@@ -174,3 +176,60 @@ def test_jsonl_is_what_json_writes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
     assert read_columns("path", path)["text"] == TEXTS
+
+
+GOOD = ('{"text": "a", "label": 0}', '{"text": "b", "label": 1}')
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("1e400", "inf"),
+        ("-5", "-5"),
+        ("true", "True"),
+        ('{"a": 1}', "{'a': 1}"),
+        ("[1]", "[1]"),
+        ("1.5", "1.5"),
+        ("1e300", "1e+300"),
+        ("-Infinity", "-inf"),
+        ('"1.5"', "'1.5'"),
+        ('"-5"', "'-5'"),
+        ('"nan"', "'nan'"),
+    ],
+)
+def test_a_label_that_is_no_class_is_refused_by_its_row(label: str, shown: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([*GOOD, f'{{"text": "c", "label": {label}}}']))
+    expected = (
+        f"labels must be names, or integers .*; row 3 of {re.escape(str(file))} has {re.escape(shown)} as 'label'"
+    )
+    with pytest.raises(ValueError, match=rf"^{expected}\. Correct it, or leave it empty\.$"):
+        TextDataModule(file).setup("fit")
+
+
+@pytest.mark.parametrize("label", ["NaN", "null", '""', "-1", '"cat"', "1.0"])
+def test_a_label_that_is_a_class_or_none_is_taken(label: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([*GOOD, f'{{"text": "c", "label": {label}}}']))
+    data = TextDataModule(tmp_path / "a.jsonl")
+    data.setup("fit")
+    assert set(data.class_names) >= {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "text,label\né,0\n".encode("latin-1"), r"cannot be read in line 2 \(invalid .*\)\. Save it as UTF-8"),
+        ("a.csv", b"text,label\na,0\nb\0,1\n", r"line 3 of .*a\.csv must hold text; got a NUL byte\. Save"),
+        ("a.tsv", b"text\tlabel\na\t0\0\n", r"line 2 of .*a\.tsv must hold text; got a NUL byte\. Save"),
+        ("a.csv", b'text,label\n" ",0\n"  ",1\n', r"texts must hold more than white space; .*a\.csv has .* as 'text'"),
+        ("a.jsonl", b'{"text": \n', r"line 1 of .*a\.jsonl must be JSON; Expecting value at character 11\. Correct"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', r"line 1 of .* must be JSON; the key 'text' is there twice\. Cor"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", r"line 1 of .* must be JSON; .*4300 digits.*\. Correct that"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused_by_its_line(
+    name: str, content: bytes, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=expected):
+        TextDataModule(tmp_path / name).setup("fit")

@@ -53,8 +53,14 @@ def train(folder: Path, *callbacks: pl.Callback, resume: Path | None = None, **k
     ],
 )
 def test_what_was_trained_is_kept_and_the_run_goes_on_from_it(
-    hook: str, number: int, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hook: str,
+    number: int,
+    step: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", logger="lightning.pytorch")
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     whole = train(tmp_path / "whole")
     with pytest.raises(SystemExit) as end:
@@ -63,6 +69,7 @@ def test_what_was_trained_is_kept_and_the_run_goes_on_from_it(
     path = tmp_path / "run" / "interrupted.ckpt"
     message = capsys.readouterr().err
     assert f"--ckpt_path {path}" in message
+    assert "weights_only" not in message + caplog.text
     assert torch.load(path, weights_only=True)["global_step"] <= step
     if torch.load(path, weights_only=True)["global_step"] in (4, 8):  # a plain loader knows no other place
         resumed = train(tmp_path / "resumed", resume=path)
