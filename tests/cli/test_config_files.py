@@ -108,7 +108,7 @@ SLIPS = {
     "validate --config digits --ckpt_path": "--ckpt_path must have a value; got none. Write it after the option.",
     "--config digits fit": "settings must come after the command; got 'model.",
     "recipes foo": "argument command: invalid choice: 'foo' (choose from ",
-    "fit --config digits --model.rho=-0.1": "rho = lr_encoder / lr_prototypes must be finite and >= 0; got -0.1. P",
+    "fit --config digits --model.rho=-0.1": "rho = lr_encoder / lr_prototypes must be finite and >= 0; got -0.1.",
     "fit --config digits --model.rho=.nan": "rho must be a finite number; got nan.",
     "fit --config digits --trainer.precision=16-mixed": "precision must not be fp16, which rescales",
     "fit --config digits --trainer.precision=16": "precision must not be fp16, which rescales",
