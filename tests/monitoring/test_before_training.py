@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from ddcl_lightning import PrototypeBank, find_codebooks
+from ddcl_lightning import PrototypeBank, ResidualVectorQuantizer, find_codebooks
 from ddcl_lightning.functional import assignment_statistics, critical_temperature
 from ddcl_lightning.monitoring.before_training import Remark, remarks_on
 from tests.monitoring.codebook_cases import VQGAN, Student, vq
@@ -46,6 +46,11 @@ def test_a_bank_that_is_in_order_has_its_temperature_said_and_no_problem() -> No
     (fact,) = remarks(model, ends={"bank": 0.005 * CRITICAL})
     assert fact.text == "T / T_c is 0.1, and 0.005 at the end of its schedule."
     assert problems(model, optimizers=[]) == []  # nothing is known of a loop of the user's own
+
+
+def test_a_temperature_that_no_token_has_set_is_not_said() -> None:
+    assert remarks(nn.ModuleDict({"quantizer": ResidualVectorQuantizer(4, 5, 2)})) == []
+    assert remarks(nn.ModuleDict({"bank": PrototypeBank(5, 4)})) == []
 
 
 def test_codes_in_no_optimizer_are_a_problem_unless_they_are_frozen() -> None:
