@@ -80,11 +80,11 @@ class Training(pl.LightningModule):
 
 
 def digits(seed: int, limit: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images ``(N, 64)`` in [0, 1], at most ``limit``, and labels, test images and labels."""
+    """Training images ``(N, 64)`` in [0, 1] and labels, test images and labels; of each at most ``limit``."""
     loaded = load_digits()
     x, y = torch.tensor(loaded.data, dtype=torch.float32) / 16, torch.tensor(loaded.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    test, train = order[:TEST], order[TEST:][:limit]
+    test, train = order[:TEST][:limit], order[TEST:][:limit]
     return x[train], y[train], x[test], y[test]
 
 

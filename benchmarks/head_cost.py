@@ -10,6 +10,7 @@ is one. All heads take turns in one process, and the fastest turns are compared,
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,18 +93,17 @@ def run(config: Config, seed: int, options: Options) -> Run:
             step()
             if turn:  # the first one starts threads and fills caches
                 times[name].append(1e3 * (time.perf_counter() - start))
-    # Starting a process takes longest, so quick starts one.
+    # Starting a process takes longest, so quick measures one head in this one.
     quickly = () if config["max_parameters"] is None else ("ddcl-slots",)
     measured = quickly if options.quick else tuple(HEADS)
+    measure = memory if options.quick else partial(in_fresh_process, __file__, "memory")
     return {
         "heads": {
             name: {
                 "parameters": steps[name][1],
                 "fastest_ms": min(values),
                 "median_ms": statistics.median(values),
-                "mib": in_fresh_process(__file__, "memory", name, config["max_parameters"], *shape)
-                if name in measured
-                else None,
+                "mib": measure(name, config["max_parameters"], *shape) if name in measured else None,
             }
             for name, values in times.items()
         }

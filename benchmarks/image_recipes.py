@@ -29,7 +29,7 @@ CASES = {
     ),
 }
 QUICK = ["--trainer.enable_checkpointing=false", "--trainer.callbacks=[]"]
-QUICK += ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3"]
+QUICK += ["--trainer.max_epochs=1", "--data.init_args.limit=240"]
 
 
 def run(config: Config, seed: int, options: Options) -> Run:

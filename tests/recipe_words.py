@@ -46,6 +46,19 @@ LOCAL: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
+# Fewer rows, where the runs of a recipe would take long. Of SHORT_ROWS all are items.
+SHORT_ROWS = 320
+SHORT = {
+    name: [f"--data.init_args.limit={SHORT_ROWS}"]
+    for name in ("digits_hierarchical", "digits_soft_vq", "digits_vqvae", "semantic_ids", "vit_digits")
+}
+
+
+def short_words(recipe: str, folder: Path) -> list[str]:
+    """Words with which a recipe runs without a network, and soon ends."""
+    return [*local_words(recipe, folder), *SHORT.get(recipe, [])]
+
+
 def local_words(recipe: str, folder: Path) -> list[str]:
     """The words for a recipe, and the files that they name, in ``folder``; none where the recipe needs none."""
     return LOCAL[recipe](folder) if recipe in LOCAL else []

@@ -29,8 +29,17 @@ class Finished:
 
 def run_script(script: Path, arguments: list[str], folder: Path, timeout: float = 300) -> Finished:
     """Run ``python script *arguments`` with one thread, its output kept in ``folder``."""
-    logs = [folder / f"{script.stem}.{stream}" for stream in ("stdout", "stderr")]
-    process = fork_server().Process(target=_run, args=(script, arguments, *logs))
+    return _finish(script, arguments, folder, timeout)
+
+
+def run_module(name: str, arguments: list[str], folder: Path, timeout: float = 300) -> Finished:
+    """Run ``python -m name *arguments`` in the same way."""
+    return _finish(name, arguments, folder, timeout)
+
+
+def _finish(program: Path | str, arguments: list[str], folder: Path, timeout: float) -> Finished:
+    logs = [folder / f"{Path(program).stem}.{stream}" for stream in ("stdout", "stderr")]
+    process = fork_server().Process(target=_run, args=(program, arguments, *logs))
     process.start()
     process.join(timeout)
     if process.exitcode is None:
@@ -40,7 +49,7 @@ def run_script(script: Path, arguments: list[str], folder: Path, timeout: float 
     return Finished(process.exitcode, *(log.read_text(encoding="utf-8") for log in logs))
 
 
-def _run(script: Path, arguments: list[str], stdout: Path, stderr: Path) -> None:
+def _run(program: Path | str, arguments: list[str], stdout: Path, stderr: Path) -> None:
     # Descriptors, not sys.stdout: a script's own subprocesses write there too.
     for descriptor, log in ((1, stdout), (2, stderr)):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -49,10 +58,13 @@ def _run(script: Path, arguments: list[str], stdout: Path, stderr: Path) -> None
     import torch
 
     torch.set_num_threads(1)
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(program), *arguments]
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if isinstance(program, Path):
+            sys.path.insert(0, str(program.parent))
+            runpy.run_path(str(program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

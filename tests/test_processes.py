@@ -25,7 +25,7 @@ from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.recipes import recipe_paths
 from tests.equal_runs import CODES, SGD, ends, relative_differences
 from tests.processes import join_group, run_processes
-from tests.recipe_words import local_words
+from tests.recipe_words import local_words, short_words
 from tests.tiny import quiet_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -45,7 +45,7 @@ def fit(folder: str, words: list[str], devices: int = 2) -> None:
 
 @pytest.mark.parametrize("name", sorted(recipe_paths()))
 def test_recipe_in_two_processes_ends_with_its_table(name: str, tmp_path: Path) -> None:
-    words = [f"--config={name}", *local_words(name, tmp_path), "--trainer.max_epochs=2", "--trainer.strategy=ddp"]
+    words = [f"--config={name}", *short_words(name, tmp_path), "--trainer.max_epochs=2", "--trainer.strategy=ddp"]
     first, second = run_processes(tmp_path, fit, str(tmp_path), words)
     assert (first.code, second.code) == (0, 0), first.output[-3000:] + second.output[-3000:]
     assert " skipped its " not in first.output

@@ -112,6 +112,8 @@ def _schedule(label: str, bank: PrototypeBank, head: int, tokens: Tensor, end: f
     rounding = 1e-10 * float(tokens.double().square().sum(-1).mean())
     if not float(total_variance(tokens.double())) > rounding:
         return [Remark("no_variance", label, "all tokens of the sample are one. Check the encoder.", True)]
+    if not bank.temperature_state.is_measured:
+        return []  # T follows from the first batch
     first = float(bank.temperature[head]) / critical
     last = first if end is None else end / critical
     course = f"T / T_c is {first:.3g}" + ("" if end is None else f", and {last:.3g} at the end of its schedule")

@@ -40,7 +40,7 @@ class CodebookReport:
         farthest: That code.
         non_finite: Tokens and codes with NaN or infinity, and codes outside of [0, K), that were met.
         explained: Share of the variance that a fixed probe's embeddings had at the start which its codes of now
-            explain, adjusted for K.
+            explain, adjusted for K; of a level of a residual quantizer, with the codes of the levels before it.
         quantizes: Whether the calls returned hard codes, rather than soft assignments alone.
         bank: Signals of a bank, which has a temperature.
     """

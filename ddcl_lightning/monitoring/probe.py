@@ -1,8 +1,10 @@
 """A fixed probe of a model: whether its codes still tell the samples apart that they told apart at the start."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,22 @@ from ddcl_lightning.monitoring.records import CodebookRecord
 from ddcl_lightning.monitoring.sources.finding import Recordable
 
 MAX_TOKENS = 4096  # of each codebook
+ROUNDING = 1e-4  # mean squared difference, relative to the tokens, that is one of half precision
+LATER_LEVEL = re.compile(r"\blevel[1-9]\d*$")  # in the names of find_codebooks
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of a codebook in a probe, after the calls of the levels whose residual it got."""
+
+    name: str
+    record: CodebookRecord
+    before: "tuple[_Call, ...]"
+
+    @property
+    def levels(self) -> "tuple[_Call, ...]":
+        """All levels up to this one."""
+        return (*self.before, self)
 
 
 class Probe:
@@ -25,6 +43,10 @@ class Probe:
 
     The embeddings that count are those of the first reading, whatever the encoder becomes: where they had a meaning, a
     collapse of tokens or codes shows as a loss of it. Of codes at random the share is 0.
+
+    What a level of a residual quantizer gets depends on the codes before it, so that its own first residuals say
+    nothing later. Its share is what the codes of all levels up to it explain of the first level's first embeddings;
+    unknown where a level gets something else than the residual itself, such as a projection of it.
 
     Args:
         model: The model that is called, in evaluation mode and without gradients.
@@ -38,11 +60,16 @@ class Probe:
 
     def read(self) -> dict[str, list[float]]:
         """Share of each head, by codebook; all processes have to call it, and get the mean of their own probes."""
-        records: dict[str, list[CodebookRecord]] = {}
-        recorder = record_codebooks(self._codebooks, lambda name, record: records.setdefault(name, []).append(record))
+        calls: list[_Call] = []
+        recorder = record_codebooks(self._codebooks, lambda name, record: calls.append(_after(calls, name, record)))
         with recorder.alone(), evaluating(self._model), torch.no_grad(), self._unchanged():
             self._forward()
-        values = {name: self._explained(name, called) for name, called in records.items()}
+        own: dict[str, list[_Call]] = {}
+        for call in calls:
+            own.setdefault(call.name, []).append(call)
+        for name, called in own.items():
+            self._first.setdefault(name, _rows([call for call in called if not call.before] or called)[0])
+        values = {name: self._explained(name, called) for name, called in own.items()}
         everywhere = gather_objects(values)
         return {
             name: torch.tensor([each[name] for each in everywhere], dtype=torch.float64).nanmean(0).tolist()
@@ -73,13 +100,18 @@ class Probe:
                 if getattr(child, name) is not tensor:
                     setattr(child, name, tensor)
 
-    def _explained(self, name: str, called: list[CodebookRecord]) -> list[float]:
-        tokens, codes = zip(*(_rows(record) for record in called), strict=True)
-        z, k = torch.cat(tokens, 1)[:, :MAX_TOKENS], torch.cat(codes, 1)[:, :MAX_TOKENS]
-        first = self._first.setdefault(name, z.clone())
-        if first.shape[:2] != k.shape:  # other heads or samples: nothing to compare
-            return [math.nan] * len(k)
-        return [explained_variance(f, c, called[0].num_codes) for f, c in zip(first, k, strict=True)]
+    def _explained(self, name: str, called: list[_Call]) -> list[float]:
+        earlier = {level for call in called for level in call.before}
+        last = [call.levels for call in called if call not in earlier]  # of one that is called for several levels
+        unknown = [math.nan] * called[0].record.num_heads
+        if len({len(levels) for levels in last}) > 1 or (len(last[0]) == 1 and LATER_LEVEL.search(name)):
+            return unknown
+        first = self._first[last[0][0].name]
+        codes = [_rows(level)[1] for level in zip(*last, strict=True)]
+        if any(first.shape[:2] != level.shape for level in codes):  # other heads or samples: nothing to compare
+            return unknown
+        num_codes = max(level.record.num_codes for level in last[0])
+        return [explained_by_levels(tokens, columns, num_codes) for tokens, *columns in zip(first, *codes, strict=True)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The first embeddings, by codebook."""
@@ -90,7 +122,32 @@ class Probe:
         self._first = {name: first.clone() for name, first in state.items()}
 
 
-def _rows(record: CodebookRecord) -> tuple[Tensor, Tensor]:
+def _after(calls: list[_Call], name: str, record: CodebookRecord) -> _Call:
+    """The next of some calls; of a level, if its tokens are what the codes of the call before left of its own."""
+    is_level = bool(calls) and _is_residual(record, calls[-1].record)
+    return _Call(name, record, calls[-1].levels if is_level else ())
+
+
+def _is_residual(record: CodebookRecord, previous: CodebookRecord) -> bool:
+    codes, codebook = previous.hard_codes(), previous.codebook
+    if record.tokens is None or previous.tokens is None or codebook is None or codes is None:
+        return False
+    if record.tokens.shape != previous.tokens.shape:
+        return False
+    z, rest = previous.tokens.float(), record.tokens.float()
+    vectors = codebook.float().gather(1, codes.clamp(min=0).unsqueeze(-1).expand_as(z))
+    valid = (codes >= 0).unsqueeze(-1)
+    difference = (z - vectors - rest).masked_fill(~valid, 0.0).square().sum()
+    return bool(difference <= ROUNDING * z.masked_fill(~valid, 0.0).square().sum())
+
+
+def _rows(calls: Sequence[_Call]) -> tuple[Tensor, Tensor]:
+    """Valid tokens ``(H, N, d)`` of some calls and their codes ``(H, N)`` on the CPU, at most 4,096."""
+    tokens, codes = zip(*(_rows_of(call.record) for call in calls), strict=True)
+    return torch.cat(tokens, 1)[:, :MAX_TOKENS].clone(), torch.cat(codes, 1)[:, :MAX_TOKENS]
+
+
+def _rows_of(record: CodebookRecord) -> tuple[Tensor, Tensor]:
     """Valid tokens ``(H, N, d)`` and their codes ``(H, N)`` on the CPU; no tokens where they are not known."""
     codes = record.hard_codes()
     heads = record.num_heads
@@ -99,6 +156,32 @@ def _rows(record: CodebookRecord) -> tuple[Tensor, Tensor]:
     tokens = record.valid_tokens().float()
     tokens = normalize(tokens, dim=-1) if record.geometry == "cosine" else tokens
     return tokens.cpu(), (codes if record.mask is None else codes[:, record.mask[0]]).cpu()
+
+
+def explained_by_levels(tokens: Tensor, codes: Sequence[Tensor], num_codes: int) -> float:
+    """Share of the variance of tokens that the codes of several levels explain, one after the other.
+
+    Each level explains a share (:func:`explained_variance`) of what the mean tokens of the codes before it leave.
+
+    Args:
+        tokens: ``(N, d)``, finite.
+        codes: ``(N,)`` int64 of each level.
+        num_codes: K.
+
+    Returns:
+        As of :func:`explained_variance`.
+    """
+    rest, left = tokens.double(), 1.0
+    for level in codes:
+        left *= 1 - explained_variance(rest, level, num_codes)
+        if not left > 0:
+            break
+        index = level.clamp(0, num_codes - 1)
+        valid = (level == index) & torch.isfinite(rest).all(-1)
+        sums = rest.new_zeros(num_codes, rest.shape[1]).index_add_(0, index[valid], rest[valid])
+        means = sums / torch.bincount(index[valid], minlength=num_codes).clamp(min=1).unsqueeze(-1)
+        rest = (rest - means[index]).masked_fill(~valid.unsqueeze(-1), math.nan)
+    return 1 - left
 
 
 def explained_variance(tokens: Tensor, codes: Tensor, num_codes: int) -> float:

@@ -151,8 +151,8 @@ def watchers() -> list[pl.Callback]:
     return [
         TemperatureAnnealing(start=0.05),
         KMeansInitialization(progress=False),
-        DecompositionCheck(every_n_batches=1),
-        CollapseWarning(every_n_batches=1),
+        DecompositionCheck(every_n_batches=3),
+        CollapseWarning(every_n_batches=3),  # its probe takes longer than a step
         AdaptiveBankSize(seed=0),
     ]
 

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import re
-import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddcl_lightning import DDCLReadoutModule, PCABackbone, heads
 from ddcl_lightning.cli.commands import main, resolve_configs
 from ddcl_lightning.recipes import recipe_paths
-from tests.recipe_words import LOCAL
+from tests.recipe_words import LOCAL, SHORT_ROWS, short_words
+from tests.scripts import run_module
 from tests.tiny_data import text_file
 from tests.tiny_models import tiny_bert
 
@@ -72,7 +72,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(recipe_paths()))
 def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--config", name, *QUICK, *LOCAL.get(name, lambda _: [])(tmp_path)])
+    main(["fit", "--config", name, *QUICK, *short_words(name, tmp_path)])
     printed = capsys.readouterr().out
     assert "k-means, " in printed
     if "tasks.Reconstruction" in recipe_paths()[name].read_text():
@@ -81,7 +81,8 @@ def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsy
         assert re.findall(r"(\w+) -?[\d.]+", line) == ["mse", "psnr", *ssim, "usage", "perplexity", "soft_perplexity"]
     elif "tasks.SemanticIDs" in recipe_paths()[name].read_text():
         line = next(line for line in printed.splitlines() if line.startswith("semantic IDs (val): "))
-        assert re.search(r"relative error [\d.]+, colliding items [\d.]+, distinct [\d,]+ of 1,797, largest", line)
+        counts = rf"relative error [\d.]+, colliding items [\d.]+, distinct [\d,]+ of {SHORT_ROWS}, largest"
+        assert re.search(counts, line)
         assert [row.split()[0] for row in printed.splitlines() if re.match(r"\d +\d\.\d{3} ", row)] == ["1", "2", "3"]
     else:
         assert "violations in" in printed
@@ -277,10 +278,9 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
     assert "is neither a file nor a shipped recipe" in fails(capsys, "recipes", "copy", "nothing_like_it")
 
 
-@pytest.mark.slow
-def test_the_module_runs_as_a_command() -> None:
-    command = [sys.executable, "-m", "ddcl_lightning", "recipes"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
+    finished = run_module("ddcl_lightning", ["recipes"], tmp_path)
+    assert finished.code == 0, finished.stderr
     assert finished.stdout.splitlines()[0].split()[0] in recipe_paths()
 
 

@@ -48,6 +48,11 @@ def test_a_bank_that_is_in_order_has_its_temperature_said_and_no_problem() -> No
     assert problems(model, optimizers=[]) == []  # nothing is known of a loop of the user's own
 
 
+def test_a_temperature_that_no_token_has_set_is_not_said() -> None:
+    assert remarks(nn.ModuleDict({"quantizer": ResidualVectorQuantizer(4, 5, 2)})) == []
+    assert remarks(nn.ModuleDict({"bank": PrototypeBank(5, 4)})) == []
+
+
 def test_codes_in_no_optimizer_are_a_problem_unless_they_are_frozen() -> None:
     model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "bank": bank()})
     others = [Adam(model["encoder"].parameters())]

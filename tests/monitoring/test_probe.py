@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from ddcl_lightning import CodebookMonitor, VectorQuantizer, find_codebooks
-from ddcl_lightning.monitoring.probe import MAX_TOKENS, Probe, explained_variance
+from ddcl_lightning import CodebookMonitor, ResidualVectorQuantizer, VectorQuantizer, find_codebooks
+from ddcl_lightning.monitoring.probe import MAX_TOKENS, Probe, explained_by_levels, explained_variance
 from tests.monitoring.codebook_cases import CASES
 
 
@@ -152,3 +153,85 @@ def test_every_kind_of_codebook_is_read_by_a_probe_without_a_trace(name: str) ->
     assert values == probe.read() or any(math.isnan(share) for shares in values.values() for share in shares)
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+def test_levels_explain_one_after_the_other_what_those_before_leave() -> None:
+    tokens = torch.tensor([[-5.0], [-3.0], [3.0], [5.0]]).repeat(20, 1)
+    coarse, fine = torch.tensor([0, 0, 1, 1]).repeat(20), torch.tensor([0, 1, 0, 1]).repeat(20)
+    assert explained_by_levels(tokens, [coarse], 2) == explained_variance(tokens, coarse, 2)
+    assert explained_by_levels(tokens, [coarse], 2) == pytest.approx(1 - 1 / 17 * 79 / 78)
+    assert explained_by_levels(tokens, [coarse, fine], 2) == pytest.approx(1)
+    assert explained_by_levels(tokens, [coarse, torch.zeros_like(fine)], 2) == explained_by_levels(tokens, [coarse], 2)
+    assert math.isnan(explained_by_levels(tokens, [torch.full_like(fine, -1), fine], 2))
+
+
+class ResidualAutoencoder(nn.Module):
+    """An autoencoder of digits with three levels of 32 codes, and one way to train them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
+        self.decoder = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 64))
+        if kind == "ours":
+            self.quantizer: nn.Module = ResidualVectorQuantizer(16, 32, 3)
+        else:
+            library = pytest.importorskip("vector_quantize_pytorch")
+            options = {"codebook_size": 32, "num_quantizers": 3, "kmeans_init": True, "commitment_weight": 0.25}
+            self.quantizer = library.ResidualVQ(dim=16, shared_codebook=kind == "shared", **options)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.quantizer(self.encoder(images))
+        if isinstance(self.quantizer, ResidualVectorQuantizer):
+            return self.decoder(output.quantized), output.terms.loss
+        return self.decoder(output[0]), output[2].sum()
+
+
+@pytest.mark.parametrize("kind", ["ours", "library", "shared"])
+def test_levels_of_a_healthy_residual_quantizer_explain_more_and_more_and_a_dead_one_nothing_more(kind: str) -> None:
+    torch.manual_seed(0)
+    images = torch.as_tensor(load_digits().data / 16, dtype=torch.float32)
+    model, probed = ResidualAutoencoder(kind), images[torch.randperm(len(images))[:512]]
+    monitor = CodebookMonitor(model, probe=lambda: model(probed), every_n_calls=2, on_collapse="ignore")
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def train(steps: int) -> list[float]:
+        for _ in range(steps):
+            batch = images[torch.randint(len(images), (128,))]
+            decoded, loss = model(batch)
+            error = (decoded - batch).square().mean()
+            optimizer.zero_grad()
+            (64 * error + loss).backward()
+            optimizer.step()
+            monitor.check(error)
+        monitor.read_probe()
+        return [values[0] for values in monitor._explained.values()]
+
+    healthy = train(100)
+    assert healthy[-1] > 0.5
+    assert healthy == sorted(healthy)
+    assert [finding for finding in monitor.findings if finding.level == "alarm"] == []
+    if kind == "shared":
+        assert len(healthy) == 1
+        return
+    name = list(monitor.codebooks)[1]
+    with torch.no_grad():  # the second level: all codes but one are far away
+        if kind == "ours":
+            bank = model.quantizer.levels[1].requires_grad_(False)
+            bank.prototypes[:, 1:] += 100
+        else:
+            codebook = model.quantizer.layers[1]._codebook
+            codebook.embed[:, 1:] += 100
+            codebook.ema_update = False
+    dead = train(60)
+    assert dead[1] == pytest.approx(dead[0])
+    assert dead[2] > dead[1] + 0.02
+    alarms = {(finding.sign, finding.codebook) for finding in monitor.findings if finding.level == "alarm"}
+    assert ("few_codes", name) in alarms
+    assert {codebook for _, codebook in alarms} == {name}
+
+
+def test_a_level_that_gets_a_projection_of_the_residual_is_not_measured() -> None:
+    case = CASES["DAC"]
+    model = case.make()
+    explained = Probe(model, find_codebooks(model), lambda: case.call(model)).read()
+    assert [math.isnan(values[0]) for values in explained.values()] == [False, True, True]

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,13 +147,15 @@ def test_every_kind_of_codebook_has_a_case() -> None:
     assert not uncovered
 
 
-def test_recognition_imports_no_library() -> None:
+def test_recognition_imports_no_library(tmp_path: Path) -> None:
+    """In a process that starts in another folder, beside which the installed package is imported."""
     code = (
         "import sys, torch, ddcl_lightning; before = set(sys.modules); "
         "ddcl_lightning.find_codebooks(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Embedding(2, 2))); "
         "print(sorted(set(sys.modules) - before), 'vector_quantize_pytorch' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout.strip() == "[] False"
 
 

@@ -15,7 +15,7 @@ D, K = 8, 16
 KINDS: dict[str, Callable[[], ProjectedQuantizer]] = {
     "plain": lambda: SoftVectorQuantizer(D, K),
     "projected": lambda: SoftVectorQuantizer(D, K, code_dim=4, num_heads=2, embedding_scale="per_dimension"),
-    "residual": lambda: ResidualVectorQuantizer(D, K, 3, shared_codebook=True, code_dim=4),
+    "residual": lambda: ResidualVectorQuantizer(D, K, 2, shared_codebook=True, code_dim=4),
 }
 SHAPES = {
     "vectors": (40, D),

@@ -1,4 +1,4 @@
-"""A checkout beside another, installed one."""
+"""A checkout beside another, installed one. That this one imports is part of test_recognition_imports_no_library."""
 
 import subprocess
 import sys
@@ -32,7 +32,3 @@ def test_a_checkout_refuses_the_callbacks_of_another_copy(checkout: Path) -> Non
     assert last.startswith("ImportError: ddcl_lightning was imported from ")
     assert "that of another copy" in last
     assert f"pip install -e {checkout}" in last
-
-
-def test_the_installed_copy_imports(tmp_path: Path) -> None:
-    assert import_from(tmp_path).returncode == 0
