@@ -12,7 +12,6 @@ from ddcl_lightning.functional import assignment_statistics, critical_temperatur
 from ddcl_lightning.monitoring.records import head_name
 from ddcl_lightning.monitoring.sources.finding import Recordable
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.moving_bank import MovingBank
 
 ROUGHLY = 2.0  # times the rate that is stable with detached assignments, where assignments respond
 
@@ -56,8 +55,6 @@ def remarks_on(
             continue
         if isinstance(codebook, PrototypeBank):
             remarks += _more_codes_than_tokens(name, tokens, codebook.num_prototypes)
-            if isinstance(codebook, MovingBank) and not codebook.initialized:
-                continue  # codes and T come with the first step
             for head, label in enumerate(_labels(name, codebook.num_heads)):
                 remarks += _schedule(label, codebook, head, tokens[head], planned_ends.get(label))
                 remarks += _rate(label, codebook, head, tokens[head], optimizers)
