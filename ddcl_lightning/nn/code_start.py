@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.reservoir import Reservoir
-from ddcl_lightning.nn.guarded_state import COUNT, NOT_NEGATIVE, Rules, running_dtype
-from ddcl_lightning.nn.settled_state import SettledState
+from ddcl_lightning.nn.guarded_state import COUNT, NOT_NEGATIVE, GuardedState, Rules, running_dtype
 
 TOKENS_PER_CODE = 4  # that a start needs at least
 MOST_PER_CODE, FEWEST = 16, 4096  # tokens that are kept for it: so many per code, but not fewer than these
@@ -16,7 +15,7 @@ BEHIND = 3.0  # times the error of the start, or half of the way from it to the 
 SAMPLE = "first_tokens"  # in states that were saved before the codes had started
 
 
-class CodeStart(SettledState):
+class CodeStart(GuardedState):
     """The first tokens of a training run, on which codes start, and a look at the codes after 1, 2, 4, 8, ... steps.
 
     The outputs of a new encoder move by many times their spread in its first steps, faster than codes follow. Codes
@@ -26,10 +25,11 @@ class CodeStart(SettledState):
 
     Args:
         num_codes: K, codes that start on them.
+        width: Dimension of the tokens.
 
     Attributes:
         limit: Buffer ``()``, relative error from which on codes have fallen behind; 0 before they have started.
-        steps: Buffer ``()``, steps of optimizers since then.
+        steps: Buffer ``()``, steps that have moved the codes since then.
     """
 
     limit: Tensor
@@ -37,9 +37,9 @@ class CodeStart(SettledState):
     _sample: Reservoir | None
     state_rules: ClassVar[Rules] = {"limit": NOT_NEGATIVE, "steps": COUNT}
 
-    def __init__(self, num_codes: int) -> None:
+    def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
-        self.num_codes = num_codes
+        self.num_codes, self.width = num_codes, width
         self.register_buffer("limit", torch.zeros((), dtype=running_dtype()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.begin_anew()
@@ -53,9 +53,7 @@ class CodeStart(SettledState):
 
     def is_due(self) -> bool:
         """True in the first call after 1, 2, 4, 8, ... steps since a start."""
-        if self._number is None:
-            self._number, self._looked = int(self.steps), 0
-        number, looked = self._number, self._looked
+        number, looked = self._count(), self._looked
         self._looked = number
         return number != looked and number & (number - 1) == 0
 
@@ -101,19 +99,15 @@ class CodeStart(SettledState):
         """True if a start on the sample is the last one."""
         return len(sample) >= TOKENS_PER_CODE * self.num_codes
 
-    def settle(self) -> None:
-        """Count a step since the start."""
-        if self._number is None:
-            self._number = int(self.steps)
-        self._number += 1
+    def step(self) -> None:
+        """Count a step of the codes."""
+        self._number = self._count() + 1
         self.steps += 1
 
-    def take_over(self, where: Tensor | bool = True) -> None:
-        """No effect: steps are counted by :meth:`settle`."""
-
-    def begin_from_state(self) -> None:
-        """Look at the steps that were loaded."""
-        self._number = None
+    def _count(self) -> int:
+        if self._number is None:  # a state was loaded
+            self._number, self._looked = int(self.steps), 0
+        return self._number
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -123,7 +117,10 @@ class CodeStart(SettledState):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rows = state_dict.pop(f"{prefix}{SAMPLE}", None)
-        if rows is not None and not bool(torch.isfinite(rows).all()):
+        self._number = None
+        if rows is not None and (rows.dim() != 2 or rows.shape[1] != self.width):
+            args[-1].append(f"{prefix}{SAMPLE} must have shape (N, {self.width}); got {tuple(rows.shape)}.")
+        elif rows is not None and not bool(torch.isfinite(rows).all()):
             args[-1].append(
                 f"{prefix}{SAMPLE} must be finite; got NaN or infinity. The state is damaged: load another."
             )

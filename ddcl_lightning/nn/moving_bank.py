@@ -1,6 +1,7 @@
 """A bank that moves its own prototypes, for quantizers that need no optimizer of the codes."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -84,6 +85,7 @@ class MovingBank(PrototypeBank, SettledState):
         self.update = update
         self.register_buffer("loads", torch.zeros(self.num_heads, num_prototypes, 2, dtype=running_dtype()))
         self._statistics: StepStatistics | None = None
+        self.after_move: Callable[[], None] | None = None  # called after each step that has moved the prototypes
         self._calls = 0
         self.num_steps = 0
 
@@ -161,6 +163,8 @@ class MovingBank(PrototypeBank, SettledState):
         )
         if loads is not None:
             self.loads.copy_(loads)
+        if self.after_move is not None:
+            self.after_move()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _follow(self) -> None:

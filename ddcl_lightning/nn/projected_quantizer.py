@@ -11,7 +11,6 @@ from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.code_start import CodeStart
 from ddcl_lightning.nn.commitment import Commitment
 from ddcl_lightning.nn.discovery import find_banks
-from ddcl_lightning.nn.joint_moments import joint_spread
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.quantizer_base import Quantizer
@@ -46,9 +45,16 @@ class ProjectedQuantizer(Quantizer):
 
     def settle(self) -> None:
         """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
-        for child in (*self.moving_banks(), self.code_start, self.commitment):
-            if child is not None:
-                child.settle()
+        for child in self.moving_banks():
+            child.settle()
+        if self.commitment is not None:
+            self.commitment.settle()
+
+    def _start_in_training(self, num_codes: int) -> None:
+        """Have the codes start on the first tokens of a training run; once the banks exist."""
+        first = self.moving_banks()[0]
+        self.code_start = CodeStart(num_codes, first.num_heads * first.dim)
+        first.after_move = self.code_start.step
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The projection into the codes' space, where there is one."""
@@ -98,6 +104,7 @@ class ProjectedQuantizer(Quantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start_if_due(self, start: CodeStart, embedded: Tensor, mask: Tensor | None) -> None:
         banks = self.moving_banks()
+        start.num_codes = banks[0].num_prototypes
         if recomputing() or any(bank.is_frozen for bank in banks):
             return
         if not start.is_collecting and start.is_due() and relative_error(banks[0], embedded, mask) > start.limit:
@@ -117,7 +124,7 @@ class ProjectedQuantizer(Quantizer):
                 self._started_after = steps
                 self.start_codes(sample, final=final)
             if final:
-                start.started(relative_error(banks[0], sample.to(embedded.device), None), len(sample))
+                start.started(relative_error(banks[0], sample.to(embedded.device), None, joint=False), len(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""
@@ -144,12 +151,16 @@ def residual_of(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None)
 
 
 @torch.no_grad()
-def relative_error(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared error ``()`` of a bank's hard codes as a share of the variance of all processes' valid tokens."""
-    flat, valid = tokens.flatten(0, -2).float(), None if mask is None else mask.flatten()
-    rest = zero_padding(residual_of(bank, flat, valid), valid).square().sum()
-    number = torch.as_tensor(len(flat) if valid is None else valid.sum(), dtype=rest.dtype, device=rest.device)
-    error, number = sum_over_processes(torch.stack([rest, number]))
-    spread = joint_spread(flat, valid) * number / (number - 1).clamp(min=1.0)  # few tokens are close to their own mean
-    result: Tensor = error / spread.clamp(min=torch.finfo(spread.dtype).tiny)
-    return result
+def relative_error(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, *, joint: bool = True) -> Tensor:
+    """Mean squared error ``()`` of a bank's hard codes as a share of the variance of the valid tokens ``(*, width)``.
+
+    Of those of all processes where ``joint``.
+    """
+    z = tokens.flatten(0, -2).float() if mask is None else tokens[mask].float()
+    rest = residual_of(bank, z).square().sum()
+    sums = torch.cat([z.new_tensor([len(z)]), rest.reshape(1), z.sum(0)])
+    number, rest, *total = (sum_over_processes(sums) if joint else sums).unbind()
+    spread = (z - torch.stack(total) / number.clamp(min=1.0)).square().sum()
+    spread = sum_over_processes(spread) if joint else spread
+    # Few tokens are close to their own mean.
+    return rest / (spread * number / (number - 1).clamp(min=1.0)).clamp(min=torch.finfo(spread.dtype).tiny)

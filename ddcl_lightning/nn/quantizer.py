@@ -10,7 +10,6 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.functional._common import masked_mean
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.code_start import CodeStart
 from ddcl_lightning.nn.commitment import Commitment, check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
@@ -143,7 +142,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         self.commitment_ratio, self.commitment_weight = commitment_ratio, commitment_weight
         self.entropy_weight, self.code_update = entropy_weight, code_update
         self.bank = create_bank(num_codes, code_dim, num_heads, temperature, code_update, commitment_weight > 0)
-        self.code_start = CodeStart(num_codes) if moves else None
+        if moves:
+            self._start_in_training(num_codes)
         self.commitment = Commitment(commitment_ratio) if commitment_ratio else None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
@@ -184,7 +184,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hard codes of tokens or feature maps, as the forward pass gives them.
+        """Hard codes of tokens or feature maps, as the forward pass gives them (but for ties within rounding).
 
         Args:
             z: As for the forward pass.

@@ -38,8 +38,7 @@ def relocate_prototypes(
         The running statistics after this step, ``(H, K, 2)``, those of all processes.
     """
     latest = sum_over_processes(torch.stack([cells.distortion, cells.counts], -1))
-    if running is None:
-        running = torch.zeros_like(latest)
+    running = torch.zeros_like(latest) if running is None else running.to(latest)
     # The first look counts whole, one without tokens not at all.
     weight = torch.where(running[..., 1].any(), recent, 1.0) * latest[..., 1].any()
     running = running.lerp(latest, weight.to(latest.dtype))

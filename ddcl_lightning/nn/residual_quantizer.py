@@ -9,7 +9,6 @@ from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_h
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.code_start import CodeStart
 from ddcl_lightning.nn.commitment import Commitment, check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
@@ -96,7 +95,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         settings: dict[str, Any] = {"update": code_update, "num_heads": num_heads, "temperature": temperature}
         number = 1 if shared_codebook else num_levels
         self.levels = nn.ModuleList([MovingBank(num_codes, code_dim, **settings) for _ in range(number)])
-        self.code_start = CodeStart(num_codes)
+        self._start_in_training(num_codes)
         self.commitment = Commitment(commitment_ratio) if commitment_ratio else None
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
@@ -151,7 +150,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Indices of tokens or feature maps, as the forward pass gives them, at all levels.
+        """Indices of tokens or feature maps at all levels, as the forward pass gives them (but for ties within rounding).
 
         Args:
             z: As for the forward pass.

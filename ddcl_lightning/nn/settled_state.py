@@ -1,5 +1,6 @@
 """State that changes when an optimizer steps and at no other time, so that all calls between two steps agree."""
 
+import itertools
 import weakref
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddcl_lightning.nn.guarded_state import GuardedState
 
-_LIVING: "weakref.WeakSet[SettledState]" = weakref.WeakSet()
+# By the order in which they were made: settling takes collectives, in the same order on every process.
+_LIVING: "weakref.WeakValueDictionary[int, SettledState]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 _hooked = False
 
 
@@ -66,14 +69,14 @@ def settle(module: nn.Module) -> None:
 
 def _watch(module: SettledState) -> None:
     global _hooked
-    _LIVING.add(module)
+    _LIVING[next(_numbers)] = module
     if not _hooked:
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for module in list(_LIVING):
+    for _, module in sorted(_LIVING.items()):
         module.settle_after_step()
 
 

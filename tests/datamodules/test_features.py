@@ -99,7 +99,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "path must be an array that numpy.save",
     ),
-    "infinity": (lambda folder: ready(array(folder, X / 0)), ValueError, "must be finite numbers.*; row 0, column 0 of .* has inf"),
+    "infinity": (
+        lambda folder: ready(array(folder, X / 0)),
+        ValueError,
+        "must be finite numbers.*; row 0, column 0 of .* has inf",
+    ),
     "other rows": (
         lambda folder: ready(array(folder), items=lines(folder, [{"id": 1}])),
         ValueError,

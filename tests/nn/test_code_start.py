@@ -98,10 +98,30 @@ def test_a_state_that_is_damaged_is_refused() -> None:
     quantizer = create("plain")
     quantizer(tokens(0, 5))
     for name, value, rule in (
-        ("code_start.limit", torch.tensor(float("nan")), "finite and >= 0"),
-        ("code_start.steps", torch.tensor(-3), "an integer >= 0"),
-        ("code_start.first_tokens", torch.full((5, DIM), float("nan")), "finite"),
+        ("code_start.limit", torch.tensor(float("nan")), "be finite and >= 0"),
+        ("code_start.steps", torch.tensor(-3), "be an integer >= 0"),
+        ("code_start.first_tokens", torch.full((5, DIM), float("nan")), "be finite"),
+        ("code_start.first_tokens", torch.zeros(5, DIM + 1), r"have shape \(N, 4\); got \(5, 5\)"),
+        ("code_start.first_tokens", torch.zeros(DIM), r"have shape \(N, 4\); got \(4,\)"),
     ):
         state = {**quantizer.state_dict(), name: value}
-        with pytest.raises(RuntimeError, match=f"{name} must be {rule}"):
+        with pytest.raises(RuntimeError, match=f"{name} must {rule}"):
             create("plain").load_state_dict(state)
+
+
+def test_steps_of_other_optimizers_do_not_count() -> None:
+    """A critic may step any number of times between two steps of the codes."""
+    results = []
+    for others in (0, 2):
+        quantizer, linear = create("plain"), torch.nn.Linear(DIM, DIM)
+        optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+        critic = torch.optim.SGD(linear.parameters(), lr=0.1)
+        for number in range(6):
+            for _ in range(others):
+                critic.step()
+            quantized = quantizer(tokens(number, scale=1e-3 if number < 2 else 1.0).requires_grad_()).quantized
+            quantized.square().mean().backward()
+            optimizer.step()
+        results.append((quantizer.codebook, int(quantizer.code_start.steps)))  # type: ignore[union-attr, arg-type]
+    assert results[0][1] == results[1][1]
+    assert torch.equal(results[0][0], results[1][0])

@@ -409,3 +409,17 @@ def test_two_processes_move_codes_like_one(tmp_path: Path) -> None:
     first, second = results_of_processes(tmp_path, _trained_on_half)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, _trained(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [torch.float16, torch.bfloat16, torch.float64])
+def test_tokens_of_another_dtype_move_codes(tokens: torch.dtype) -> None:
+    vq = SoftVectorQuantizer(DIM, CODES)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    for number in range(3):
+        z = torch.randn(64, DIM, generator=torch.Generator().manual_seed(number)).to(tokens).requires_grad_()
+        before = vq.codebook.clone()
+        quantized = vq(z).quantized
+        assert quantized.dtype == tokens
+        quantized.sum().backward()
+        optimizer.step()
+        assert not torch.equal(vq.codebook, before)

@@ -1,11 +1,14 @@
 """Residual quantization: levels from coarse to fine, prefixes, groups, shared codes and dropped levels."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ddcl_lightning import CodebookMetrics, ResidualVectorQuantizer
 from ddcl_lightning.functional import nearest_prototype
+from tests.processes import results_of_processes
 
 D, K, L = 6, 8, 3
 VARIANTS = [{}, {"num_heads": 2}, {"shared_codebook": True}, {"code_dim": 4}, {"level_dropout": 0.5}]
@@ -143,3 +146,25 @@ def test_indices_that_do_not_fit_are_refused() -> None:
         rvq.decode(torch.zeros(5, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must be in \[0, num_codes = 8\)"):
         rvq.decode(torch.full((5, 3), 8))
+
+
+def _moved_beside_garbage(rank: int) -> Tensor:
+    """Objects lie elsewhere in the memory of every process."""
+    kept = [torch.nn.Linear(2, 2) for _ in range(50 * rank)]
+    codes = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        rvq = ResidualVectorQuantizer(8, 16, 3)
+        kept += [torch.nn.Linear(2, 2) for _ in range(7 * rank)]
+        optimizer = torch.optim.SGD(rvq.parameters(), lr=1e-2)
+        rows = torch.randn(160, 8, generator=torch.Generator().manual_seed(seed))
+        for _ in range(2):
+            rvq(rows[80 * rank : 80 * rank + 80].requires_grad_()).quantized.square().mean().backward()
+            optimizer.step()
+        codes.append(rvq.codebook)
+    return torch.stack(codes)
+
+
+def test_processes_move_the_levels_in_one_order(tmp_path: Path) -> None:
+    first, second = results_of_processes(tmp_path, _moved_beside_garbage)
+    assert torch.equal(first, second)
