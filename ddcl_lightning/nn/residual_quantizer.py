@@ -150,7 +150,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Indices of tokens or feature maps at all levels, as the forward pass gives them (but for ties within rounding).
+        """Indices of tokens or feature maps at all levels, as in the forward pass (but for ties within rounding).
 
         Args:
             z: As for the forward pass.
