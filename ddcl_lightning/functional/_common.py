@@ -37,6 +37,8 @@ def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
     """Raise unless ``mask`` is None or boolean with the shape of ``tokens`` without its last dimension."""
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor; got {type(mask).__name__}. Use torch.as_tensor(mask).")
     if mask.dtype != torch.bool:
         raise TypeError(
             f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool() where 1 is valid, and "

@@ -134,7 +134,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             )
         if training_output not in get_args(TrainingOutput):
             raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
-        require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
+        require_at_least(1, dim=dim, num_codes=num_codes, num_heads=num_heads, code_dim=code_dim)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         super().__init__(dim, num_heads * code_dim, channels, embedding_scale)

@@ -76,7 +76,8 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         commitment_ratio: float = COMMITMENT_RATIO,
         embedding_scale: ScaleMode = "none",
     ) -> None:
-        require_at_least(1, dim=dim, num_codes=num_codes, num_levels=num_levels, code_dim=code_dim)
+        sizes = {"num_levels": num_levels, "num_heads": num_heads, "code_dim": code_dim}
+        require_at_least(1, dim=dim, num_codes=num_codes, **sizes)
         if not 0 <= level_dropout < 1:
             raise ValueError(f"level_dropout must be a probability in [0, 1); got {level_dropout}.")
         check_ratio(commitment_ratio)

@@ -423,3 +423,11 @@ def test_tokens_of_another_dtype_move_codes(tokens: torch.dtype) -> None:
         quantized.sum().backward()
         optimizer.step()
         assert not torch.equal(vq.codebook, before)
+
+
+def test_a_mask_that_is_no_tensor_and_no_heads_are_refused() -> None:
+    vq = SoftVectorQuantizer(DIM, CODES)
+    with pytest.raises(TypeError, match=r"mask must be a tensor; got ndarray. Use torch.as_tensor"):
+        vq(torch.randn(5, DIM), torch.ones(5, dtype=torch.bool).numpy())
+    with pytest.raises(ValueError, match="num_heads must be at least 1; got 0"):
+        SoftVectorQuantizer(DIM, CODES, num_heads=0)
