@@ -33,9 +33,11 @@ def typed(function: F) -> F:
     Raises:
         ValueError: From the constructor, naming the argument, what it must be and what it got; or the sizes for which
             there is not enough memory.
+        TypeError: From the constructor, naming a keyword that it does not have, and those that it has.
     """
     signature = inspect.signature(function)
     named = {name for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -45,6 +47,11 @@ def typed(function: F) -> F:
             bases = type(args[0]).__mro__ if args else ()
             owner = next((base for base in bases if vars(base).get(function.__name__) is checked), None)
             sentence = renamed_argument(owner, kwargs) if owner else None
+            unknown = [] if takes_any else [name for name in kwargs if name not in named]
+            if sentence is None and unknown:  # which bind mentions after what is missing in their place
+                known = ", ".join(name for name in signature.parameters if name in named - {"self"})
+                title = owner.__name__ if owner else function.__name__
+                sentence = f"{title} got an unexpected keyword argument {unknown[0]!r}. It takes {known}."
             if sentence is None:
                 raise
             raise TypeError(sentence) from None

@@ -15,8 +15,8 @@ from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 class QuantizerTerms(NamedTuple):
     """Loss and signals of a quantizer beside the codes.
 
-    ``loss + terms`` and ``weight * terms`` read it as its loss, so that a line which added the commitment loss of
-    another quantizer stays as it is.
+    ``loss + terms``, ``weight * terms`` and ``terms / number`` read it as its loss, so that a line which added the
+    commitment loss of another quantizer stays as it is.
 
     Attributes:
         loss: What to add to the loss of the reconstruction, a scalar, or None.
@@ -40,6 +40,9 @@ class QuantizerTerms(NamedTuple):
 
     def __rmul__(self, other: Any) -> Any:
         return self * other
+
+    def __truediv__(self, other: Any) -> Any:
+        return self * (1 / other)
 
 
 class QuantizerOutput(NamedTuple):

@@ -15,6 +15,7 @@ from ddcl_lightning import (
     DDCLReadoutModule,
     Quantizer,
     QuantizerReadout,
+    QuantizerTerms,
     Reconstruction,
     SequenceDecoder,
 )
@@ -174,3 +175,15 @@ def test_it_sits_between_an_encoder_and_a_decoder_by_the_general_head(name: str)
     assert {f"train/{signal}" for signal in alone.terms.signals} <= trainer.callback_metrics.keys()
     with pytest.raises(ValueError, match=rf"dim of the quantizer must be that of the tokens, embed_dim = 5; got {DIM}"):
         QuantizerReadout(quantizer, embed_dim=5)
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(6.0), None])
+def test_terms_stand_for_their_loss_in_a_sum_and_at_a_weight(loss: Tensor | None) -> None:
+    terms, value = QuantizerTerms(loss), 0.0 if loss is None else 6.0
+    assert [float(each) for each in (1.0 + terms, terms + 1.0, 2 * terms, terms * 2, terms / 4)] == [
+        1 + value,
+        1 + value,
+        2 * value,
+        2 * value,
+        value / 4,
+    ]

@@ -20,6 +20,7 @@ from ddcl_lightning import (
     HierarchicalReadout,
     OptimizerConfig,
     PMAPooling,
+    SoftVectorQuantizer,
     SoftVQ,
     TemperatureAnnealing,
     TokenNormalized,
@@ -114,6 +115,12 @@ def test_advice_on_arguments_is_for_the_classes_that_had_them() -> None:
 def test_unknown_arguments_raise_the_type_error_of_python() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'sice'"):
         DDCLReadout(3, sice=4)  # type: ignore[call-arg]
+    # Named also where the argument in whose place it stands is missing.
+    message = (
+        "SoftVectorQuantizer got an unexpected keyword argument 'codebook_size'. It takes dim, num_codes, code_dim, "
+    )
+    with pytest.raises(TypeError, match=message):
+        SoftVectorQuantizer(dim=8, codebook_size=16)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="missing"):
         two_timescale_groups()  # type: ignore[call-arg]
 
