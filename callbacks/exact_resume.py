@@ -22,7 +22,7 @@ class ExactResume(Callback):
     - The states of the random generators (torch on the CPU and the devices, numpy, Python; of every process its own)
       are saved and restored: dropout continues where it was. With another number of processes they are left alone.
     - A checkpoint written at a batch's end knows whether a validation or the end of the epoch was still to come, and
-      the resumed run does it, once.
+      the resumed run does it, once, with what the epoch had logged.
     - Files are written whole: a run that is killed while it saves leaves the checkpoint before.
 
     ``DDCLReadoutModule`` brings it along; add it to the trainer of a module of your own. What it cannot know is the
@@ -32,12 +32,13 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] | None = None
+        self._logged: dict[str, torch.Tensor] = {}
         self._before_validation: dict[str, Any] | None = None
         self._device = torch.device("cpu")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Store the device, and have checkpoints written to a temporary file first."""
-        self._states = self._before_validation = None
+        self._states, self._logged, self._before_validation = None, {}, None
         self._device = trainer.strategy.root_device
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
@@ -45,8 +46,11 @@ class ExactResume(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Correct the progress in the checkpoint to what is left of the epoch."""
+        """Correct the progress in the checkpoint to what is left of the epoch, and add what the epoch has logged."""
         compat.settle_progress(trainer, checkpoint)
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if own is not None:
+            own["logged"] = compat.epoch_metrics(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """States of the generators of all processes, in rank order; inside a validation those before it."""
@@ -55,7 +59,7 @@ class ExactResume(Callback):
     @restores(random=Sequence)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Store the states of the generators until the run goes on."""
-        self._states = state_dict["random"]
+        self._states, self._logged = state_dict["random"], state_dict.get("logged", {})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the generators before the loaders draw the order of a new epoch."""
@@ -65,7 +69,10 @@ class ExactResume(Callback):
         """Restore the generators inside of an epoch, whose order was drawn before the checkpoint."""
         if compat.resumes_inside_epoch(trainer):
             self._restore(trainer)
-            compat.end_finished_epoch(trainer)
+            if compat.end_finished_epoch(trainer):
+                compat.restore_metrics(trainer, self._logged)
+            else:
+                self._logged = {}
         self._states = None
 
     def on_train_batch_end(
@@ -77,9 +84,11 @@ class ExactResume(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop the states from before the validation; checkpoints written from here on follow it."""
         self._before_validation = None
+        compat.restore_metrics(trainer, self._logged)  # the validation has cleared them
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mark the resumed epoch as finished."""
+        self._logged = {}
         trainer.fit_loop.epoch_loop.on_iteration_done()
 
     def _restore(self, trainer: pl.Trainer) -> None:

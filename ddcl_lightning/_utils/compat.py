@@ -7,7 +7,7 @@ import copy
 import gc
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -285,17 +285,38 @@ def resumes_inside_epoch(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop.restarted_mid_epoch
 
 
-def end_finished_epoch(trainer: pl.Trainer) -> None:
+def end_finished_epoch(trainer: pl.Trainer) -> bool:
     """Let a run that was resumed after the last batch of an epoch go on with the epoch's end, and with no batch.
 
     Call in ``on_train_start``. Lightning would ask a loader that has begun anew for one more where no validation is
     due.
+
+    Returns:
+        Whether it is such a run.
     """
     epoch_loop = trainer.fit_loop.epoch_loop
     batches = epoch_loop.batch_progress
     finished = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
     if epoch_loop.restarting and batches.current.ready and finished and not validation_is_due(trainer):
         epoch_loop.val_loop._has_run = True
+    return bool(epoch_loop.restarting and batches.current.ready and finished)
+
+
+def epoch_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """What the epoch has logged for callbacks to read at its end, which a resumed run has not.
+
+    Every process has to call it.
+    """
+    results = trainer._results
+    if results is None or trainer.validating:
+        return {}
+    metrics = {**trainer.callback_metrics, **results.metrics(on_step=False)["callback"]}
+    return {name: value.detach().cpu() for name, value in metrics.items() if isinstance(value, Tensor)}
+
+
+def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> None:
+    """Let callbacks read them at the end of an epoch that a resumed run has no more batches of."""
+    trainer._logger_connector._callback_metrics.update(metrics)
 
 
 def finds_last_checkpoint(trainer: pl.Trainer) -> bool:

@@ -25,9 +25,12 @@ def _is_covariance(value: Tensor) -> Tensor:
     """Variances ``(d,)``, or ``(*, d, d)``, symmetric and within what the diagonal allows."""
     if value.dim() == 1:
         return torch.isfinite(value) & (value >= 0)
-    deviation = value.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+    variance = value.diagonal(dim1=-2, dim2=-1)
+    deviation = variance.clamp(min=0.0).sqrt()
     limit = deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
-    slack = 1e-2 * limit + torch.finfo(torch.float32).tiny  # rounded in half precision, or averaged
+    # Rounded in half precision, or averaged; where a variance is zero, what others leave of it by rounding.
+    rounding = 1e-5 * variance.amax(-1)[..., None, None].clamp(min=0.0)
+    slack = 1e-2 * limit + rounding + torch.finfo(torch.float32).tiny
     return torch.isfinite(value) & (value.abs() <= limit + slack) & ((value - value.mT).abs() <= slack)
 
 

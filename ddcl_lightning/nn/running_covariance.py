@@ -82,8 +82,9 @@ class RunningCovariance(RunningMeans):
         """Restart from a sample ``(H, N, d)``, the same on every process; later batches get weight ``momentum``."""
         z = tokens.to(self.covariance.device, torch.float64)
         centred = z - z.mean(-2, keepdim=True)
-        values, vectors = torch.linalg.eigh(centred.mT @ centred / z.shape[-2])
-        self.covariance.copy_((vectors * values.unsqueeze(-2)) @ vectors.mT)
+        covariance = centred.mT @ centred / z.shape[-2]
+        values, vectors = torch.linalg.eigh(covariance)
+        self.covariance.copy_(covariance)
         self.direction.copy_(vectors[..., -1])
         self.lambda_max.copy_(values[..., -1].clamp(min=0.0))
         self.num_batches.fill_(math.ceil(1 / self.momentum))

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 
 from ddcl_lightning import DDCLReadout, DDCLReadoutModule, IdentityBackbone, SizeRules
@@ -201,3 +201,29 @@ def test_a_pass_over_a_shipped_loader_leaves_the_global_generator_alone() -> Non
         train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         assert len(list(train)) == 5
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class EndReader(pl.Callback):
+    """What the training has logged, as EarlyStopping reads it at the end of an epoch."""
+
+    def __init__(self) -> None:
+        self.read: dict[int, dict[str, float]] = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        self.read[trainer.current_epoch] = values
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_reads_what_the_epoch_logged(tmp_path: Path) -> None:
+    reader = EndReader()
+    stopping = EarlyStopping("train/loss", patience=9, check_on_train_epoch_end=True)
+    run(tmp_path, callbacks=[reader, stopping])
+    assert reader.read[0]["train/loss"] > 0
+    for path in sorted(tmp_path.glob("batch-*.ckpt")):
+        resumed = EndReader()
+        run(None, path, [resumed, EarlyStopping("train/loss", patience=9, check_on_train_epoch_end=True)])
+        for epoch, values in resumed.read.items():
+            for name, value in values.items():
+                if name in reader.read[epoch] and path.stem in ("batch-5", "batch-10"):
+                    assert value == pytest.approx(reader.read[epoch][name], rel=1e-6), (path.name, name)
+            assert "train/loss" in values, path.name

@@ -68,3 +68,20 @@ def test_it_begins_anew_from_a_sample_and_goes_on_from_there() -> None:
     sample = torch.zeros(2, 3, 5)
     running.start(sample)
     assert running.lambda_max.tolist() == [0.0, 0.0]
+
+
+def test_a_state_with_constant_dimensions_loads_again() -> None:
+    """What rounding leaves of no variance is no damage, whatever wrote it."""
+    for seed in range(20):
+        x = torch.relu(torch.randn(1, 500, 16, generator=torch.Generator().manual_seed(seed)))
+        x[..., 3] = 0.0
+        running = RunningCovariance(1, 16)
+        running.start(x)
+        running(x)
+        state = running.state_dict()
+        RunningCovariance(1, 16).load_state_dict(state)
+        state["covariance"][0, 3, 3] = -4.5e-10
+        RunningCovariance(1, 16).load_state_dict(state)
+        state["covariance"][0, 3, 3] = -0.1
+        with pytest.raises(RuntimeError, match="must be the covariance of something"):
+            RunningCovariance(1, 16).load_state_dict(state)
