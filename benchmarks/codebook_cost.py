@@ -143,12 +143,12 @@ def table(results: Results) -> Table:
         ("one-line", "ema-expiry", "one line / EMA"),
         ("ours", BASELINE, "by an optimizer / rotation trick"),
     ):
-        for part, beside in (("quantizer", 0), ("whole step", 1)):
+        for scope, beside in (("quantizer", 0), ("whole step", 1)):
             ratios = [
                 (beside * run["autoencoder_ms"] + run["ms"][ours]) / (beside * run["autoencoder_ms"] + run["ms"][other])
                 for run in runs.values()
             ]
-            rows.append([f"{label}, {part}", *(f"{ratio:.2f}" for ratio in ratios), ""])
+            rows.append([f"{label}, {scope}", *(f"{ratio:.2f}" for ratio in ratios), ""])
     return rows
 
 

@@ -12,7 +12,7 @@ from ddcl_lightning.nn.settled_state import SettledState
 from ddcl_lightning.nn.straight_through import straight_through, tie
 
 MOST = 0.7  # of the decoder's gradient: a pull as large as that would stop the encoder, a larger one shrink its tokens
-RISE = 1e-3  # share of the way to a larger weight that a step covers
+RISE = 1e-3  # EMA rate of a weight that rises
 
 
 class Commitment(SettledState):
@@ -69,7 +69,7 @@ class Commitment(SettledState):
         return tie(_Pull.apply(carrier, value.detach().to(carrier.dtype), gap, spread, self), anchor)
 
     @torch.no_grad()
-    def pull(self, gradient: Tensor, gap: Tensor, spread: Tensor) -> Tensor:
+    def added_gradient(self, gradient: Tensor, gap: Tensor, spread: Tensor) -> Tensor:
         """The pull of a call on its tokens, which is measured for later ones."""
         dtype = self.weight.dtype
         squares = sum_over_processes(torch.stack([value.to(dtype).square().sum() for value in (gradient, gap)]))
@@ -118,7 +118,7 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return gradient + ctx.commitment.pull(gradient, *ctx.saved_tensors), None, None, None, None
+        return gradient + ctx.commitment.added_gradient(gradient, *ctx.saved_tensors), None, None, None, None
 
 
 def check_ratio(ratio: float) -> None:

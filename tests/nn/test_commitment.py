@@ -86,12 +86,12 @@ def test_the_weight_falls_at_once_and_rises_slowly() -> None:
 
 
 def test_accumulated_batches_count_as_one() -> None:
-    parts, commitment = [example(), example(2.0)], Commitment(1.0)
-    for part in parts:
-        pulled(commitment, *part)
+    batches, commitment = [example(), example(2.0)], Commitment(1.0)
+    for batch in batches:
+        pulled(commitment, *batch)
     step()
-    total = sum(float(spread(z)) ** 2 for z, _, _ in parts)
-    squares = sum(float(g.norm()) ** 2 for _, _, g in parts)
+    total = sum(float(spread(z)) ** 2 for z, _, _ in batches)
+    squares = sum(float(g.norm()) ** 2 for _, _, g in batches)
     assert float(commitment.weight) == pytest.approx((squares / total) ** 0.5, rel=1e-5)
 
 
@@ -137,9 +137,9 @@ def of_a_share(rank: int, number: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     commitment = Commitment(1.0)
     z, codes, g = (value.chunk(number)[rank] for value in example())
-    pull = pulled(commitment, z, codes, g)
+    added = pulled(commitment, z, codes, g)
     commitment.settle()
-    return pull, commitment.weight
+    return added, commitment.weight
 
 
 def of_a_half(rank: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +149,6 @@ def of_a_half(rank: int) -> tuple[Tensor, Tensor]:
 def test_two_processes_pull_as_one_does(tmp_path: Path) -> None:
     whole = of_a_share(0, 1)
     shares = results_of_processes(tmp_path, of_a_half)
-    torch.testing.assert_close(torch.cat([pull for pull, _ in shares]), whole[0])
+    torch.testing.assert_close(torch.cat([added for added, _ in shares]), whole[0])
     for _, weight in shares:
         torch.testing.assert_close(weight, whole[1])
