@@ -138,7 +138,7 @@ def table(results: Results) -> Table:
             for run in runs.values()
         ]
         exponent = math.log(ends[1]["ms"][name] / ends[0]["ms"][name]) / math.log(max(runs) / min(runs))
-        rows.append([LABELS.get(name, METHODS[name][0]), *cells, f"{exponent:.2f}"])
+        rows.append([LABELS[name] if name in LABELS else METHODS[name][0], *cells, f"{exponent:.2f}"])
     for ours, other, label in (
         ("one-line", "ema-expiry", "one line / EMA"),
         ("ours", BASELINE, "by an optimizer / rotation trick"),
