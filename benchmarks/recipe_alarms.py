@@ -104,7 +104,7 @@ BACKBONE = {"model": "encoder", "cache_dir": "cache"}
 
 
 def _signs(level: str) -> Cell:
-    """How many findings of a level there were, and of which signs."""
+    """Number of findings of a level, and their signs."""
 
     def cell(runs: list[Run]) -> str:
         signs = Counter(

@@ -209,7 +209,7 @@ def _read_separated(path: Path, separator: str) -> Columns:
 
 
 def _undecodable(path: Path) -> str:
-    """Where the first line is that is not UTF-8."""
+    """Place of the first line that is not UTF-8."""
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:

@@ -303,10 +303,7 @@ def end_finished_epoch(trainer: pl.Trainer) -> bool:
 
 
 def epoch_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
-    """What the epoch has logged for callbacks to read at its end, which a resumed run has not.
-
-    Every process has to call it.
-    """
+    """Values that the epoch has logged, for callbacks to read at its end; every process has to call it."""
     results = trainer._results
     if results is None or trainer.validating:
         return {}
@@ -315,7 +312,7 @@ def epoch_metrics(trainer: pl.Trainer) -> dict[str, Tensor]:
 
 
 def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> None:
-    """Let callbacks read them at the end of an epoch that a resumed run has no more batches of."""
+    """Let callbacks read them at the end of an epoch of which a resumed run has no more batches."""
     trainer._logger_connector._callback_metrics.update(metrics)
 
 

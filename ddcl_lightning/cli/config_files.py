@@ -128,7 +128,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 class _Names(Enum):
-    """What the keys of a mapping are."""
+    """Kinds of the keys of a mapping."""
 
     SETTINGS = "names of settings, and so are those below"
     ARGUMENTS = "names of arguments, whose values are anything"
@@ -136,7 +136,7 @@ class _Names(Enum):
 
     @property
     def below(self) -> "_Names":
-        """What the keys of its values are."""
+        """Kind of the keys of its values."""
         return _Names.FREE if self is _Names.ARGUMENTS else self
 
 
