@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+NOTHING = {"", "~", "null", "Null", "NULL"}  # as YAML writes it
+
 
 def dropped_callbacks(configs: Sequence[str], final: Iterable[Any]) -> list[str]:
     """Names of callbacks that are in one of several configs and not in what was made of them.
@@ -31,4 +33,4 @@ def _names(entries: Any) -> list[str]:
     """Class names of a list of callbacks, or of a single one."""
     entries = entries if isinstance(entries, list) else [entries]
     paths = (entry.get("class_path") if hasattr(entry, "get") else entry for entry in entries)
-    return [path.rpartition(".")[2] for path in paths if isinstance(path, str)]
+    return [path.rpartition(".")[2] for path in paths if isinstance(path, str) and path not in NOTHING]
