@@ -1,11 +1,12 @@
 """Errors for people: which key is wrong and the nearest valid one, and which errors need no traceback."""
 
+import difflib
 import dis
 import errno
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -101,7 +102,7 @@ def explain(message: str, parser: ArgumentParser) -> str:
         given = [rest.partition(".")[0]] if model == "model" else []
         known = [action.dest for action in parser._actions if action.dest and not action.dest.endswith(".help")]
         renamed = renamed_argument(DDCLReadoutModule, given, called=model, as_yaml=True)
-        return renamed or f"unknown key {key!r}{nearest(key, known)}"
+        return renamed or f"unknown key {key!r}{_nearest_key(key, known)}"
     match = _UNKNOWN_CLASS.search(message)
     # Where a number or a word would do as well, as for a temperature, the class is not what is wrong.
     if match and not re.search(r"Expected a (<class 'float'>|typing\.Literal)", message):
@@ -138,6 +139,15 @@ def _slip(message: str) -> str | None:
     if match := _TOO_EARLY.search(message):
         return f"settings must come after the command; got {match[1]!r} before {match[2]!r}. Write {match[2]} first."
     return None
+
+
+def _nearest_key(key: str, known: Sequence[str]) -> str:
+    """:func:`nearest` of settings by name, where what lies below a setting (``.init_args.K``) says nothing of it."""
+    named = [word for word in known if ("." in word) == ("." in key)] or list(known)
+    shortened = {word: ".".join(key.split(".")[: word.count(".") + 1]) for word in named}
+    likeness = {word: difflib.SequenceMatcher(None, start, word).ratio() for word, start in shortened.items()}
+    closest = max(likeness, key=likeness.__getitem__)
+    return nearest(shortened[closest], [closest]) if likeness[closest] >= 0.5 else nearest(key, shortened)
 
 
 def _is_any(path: str) -> bool:
@@ -234,8 +244,9 @@ def sentence(error: BaseException) -> str:
 def _with_remedy(message: str) -> str:
     """A refusal of Lightning's, which says what is wrong, with the word to correct."""
     names = [name for name in inspect.signature(Trainer).parameters if re.search(rf"\b{name}\b", message)]
-    words = f"--trainer.{max(names, key=len)}" if names else "it"
-    return f"{message.strip().rstrip('.')}. Correct {words}."
+    given = [name for name in names if f"{name}=" in message]  # as in Trainer(devices=0)
+    remedy = f" Correct --trainer.{max(given or names, key=len)}." if names else ""
+    return f"{message.strip().rstrip('.')}.{remedy}"
 
 
 def _frames(trace: TracebackType | None) -> Iterable[TracebackType]:

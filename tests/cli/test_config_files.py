@@ -110,6 +110,9 @@ SLIPS = {
     "recipes foo": "argument command: invalid choice: 'foo' (choose from ",
     "fit --config digits --model.rho=-0.1": "rho = lr_encoder / lr_prototypes must be finite and >= 0; got -0.1.",
     "fit --config digits --model.rho=.nan": "rho must be a finite number; got nan.",
+    "fit --config digits --trainer.devices 0 --trainer.accelerator cpu": "`Trainer(devices='0')` value is not a valid "
+    "input using cpu accelerator. Correct --trainer.devices.",
+    "fit --config digits --model.hed.init_args.K 5": "unknown key 'model.hed.init_args.K'. Did you mean 'model.head'?",
     "fit --config digits --trainer.precision=16-mixed": "precision must not be fp16, which rescales",
     "fit --config digits --trainer.precision=16": "precision must not be fp16, which rescales",
     "fit --config digits --trainer.devices=foo": "`devices` selected with `CPUAccelerator` should be an int > 0. "
