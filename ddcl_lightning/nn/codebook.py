@@ -155,6 +155,9 @@ class Codebook(GuardedState):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}_marker" in missing_keys:
             missing_keys.remove(f"{prefix}_marker")
+            if self._marker.is_meta and not self.prototypes.is_meta:  # a state was assigned to a bank without storage
+                zero = self._marker.new_zeros((), device=self.prototypes.device)
+                self._marker = nn.Parameter(zero, self._marker.requires_grad)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print``."""

@@ -224,6 +224,8 @@ class BankTemperature(SettledState):
         """Set the variance from the loaded covariance; T was loaded itself."""
         if self.covariance is not None:
             self.variance = self.covariance.total_variance()
+        elif self.variance.is_meta:
+            self.variance = torch.zeros_like(self.value)
         if self.unit != "absolute":
             self._fixed = bool((self.reference() > 0).all())
 

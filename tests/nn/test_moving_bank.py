@@ -431,3 +431,15 @@ def test_a_mask_that_is_no_tensor_and_no_heads_are_refused() -> None:
         vq(torch.randn(5, DIM), torch.ones(5, dtype=torch.bool).numpy())
     with pytest.raises(ValueError, match="num_heads must be at least 1; got 0"):
         SoftVectorQuantizer(DIM, CODES, num_heads=0)
+
+
+def test_a_state_is_assigned_to_a_quantizer_without_storage() -> None:
+    model, _ = started()
+    z = torch.randn(20, DIM)
+    with torch.device("meta"):
+        empty = SoftVectorQuantizer(DIM, CODES)
+    empty.load_state_dict(model.vq.state_dict(), assign=True)
+    assert not any(value.is_meta for value in (*empty.parameters(), *empty.buffers()))
+    assert torch.equal(empty.eval()(z).indices, model.vq.eval()(z).indices)
+    empty.train()(z.requires_grad_()).quantized.sum().backward()
+    empty.settle()
