@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from ddcl_lightning import Backbone, Decoder, Head, Quantizer, SplitDataModule, 
 ROOT = Path(__file__).parents[1]
 MODULES = [name for name in module_names(ddcl_lightning) if "." in name]
 OWNERS_FOLDERS = ("callbacks", "datamodules", "recipes")
+FILES = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", ".gitignore"}
+FOLDERS = {"ddcl_lightning", *OWNERS_FOLDERS, "tests", "docs", "benchmarks", "examples"}
+TOP_LEVEL = FILES | FOLDERS | {".ci", ".pre-commit-config.yaml"}
 # The thin Lightning file is what the package is about; everything else has a folder.
 LOOSE_MODULES = {"module"}
 TEST_FILES = sorted(path.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("*/test_*.py"))
@@ -51,6 +55,14 @@ VAGUE = re.compile("^(refusals?|refuses|arguments|errors?|it_works|works|bad_arg
 def test_the_package_root_holds_no_loose_modules() -> None:
     loose = {path.stem for path in (ROOT / "ddcl_lightning").glob("*.py")} - {"__init__", "__main__"}
     assert loose == LOOSE_MODULES
+
+
+def test_the_top_level_holds_what_the_readme_names_and_nothing_else() -> None:
+    command = ["git", "ls-tree", "--name-only", "HEAD"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a checkout")
+    assert set(listing.stdout.split()) <= TOP_LEVEL
 
 
 def test_no_two_modules_have_one_name() -> None:

@@ -51,6 +51,11 @@ class CodeStart(GuardedState):
         """True while tokens are collected for a start."""
         return self._sample is not None
 
+    @property
+    def has_started(self) -> bool:
+        """True if codes have started on a sample once, not elsewhere."""
+        return bool(self.limit > 0)
+
     def is_due(self) -> bool:
         """True in the first call after 1, 2, 4, 8, ... steps since a start."""
         number, looked = self._count(), self._looked

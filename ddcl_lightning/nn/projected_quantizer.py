@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.compat import exporting, recomputing
-from ddcl_lightning._utils.distributed import joint_order, sum_over_processes
+from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.code_start import CodeStart
 from ddcl_lightning.nn.commitment import Commitment
 from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.joint_moments import relative_error
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.quantizer_base import Quantizer
@@ -104,19 +105,23 @@ class ProjectedQuantizer(Quantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _start_if_due(self, start: CodeStart, embedded: Tensor, mask: Tensor | None) -> None:
         banks = self.moving_banks()
-        start.num_codes = banks[0].num_prototypes
+        first = banks[0]
+        start.num_codes = first.num_prototypes
         if recomputing() or any(bank.is_frozen for bank in banks):
             return
-        if not start.is_collecting and start.is_due() and relative_error(banks[0], embedded, mask) > start.limit:
-            start.begin_anew()
+        if not start.is_collecting and start.is_due() and start.has_started:
+            residual = residual_of(first, embedded, mask)
+            error = relative_error(residual, embedded, mask, joint=True, unbiased=True)
+            if error > start.limit:
+                start.begin_anew()
         if not start.is_collecting:
             return
-        again = bool(start.limit > 0)
+        again = start.has_started
         if not again and all(bool(bank.initialized) for bank in banks):
             start.end()  # started elsewhere
             return
         sample = start.add(embedded, mask)
-        steps = banks[0].num_steps
+        steps = first.num_steps
         # Calls between two steps find the same codes, as after the start.
         if sample is not None and self._started_after != steps:
             final = start.enough(sample)
@@ -124,7 +129,9 @@ class ProjectedQuantizer(Quantizer):
                 self._started_after = steps
                 self.start_codes(sample, final=final)
             if final:
-                start.started(relative_error(banks[0], sample.to(embedded.device), None, joint=False), len(sample))
+                sample = sample.to(embedded.device)
+                error = relative_error(residual_of(first, sample), sample, None, joint=False, unbiased=True)
+                start.started(error, len(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""
@@ -148,19 +155,3 @@ def residual_of(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None)
     """Residual of tokens ``(*, width)``, on any device, after the hard codes of a bank."""
     vectors: Tensor = bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask))
     return tokens - vectors.to(tokens)
-
-
-@torch.no_grad()
-def relative_error(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None, *, joint: bool = True) -> Tensor:
-    """Mean squared error ``()`` of a bank's hard codes as a share of the variance of the valid tokens ``(*, width)``.
-
-    Of those of all processes where ``joint``.
-    """
-    z = tokens.flatten(0, -2).float() if mask is None else tokens[mask].float()
-    rest = residual_of(bank, z).square().sum()
-    sums = torch.cat([z.new_tensor([len(z)]), rest.reshape(1), z.sum(0)])
-    number, rest, *total = (sum_over_processes(sums) if joint else sums).unbind()
-    spread = (z - torch.stack(total) / number.clamp(min=1.0)).square().sum()
-    spread = sum_over_processes(spread) if joint else spread
-    # Few tokens are close to their own mean.
-    return rest / (spread * number / (number - 1).clamp(min=1.0)).clamp(min=torch.finfo(spread.dtype).tiny)

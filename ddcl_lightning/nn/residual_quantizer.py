@@ -10,6 +10,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.commitment import Commitment, check_ratio
+from ddcl_lightning.nn.joint_moments import relative_error
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer, residual_of
@@ -135,7 +136,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             terms.append(output.terms)
             if output.anchor is not None:
                 anchors.append(output.anchor)
-            signals[f"level{level + 1}_error"] = _relative_error(residual, embedded, mask)
+            signals[f"level{level + 1}_error"] = relative_error(residual, embedded, mask, joint=False)
         anchor = torch.stack(anchors).sum() if anchors else None
         if self.commitment is not None:
             quantized = self.commitment(total, embedded, anchor, mask)
@@ -224,14 +225,3 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             return self.num_levels
         chance, number = torch.rand(2).tolist()
         return 1 + int(number * (self.num_levels - 1)) if chance < self.level_dropout else self.num_levels
-
-
-@torch.no_grad()
-def _relative_error(residual: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean square of a residual as a share of the variance of the tokens, both ``(*, d)``."""
-    rest, z = (value.detach().flatten(0, -2).float() for value in (residual, tokens))
-    valid = z.new_ones(z.shape[0], 1) if mask is None else mask.reshape(-1, 1).float()
-    number = valid.sum().clamp(min=1.0)
-    mean = (z * valid).sum(0) / number
-    variance = ((z - mean).square() * valid).sum() / number
-    return (rest.square() * valid).sum() / number / variance.clamp(min=torch.finfo(variance.dtype).tiny)
