@@ -75,7 +75,7 @@ def disambiguate(ids: Tensor) -> Tensor:
         ids: ``(N, L)`` integers; rows with a -1 are padding, and get -1.
 
     Returns:
-        ``(N, L + 1)`` of the dtype of ``ids``, every valid row another one.
+        ``(N, L + 1)`` int64, every valid row another one.
 
     Raises:
         TypeError: If IDs are no integers.
@@ -88,7 +88,7 @@ def disambiguate(ids: Tensor) -> Tensor:
     number = torch.empty_like(places)
     number[order] = places - torch.searchsorted(ordered, ordered)
     number = number.masked_fill((ids < 0).any(1), -1)
-    return torch.cat([ids, number.unsqueeze(1).to(ids.dtype)], 1)
+    return torch.cat([ids.long(), number.unsqueeze(1)], 1)
 
 
 def assign_balanced(prefixes: Tensor, costs: Tensor, capacity: int = 1) -> Tensor:

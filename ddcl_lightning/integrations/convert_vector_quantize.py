@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer import SoftVectorQuantizer
@@ -15,7 +16,15 @@ REFUSED = {  # attributes of a layer that change what its codes are
     "vq_bridge": "a vq_bridge",
     "affine_param": "affine_param=True",
     "implicit_neural_codebook": "implicit_neural_codebook=True",
+    "soft_clamp_input_value": "soft_clamp_input_value",
 }
+RESIDUAL_REFUSED = {  # numbers above 1 of a ResidualVQ
+    "eval_beam_size": "a beam search (beam_size, eval_beam_size)",
+    "beam_size": "a beam search (beam_size, eval_beam_size)",
+}
+PROBES, AGREEMENT = 256, 0.99  # tokens on which a conversion is tried, and the share that must come out the same
+TOLERANCE = 1e-4  # of the largest number, within which vectors are the same
+SIDES = {3: (PROBES,), 4: (16, 16), 5: (4, 8, 8)}  # of inputs with the channels first, by number of dimensions
 
 
 @torch.no_grad()
@@ -27,9 +36,10 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
 
     Args:
         layer: Of that library, trained.
-        tokens: In the shape of its input: a sample on which codes that have hardly a token are moved to crowded cells,
-            see :meth:`~ddcl_lightning.nn.projected_quantizer.ProjectedQuantizer.revive`. None: codes are copied as
-            they are.
+        tokens: In the shape of its input: a sample of many more tokens than codes, on which codes that have hardly a
+            token are moved to crowded cells, see
+            :meth:`~ddcl_lightning.nn.projected_quantizer.ProjectedQuantizer.revive`. None: codes are copied as they
+            are.
         **options: Further arguments of our quantizer.
 
     Returns:
@@ -38,7 +48,8 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
 
     Raises:
         TypeError: If the layer is something else.
-        ValueError: If it has an option that ours has no counterpart of.
+        ValueError: If it has an option that ours has no counterpart of, so that indices would be others; if an option
+            is one that the layer decides, or the tokens are too few or not finite.
     """
     levels = _levels(layer)
     codes = [_codes(level) for level in levels]
@@ -46,13 +57,15 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
     is_residual = type(layer).__name__ == "ResidualVQ"
     projections = _projections(layer if is_residual else levels[0])
     dim = heads * code_dim if projections[0] is None else projections[0].in_features
-    options = {
+    decided = {
         "code_dim": code_dim,
         "num_heads": heads,
         "embedding_scale": "unit" if levels[0].use_cosine_sim else "none",
         "channels": "first" if _has_channels_first(layer, levels[0]) else None,
-        **options,
     }
+    if taken := {*decided, "dim", "num_codes", "num_levels", "shared_codebook"} & options.keys():
+        raise ValueError(f"options must not name what the layer decides; got {', '.join(sorted(taken))}. Leave it out.")
+    options |= decided
     quantizer: ProjectedQuantizer
     if is_residual:
         options = {"shared_codebook": bool(layer.shared_codebook), **options}
@@ -65,6 +78,7 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
         if own is not None and source is not None:
             own.load_state_dict(source.state_dict())
     quantizer.to(codes[0].device).train(layer.training)
+    _require_same_results(layer, quantizer, dim)
     if tokens is not None:
         quantizer.revive(tokens)
     return quantizer
@@ -79,6 +93,13 @@ def _levels(layer: nn.Module) -> list[Any]:
             "another quantizer by bank.set_prototypes()."
         )
     levels: list[Any] = list(layer.layers) if kind == "ResidualVQ" else [layer]  # type: ignore[arg-type]
+    if kind == "ResidualVQ":
+        refused = [option for name, option in RESIDUAL_REFUSED.items() if (getattr(layer, name, None) or 1) > 1]
+        refused += ["implicit_neural_codebook=True"] * bool(getattr(layer, "implicit_neural_codebook", False))
+        if levels[0].use_cosine_sim:
+            refused.append("use_cosine_sim=True at several levels, where each scales its residual anew")
+        if refused:
+            raise ValueError(f"layer has {refused[0]}, of which our quantizers have no counterpart; got {layer}.")
     for level in levels:
         _require_counterpart(level)
     sizes = [level.codebook_size for level in levels]
@@ -96,6 +117,34 @@ def _require_counterpart(level: Any) -> None:
         raise ValueError(
             f"layer must project its tokens by a linear layer or not at all; got {level.project_in}. Copy its codes by "
             "bank.set_prototypes(), and keep the projection in front."
+        )
+
+
+def _require_same_results(layer: nn.Module, quantizer: ProjectedQuantizer, dim: int) -> None:
+    """Raise a ValueError if the two make something else of tokens of the codes' own scale, whatever the reason."""
+    spread, mean = torch.std_mean(quantizer.codebook.float())
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.randn(PROBES, dim, generator=generator) * spread.cpu() + mean.cpu()).to(quantizer.codebook)
+    rank = 3
+    if _has_channels_first(layer, layer.layers[0] if hasattr(layer, "layers") else layer):
+        maps, volumes = (getattr(layer, name, False) for name in ("accept_image_fmap", "accept_3d_fmap"))
+        rank = 5 if volumes else 4 if maps else 3
+        tokens = tokens.T.reshape(1, dim, *SIDES[rank])
+    else:
+        tokens = tokens.unsqueeze(0)
+    with evaluating(layer), evaluating(quantizer):
+        (vectors, indices), own = layer(tokens)[:2], quantizer(tokens)
+    quantizer.layout.forget(rank)
+    same = indices.shape == own.indices.shape and vectors.shape == own.quantized.shape
+    agreement = 0.0
+    if same:
+        gap, size = ((vectors - value).abs().amax(1 if rank > 3 else -1) for value in (own.quantized, 0.0))
+        close = gap <= TOLERANCE * size.max()
+        agreement = min(float(value.float().mean()) for value in (indices == own.indices, close))
+    if agreement < AGREEMENT:
+        raise ValueError(
+            f"layer gives other indices or vectors than its codes in our quantizer to {1 - agreement:.0%} of random "
+            f"tokens, so it has an option that ours has no counterpart of; got {layer}."
         )
 
 

@@ -28,6 +28,7 @@ from ddcl_lightning.nn.initialization import initial_prototypes
 Array = npt.NDArray[Any]
 SOFT_END = 0.005  # fraction of the critical temperature at which annealing hands over to the hard phase
 HANDED_OVER = 10.0  # multiple of tol that is good enough for it
+KMEANS_RUNS = 10  # of the k-means that a hard phase is never worse than
 NUDGE = 0.03  # parts prototypes that coincide, in units of the thermal length sqrt(T)
 
 
@@ -41,10 +42,10 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     :class:`~ddcl_lightning.TokenNormalized` at rate 1.
 
     By default the last step is T -> 0: prototypes become the means of the samples nearest to them, those of little use
-    are moved to where the error is, and the restart with the smallest inertia wins. Compared to the best of ten runs of
-    ``KMeans`` the inertia is about the same or lower, at many times the cost; tables are in ``docs/measurements.md``
-    ("The estimator"). With a number for ``end``
-    the prototypes stay soft: they are the fixed point at that temperature, whose inertia may be far higher where one
+    are moved to where the error is, and the restart with the smallest inertia wins. The result of
+    ``KMeans(n_init=10)`` with the same ``random_state`` is one of the starts of this phase, so that with ``init="kmeans"``
+    the inertia is never larger than its, but for rounding, at many times the cost; tables are in
+    ``docs/measurements.md`` ("The estimator"). With a number for ``end`` the prototypes stay soft: they are the fixed point at that temperature, whose inertia may be far higher where one
     direction of the data, or a few outliers, hold nearly all the variance.
 
     Distances are Euclidean and unweighted, as for k-means: put a scaler, or ``PCA(whiten=True)``, before it.
@@ -186,11 +187,15 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         # The generator must advance between fits where the user gave one, and not where they gave a seed.
         seeds = check_random_state(self.random_state).randint(np.iinfo(np.int32).max, size=self.n_init)
         best: _Run | None = None
-        for seed in seeds:
-            start = self._start(centred, int(seed))
+        for number, seed in enumerate(seeds):
+            start = self._start(centred, int(seed), 1)
             run = _Run(centred, schedule, start, self.max_iter, tol, int(seed))
             if self.end is None:
-                run.harden(centred, start, int(seed))
+                starts = [start]
+                if number == 0 and self.init == "kmeans":  # what this promises to be no worse than
+                    given = isinstance(self.random_state, (int, np.integer))
+                    starts.append(self._start(centred, int(self.random_state if given else seed), KMEANS_RUNS))
+                run.harden(centred, starts, int(seed))
             # Restarts that end in the same optimum tie up to rounding; the first one wins, on every machine.
             if best is None or run.loss < best.loss * (1 - 1e-6):
                 best = run
@@ -211,11 +216,11 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             self.temperature_ = min(self.temperature_, max(spherical, critical * torch.finfo(z.dtype).eps))
         self._store(z, prototypes, mass, dtype)
 
-    def _start(self, centred: Tensor, seed: int) -> Tensor:
+    def _start(self, centred: Tensor, seed: int, num_restarts: int) -> Tensor:
         if self.init == "mean":
             return centred.new_zeros(self.n_clusters, centred.shape[1])
         try:
-            return initial_prototypes(centred, self.n_clusters, num_restarts=1, seed=seed).to(centred.dtype)
+            return initial_prototypes(centred, self.n_clusters, num_restarts=num_restarts, seed=seed).to(centred.dtype)
         except ValueError as error:  # in the words of another interface
             raise ValueError(
                 f"n_clusters must not exceed the number of distinct samples; got {self.n_clusters} clusters for "
@@ -295,9 +300,9 @@ class _Run:
         self.prototypes, self.mass = p, log_mass.exp()
         self.loss = float(decompose(z, p, float(schedule[-1])).loss)
 
-    def harden(self, z: Tensor, start: Tensor, seed: int) -> None:
-        """Go on to T -> 0, from where annealing ended or, if that is better already, from where it began."""
-        self.prototypes, inertia = hard_phase(z, [self.prototypes, start], seed)
+    def harden(self, z: Tensor, starts: list[Tensor], seed: int) -> None:
+        """Go on to T -> 0, from where annealing ended or, if that is better already, from one of the starts."""
+        self.prototypes, inertia = hard_phase(z, [self.prototypes, *starts], seed)
         self.loss = inertia / len(z)
 
 

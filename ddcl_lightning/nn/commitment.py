@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning._utils.distributed import sum_over_processes, world_size
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, keep_unless, running_dtype
 from ddcl_lightning.nn.joint_moments import joint_spread
 from ddcl_lightning.nn.settled_state import SettledState
@@ -25,8 +25,8 @@ class Commitment(SettledState):
 
     so the whole pull is ``ratio`` times the square root of the codes' relative error, times the gradient, whatever the
     scale of tokens and loss. It follows the gradient down at once, and up only slowly, so that a decoder which needs
-    less leaves a weight that holds the tokens' scale. Sums are over all valid tokens of all processes. The pull of a
-    call is at most 0.7 of its gradient, so no encoder is shrunk by it.
+    less leaves a weight that holds the tokens' scale. Sums are over all valid tokens of all processes, whose mean loss
+    g is the gradient of. The pull of a call is at most 0.7 of its gradient, so no encoder is shrunk by it.
 
     What a call measures counts from the next step of an optimizer on. A call whose gradient is not finite adds nothing.
 
@@ -50,7 +50,14 @@ class Commitment(SettledState):
         self.register_buffer("weight", torch.zeros((), dtype=running_dtype()))
         self._sums: Tensor | None = None  # squares of gradients and tokens since the last step, of all processes
 
-    def forward(self, value: Tensor, carrier: Tensor, anchor: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        value: Tensor,
+        carrier: Tensor,
+        anchor: Tensor | None,
+        mask: Tensor | None,
+        spread: Tensor | None = None,
+    ) -> Tensor:
         """Exactly ``value``, whose gradient goes to ``carrier`` with the pull.
 
         Args:
@@ -58,11 +65,13 @@ class Commitment(SettledState):
             carrier: Tokens, of the same shape.
             anchor: See :func:`~ddcl_lightning.nn.straight_through.straight_through`.
             mask: ``(*)`` boolean, True for valid tokens; others have no pull.
+            spread: :func:`~ddcl_lightning.nn.joint_moments.joint_spread` of the tokens, where it is known already.
         """
         if not (self.training and carrier.requires_grad and torch.is_grad_enabled()):
             return straight_through(value, carrier, anchor)
         with torch.no_grad():
-            spread = joint_spread(carrier.flatten(0, -2), None if mask is None else mask.flatten())
+            if spread is None:
+                spread = joint_spread(carrier.flatten(0, -2), None if mask is None else mask.flatten())
             gap = carrier - value
             if mask is not None:
                 gap = gap.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -71,8 +80,10 @@ class Commitment(SettledState):
     @torch.no_grad()
     def added_gradient(self, gradient: Tensor, gap: Tensor, spread: Tensor) -> Tensor:
         """The pull of a call on its tokens, which is measured for later ones."""
-        dtype = self.weight.dtype
-        squares = sum_over_processes(torch.stack([value.to(dtype).square().sum() for value in (gradient, gap)]))
+        dtype, processes = self.weight.dtype, world_size()
+        # Each process sees the gradient of its own loss, of which the mean over processes is what trains.
+        local = [(gradient.to(dtype) / processes).square().sum(), gap.to(dtype).square().sum()]
+        squares = sum_over_processes(torch.stack(local))
         latest = torch.cat([squares[:1], spread.to(dtype).reshape(1)])
         usable = torch.where(torch.isfinite(latest).all(), latest, 0.0)
         self._sums = usable if self._sums is None else self._sums + usable
@@ -81,7 +92,8 @@ class Commitment(SettledState):
         weight = torch.where(self.weight > 0, torch.minimum(self.weight, target), target)
         most = MOST * (squares[0] / squares[1]).sqrt()
         weight = torch.minimum(weight, torch.where(squares[1] > 0, most, 0.0))
-        return (torch.where(torch.isfinite(weight), weight, 0.0) * gap.to(dtype)).to(gradient.dtype)
+        usable_weight = torch.where(torch.isfinite(weight), weight, 0.0) * processes
+        return (usable_weight * gap.to(dtype)).to(gradient.dtype)
 
     @torch.no_grad()
     def take_over(self, where: Tensor | bool = True) -> None:

@@ -1,5 +1,8 @@
 """Mean, covariance and relative error of tokens, over all processes, in two passes."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -49,30 +52,45 @@ def joint_spread(tokens: Tensor, mask: Tensor | None) -> Tensor:
     return joint_covariance(tokens, mask, mean, number, diagonal=True).sum() * number.sum()
 
 
+class RelativeErrors(NamedTuple):
+    """Errors of codes relative to the variance of the tokens.
+
+    Attributes:
+        shares: Mean square of each residual as a share of the variance, ``(R,)``.
+        spread: Sum of squared distances of the tokens from their mean, ``()``.
+        number: Tokens, ``()``.
+    """
+
+    shares: Tensor
+    spread: Tensor
+    number: Tensor
+
+
 @torch.no_grad()
-def relative_error(
-    residual: Tensor, tokens: Tensor, mask: Tensor | None, *, joint: bool, unbiased: bool = False
-) -> Tensor:
-    """Mean square ``()`` of residuals as a share of the variance of the tokens; valid ones of both ``(*, d)`` count.
+def relative_errors(residuals: Sequence[Tensor], tokens: Tensor, mask: Tensor | None, *, joint: bool) -> RelativeErrors:
+    """Errors of R residuals, what codes leave of the tokens; the valid ones of tokens ``(*, d)`` count.
 
     Args:
-        residual: What codes leave of the tokens.
-        tokens: Their shape is that of the residual.
+        residuals: R of the shape of the tokens.
+        tokens: ``(*, d)``.
         mask: ``(*)`` boolean, True for valid tokens, or None.
         joint: Count the tokens of all processes, not only those of this one.
-        unbiased: Take the unbiased variance: few tokens are close to their own mean.
     """
     reduce = sum_over_processes if joint else _of_this_process
     rows = None if mask is None else mask.flatten()
     z = zero_padding(tokens.detach().flatten(0, -2).to(accumulation_dtype(tokens)), rows)
-    rest = zero_padding(residual.detach().flatten(0, -2).to(z.dtype), rows).square().sum()
+    rests = [zero_padding(value.detach().flatten(0, -2).to(z.dtype), rows).square().sum() for value in residuals]
     valid = torch.ones_like(z[:, 0]) if rows is None else rows.to(z.dtype)
-    number, rest, *total = reduce(torch.cat([valid.sum().reshape(1), rest.reshape(1), z.sum(0)])).unbind()
-    mean = torch.stack(total) / number.clamp(min=1.0)
-    spread = reduce(zero_padding(z - mean, rows).square().sum())
-    if unbiased:
-        spread = spread * number / (number - 1).clamp(min=1.0)
-    return rest / spread.clamp(min=torch.finfo(spread.dtype).tiny)
+    number, *sums = reduce(torch.cat([torch.stack([valid.sum(), *rests]), z.sum(0)])).unbind()
+    rest, total = torch.stack(sums[: len(rests)]), torch.stack(sums[len(rests) :])
+    spread = reduce(zero_padding(z - total / number.clamp(min=1.0), rows).square().sum())
+    return RelativeErrors(rest / spread.clamp(min=torch.finfo(spread.dtype).tiny), spread, number)
+
+
+def unbiased_error(residual: Tensor, tokens: Tensor, mask: Tensor | None, *, joint: bool) -> Tensor:
+    """Error ``()`` of one residual relative to the unbiased variance: few tokens are close to their own mean."""
+    errors = relative_errors([residual], tokens, mask, joint=joint)
+    return errors.shares[0] * (errors.number - 1).clamp(min=1.0) / errors.number.clamp(min=1.0)
 
 
 def _of_this_process(values: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class ChannelLayout:
         """Take inputs of so many dimensions to have their channels there, unless it was said otherwise."""
         self._known.setdefault(rank, place)
 
+    def forget(self, rank: int) -> None:
+        """Infer the place of the channels anew from the next input of so many dimensions."""
+        self._known.pop(rank, None)
+
     def restore(self, tokens: Tensor) -> Tensor:
         """Tokens ``(*, D)`` with their channels where those of inputs of that rank are.
 

@@ -8,10 +8,10 @@ from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.code_start import CodeStart
+from ddcl_lightning.nn.code_start import TOKENS_PER_CODE, CodeStart
 from ddcl_lightning.nn.commitment import Commitment
 from ddcl_lightning.nn.discovery import find_banks
-from ddcl_lightning.nn.joint_moments import relative_error
+from ddcl_lightning.nn.joint_moments import unbiased_error
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.quantizer_base import Quantizer
@@ -82,16 +82,36 @@ class ProjectedQuantizer(Quantizer):
             mask: As for the forward pass.
             threshold: Share of the mean load in [0, 1) under which a code moves, see
                 :class:`~ddcl_lightning.CodeUpdate`.
+
+        Raises:
+            ValueError: If there are fewer than four valid tokens per code, or one is not finite.
         """
         with evaluating(self.scale):
             embedded = self._embed(self.layout.tokens(tokens, mask), mask)
+        self._require_sample(embedded.flatten(0, -2) if mask is None else embedded[mask])
         for bank in find_banks(self).values():
-            heads, flat_mask = bank.split_heads(embedded, mask)
+            sample, valid = self.tokens_of(bank, embedded, mask)
+            heads, flat_mask = bank.split_heads(sample, valid)
             order = joint_order(heads.shape[1], 1, 0, heads.device)
             relocate_until_settled(
                 bank.prototypes, heads, flat_mask, order, threshold=threshold, exponent=CodeUpdate().load_exponent
             )
             embedded = self.next_tokens(bank, embedded, mask)
+
+    def _require_sample(self, tokens: Tensor) -> None:
+        """Raise a ValueError unless ``(N, width)`` tokens can say which codes are of use."""
+        number, least = len(tokens), TOKENS_PER_CODE * self.num_codes
+        if number < least:
+            raise ValueError(
+                f"tokens must be at least {TOKENS_PER_CODE} per code, {least}, or codes in use would look dead; got "
+                f"{number}. Pass more, those of several batches for example."
+            )
+        if not bool(tokens.isfinite().all()):
+            raise ValueError("tokens must be finite; got NaN or infinity among the valid ones. Leave them out.")
+
+    def tokens_of(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All tokens that a bank encodes of those ``(*, width)`` that come to it first, and their mask."""
+        return embedded, mask
 
     def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, width)`` of the bank that follows: the same, where banks do not build on each other."""
@@ -109,9 +129,12 @@ class ProjectedQuantizer(Quantizer):
         start.num_codes = first.num_prototypes
         if recomputing() or any(bank.is_frozen for bank in banks):
             return
+        # Codes that have started are not moved by a call without gradients, whatever it shows them.
+        if not torch.is_grad_enabled() and (not start.is_collecting or start.has_started):
+            return
         if not start.is_collecting and start.is_due() and start.has_started:
             residual = residual_of(first, embedded, mask)
-            error = relative_error(residual, embedded, mask, joint=True, unbiased=True)
+            error = unbiased_error(residual, embedded, mask, joint=True)
             if error > start.limit:
                 start.begin_anew()
         if not start.is_collecting:
@@ -130,12 +153,14 @@ class ProjectedQuantizer(Quantizer):
                 self.start_codes(sample, final=final)
             if final:
                 sample = sample.to(embedded.device)
-                error = relative_error(residual_of(first, sample), sample, None, joint=False, unbiased=True)
+                error = unbiased_error(residual_of(first, sample), sample, None, joint=False)
                 start.started(error, len(sample))
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""
-        projected = tokens if self.input_projection is None else self.input_projection(tokens)
+        projected = tokens
+        if self.input_projection is not None:
+            projected = self.input_projection(tokens.to(self.input_projection.weight.dtype))
         scaled: Tensor = self.scale(projected, mask)
         return scaled
 

@@ -8,13 +8,13 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
-from ddcl_lightning.functional._common import masked_mean
+from ddcl_lightning.functional._common import masked_mean, require_finite
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.commitment import Commitment, check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
-from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
+from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, as_indices, check_indices
 from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, DISTORTION_TEMPERATURE, Temperature
@@ -192,6 +192,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         """
         with evaluating(self.scale):
             embedded = self._embed(self.layout.tokens(z, mask), mask)
+        require_finite(embedded, mask)
         return self._squeeze(self.bank.encode(embedded, mask))
 
     def decode(self, indices: Tensor) -> Tensor:
@@ -205,12 +206,15 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             ``(B, T, D)``, and ``(B, D, H, W)`` or more dimensions with the channels first); zero for padding.
 
         Raises:
-            ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
+            ValueError: If indices are no integers, the shape does not fit, or one is outside of [0, K) and not -1.
+            TypeError: If indices are no tensor.
         """
         heads, size = self.bank.num_heads, self.bank.num_prototypes
+        shape = "(N,), (B, T) or (B, H, W)" if heads == 1 else f"(..., num_heads = {heads})"
+        indices = as_indices(indices, shape)
         codes = indices.unsqueeze(-1) if heads == 1 else indices
         fits = codes.dim() >= 2 and codes.shape[-1] == heads
-        check_indices(indices, fits, size, "(N,), (B, T) or (B, H, W)" if heads == 1 else f"(..., num_heads = {heads})")
+        check_indices(indices, fits, size, shape)
         return self._restore(self.bank.vectors(codes), (codes >= 0).all(-1))
 
     @property

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from ddcl_lightning._utils.arguments import described
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_code_range
 from ddcl_lightning.nn.discovery import find_banks, prototypes_of
@@ -60,13 +62,29 @@ class QuantizerOutput(NamedTuple):
     terms: QuantizerTerms = QuantizerTerms()
 
 
-def check_indices(indices: Tensor, fits: bool, num_codes: int, shape: str) -> None:
-    """Raise a ValueError unless indices are integers of a fitting shape, in [0, ``num_codes``) or -1."""
-    if not fits or indices.is_floating_point():
+def as_indices(indices: Tensor, shape: str) -> Tensor:
+    """Indices of any integer type as int64.
+
+    Raises:
+        TypeError: If they are no tensor; ``shape`` says what they should be.
+        ValueError: If they are no integers.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"indices must be a tensor of integers; got {described(indices)}. Use torch.as_tensor(indices)."
+        )
+    if indices.dtype == torch.bool or indices.is_floating_point():
         raise ValueError(
             f"indices must be integers of shape {shape}; got {indices.dtype} of shape {tuple(indices.shape)}. Pass "
             "what encode returns."
         )
+    return indices.long()
+
+
+def check_indices(indices: Tensor, fits: bool, num_codes: int, shape: str) -> None:
+    """Raise a ValueError unless indices have a fitting shape, and are in [0, ``num_codes``) or -1."""
+    if not fits:
+        raise ValueError(f"indices must have shape {shape}; got {tuple(indices.shape)}. Pass what encode returns.")
     check_code_range("indices", indices, f"num_codes = {num_codes}", num_codes)
 
 

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
+from ddcl_lightning.functional._common import require_finite
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.commitment import Commitment, check_ratio
-from ddcl_lightning.nn.joint_moments import relative_error
+from ddcl_lightning.nn.joint_moments import relative_errors
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer, residual_of
 from ddcl_lightning.nn.quantizer import COMMITMENT_RATIO, DEFAULT_UPDATE
-from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, check_indices
+from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, as_indices, check_indices
 from ddcl_lightning.nn.scaling import ScaleMode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DISTORTION_TEMPERATURE, Temperature
@@ -111,7 +112,8 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             Sums of codes, in the shape of the input. Indices in the shape of the mask with a last dimension of
             ``L * H``, those of the first level first; -1 at padding, and at levels that were dropped. In the terms, a
             loss of zero, the decomposition of every codebook's tokens, ``(L * H,)`` each, and signals
-            ``level1_error`` and so on: the mean squared error with so many levels, as a share of the tokens' variance.
+            ``level1_error`` and so on: the mean squared error with so many levels, as a share of the tokens' variance
+            (in training of those of all processes).
 
         Raises:
             ValueError: If a shape does not fit.
@@ -122,8 +124,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             self._start(embedded, mask)
         used = self._draw_levels()
         residual, total = embedded.detach(), torch.zeros_like(embedded)
-        codes, anchors, terms = [], [], []
-        signals: dict[str, Tensor] = {}
+        codes, anchors, terms, residuals = [], [], [], []
         for level in range(self.num_levels):
             bank = self.bank(level)
             output = bank.quantize(residual, mask)
@@ -136,10 +137,13 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             terms.append(output.terms)
             if output.anchor is not None:
                 anchors.append(output.anchor)
-            signals[f"level{level + 1}_error"] = relative_error(residual, embedded, mask, joint=False)
+            residuals.append(residual)
+        # Evaluation of one process alone must not wait for the others.
+        errors = relative_errors(residuals, embedded, mask, joint=self.training)
+        signals = {f"level{level + 1}_error": share for level, share in enumerate(errors.shares)}
         anchor = torch.stack(anchors).sum() if anchors else None
         if self.commitment is not None:
-            quantized = self.commitment(total, embedded, anchor, mask)
+            quantized = self.commitment(total, embedded, anchor, mask, errors.spread)
         else:
             quantized = straight_through(total, embedded, anchor)
         loss = terms[0].loss.new_zeros(()) if anchor is None else anchor
@@ -160,6 +164,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         """
         with evaluating(self.scale):
             residual = self._embed(self.layout.tokens(z, mask), mask)
+        require_finite(residual, mask)
         codes = []
         for level in range(self.num_levels):
             codes.append(self.bank(level).encode(residual, mask))
@@ -178,12 +183,15 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             zero for padding.
 
         Raises:
-            ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
+            ValueError: If indices are no integers, the shape does not fit, or one is outside of [0, K) and not -1.
+            TypeError: If indices are no tensor.
         """
-        codes = indices.unsqueeze(-1) if self.num_codebooks == 1 else indices
         most, heads = self.num_codebooks, self.num_heads
+        shape = f"(..., {heads} to {most}), {heads} per level"
+        indices = as_indices(indices, shape)
+        codes = indices.unsqueeze(-1) if self.num_codebooks == 1 else indices
         fits = codes.dim() >= 2 and 1 <= codes.shape[-1] <= most and codes.shape[-1] % heads == 0
-        check_indices(indices, fits, self.num_codes, f"(..., {heads} to {most}), {heads} per level")
+        check_indices(indices, fits, self.num_codes, shape)
         total = torch.stack(
             [self.bank(level).vectors(of_level) for level, of_level in enumerate(torch.split(codes, heads, -1))]
         ).sum(0)
@@ -210,6 +218,15 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         for level in range(self.num_levels):
             self.bank(level).start(tokens, final=final)
             tokens = residual_of(self.bank(level), tokens)
+
+    def tokens_of(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens of a bank; of one that all levels share, those of every level, one after the other."""
+        if not self.shared_codebook:
+            return embedded, mask
+        levels = [embedded]
+        for _ in range(self.num_levels - 1):
+            levels.append(residual_of(bank, levels[-1], mask))
+        return torch.cat(levels), None if mask is None else torch.cat([mask] * self.num_levels)
 
     def next_tokens(self, bank: PrototypeBank, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """Residual of tokens ``(*, width)`` after the bank."""

@@ -12,7 +12,7 @@ from ddcl_lightning.functional import code_counts, nearest_prototype
 from ddcl_lightning.functional._common import check_mask, mark_padding, masked_mean, require_valid_token, zero_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules
 from ddcl_lightning.nn.initialization import initial_prototypes
-from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms, check_indices
+from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms, as_indices, check_indices
 
 CodebookInit = Literal["uniform", "kmeans"]
 START_TOKENS = 65_536  # tokens of the first batch, over all processes, that a k-means start uses
@@ -123,6 +123,7 @@ class VectorQuantizer(GuardedState, Quantizer):
         Raises:
             ValueError: If the shape does not fit, or an index is outside of [0, K) and not -1.
         """
+        indices = as_indices(indices, "(B, T)")
         check_indices(indices, indices.dim() == 2, self.num_codes, "(B, T)")
         return zero_padding(self.codebook[indices.clamp(min=0)], indices >= 0)
 

@@ -3,11 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ddcl_lightning import ResidualVectorQuantizer
 from ddcl_lightning.checkpoints.codebook_files import Codebooks, codebooks_of, load_codebooks, save_codebooks
 from tests.tiny_ids import CODEBOOK, IDS, ITEMS, GivenCodes
 
@@ -46,7 +48,9 @@ def test_quantizers_that_project_are_refused(tmp_path: Path) -> None:
         def decode(self, indices: Tensor) -> Tensor:
             return 2 * super().decode(indices)
 
-    with pytest.raises(ValueError, match=r"decodes to the sums of its codes; Projecting does .* by save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"encodes and decodes by its codes alone; Projecting does .* by save_pretrained"
+    ):
         save_codebooks(Projecting(CODEBOOK), tmp_path / "codes.safetensors")
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(codebooks_of(GivenCodes(CODEBOOK)).codebook, CODEBOOK)
@@ -71,3 +75,13 @@ def test_files_that_hold_no_codebook_are_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"pip install 'ddcl-lightning\[hub\]'"):
         load_codebooks(path)
+
+
+@pytest.mark.parametrize("scale", ["unit", "per_dimension", "total", "whiten"])
+def test_quantizers_that_scale_are_refused(scale: Any, tmp_path: Path) -> None:
+    quantizer = ResidualVectorQuantizer(8, 16, 3, embedding_scale=scale)
+    for _ in range(5):
+        quantizer(3 * torch.randn(500, 8) + 2)
+        quantizer.settle()
+    with pytest.raises(ValueError, match="encodes and decodes by its codes alone"):
+        save_codebooks(quantizer.eval(), tmp_path / "codes.safetensors")

@@ -102,3 +102,27 @@ def test_layers_without_a_counterpart_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="has not started its codes yet"):
         convert_quantizer(library.VectorQuantize(dim=DIM, codebook_size=CODES, kmeans_init=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_cosine_sim": True}, "use_cosine_sim=True at several levels"),
+        ({"implicit_neural_codebook": True}, "implicit_neural_codebook=True"),
+        ({"beam_size": 2}, "a beam search"),
+        ({"diveq": True}, "other indices or vectors than its codes in our quantizer to 100% of random tokens"),
+    ],
+)
+def test_layers_that_ours_cannot_repeat_are_refused(options: dict[str, Any], message: str) -> None:
+    layer = library.ResidualVQ(dim=DIM, codebook_size=8, num_quantizers=3, **options)
+    for _ in range(3):
+        layer(torch.randn(4, 50, DIM))
+    with pytest.raises(ValueError, match=message):
+        convert_quantizer(layer)
+
+
+def test_options_that_the_layer_decides_are_refused() -> None:
+    layer = library.VectorQuantize(dim=DIM, codebook_size=8)
+    layer(torch.randn(4, 50, DIM))
+    with pytest.raises(ValueError, match="options must not name what the layer decides; got num_codes"):
+        convert_quantizer(layer, num_codes=64)

@@ -87,6 +87,14 @@ def test_is_no_worse_than_ten_runs_of_kmeans_on_raw_data(x: Any, size: int) -> N
         assert model.cluster_centers_[k] == pytest.approx(exact[model.labels_ == k].mean(0), rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_result_of_kmeans_with_the_same_seed_is_never_better(seed: int) -> None:
+    """By construction, also where single runs of k-means differ: with 6 clusters of raw wines seed 0 was 5 % worse."""
+    x = load_wine().data
+    ours = DDCLClustering(6, random_state=seed).fit(x).inertia_
+    assert ours <= (1 + 1e-9) * KMeans(6, n_init=10, random_state=seed).fit(x).inertia_
+
+
 def test_as_many_clusters_as_distinct_samples_leave_no_error() -> None:
     model = DDCLClustering(20, random_state=0).fit(TWENTY)
     assert model.inertia_ == 0

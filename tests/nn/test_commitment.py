@@ -137,7 +137,8 @@ def of_a_share(rank: int, number: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     commitment = Commitment(1.0)
     z, codes, g = (value.chunk(number)[rank] for value in example())
-    added = pulled(commitment, z, codes, g)
+    # The mean over processes of gradients of losses of their own is that of the joint loss.
+    added = pulled(commitment, z, codes, number * g) / number
     commitment.settle()
     return added, commitment.weight
 

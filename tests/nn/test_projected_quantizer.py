@@ -134,3 +134,81 @@ def test_training_compiles_with_breaks_and_moves_codes_alike() -> None:
             optimizer.step()
         results.append(quantizer.codebook.clone())
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_calls_without_gradients_never_start_codes_anew(residual: bool) -> None:
+    """After each number of steps at which the codes are looked at, on tokens of another place."""
+    torch.manual_seed(0)
+    quantizer = ResidualVectorQuantizer(8, 16, 3) if residual else SoftVectorQuantizer(8, 16)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+    for _ in range(17):
+        output = quantizer(torch.randn(64, 8, requires_grad=True))
+        (output.quantized.square().mean() + output.terms.loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = quantizer.codebook.clone()
+        for context in (torch.no_grad(), torch.inference_mode()):
+            with context:
+                quantizer(torch.randn(64, 8) + 3)
+        assert torch.equal(quantizer.codebook, before)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_codes_that_project_take_tokens_of_any_float_dtype(residual: bool) -> None:
+    quantizer = ResidualVectorQuantizer(8, 16, 3, code_dim=4) if residual else SoftVectorQuantizer(8, 16, code_dim=4)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        assert quantizer(torch.randn(4, 8, dtype=dtype)).quantized.dtype == dtype
+
+
+def test_calls_of_several_dtypes_count_between_two_steps() -> None:
+    quantizer = SoftVectorQuantizer(8, 16)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float64):
+        quantizer(torch.randn(100, 8, dtype=dtype))
+    before = quantizer.codebook.clone()
+    quantizer.settle()
+    assert not torch.equal(quantizer.codebook, before)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_values_that_are_no_numbers_are_not_encoded(residual: bool) -> None:
+    quantizer = ResidualVectorQuantizer(8, 16, 3) if residual else SoftVectorQuantizer(8, 16)
+    with pytest.raises(ValueError, match="tokens must be finite; got NaN or infinity"):
+        quantizer.encode(torch.full((3, 8), torch.nan))
+    dirty = torch.randn(3, 8)
+    dirty[1] = torch.nan
+    codes = quantizer.encode(dirty, torch.tensor([True, False, True]))
+    assert bool((codes[1] == -1).all())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_integers_of_any_type_decode(residual: bool) -> None:
+    quantizer = ResidualVectorQuantizer(8, 16, 3) if residual else SoftVectorQuantizer(8, 16)
+    codes = quantizer.encode(torch.randn(5, 8))
+    for dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
+        assert torch.equal(quantizer.decode(codes.to(dtype)), quantizer.decode(codes))
+    with pytest.raises(TypeError, match=r"indices must be a tensor of integers; got a list of 1"):
+        quantizer.decode([0])
+    with pytest.raises(ValueError, match=r"indices must be integers of shape .*got torch.bool"):
+        quantizer.decode(codes > 0)
+
+
+def test_a_sample_too_small_to_judge_codes_by_revives_none() -> None:
+    quantizer = SoftVectorQuantizer(8, 16)
+    with pytest.raises(ValueError, match=r"tokens must be at least 4 per code, 64, .* got 63"):
+        quantizer.revive(torch.randn(63, 8))
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        quantizer.revive(torch.full((100, 8), torch.nan))
+
+
+def test_shared_codes_that_later_levels_use_are_not_revived() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(40, 8)[torch.randint(40, (4000,))] * 4 + 0.2 * torch.randn(4000, 8)
+    quantizer = ResidualVectorQuantizer(8, 32, 3, shared_codebook=True)
+    for _ in range(30):
+        quantizer(tokens)
+        quantizer.settle()
+    quantizer.eval()
+    error = (quantizer(tokens).quantized - tokens).square().sum()
+    quantizer.revive(tokens)
+    assert (quantizer(tokens).quantized - tokens).square().sum() < 1.02 * error

@@ -142,7 +142,7 @@ def test_arguments_out_of_range_are_refused(kwargs: dict[str, object], message: 
 
 def test_indices_that_do_not_fit_are_refused() -> None:
     rvq = ResidualVectorQuantizer(D, K, L)
-    with pytest.raises(ValueError, match=r"indices must be integers of shape \(..., 1 to 3\)"):
+    with pytest.raises(ValueError, match=r"indices must have shape \(..., 1 to 3\)"):
         rvq.decode(torch.zeros(5, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must be in \[0, num_codes = 8\)"):
         rvq.decode(torch.full((5, 3), 8))
