@@ -42,11 +42,11 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
     :class:`~ddcl_lightning.TokenNormalized` at rate 1.
 
     By default the last step is T -> 0: prototypes become the means of the samples nearest to them, those of little use
-    are moved to where the error is, and the restart with the smallest inertia wins. The result of
-    ``KMeans(n_init=10)`` with the same ``random_state`` is one of the starts of this phase, so that with ``init="kmeans"``
-    the inertia is never larger than its, but for rounding, at many times the cost; tables are in
-    ``docs/measurements.md`` ("The estimator"). With a number for ``end`` the prototypes stay soft: they are the fixed point at that temperature, whose inertia may be far higher where one
-    direction of the data, or a few outliers, hold nearly all the variance.
+    are moved to where the error is, and the restart with the smallest inertia wins. What ``KMeans(n_init=10)`` finds
+    with the same ``random_state`` is one of the starts of this phase, so with ``init="kmeans"`` the inertia is never
+    larger than its, but for rounding, at many times the cost; tables are in ``docs/measurements.md`` ("The estimator").
+    With a number for ``end`` the prototypes stay soft: they are the fixed point at that temperature, whose inertia may
+    be far higher where one direction of the data, or a few outliers, hold nearly all the variance.
 
     Distances are Euclidean and unweighted, as for k-means: put a scaler, or ``PCA(whiten=True)``, before it.
 
