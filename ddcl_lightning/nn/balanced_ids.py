@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ddcl_lightning._utils.arguments import require_at_least
+from ddcl_lightning._utils.arguments import conform, described, require_at_least
 from ddcl_lightning.functional import assign_balanced, group_tuples
 
 
@@ -48,9 +48,17 @@ def encode_balanced(quantizer: LevelQuantizer, vectors: Tensor, capacity: int = 
         ``(N, L)`` int64, on the device of the vectors.
 
     Raises:
-        ValueError: If the shape does not fit or the capacity is below 1.
+        ValueError: If the shape does not fit, the capacity is below 1 or the quantizer has one level.
+        TypeError: If vectors are no tensor.
     """
-    require_at_least(1, capacity=capacity)
+    require_at_least(1, capacity=conform("capacity", capacity, int))
+    if not isinstance(vectors, Tensor):
+        raise TypeError(f"vectors must be a tensor (N, D); got {described(vectors)}. Use torch.as_tensor(vectors).")
+    if getattr(quantizer, "num_codebooks", 1) < 2:
+        raise ValueError(
+            "quantizer must have at least two levels, the last of which tells items apart; got "
+            f"{type(quantizer).__name__} with one codebook. Use a ResidualVectorQuantizer."
+        )
     if vectors.dim() != 2:
         raise ValueError(
             f"vectors must have shape (N, D), a row for each of all items; got {tuple(vectors.shape)}. Flatten them."

@@ -82,6 +82,8 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         require_at_least(1, dim=dim, num_codes=num_codes, **sizes)
         if not 0 <= level_dropout < 1:
             raise ValueError(f"level_dropout must be a probability in [0, 1); got {level_dropout}.")
+        if level_dropout and num_levels == 1:
+            raise ValueError(f"level_dropout must be 0 with one level, which is never left out; got {level_dropout}.")
         check_ratio(commitment_ratio)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ddcl_lightning import SoftVectorQuantizer
 from ddcl_lightning.functional import assign_balanced, group_tuples
 from ddcl_lightning.nn.balanced_ids import encode_balanced
 from tests.tiny_ids import CODEBOOK, IDS, ITEMS, GivenCodes
@@ -43,3 +44,9 @@ def test_balancing_refuses_vectors_of_other_shapes() -> None:
         encode_balanced(GivenCodes(CODEBOOK), ITEMS.view(2, 3, 2))
     with pytest.raises(ValueError, match="capacity must be at least 1; got 0"):
         encode_balanced(GivenCodes(CODEBOOK), ITEMS, capacity=0)
+    with pytest.raises(ValueError, match=r"capacity must be an integer.*; got 1.5"):
+        encode_balanced(GivenCodes(CODEBOOK), ITEMS, capacity=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="vectors must be a tensor"):
+        encode_balanced(GivenCodes(CODEBOOK), ITEMS.numpy())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"quantizer must have at least two levels.* got SoftVectorQuantizer"):
+        encode_balanced(SoftVectorQuantizer(2, 4), ITEMS)  # type: ignore[arg-type]

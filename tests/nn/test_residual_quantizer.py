@@ -168,3 +168,8 @@ def _moved_beside_garbage(rank: int) -> Tensor:
 def test_processes_move_the_levels_in_one_order(tmp_path: Path) -> None:
     first, second = results_of_processes(tmp_path, _moved_beside_garbage)
     assert torch.equal(first, second)
+
+
+def test_one_level_is_never_left_out() -> None:
+    with pytest.raises(ValueError, match=r"level_dropout must be 0 with one level.* got 0.5"):
+        ResidualVectorQuantizer(D, K, 1, level_dropout=0.5)
