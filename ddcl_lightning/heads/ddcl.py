@@ -63,8 +63,9 @@ class DDCLReadout(Head):
         max_parameters: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the
             largest dimension within it is found by ``build``. Such a head always projects.
         token_weights: Weights of the tokens in the means: ``"uniform"``, or read from their assignments by a learned
-            score of every prototype, ``"salience"`` or ``"mass"`` (:class:`~ddcl_lightning.nn.token_weights.TokenWeights`):
-            one weight per token, which says how much the token counts. They learn from a task's loss alone. Not with
+            score of every prototype, ``"salience"`` or ``"mass"``
+            (:class:`~ddcl_lightning.nn.token_weights.TokenWeights`): one weight per token, which says how much the
+            token counts. They learn from a task's loss alone. Not with
             slots, or one token per sample.
 
     Raises:
