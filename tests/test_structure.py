@@ -36,6 +36,7 @@ TESTS_OF_SEVERAL_MODULES = {
     "cli/test_cli_configs.py": "what commands write and read again",
     "cli/test_cli_refusals.py": "commands that are refused",
     "explain/test_cli_explain.py": "the command `ddcl explain`",
+    "heads/test_contributions.py": "what tokens and prototypes add to logits, for every head",
     "heads/test_ddcl_tokens.py": "a readout of pooled tokens",
     "heads/test_token_order.py": "heads under permuted tokens",
     "nn/test_frozen.py": "frozen prototypes in modules, optimizers and callbacks",

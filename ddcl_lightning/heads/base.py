@@ -33,6 +33,8 @@ class ReadoutOutput:
         signals: Scalars to be logged while training, by name.
         inputs: The backbone's tokens that the head has read, ``(B, T, embed_dim)``; the module fills it.
         mask: Their mask ``(B, T)``, True for valid tokens, or None where all are; likewise.
+        token_weights: Weight of each token in the summary of its sample, ``(B, T)``, which sum to 1; None while
+            training where nothing needs them, and for a head without.
     """
 
     tokens: Tensor
@@ -44,6 +46,7 @@ class ReadoutOutput:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Tensor | None = None
     mask: Tensor | None = None
+    token_weights: Tensor | None = None
 
     def quantization_loss(self) -> Tensor:
         """``L_q`` summed over levels (eq. 17) and heads, a scalar; without the regularization.
@@ -124,6 +127,25 @@ class Head(nn.Module, ABC):
         Whatever is in neither list belongs to the task and steps at ``lr_task``.
         """
         return []
+
+    def contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Exact terms of a linear classifier's logits: what each token adds through each prototype.
+
+        Args:
+            tokens: ``(B, T, embed_dim)``.
+            mask: ``(B, T)`` boolean, True for valid tokens.
+            classifier: Reads ``pooled``.
+
+        Returns:
+            ``(B, T, H, K, C)``, whose sum over tokens, heads and prototypes is the logits less the bias.
+
+        Raises:
+            ValueError: If a shape does not fit, or ``pooled`` is no sum of such terms.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no exact contributions: its summary is not a sum over tokens and prototypes. "
+            "DDCLReadout has them, and so have the plain means."
+        )
 
     def num_parameters(self) -> int:
         """Numbers that the head learns or could learn: all its parameters, frozen ones included, and no buffers."""
@@ -224,6 +246,17 @@ def check_rebuild(head: Head, embed_dim: int) -> bool:
             "Leave the head's embed_dim out."
         )
     return head.input_dim is not None
+
+
+def check_classifier(head: Head, classifier: nn.Linear) -> None:
+    """Raise a ValueError unless a classifier is linear and reads what the head has pooled."""
+    if not isinstance(classifier, nn.Linear):
+        raise ValueError(f"classifier must be an nn.Linear, or its logits are no sum; got {type(classifier).__name__}.")
+    if head.input_dim is not None and classifier.in_features != head.pooled_dim:
+        raise ValueError(
+            f"classifier must read pooled_dim = {head.pooled_dim} numbers; got in_features = {classifier.in_features}. "
+            "Pass the one that was trained with this head (Classification.classifier)."
+        )
 
 
 def check_tokens(head: Head, tokens: Tensor, mask: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """The DDCL-Attention readout."""
 
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -7,15 +8,24 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional import repulsion_energy
-from ddcl_lightning.functional._common import masked_mean, zero_padding
-from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.heads.base import (
+    Head,
+    ReadoutOutput,
+    check_classifier,
+    check_rebuild,
+    check_tokens,
+    fill_padding,
+)
+from ddcl_lightning.heads.ddcl_pooling import SUMMARIES, Reading, contributions
 from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.heads.width import check_width, widest
 from ddcl_lightning.nn.attention import DDCLAttention
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
+from ddcl_lightning.nn.token_weights import TokenWeighting, TokenWeights, uniform_weights
 
-Pooling = Literal["centroid", "histogram", "both", "slots", "token_slots"]
+Pooling = Literal["centroid", "histogram", "both", "slots", "tokens", "tokens_histogram"]
 TokenChoice = Literal["all", "first", "mean"]
 
 
@@ -31,13 +41,13 @@ class DDCLReadout(Head):
         prototype_dim: Dimension of one head's prototypes; by default the backbone's ``embed_dim // num_heads``.
         temperature: Initial softness of the assignments, a number as a fraction of the critical temperature of the
             tokens, see :class:`~ddcl_lightning.Temperature`. A ``TemperatureAnnealing`` callback replaces it.
-        pooling: ``"centroid"``: mean of the soft centroids (what the tokens look like);
+        pooling: What is kept of a sample; means are over its tokens, weighted by ``token_weights``.
+            ``"centroid"``: mean of the soft centroids (what the tokens look like);
             ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated;
+            ``"tokens"``: mean of the tokens themselves; ``"tokens_histogram"``: that and the mean assignment;
             ``"slots"``: for every prototype the mean of the tokens that it is responsible for
-            (:func:`~ddcl_lightning.functional.prototype_slots`, ``H * K * d`` numbers), as projected;
-            ``"token_slots"``: the same of the backbone's tokens (``H * K * D`` numbers, so few prototypes). The
-            last two are the strongest for classification, at T near its critical value, see docs/measurements.md; not
-            with ``residual``. All but the first store the assignments while training.
+            (:func:`~ddcl_lightning.functional.prototype_slots`, ``H * K * d`` numbers), as projected. All but the first
+            store the assignments while training. See docs/measurements.md for which is good at what.
         residual: Add the tokens themselves to their mixtures (eq. 5).
         embedding_scale: ``"none"``, ``"unit"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
             :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a
@@ -52,6 +62,11 @@ class DDCLReadout(Head):
             the bank sees one token per sample: its losses, its k-means start and the assignments are those of samples.
         max_parameters: Parameters that the head may have, classifier not included, instead of ``prototype_dim``: the
             largest dimension within it is found by ``build``. Such a head always projects.
+        token_weights: Weights of the tokens in the means: ``"uniform"``, or read from their assignments by a learned
+            score of every prototype, ``"salience"`` or ``"mass"``
+            (:class:`~ddcl_lightning.nn.token_weights.TokenWeights`): one weight per token, which says how much the
+            token counts. They learn from a task's loss alone. Not with
+            slots, or one token per sample.
 
     Raises:
         ValueError: If an argument is out of its range, or ``prototype_dim`` and ``max_parameters`` are both given; in
@@ -59,6 +74,7 @@ class DDCLReadout(Head):
     """
 
     attention: DDCLAttention
+    weighting: TokenWeights | None
 
     @typed
     def __init__(
@@ -75,6 +91,7 @@ class DDCLReadout(Head):
         embed_dim: int | None = None,
         tokens: TokenChoice = "all",
         max_parameters: int | None = None,
+        token_weights: TokenWeighting = "uniform",
     ) -> None:
         super().__init__()
         require_at_least(1, num_prototypes=num_prototypes, num_heads=num_heads)
@@ -84,10 +101,13 @@ class DDCLReadout(Head):
             raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}.")
-        if pooling in ("slots", "token_slots") and residual:
-            raise ValueError(
-                f"residual must be False with pooling={pooling!r}, which reads tokens and not their mixtures."
-            )
+        if token_weights not in get_args(TokenWeighting):
+            raise ValueError(f"token_weights must be one of {get_args(TokenWeighting)}; got {token_weights!r}.")
+        if pooling not in ("centroid", "both") and residual:
+            raise ValueError(f"residual must be False with pooling={pooling!r}, which does not read the mixtures.")
+        if token_weights != "uniform" and (pooling == "slots" or tokens != "all"):
+            reason = "slots, which weigh tokens themselves" if pooling == "slots" else f"tokens={tokens!r}"
+            raise ValueError(f"token_weights must be 'uniform' with {reason}; got {token_weights!r}.")
         if repulsion < 0:
             raise ValueError(f"repulsion must be >= 0; got {repulsion}.")
         if repulsion > 0 and num_prototypes < 2:
@@ -99,7 +119,7 @@ class DDCLReadout(Head):
             detach_assignments,
             repulsion,
         )
-        self.tokens, self.max_parameters = tokens, max_parameters
+        self.tokens, self.max_parameters, self.token_weights = tokens, max_parameters, token_weights
         if embed_dim is not None:
             self.build(embed_dim)
 
@@ -122,20 +142,17 @@ class DDCLReadout(Head):
             detach_assignments=self.detach_assignments,
             measure_variance=self.repulsion > 0,
         )
-        centroid, histogram = self.attention.output_dim, self.num_heads * self.num_prototypes
-        self.pooled_dim = {
-            "centroid": centroid,
-            "histogram": histogram,
-            "both": centroid + histogram,
-            "slots": self.attention.bank.prototypes.numel(),
-            "token_slots": histogram * embed_dim,
-        }[self.pooling]
+        self.weighting = None
+        if self.token_weights != "uniform":
+            self.weighting = TokenWeights(self.num_heads, self.num_prototypes, self.token_weights)
+        self.pooled_dim = sum(summary.width(self.attention) for summary in SUMMARIES[self.pooling])
         super().build(embed_dim)
 
     def _widest(self, embed_dim: int, max_parameters: int) -> int:
         """The prototypes' largest dimension d: the parameters are the projection, the prototypes and ``W_o``."""
         per_dim = self.num_heads * (embed_dim + self.num_prototypes + (embed_dim if self.residual else 0))
-        dim = widest(lambda width: per_dim * width, max_parameters)
+        scores = self.num_heads * self.num_prototypes if self.token_weights != "uniform" else 0
+        dim = widest(lambda width: per_dim * width + scores, max_parameters)
         # One head in the tokens' own space has no projection, and would leave most of max_parameters unused.
         return dim - 1 if self.num_heads == 1 and dim == embed_dim > 1 else dim
 
@@ -180,32 +197,94 @@ class DDCLReadout(Head):
 
         With ``tokens`` other than ``"all"`` the readout's tokens are ``(B, 1, *)``.
         """
-        check_tokens(self, tokens, mask)
-        if self.tokens != "all":
-            tokens, mask = fill_padding(tokens, mask)
-            tokens, mask = (first_token if self.tokens == "first" else mean_token)(tokens, mask).unsqueeze(1), None
-        need_weights = not self.training or self.pooling in ("histogram", "both")
-        output = self.attention(tokens, mask, need_weights)
-        assignments = None
-        if output.weights is not None:
-            assignments = masked_mean(output.weights, mask, dim=-2)
-        if self.pooling in ("slots", "token_slots"):
-            values = zero_padding(tokens, mask) if self.pooling == "token_slots" else None
-            pooled = self.attention.bank.slots(output.embedded, mask, values).flatten(1)
+        tokens, mask = self._read(tokens, mask)
+        output = self.attention(tokens, mask)
+        # The mean centroid alone needs no assignments, and training stores none for it.
+        plain = self.pooling == "centroid" and self.weighting is None
+        reading = None if plain and self.training else self._reading(tokens, mask, output.embedded)
+        if plain or reading is None:
+            pooled = mean_token(output.tokens, mask)
         else:
-            pooled = self._pool(output.tokens, assignments, mask)
+            pooled = torch.cat([summary.pool(reading) for summary in SUMMARIES[self.pooling]], -1).to(tokens.dtype)
         regularization = None
         if self.repulsion > 0:
             bank = self.attention.bank
             scale = bank.temperature_state.variance.sqrt()  # 0 before the first tokens, and no repulsion then
             regularization = self.repulsion * repulsion_energy(bank.prototypes, scale).sum()
-        return ReadoutOutput(output.tokens, pooled, [output.terms], assignments, regularization)
+        return ReadoutOutput(
+            output.tokens,
+            pooled,
+            [output.terms],
+            None if reading is None or self.training else reading.histogram,
+            regularization,
+            token_weights=None if reading is None else reading.weights,
+        )
 
-    def _pool(self, tokens: Tensor, assignments: Tensor | None, mask: Tensor | None) -> Tensor:
-        pooled = []
-        if self.pooling != "histogram":
-            pooled.append(mean_token(tokens, mask))
-        if self.pooling != "centroid":
-            assert assignments is not None
-            pooled.append(assignments.flatten(1).to(tokens.dtype))
-        return torch.cat(pooled, -1)
+    def contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Exact terms of a linear classifier's logits: what each token adds through each prototype.
+
+        A term that belongs to a token as such, not to one of its prototypes (``"tokens"``, ``"tokens_histogram"`` and
+        ``residual``), is divided among them as the token is assigned. With ``tokens`` other than ``"all"`` there is one
+        token per sample, the one that is read.
+
+        Args:
+            tokens: ``(B, T, embed_dim)``.
+            mask: ``(B, T)`` boolean, True for valid tokens.
+            classifier: Reads ``pooled``.
+
+        Returns:
+            ``(B, T, H, K, C)``, whose sum over tokens, heads and prototypes is the logits less the bias.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        check_classifier(self, classifier)
+        tokens, mask = self._read(tokens, mask)
+        return contributions(self._reading(tokens, mask), SUMMARIES[self.pooling], classifier)
+
+    @torch.no_grad()
+    def logits_without(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Logits with one prototype taken out of the bank, whose tokens go to the others of its head.
+
+        Args:
+            tokens: ``(B, T, embed_dim)``.
+            mask: ``(B, T)`` boolean, True for valid tokens.
+            classifier: Reads ``pooled``.
+
+        Returns:
+            ``(B, H, K, C)``; NaN for the only prototype of a head.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        check_classifier(self, classifier)
+        tokens, mask = self._read(tokens, mask)
+        reading = self._reading(tokens, mask)
+        logits = []
+        for head, number in product(range(self.num_heads), range(self.num_prototypes)):
+            left = reading.without(head, number, self._weights)
+            pooled = torch.cat([summary.pool(left) for summary in SUMMARIES[self.pooling]], -1)
+            logits.append(classifier(pooled.to(classifier.weight.dtype)))
+        return torch.unflatten(torch.stack(logits, 1), 1, (self.num_heads, self.num_prototypes))
+
+    def _read(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The tokens that are read, zero at padding, and their mask."""
+        check_tokens(self, tokens, mask)
+        if self.tokens == "all":
+            return zero_padding(tokens, mask), mask
+        tokens, mask = fill_padding(tokens, mask)
+        return (first_token if self.tokens == "first" else mean_token)(tokens, mask).unsqueeze(1), None
+
+    def _reading(self, tokens: Tensor, mask: Tensor | None, embedded: Tensor | None = None) -> Reading:
+        """The tokens as they are assigned, and their weights."""
+        if embedded is None:
+            embedded = self.attention.embed(tokens, mask)
+        log_assignments = self.attention.bank.log_assignments(embedded)
+        return Reading(self.attention, tokens, embedded, mask, log_assignments, self._weights(log_assignments, mask))
+
+    def _weights(self, log_assignments: Tensor, mask: Tensor | None) -> Tensor:
+        """Weight of each token in its sample, ``(B, T)``."""
+        if self.weighting is None:
+            return uniform_weights(log_assignments[:, 0], mask)
+        weights: Tensor = self.weighting(log_assignments, mask)
+        return weights

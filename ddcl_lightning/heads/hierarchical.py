@@ -1,26 +1,27 @@
 """Prototypes of prototypes: a stack of banks, each of which reads what the one below makes of its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
-from ddcl_lightning._utils.old_names import renamed_value
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import masked_mean
-from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens
+from ddcl_lightning.heads.base import Head, ReadoutOutput, check_classifier, check_rebuild, check_tokens
+from ddcl_lightning.heads.ddcl_pooling import Centroid, Reading
+from ddcl_lightning.heads.levels import IDF_READS, LevelTokens, check_reads, check_value, per_level
 from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.heads.width import check_width, widest
 from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
 from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
+from ddcl_lightning.nn.token_weights import uniform_weights
 
-LevelTokens = Literal["all", "first", "mean", "idf_mean", "idf_inputs", "joined"]
 LevelPooling = Literal["last", "all"]
-IDF_READS = ("idf_mean", "idf_inputs")
 
 
 class HierarchicalReadout(Head):
@@ -104,18 +105,21 @@ class HierarchicalReadout(Head):
         self.tokens, self.embedding_scale = tokens, embedding_scale
         self.end_to_end, self.pooling, self.detach_assignments = end_to_end, pooling, detach_assignments
         self.num_tokens, self.max_parameters = num_tokens, max_parameters
-        self._heads: list[int] = self._each("num_heads", num_heads)
-        self._dims: list[int | None] = self._each("prototype_dim", prototype_dim)
-        self._scales: list[ScaleMode | Literal["auto"]] = self._each("embedding_scale", embedding_scale)
-        self._temperatures = [Temperature.of(value) for value in self._each("temperature", temperature)]
+        each = partial(per_level, num_prototypes)
+        self._heads: list[int] = each("num_heads", num_heads)
+        self._dims: list[int | None] = each("prototype_dim", prototype_dim)
+        self._scales: list[ScaleMode | Literal["auto"]] = each("embedding_scale", embedding_scale)
+        self._temperatures = [Temperature.of(value) for value in each("temperature", temperature)]
         for heads, size in zip(self._heads, num_prototypes, strict=True):
             require_at_least(1, num_heads=heads, num_prototypes=size)
         last: LevelTokens = "mean" if self.num_levels > 1 else "all"
         default: list[LevelTokens] = ["all" for _ in self.num_prototypes[1:]]
         default.append(last)
-        self._reads: list[LevelTokens] = default if tokens is None else self._each("tokens", tokens)
+        self._reads: list[LevelTokens] = default if tokens is None else each("tokens", tokens)
         check_width("prototype_dim", next(filter(None, self._dims), None), max_parameters)
-        self._check_choices()
+        check_value("embedding_scale", self._scales, ("auto", *get_args(ScaleMode)))
+        check_value("pooling", [pooling], get_args(LevelPooling))
+        check_reads(self._reads, num_tokens)
         if embed_dim is not None:
             self.build(embed_dim)
 
@@ -123,48 +127,6 @@ class HierarchicalReadout(Head):
     def num_levels(self) -> int:
         """L."""
         return len(self.num_prototypes)
-
-    def _each(self, name: str, value: Any) -> list[Any]:
-        """One value per level."""
-        if not isinstance(value, (list, tuple)):
-            return [value] * self.num_levels
-        if len(value) != self.num_levels:
-            raise ValueError(
-                f"{name} must be one value for all levels or a list with one per level, {self.num_levels} as in "
-                f"num_prototypes = {list(self.num_prototypes)}; got {list(value)}."
-            )
-        return list(value)
-
-    def _check_choices(self) -> None:
-        for name, values, allowed in (
-            ("tokens", self._reads, get_args(LevelTokens)),
-            ("embedding_scale", self._scales, ("auto", *get_args(ScaleMode))),
-            ("pooling", [self.pooling], get_args(LevelPooling)),
-        ):
-            for value in values:
-                if value not in allowed:
-                    raise ValueError(
-                        f"{name} must be one of {allowed}; got {value!r}.{renamed_value(str(value), str(allowed))}"
-                    )
-        if self._reads[0] in IDF_READS:
-            raise ValueError(
-                f"tokens of the first level must not be {self._reads[0]!r}, which weighs tokens by the prototypes of "
-                "the level below. Use 'all' there."
-            )
-        if ("joined" in self._reads) != (self.num_tokens is not None):
-            raise ValueError(
-                f"num_tokens belongs to tokens 'joined', which needs it; got num_tokens = {self.num_tokens} with "
-                f"tokens {self._reads}."
-            )
-        if self.num_tokens is not None and self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, the tokens of a sample; got {self.num_tokens}.")
-        single = next((level for level, reads in enumerate(self._reads) if reads != "all"), self.num_levels)
-        for reads in self._reads[single + 1 :]:
-            if reads in ("joined", *IDF_READS):
-                raise ValueError(
-                    f"tokens must not be {reads!r} above a level that reads one vector per sample; got {self._reads}. "
-                    "Use 'all' there."
-                )
 
     def build(self, embed_dim: int) -> None:
         """Create the levels for tokens of dimension ``embed_dim``."""
@@ -265,9 +227,64 @@ class HierarchicalReadout(Head):
 
         The readout's tokens are those of the last level, ``(B, 1, *)`` where it reads one vector per sample.
         """
-        check_tokens(self, tokens, mask)
         terms: list[Decomposition] = []
         pooled: list[Tensor] = []
+        assignments = None
+        for level, _, valid, output in self._outputs(tokens, mask):
+            tokens = output.tokens
+            terms.append(output.terms)
+            last = level == self.num_levels - 1
+            if last or self.pooling == "all":
+                pooled.append(mean_token(tokens, valid))
+            if last and not self.training and output.weights is not None:
+                assignments = masked_mean(output.weights, valid, dim=-2)
+        return ReadoutOutput(tokens, torch.cat(pooled, -1), terms, assignments)
+
+    def contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Exact terms of a linear classifier's logits: what each token of the last level adds through each prototype.
+
+        A level that reads one vector per sample has one token. What the levels below add to that vector is no sum, for
+        the assignments of the last level are not linear in it.
+
+        Args:
+            tokens: ``(B, T, embed_dim)``.
+            mask: ``(B, T)`` boolean, True for valid tokens.
+            classifier: Reads ``pooled``.
+
+        Returns:
+            ``(B, T, H, K, C)`` of the last level, whose sum over tokens, heads and prototypes is the logits less the
+            bias.
+
+        Raises:
+            ValueError: If a shape does not fit; with ``pooling="all"``, for which :meth:`level_contributions` returns
+                those of every level.
+        """
+        if self.pooling == "all" and self.num_levels > 1:
+            raise ValueError(
+                "pooling='all' reads several levels, each with tokens and prototypes of its own. Call "
+                "level_contributions, which returns one tensor per level."
+            )
+        return self.level_contributions(tokens, mask, classifier)[-1]
+
+    def level_contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> list[Tensor]:
+        """Terms of :meth:`contributions` of every level that ``pooled`` holds, from the first to the last."""
+        check_classifier(self, classifier)
+        levels = list(self._outputs(tokens, mask))[0 if self.pooling == "all" else -1 :]
+        widths = [self._layer(level).output_dim for level, *_ in levels]
+        matrices = torch.split(classifier.weight, widths, dim=1)
+        terms = []
+        for (level, inputs, valid, output), matrix in zip(levels, matrices, strict=True):
+            logarithms = self._layer(level).bank.log_assignments(output.embedded)
+            weights = uniform_weights(logarithms[:, 0], valid)
+            reading = Reading(self._layer(level), inputs, output.embedded, valid, logarithms, weights)
+            terms.append(Centroid().contributions(reading, matrix.to(weights.dtype)))
+        return terms
+
+    def _outputs(
+        self, tokens: Tensor, mask: Tensor | None
+    ) -> Iterator[tuple[int, Tensor, Tensor | None, DDCLAttentionOutput]]:
+        """Number of each level, what it reads, the mask of that, and what it returns."""
+        check_tokens(self, tokens, mask)
         below: DDCLAttentionOutput | None = None
         inputs = tokens
         for level in self._range():
@@ -275,20 +292,11 @@ class HierarchicalReadout(Head):
                 tokens = inputs
             if level > 0 and not self.end_to_end:
                 tokens = tokens.detach()
-            tokens, mask = self._read(level, tokens, mask, below)
-            inputs = tokens
+            inputs, mask = self._read(level, tokens, mask, below)
             last = level == self.num_levels - 1
-            need_weights = (last and not self.training) or str(level) in self.idf
-            below = self._layer(level)(tokens, mask, need_weights)
+            below = self._layer(level)(inputs, mask, (last and not self.training) or str(level) in self.idf)
+            yield level, inputs, mask, below
             tokens = below.tokens
-            terms.append(below.terms)
-            if last or self.pooling == "all":
-                pooled.append(mean_token(tokens, mask))
-        assert below is not None
-        assignments = None
-        if not self.training and below.weights is not None:
-            assignments = masked_mean(below.weights, mask, dim=-2)
-        return ReadoutOutput(tokens, torch.cat(pooled, -1), terms, assignments)
 
     def _read(
         self, level: int, tokens: Tensor, mask: Tensor | None, below: DDCLAttentionOutput | None

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional._common import masked_mean
-from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.heads.base import (
+    Head,
+    ReadoutOutput,
+    check_classifier,
+    check_rebuild,
+    check_tokens,
+    fill_padding,
+)
 from ddcl_lightning.heads.contracts import check_created
 from ddcl_lightning.heads.width import check_width, count_parameters, widest
 
@@ -79,6 +86,26 @@ class PoolingHead(Head):
         tokens, mask = fill_padding(tokens, mask)
         return ReadoutOutput(tokens, self.pool(tokens, mask))
 
+    def contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Terms ``(B, T, H, 1, C)`` of a head whose summary is H weighted means, see :class:`~ddcl_lightning.Head`.
+
+        Raises:
+            ValueError: If a shape does not fit, or the summary is none.
+        """
+        check_classifier(self, classifier)
+        check_tokens(self, tokens, mask)
+        tokens, mask = fill_padding(tokens, mask)
+        weights = self.weights(tokens, mask)
+        if weights is None:
+            return super().contributions(tokens, mask, classifier)
+        matrix = torch.unflatten(classifier.weight.to(weights.dtype), -1, (weights.shape[1], -1))
+        scores = torch.einsum("btd,chd->bthc", tokens.to(weights.dtype), matrix)
+        return (weights.mT.unsqueeze(-1) * scores).unsqueeze(-2)
+
+    def weights(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Weights ``(B, H, T)`` of a head whose summary is H weighted means of the tokens; None for others."""
+        return None
+
 
 def first_token(tokens: Tensor, mask: Tensor | None) -> Tensor:
     """The first valid token of each sample, ``(B, D)``, on whichever side the padding is."""
@@ -128,6 +155,14 @@ class _Summary(PoolingHead):
         """The summary, through the hidden layer."""
         pooled = self.summarize(tokens, mask)
         return pooled if self.control is None else self.control(pooled)
+
+    def weights(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Weights ``(B, 1, T)`` of the tokens in the summary; None behind a hidden layer."""
+        if self.control is not None:
+            return None
+        # The summary is linear: what it makes of unit vectors are its weights.
+        unit = torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
+        return self.summarize(unit, mask).unsqueeze(1)
 
 
 class CLSPooling(_Summary):
@@ -189,3 +224,17 @@ class MaxPooling(PoolingHead):
     def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """The maximum over tokens, ``(B, embed_dim)``."""
         return (tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)).amax(1)
+
+    def contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Terms ``(B, T, 1, 1, C)``: every dimension counts for the token that has its maximum, the first of equals.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        check_classifier(self, classifier)
+        check_tokens(self, tokens, mask)
+        tokens, mask = fill_padding(tokens, mask)
+        filled = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        largest, place = filled.max(1, keepdim=True)
+        values = torch.zeros_like(tokens).scatter(1, place, largest).to(classifier.weight.dtype)
+        return torch.einsum("btd,cd->btc", values, classifier.weight)[:, :, None, None]

@@ -2,15 +2,25 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional import code_counts
-from ddcl_lightning.heads.base import Head, ReadoutOutput, check_rebuild, check_tokens, fill_padding
+from ddcl_lightning.heads.base import (
+    Head,
+    ReadoutOutput,
+    check_classifier,
+    check_rebuild,
+    check_tokens,
+    fill_padding,
+)
 from ddcl_lightning.heads.contracts import check_code_range, check_quantizer, check_quantizer_output
 from ddcl_lightning.heads.pooling import mean_token
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer_base import Quantizer
+from ddcl_lightning.nn.token_weights import uniform_weights
 
 
 class CodebookHead(Head):
@@ -73,6 +83,24 @@ class CodebookHead(Head):
             codes=codes,
             signals={name: value.mean() for name, value in output.terms.signals.items()},
         )
+
+    def contributions(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor:
+        """Terms ``(B, T, 1, K, C)``: what each token adds by the code that stands for it.
+
+        Raises:
+            ValueError: If a shape does not fit, or a token has codes of several codebooks.
+        """
+        check_classifier(self, classifier)
+        readout = self(tokens, mask)
+        if self.num_codebooks > 1 or readout.codes is None:
+            raise ValueError(
+                f"{type(self).__name__} has no exact contributions of single codes: a token has {self.num_codebooks}, "
+                "one per codebook. Use one codebook."
+            )
+        weights = uniform_weights(readout.tokens, mask)
+        scores = torch.einsum("bt,btd,cd->btc", weights, readout.tokens.to(weights.dtype), classifier.weight)
+        chosen = one_hot(readout.codes.clamp(min=0), self.quantizer.num_codes)  # (B, T, 1, K); padding has no weight
+        return chosen.unsqueeze(-1) * scores[:, :, None, None]
 
 
 class QuantizerReadout(CodebookHead):

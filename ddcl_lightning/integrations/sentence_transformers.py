@@ -61,9 +61,9 @@ class PrototypePooling(Module):
             kwargs: Ignored.
 
         Returns:
-            The features with ``sentence_embedding`` ``(B, pooled_dim)``; for heads with prototypes also
-            ``prototype_assignments`` ``(B, H, K)`` in evaluation mode and, while training, the scalars
-            ``quantization_loss`` and ``regularization``, which a loss may add to its own.
+            The features with ``sentence_embedding`` ``(B, pooled_dim)``. For heads with prototypes also, in evaluation
+            mode, ``prototype_assignments`` ``(B, H, K)`` and, where the head has them, ``token_weights`` ``(B, T)``;
+            while training, the scalars ``quantization_loss`` and ``regularization``, which a loss may add to its own.
 
         Raises:
             ValueError: If the mask does not fit the tokens.
@@ -73,6 +73,8 @@ class PrototypePooling(Module):
         features["sentence_embedding"] = readout.pooled
         if readout.assignments is not None and not self.training:
             features["prototype_assignments"] = readout.assignments
+        if readout.token_weights is not None and not self.training:
+            features["token_weights"] = readout.token_weights
         if self.training and readout.loss_terms:
             features["quantization_loss"] = readout.quantization_loss()
         if self.training and readout.regularization is not None:

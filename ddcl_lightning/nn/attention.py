@@ -161,8 +161,7 @@ class DDCLAttention(nn.Module):
         shift = self._shift(tokens, context)
         # A NaN left in the padding would reach the gradients of the projection, as 0 * NaN.
         tokens = zero_padding(tokens, mask)
-        embedded = tokens if self.input_projection is None else self.input_projection(tokens)
-        embedded = self.scale(embedded, mask)
+        embedded = self.embed(tokens, mask)
         if shift is not None:
             embedded = zero_padding(embedded - shift, mask)
         output = self.bank(embedded, mask, need_weights)
@@ -176,6 +175,17 @@ class DDCLAttention(nn.Module):
         if self.residual:
             result = tokens + result
         return DDCLAttentionOutput(result, centroids, output.terms, output.weights, embedded)
+
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens as the bank reads them: projected and scaled, ``(*, num_heads * prototype_dim)``.
+
+        Args:
+            tokens: ``(*, embed_dim)``, zero at padding.
+            mask: ``(*)`` boolean, True for valid tokens.
+        """
+        projected = tokens if self.input_projection is None else self.input_projection(tokens)
+        embedded: Tensor = self.scale(projected, mask)
+        return embedded
 
     def _sample(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
         """A prototype per token and head from its assignments, heads side by side, ``(B, T, num_heads * d)``."""

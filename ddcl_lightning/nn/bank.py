@@ -13,11 +13,11 @@ from ddcl_lightning.functional import (
     assign_codes,
     prototype_attention,
     prototype_attention_reference,
-    prototype_slots,
     quantize,
     sample_codes,
 )
-from ddcl_lightning.functional._common import require_tokens
+from ddcl_lightning.functional._common import accumulation_dtype, require_tokens
+from ddcl_lightning.functional.assignment import log_assign
 from ddcl_lightning.nn.codebook import Codebook
 from ddcl_lightning.nn.initialization import InitMethod, initial_prototypes
 from ddcl_lightning.nn.observer import ObservedModule
@@ -199,29 +199,20 @@ class PrototypeBank(Codebook, ObservedModule):
         drawn = sample_codes(heads, self.prototypes, self.temperature)
         return drawn.transpose(0, 1).reshape(*tokens.shape[:-1], self.num_heads)
 
-    def slots(self, tokens: Tensor, mask: Tensor | None = None, values: Tensor | None = None) -> Tensor:
-        """One summary of every sample per prototype, see :func:`~ddcl_lightning.functional.prototype_slots`.
+    def log_assignments(self, tokens: Tensor) -> Tensor:
+        """Logarithms of the assignments, ``(B, H, T, K)``, finite where the assignments underflow.
+
+        Constant in the backward pass with ``detach_assignments``.
 
         Args:
-            tokens: ``(B, T, H * d)``.
-            mask: ``(B, T)`` boolean, True for valid tokens.
-            values: ``(B, T, E)``, what to average in every head, zero at padding; by default the head's own tokens.
-
-        Returns:
-            ``(B, H, K, d)``, or ``(B, H, K, E)`` of the values.
+            tokens: ``(B, T, H * d)``, finite at padding too.
         """
-        self.split_heads(tokens, mask)  # for its checks
+        self.split_heads(tokens)  # for its checks
         heads = torch.unflatten(tokens, -1, (self.num_heads, self.dim)).transpose(1, 2)
-        heads_mask = None if mask is None else mask.unsqueeze(1).expand(heads.shape[:-1])
-        slots = prototype_slots(
-            heads,
-            self.prototypes,
-            self.temperature.clone(),
-            heads_mask,
-            detach_assignments=self.detach_assignments,
-            values=None if values is None else values.unsqueeze(1),
-        )
-        return slots.to(tokens.dtype)
+        dtype = accumulation_dtype(tokens, self.prototypes)
+        with torch.autocast(tokens.device.type, enabled=False):
+            logarithms = log_assign(heads.to(dtype), self.prototypes.to(dtype), self.temperature.clone())
+        return logarithms.detach() if self.detach_assignments else logarithms
 
     @torch.no_grad()
     def initialize(

@@ -30,7 +30,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_heads": 2, "pooling": "both", "repulsion": 0.1},
         {"tokens": "first", "prototype_dim": 3, "residual": True, "embedding_scale": "total"},
         {"num_heads": 2, "pooling": "slots"},
-        {"num_heads": 2, "pooling": "token_slots"},
+        {"num_heads": 2, "pooling": "histogram", "token_weights": "salience"},
+        {"num_heads": 2, "pooling": "tokens_histogram", "token_weights": "mass"},
         {"tokens": "mean", "max_parameters": 300},
     ],
     "HierarchicalReadout": [
