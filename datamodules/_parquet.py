@@ -7,7 +7,7 @@ from typing import Any, overload
 
 from ddcl_lightning.datamodules._optional import require
 
-BATCH_ROWS = 1024  # that are decoded together
+BATCH_ROWS = 256  # that are decoded together
 BUFFER_BYTES = 2**20  # of the file that is read at once, in the place of a whole column chunk
 
 

@@ -113,11 +113,11 @@ def check_ids(columns: Columns, name: str, path: str | Path) -> None:
     first: dict[Any, int] = {}
     for row, cell in enumerate(require_column(columns, "id", name, path)):
         if cell is None or cell == "" or isinstance(cell, (list, dict)):
-            raise ValueError(f"id must name every row; row {row} of {path} has {cell!r} as {name!r}. Fill it.")
+            raise ValueError(f"id must name every row; row {row} (from 0) of {path} has {cell!r} as {name!r}. Fill it.")
         if first.setdefault(cell, row) != row:
             raise ValueError(
-                f"id must tell rows apart; rows {first[cell]} and {row} of {path} both have {cell!r:.60} as {name!r}. "
-                "Correct one, or name another column."
+                f"id must tell rows apart; rows {first[cell]} and {row} (from 0) of {path} both have {cell!r:.60} as "
+                f"{name!r}. Correct one, or name another column."
             )
 
 

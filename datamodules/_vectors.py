@@ -110,7 +110,7 @@ def _from_npz(path: Path, name: str | Sequence[str] | None) -> StoredVectors:
 
 def _unreadable(path: Path, error: Exception, what: str) -> ValueError:
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    pickled = "pickle" in reason.lower()
+    pickled = "pickle" in reason or "Python objects" in reason
     reason = "it holds Python objects, which are not loaded" if pickled else reason
     return ValueError(f"path must be {what}; {path} cannot be read ({reason}). Save it anew, as numbers (N, F).")
 
@@ -222,7 +222,7 @@ def _from_columns(
 
 def _misfit(rows: Sequence[Any], names: list[str], vectors: bool, where: Path | str) -> ValueError:
     """The error of the first row that is not as many numbers as the first."""
-    rule = f"features must hold numbers, equally many in each row; row {{}} of {where} has {{}}.{REMEDY}"
+    rule = f"features must hold numbers, equally many in each row; row {{}} (from 0) of {where} has {{}}.{REMEDY}"
     width = len(rows[0]) if isinstance(rows[0], (list, tuple, np.ndarray)) else -1
     for number, row in enumerate(rows):
         if not isinstance(row, (list, tuple, np.ndarray)):
@@ -269,11 +269,17 @@ def _from_parquet(path: Path, features: str | Sequence[str] | None, others: Sequ
             f"features must hold numbers, equally many in each row; row 0 of {path} has {cell!r:.40} as "
             f"{wrong!r}.{REMEDY}"
         )
-    width = len(names) if "vector" not in kinds.values() else len(ParquetColumn(path, names[0])[0] or ())
+    width = len(names) if "vector" not in kinds.values() else _first_length(path, names[0])
     chunks = _parquet_chunks(path, names, kinds[names[0]] == "vector", width)
     vectors = store_vectors(chunks, (num_rows, width), f"the vectors of {path}")
     rest = {name: ParquetColumn(path, name) for name in fields if name not in names}
     return VectorTable(vectors, rest, separate="vector" not in kinds.values())
+
+
+def _first_length(path: Path, name: str) -> int:
+    """Numbers in the first vector of a column."""
+    first = next(record_batches(path, [name])).column(0)[0]
+    return len(first.as_py() or ())
 
 
 def _parquet_chunks(path: Path, names: list[str], vectors: bool, width: int) -> Iterator[Floats]:
@@ -293,7 +299,7 @@ def _parquet_chunks(path: Path, names: list[str], vectors: bool, width: int) -> 
                 )
                 size = f"{lengths[row]} numbers, and row 0 {width}" if len(uneven) else "a gap in its numbers"
                 raise ValueError(
-                    f"features must hold numbers, equally many in each row; row {start + row} of {path} has "
+                    f"features must hold numbers, equally many in each row; row {start + row} (from 0) of {path} has "
                     f"{size if lengths[row] >= 0 else 'nothing'} as {names[0]!r}. Correct or remove it."
                 )
             raw = values.to_numpy(zero_copy_only=False).reshape(len(lengths), width)
@@ -302,8 +308,8 @@ def _parquet_chunks(path: Path, names: list[str], vectors: bool, width: int) -> 
                 if column.null_count:
                     row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
                     raise ValueError(
-                        f"features must hold numbers, equally many in each row; row {row} of {path} has nothing as "
-                        f"{name!r}. Correct or remove it."
+                        f"features must hold numbers, equally many in each row; row {row} (from 0) of {path} has "
+                        f"nothing as {name!r}. Correct or remove it."
                     )
             raw = np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1)
         with np.errstate(over="ignore"):

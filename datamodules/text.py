@@ -1,6 +1,7 @@
 """Texts of a user's own."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class TextDataModule(TextSplitDataModule):
             return read_one_file(self.path, self.text, self.label, self.split, self.id)
         files = zip(SPLITS, ("path", "val_path", "test_path"), (self.path, self.val_path, self.test_path), strict=True)
         return {
-            split: _with_file(_read_rows(argument, file, self.text, self.label, self.id), file)
+            split: _with_file(_read_rows(argument, file, self.text, self.label, None, self.id), file)
             for split, argument, file in files
             if file is not None
         }
@@ -123,7 +124,7 @@ def read_one_file(
     path: Source, text: str | None, label: str | None, split: str | None, id: str | None = None
 ) -> dict[Split, TextRows]:
     """Texts and labels of a file, by what its column ``split`` says; all are training rows where it has none."""
-    rows = _read_rows("path", path, text, label, id)
+    rows = _read_rows("path", path, text, label, split, id)
     if split is None or split not in rows.columns:
         return {"train": rows}
     rows_of_split: dict[Split, list[int]] = {name: [] for name in SPLITS}
@@ -162,11 +163,11 @@ def _columns(argument: str, source: Source) -> Columns:
     return {"text": list(source)}
 
 
-def _text_column(columns: Columns, source: Source) -> str:
+def _text_column(columns: Columns, source: Source, others: Sequence[str | None]) -> str:
     """Name of the column ``text``, or of the only column of texts."""
     if "text" in columns:
         return "text"
-    names = [name for name, cells in columns.items() if _holds_texts(cells)]
+    names = [name for name, cells in columns.items() if name not in others and _holds_texts(cells)]
     if len(names) == 1:
         return names[0]
     candidates = f"{', '.join(names)} do" if names else f"none of {', '.join(columns)} does"
@@ -177,7 +178,7 @@ def _text_column(columns: Columns, source: Source) -> str:
 
 def _holds_texts(cells: Sequence[Any]) -> bool:
     """True if the first cells are texts, and some of them no numbers."""
-    first = [cell for cell in cells[:LOOKED_AT] if cell is not None and cell != ""]
+    first = [cell for cell in islice(iter(cells), LOOKED_AT) if cell is not None and cell != ""]
     return bool(first) and all(isinstance(cell, str) for cell in first) and not all(map(_is_number, first))
 
 
@@ -189,11 +190,13 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _read_rows(argument: str, path: Source, text: str | None, label: str | None, id: str | None) -> TextRows:
+def _read_rows(
+    argument: str, path: Source, text: str | None, label: str | None, split: str | None, id: str | None
+) -> TextRows:
     """Texts and labels of a source, and all of its columns."""
     columns = _columns(argument, path)
     if text is None:
-        text = _text_column(columns, path)
+        text = _text_column(columns, path, (label, id, split))
     cells = require_column(columns, "text", text, _title(path))
     texts: Sequence[str] = _checked_texts(cells, text, path)
     if id is not None:

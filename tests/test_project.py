@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAGES = [
     pytest.param(snippet, id=f"{page}-{number}")
-    for page in ("monitoring", "codebooks", "semantic-ids")
+    for page in ("monitoring", "codebooks", "semantic-ids", "your-own-data")
     for number, snippet in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
     )
