@@ -65,7 +65,8 @@ def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:
         if isinstance(callback, BatchSizeFinder) and _is_unfitted(module):
             raise ValueError(
                 f"{name} tries batches before the backbone has been fitted to the data, and this "
-                f"{type(module.backbone).__name__} is not; call backbone.fit(...) on a sample first, or set the batch size yourself."
+                f"{type(module.backbone).__name__} is not; call backbone.fit(x) on a sample first, or set the batch "
+                "size yourself."
             )
         if isinstance(callback, ModelPruning):
             _refuse_pruned_prototypes(callback)
