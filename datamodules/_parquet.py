@@ -25,7 +25,7 @@ class ParquetColumn(Sequence[Any]):
         self.path, self.name = path, name
         with open_parquet(path) as file:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        self._starts = [0, *accumulate(sizes)]
+        self._starts: list[int] = [0, *accumulate(sizes)]
         self._first, self._cells = 0, list[Any]()
         self._rest: Iterator[list[Any]] | None = None
 

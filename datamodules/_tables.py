@@ -242,7 +242,7 @@ def _read_parquet(path: Path) -> Columns:
     return {name: ParquetColumn(path, name) for name in names}
 
 
-def check_names(names: Sequence[str], path: Path) -> None:
+def check_names(names: Sequence[str], path: str | Path) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"columns of {path} must have different names; got {', '.join(names)}. Rename or drop one.")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from ddcl_lightning.datamodules._parquet import ParquetColumn, open_parquet, rec
 from ddcl_lightning.datamodules._storage import Floats, StoredVectors, store_vectors
 from ddcl_lightning.datamodules._tables import Columns, check_names, frame_columns, read_columns, require_column
 
-Source = str | Path | npt.NDArray[Any] | Tensor | pd.DataFrame
+Source: TypeAlias = str | Path | npt.NDArray[Any] | Tensor | pd.DataFrame
 FEATURES = "features"  # column, or array of a .npz, that is taken unasked
 NUMBERS_OF_ROWS = ("id", "index")  # columns of numbers that are no features unless they are named
 REMEDY = " Name the column of vectors, or list those of numbers, as features."
@@ -115,7 +115,7 @@ def _unreadable(path: Path, error: Exception, what: str) -> ValueError:
     return ValueError(f"path must be {what}; {path} cannot be read ({reason}). Save it anew, as numbers (N, F).")
 
 
-def _from_array(array: npt.NDArray[Any], where: str) -> StoredVectors:
+def _from_array(array: npt.NDArray[Any], where: Path | str) -> StoredVectors:
     _check_form(array, where)
     vectors = StoredVectors(array)
     _check_finite(vectors, array, where)
@@ -135,17 +135,18 @@ def _check_finite(vectors: StoredVectors, array: npt.NDArray[Any], where: Path |
     start = 0
     with np.errstate(over="ignore"):
         for chunk in vectors.chunks():
-            _require_finite(chunk, where, start, lambda row, column: array[row, column])
+            _require_finite(chunk, array[start : start + len(chunk)], where, start)
             start += len(chunk)
 
 
-def _require_finite(chunk: Floats, where: Path | str, start: int, value: Callable[[int, int], Any]) -> None:
+def _require_finite(chunk: Floats, raw: npt.NDArray[Any], where: Path | str, start: int) -> None:
+    """Refuse rows of which the first is number ``start``, as they are in float32 and before."""
     broken = ~np.isfinite(chunk)
     if broken.any():
         row, column = (int(place) for place in np.argwhere(broken)[0])
         raise ValueError(
             f"features must be finite numbers in float32; row {start + row}, column {column} of {where} (from 0) has "
-            f"{value(start + row, column)}. Correct or remove it."
+            f"{raw[row, column]}. Correct or remove it."
         )
 
 
@@ -272,7 +273,7 @@ def _from_parquet(path: Path, features: str | Sequence[str] | None, others: Sequ
     width = len(names) if "vector" not in kinds.values() else _first_length(path, names[0])
     chunks = _parquet_chunks(path, names, kinds[names[0]] == "vector", width)
     vectors = store_vectors(chunks, (num_rows, width), f"the vectors of {path}")
-    rest = {name: ParquetColumn(path, name) for name in fields if name not in names}
+    rest: Columns = {name: ParquetColumn(path, name) for name in fields if name not in names}
     return VectorTable(vectors, rest, separate="vector" not in kinds.values())
 
 
@@ -314,6 +315,6 @@ def _parquet_chunks(path: Path, names: list[str], vectors: bool, width: int) -> 
             raw = np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1)
         with np.errstate(over="ignore"):
             chunk = raw.astype(np.float32)
-        _require_finite(chunk, path, start, lambda row, column, raw=raw, start=start: raw[row - start, column])
+        _require_finite(chunk, raw, path, start)
         start += len(chunk)
         yield chunk

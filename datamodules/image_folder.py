@@ -48,8 +48,6 @@ class ImageFolderDataModule(ImageDataModule):
         ImportError: If torchvision is missing.
     """
 
-    row_columns = ("file",)
-
     @typed
     def __init__(
         self,

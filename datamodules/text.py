@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from ddcl_lightning.datamodules._texts import TextRows, TextSplitDataModule
 LINES = (".txt", ".txt.gz")  # files of one text per line
 LONGEST_TEXT = 10**8  # characters; more is a file that was read as one cell
 LOOKED_AT = 100  # cells by which a column of texts is recognised
-Source = str | Path | Sequence[Any] | pd.DataFrame
+Source: TypeAlias = str | Path | Sequence[Any] | pd.DataFrame
 
 
 class TextDataModule(TextSplitDataModule):
