@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from ddcl_lightning._utils import compat
+from ddcl_lightning.backbones.lsa import LSABackbone
 from ddcl_lightning.backbones.pca import PCABackbone
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.optim.schedule import LRSchedule
@@ -63,8 +64,9 @@ def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:
             compat.let_spike_detection_resume(callback)
         if isinstance(callback, BatchSizeFinder) and _is_unfitted(module):
             raise ValueError(
-                f"{name} tries batches before the backbone has been fitted to the data, and this PCABackbone is not; "
-                "call backbone.fit(x) on a sample first, or set the batch size yourself."
+                f"{name} tries batches before the backbone has been fitted to the data, and this "
+                f"{type(module.backbone).__name__} is not; call backbone.fit(x) on a sample first, or set the batch "
+                "size yourself."
             )
         if isinstance(callback, ModelPruning):
             _refuse_pruned_prototypes(callback)
@@ -75,7 +77,7 @@ def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:
 
 
 def _is_unfitted(module: "DDCLReadoutModule") -> bool:
-    return isinstance(module.backbone, PCABackbone) and not bool(module.backbone.fitted)
+    return isinstance(module.backbone, (LSABackbone, PCABackbone)) and not bool(module.backbone.fitted)
 
 
 def refuse_idle_averages(trainer: pl.Trainer) -> None:

@@ -26,6 +26,7 @@ from ddcl_lightning.functional import split_margins
 from ddcl_lightning.metrics.evaluation_pass import flat_loaders
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
+    UNLABELLED_METRICS,
     ProbeScore,
     Readouts,
     clustering_scores,
@@ -43,6 +44,7 @@ MAX_TOKENS = 65_536  # for the signals of the bank
 RECONSTRUCTION_METRICS = ("mse", "psnr", "ssim", "usage", "perplexity", "soft_perplexity")
 MAX_SPLIT_TOKENS = 2048
 MAX_SPLIT_WORK = 10**10  # multiplications: below a second or two
+TITLES = {"acc": "ACC", "nmi": "NMI", "ari": "ARI", "r2": "R2"}
 NAME = "FitSummary"  # for its warnings
 
 
@@ -62,6 +64,10 @@ class FitSummary(Callback):
     was trained. This separates a gain of the embedding from a gain of the prototypes. In the rows a sample counts once,
     for its strongest prototype; an autoencoder's line below them counts tokens, and the table of semantic IDs items. An
     error in the summary is a warning and does not end the run.
+
+    Without labels R^2 takes the place of ACC, NMI and ARI: the part of the variance of the bank inputs that lies
+    between the clusters, 1 for no inertia. It is of the same points in all rows, but for k-means from before training,
+    of which it is not known.
 
     Args:
         enabled: Whether to run at all.
@@ -132,14 +138,18 @@ class FitSummary(Callback):
         for head in range(now.clusters.shape[1]):
             label = "prototypes (last step)" + (f", head {head}" if now.clusters.shape[1] > 1 else "")
             clusters = now.clusters[:, head]
-            self.rows[label] = clustering_scores(clusters, now.labels, max(size, int(clusters.max()) + 1))
+            points = now.inputs if banks else now.mean
+            if banks and points.shape[1] % now.clusters.shape[1] == 0:
+                points = points.chunk(now.clusters.shape[1], 1)[head]
+            self.rows[label] = clustering_scores(clusters, now.labels, max(size, int(clusters.max()) + 1), points)
         if self.compare or not banks:
             self.rows["k-means, pooled readout"] = self._kmeans(module, now, now.pooled)
         untouched = now.inputs.shape == now.mean.shape and torch.allclose(now.inputs, now.mean)
         if banks and (self._before is not None or not untouched):
             self.rows["k-means, bank inputs"] = self._kmeans(module, now, now.inputs)
         if self._before is not None:
-            self.rows["k-means, features before training"] = self._before
+            before = {name: value for name, value in self._before.items() if name != "r2"}  # of other points
+            self.rows["k-means, features before training"] = before
         else:
             self.rows["k-means, features"] = self._kmeans(module, now, now.mean)
         lines = _bank_lines(banks, list(evaluation.tokens.values()))
@@ -161,7 +171,13 @@ class FitSummary(Callback):
                 self.probes[label] = score
 
     def _kmeans(self, module: ReadoutModule, now: Readouts, points: Tensor) -> dict[str, float]:
-        return kmeans_scores(points, now.labels, _num_clusters(module, now), num_restarts=self.num_restarts)
+        return kmeans_scores(
+            points,
+            now.labels,
+            _num_clusters(module, now),
+            num_restarts=self.num_restarts,
+            space=now.inputs if now.inputs.shape[1] else now.mean,
+        )
 
     def _evaluate(
         self, trainer: pl.Trainer, module: ReadoutModule, loaders: list[Iterator[Batch]]
@@ -190,11 +206,14 @@ class FitSummary(Callback):
 
     def _format(self, trainer: pl.Trainer, module: ReadoutModule, bank_lines: list[str]) -> str:
         width = max(map(len, [*self.rows, *self.probes])) + 2
-        titles = (f"{name.upper() if len(name) == 3 else name:>12}" for name in CLUSTERING_METRICS)
+        columns = UNLABELLED_METRICS if any("r2" in values for values in self.rows.values()) else CLUSTERING_METRICS
+        titles = (f"{TITLES.get(name, name):>12}" for name in columns)
         lines = ["", " " * width + "".join(titles)]
         for label, values in self.rows.items():
-            cells = (f"{values[name]:>12.3f}" if name in values else f"{'-':>12}" for name in CLUSTERING_METRICS)
+            cells = (f"{values[name]:>12.3f}" if name in values else f"{'-':>12}" for name in columns)
             lines.append(f"{label:<{width}}" + "".join(cells))
+        if columns is UNLABELLED_METRICS:
+            lines.append("no labels: R2 is the part of the variance of the bank inputs that lies between the clusters")
         if self.probes:
             lines += ["", f"{'linear probe on':<{width}}{'ACC':>12}{'F1':>12}"]
             lines += [f"{label:<{width}}{score.acc:>12.3f}{score.f1:>12.3f}" for label, score in self.probes.items()]

@@ -18,6 +18,7 @@ from ddcl_lightning.datamodules._loading import Augment, Batch
 from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._partition import EvaluateOn
 from ddcl_lightning.datamodules._splits import SplitDataModule, check_at_least, check_choice
+from ddcl_lightning.datamodules._storage import KEPT_BYTES
 
 
 class ImageStore(Protocol):
@@ -72,25 +73,41 @@ class JpegStore:
 
 
 class FileStore:
-    """Image files, decoded at every access; resized to the shorter side, then cropped at the centre.
+    """Image files, decoded as they are needed; resized to the shorter side, then cropped at the centre.
 
     Args:
         paths: N files.
         size: Height and width of what is left.
+        keep: Whether to keep what was decoded, where all of it takes at most ``KEPT_BYTES``.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
+    def __init__(self, paths: Sequence[Path], size: int, keep: bool = False) -> None:
         # One array and not N objects, whose reference counts would copy them into every worker.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.size = size
+        kept = len(paths) if keep and len(paths) * size * size * 3 <= KEPT_BYTES else 0
+        # Zeros that nobody has written to take no memory yet.
+        self._images = np.zeros((kept, size, size, 3), dtype=np.uint8)
+        self._decoded = np.zeros(kept, dtype=bool)
 
     def pixels(self, rows: Tensor) -> Tensor:
         """Images of the rows."""
-        return _channels_first(np.stack([self._read(os.fsdecode(path)) for path in self.paths[rows.numpy()].tolist()]))
+        places = rows.numpy()
+        if not len(self._decoded):
+            return _channels_first(np.stack([self._read(place) for place in places.tolist()]))
+        for place in places[~self._decoded[places]].tolist():
+            self._images[place] = self._read(place)
+            self._decoded[place] = True
+        return _channels_first(self._images[places])
 
-    def _read(self, path: str) -> npt.NDArray[np.uint8]:
+    def name(self, place: int) -> str:
+        """Path of a file."""
+        return os.fsdecode(self.paths[place])
+
+    def _read(self, place: int) -> npt.NDArray[np.uint8]:
         transforms = require("torchvision.transforms.functional", "vision")
-        image = transforms.resize(_decode(path, path), self.size)
+        path = self.name(place)
+        image = transforms.resize(_decode(path, path, self.size), self.size)
         return np.asarray(transforms.center_crop(image, [self.size, self.size]))
 
 
@@ -174,10 +191,13 @@ class ImageDataModule(SplitDataModule):
         return pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
 
 
-def _decode(source: Any, name: str) -> Any:
+def _decode(source: Any, name: str, size: int | None = None) -> Any:
+    """Image in colour; a JPEG that is several times the size is decoded at a part of its own, which is faster."""
     image_class = require("PIL.Image", "vision")
     try:
         with image_class.open(source) as image:
+            if size is not None and image.format == "JPEG" and min(image.size) >= 4 * size:
+                image.draft("RGB", (2 * size, 2 * size))
             if image.mode in ("I", "F"):
                 raise ValueError(
                     f"images must have 8 or 16 bits per channel; {name} has 32, whose range is not known. Convert it."

@@ -27,6 +27,7 @@ from ddcl_lightning.datamodules._origin import Origin, check_names, writable
 from ddcl_lightning.datamodules._partition import SPLITS, EvaluateOn, Loaded, Splits, partition
 
 LARGEST_SIZE = 2**31 - 1  # of what is counted in rows or pixels; beyond it torch's loops overflow or never end
+NO_PATH = "No path is given, so the 1,797 digits of scikit-learn are the data; --data.path names your own."
 MOST_WORKERS = 1024  # processes per loader; more than that is a slip of the finger
 
 
@@ -230,7 +231,7 @@ class SplitDataModule(pl.LightningDataModule, ABC):
                 limit=self.limit,
                 seed=self.seed,
             )
-            self._places = {number: place for place, number in enumerate(loaded.numbers.tolist())}
+            self._sorted_numbers, self._order = loaded.numbers.sort()
             self._ready = self.transform(loaded, splits.train), splits
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -303,14 +304,16 @@ class SplitDataModule(pl.LightningDataModule, ABC):
     def _check_index(self, index: int) -> int:
         """Place of the row that has the number ``index``, if the data set has such a row."""
         self._require_setup()
-        if index not in self._places:
+        known = self._sorted_numbers
+        rank = int(torch.searchsorted(known, index)) if isinstance(index, int) else len(known)
+        if rank == len(known) or int(known[rank]) != index:
             dropped = next((why for why, numbers in self.left_out().items() if index in numbers), None)
             why = f"row {index} was left out ({dropped})" if dropped else f"got {index}"
             raise IndexError(
-                f"index must be the number of a row, in [0, {max(self._places) + 1}); {why}. Take it from a batch's "
+                f"index must be the number of a row, in [0, {int(known[-1]) + 1}); {why}. Take it from a batch's "
                 "'index'."
             )
-        return self._places[index]
+        return int(self._order[rank])
 
 
 def check_at_least(name: str, value: int, minimum: int, maximum: int = LARGEST_SIZE) -> None:

@@ -1,10 +1,9 @@
-"""Columns of a table in CSV, TSV, JSON lines or parquet, and the labels in one of them."""
+"""Columns of a table in CSV, TSV, JSON lines or parquet, or a DataFrame."""
 
 import csv
 import difflib
 import gzip
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,23 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ddcl_lightning._utils.arguments import LARGEST
-from ddcl_lightning.datamodules._optional import require
+import pandas as pd
+
+from ddcl_lightning.datamodules._parquet import ParquetColumn, open_parquet
 
 FORMATS = ".csv, .tsv, .jsonl (each also with .gz) or .parquet"
-UNKNOWN = -1
-_INTEGER = re.compile(r"-?[0-9]+")
-_WHOLE_FLOAT = re.compile(r"(-?[0-9]+)\.0")  # as pandas writes a column of integers with gaps
-Columns = dict[str, list[Any]]
+Columns = dict[str, Sequence[Any]]
 
 
-def read_columns(argument: str, path: str | Path) -> Columns:
-    """Read a table.
+def read_columns(argument: str, path: str | Path, formats: str = FORMATS) -> Columns:
+    """Read a table; of a parquet file cells are decoded as they are needed.
 
     Args:
         argument: Name of the argument that gave the path, for errors.
         path: File in one of the :data:`FORMATS`. CSV and TSV have a header; texts with separators, quotes or line
             breaks are quoted, with quotes inside doubled.
+        formats: What the file may be, for errors.
 
     Returns:
         Cells by column: strings from CSV and TSV, whatever there is otherwise, None where a cell is missing.
@@ -39,11 +37,11 @@ def read_columns(argument: str, path: str | Path) -> Columns:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{argument} must be an existing file in {FORMATS}; got {path}. Correct the path.")
+        raise FileNotFoundError(f"{argument} must be an existing file in {formats}; got {path}. Correct the path.")
     form = Path(path.name.lower().removesuffix(".gz")).suffix
     readers = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if form not in readers:
-        raise ValueError(f"{argument} must be a file in {FORMATS}; got {path}. Convert or rename it.")
+        raise ValueError(f"{argument} must be a file in {formats}; got {path}. Convert or rename it.")
     try:
         columns = readers[form](path)
     except UnicodeDecodeError as error:
@@ -56,12 +54,74 @@ def read_columns(argument: str, path: str | Path) -> Columns:
         raise ValueError(
             f"{argument} must be a {form} file in UTF-8; {path} cannot be read ({error}). Write the file once more."
         ) from None
-    if not any(columns.values()):
+    if not any(map(len, columns.values())):
         raise ValueError(f"{argument} must hold at least one row; {path} has none. Name a file that has.")
     return columns
 
 
-def require_column(columns: Columns, argument: str, name: str, path: str | Path, remedy: str = "") -> list[Any]:
+def read_lines(argument: str, path: str | Path) -> list[str]:
+    """Lines of a text file in UTF-8, ``.txt`` or ``.txt.gz``, without their ends.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not in UTF-8, or empty.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument} must be an existing file; got {path}. Correct the path.")
+    try:
+        with _open_text(path) as file:
+            lines = [line.rstrip("\r\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument} must be a text file in UTF-8; {path} cannot be read{_undecodable(path)} ({error.reason}). "
+            "Save it as UTF-8."
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{argument} must be a text file in UTF-8; {path} cannot be read ({error}). Write the file once more."
+        ) from None
+    if not lines:
+        raise ValueError(f"{argument} must hold at least one line; {path} is empty. Name a file that has text.")
+    return lines
+
+
+def frame_columns(argument: str, frame: pd.DataFrame) -> Columns:
+    """Columns of a DataFrame by their names as text, None where a cell is missing.
+
+    Raises:
+        ValueError: If it has no row, or two columns of one name.
+    """
+    names = [str(name) for name in frame.columns]
+    check_names(names, "the DataFrame")
+    if not len(frame) or not names:
+        raise ValueError(f"{argument} must hold at least one row; got a DataFrame of shape {frame.shape}. Fill it.")
+    columns: Columns = {}
+    for place, name in enumerate(names):
+        column = frame.iloc[:, place]
+        cells, missing = column.tolist(), column.isna().tolist()
+        columns[name] = [None if gap else cell for cell, gap in zip(cells, missing, strict=True)]
+    return columns
+
+
+def check_ids(columns: Columns, name: str, path: str | Path) -> None:
+    """Refuse a column of ids that does not tell every row from the others.
+
+    Raises:
+        ValueError: If there is no such column, a cell is missing, or two are equal; names the rows, from 0.
+    """
+    first: dict[Any, int] = {}
+    for row, cell in enumerate(require_column(columns, "id", name, path)):
+        if cell is None or cell == "" or isinstance(cell, (list, dict)):
+            raise ValueError(f"id must name every row; row {row} (from 0) of {path} has {cell!r} as {name!r}. Fill it.")
+        if first.setdefault(cell, row) != row:
+            raise ValueError(
+                f"id must tell rows apart; rows {first[cell]} and {row} (from 0) of {path} both have {cell!r:.60} as "
+                f"{name!r}. Correct one, or name another column."
+            )
+
+
+def require_column(columns: Columns, argument: str, name: str, path: str | Path, remedy: str = "") -> Sequence[Any]:
     """The cells of a column.
 
     Raises:
@@ -74,108 +134,6 @@ def require_column(columns: Columns, argument: str, name: str, path: str | Path,
             f"{argument} must name a column of {path}, which has {', '.join(columns)}; got {name!r}.{hint}{remedy}"
         )
     return columns[name]
-
-
-def check_labels(labels: Sequence[Any], column: str, path: str | Path) -> None:
-    """Refuse labels of a table that can be no classes, by their row.
-
-    Args:
-        labels: Cells of the column.
-        column: Its name.
-        path: Of the table.
-
-    Raises:
-        ValueError: If one is neither an integer of at least 0 nor a name, or is true or false beside others, or if all
-            are numbers and one is not whole.
-    """
-    rule = (
-        f"labels must be names, or integers of at least 0 (-1, empty or null where there is none); row {{}} of {path}"
-    )
-    kinds = {type(label) for label in labels if label is not None}
-    numeric = all(_is_number(label) for label in labels)
-    for row, label in enumerate(labels, start=1):
-        if label is None or label != label or label == UNKNOWN:
-            continue
-        whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
-        fits = abs(label) <= LARGEST and (whole and label >= 0) if isinstance(label, (int, float)) else True
-        text = label.strip() if isinstance(label, str) else ""
-        if text and numeric:
-            whole_text = _WHOLE_FLOAT.fullmatch(text) or _INTEGER.fullmatch(text)
-            fits = whole_text is not None and len(text) < 19 and float(text) >= UNKNOWN
-        if not (fits and isinstance(label, (int, float, str))) or (isinstance(label, bool) and kinds != {bool}):
-            shown = repr(label) if len(repr(label)) <= 40 else f"{repr(label)[:40]}..."
-            raise ValueError(f"{rule}; row {row} of {path} has {shown} as {column!r}. Correct it, or leave it empty.")
-
-
-def _is_number(label: Any) -> bool:
-    """True for a number, a text of one, and for no label."""
-    if not isinstance(label, str):
-        return label is None or isinstance(label, (int, float))
-    try:
-        float(label.strip() or "0")
-    except ValueError:
-        return False
-    return True
-
-
-def class_numbers(
-    labels: Sequence[Any], num_train: int, known: tuple[str, ...] | None = None
-) -> tuple[tuple[str, ...], list[int]]:
-    """Number the classes: integers in their order, names alphabetically.
-
-    Args:
-        labels: Integers or names, training rows first. None, ``""`` and -1 mean unlabelled.
-        num_train: Training rows, whose labels are all that a classifier can learn.
-        known: Names of the classes, where they are known: then labels are names or numbers of them.
-
-    Returns:
-        Names of the classes, and the number of each row, -1 where unlabelled.
-
-    Raises:
-        ValueError: If a label is neither an integer nor a string, is not one of ``known``, or occurs outside of the
-            training rows alone while these have labels.
-    """
-    cells = [_label(label) for label in labels]
-    given = {cell for cell in cells if cell is not None}
-    integers = all(_INTEGER.fullmatch(cell) for cell in given)
-    ordered = sorted(given, key=int) if integers else sorted(given)
-    if integers and ordered and int(ordered[0]) < 0:
-        raise ValueError(f"integer labels must be at least 0, or -1 for unlabelled; got {ordered[0]}.")
-    if known is None:
-        classes = tuple(ordered)
-        numbers = {name: number for number, name in enumerate(classes)}
-    else:
-        classes = known
-        numbers = {spelling: number for number, name in enumerate(known) for spelling in (name, str(number))}
-    invalid = [cell for cell in ordered if cell not in numbers]
-    if invalid:
-        raise ValueError(
-            f"labels must be one of {', '.join(classes)} or their numbers; got {', '.join(invalid[:5])}. Use "
-            "TextDataModule for classes of your own."
-        )
-    numbered = [UNKNOWN if cell is None else numbers[cell] for cell in cells]
-    learned = set(numbered[:num_train]) - {UNKNOWN}
-    new = sorted(set(numbered[num_train:]) - {UNKNOWN} - learned)
-    if learned and new:
-        raise ValueError(
-            "every label must occur in the training rows; only validation or test rows have "
-            f"{', '.join(classes[label] for label in new[:5])}. Move such rows, or drop them."
-        )
-    return classes, numbered
-
-
-def _label(value: Any) -> str | None:
-    """A label in its one spelling, None for an unlabelled row."""
-    if isinstance(value, float) and value.is_integer():  # a column of integers with gaps
-        value = int(value)
-    if value is None or value != value or value == UNKNOWN:
-        return None
-    if not isinstance(value, (int, str)):
-        raise ValueError(f"labels must be integers or strings; got {value!r}. Convert them, or pass label=None.")
-    cell = str(value).strip()
-    whole = _WHOLE_FLOAT.fullmatch(cell)
-    cell = whole[1] if whole else cell
-    return None if cell in ("", str(UNKNOWN)) else cell
 
 
 # Formats ----------------------------------------------------------------------------------------
@@ -204,7 +162,7 @@ def _read_separated(path: Path, separator: str) -> Columns:
                 'quotes or line breaks, and double the quotes inside ("").'
             ) from None
     header, *body = rows or [[]]
-    _check_names(header, path)
+    check_names(header, path)
     return {name: [row[place] for row in body] for place, name in enumerate(header)}
 
 
@@ -278,18 +236,13 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_parquet(path: Path) -> Columns:
-    parquet = require("pyarrow.parquet", "parquet")
-    arrow = require("pyarrow", "parquet")
-    try:
-        with parquet.ParquetFile(path) as file:
-            _check_names(file.schema_arrow.names, path)
-            columns: Columns = file.read().to_pydict()
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} must be a parquet file; it cannot be read ({error}). Write it once more.") from None
-    return columns
+    with open_parquet(path) as file:
+        names = list(file.schema_arrow.names)
+    check_names(names, path)
+    return {name: ParquetColumn(path, name) for name in names}
 
 
-def _check_names(names: Sequence[str], path: Path) -> None:
+def check_names(names: Sequence[str], path: str | Path) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"columns of {path} must have different names; got {', '.join(names)}. Rename or drop one.")
 

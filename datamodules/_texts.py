@@ -1,22 +1,26 @@
 """The base of the text data modules."""
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.datamodules._labels import class_numbers
 from ddcl_lightning.datamodules._loading import Batch
 from ddcl_lightning.datamodules._origin import Origin, listing
 from ddcl_lightning.datamodules._partition import SPLITS, EvaluateOn, Loaded, Split
 from ddcl_lightning.datamodules._splits import SplitDataModule
-from ddcl_lightning.datamodules._tables import class_numbers
+from ddcl_lightning.datamodules._storage import joined, picked
 
 
 class TextRows(NamedTuple):
-    """Texts of a split with their labels as they were found.
+    """Texts of a split with their labels as they were found: lists, or sequences that are read as they are needed.
 
     Attributes:
         texts: M texts.
@@ -25,26 +29,26 @@ class TextRows(NamedTuple):
         columns: M cells of each column of the file.
     """
 
-    texts: list[str]
-    labels: list[Any]
-    numbers: list[int] | None = None
-    columns: dict[str, list[Any]] = {}  # noqa: RUF012 - never changed
+    texts: Sequence[str]
+    labels: Sequence[Any]
+    numbers: npt.NDArray[np.int64] | None = None
+    columns: Mapping[str, Sequence[Any]] = {}
 
-    def take(self, rows: list[int]) -> "TextRows":
+    def take(self, rows: npt.NDArray[np.int64]) -> "TextRows":
         """Some of the rows."""
-        cells = {name: [column[row] for row in rows] for name, column in self.columns.items()}
-        numbers = rows if self.numbers is None else [self.numbers[row] for row in rows]
-        return TextRows([self.texts[row] for row in rows], [self.labels[row] for row in rows], numbers, cells)
+        cells = {name: picked(column, rows) for name, column in self.columns.items()}
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return TextRows(picked(self.texts, rows), picked(self.labels, rows), numbers, cells)
 
 
 class Texts:
-    """Function from row numbers to texts of a list.
+    """Function from row numbers to texts of a sequence.
 
     Args:
         texts: N texts.
     """
 
-    def __init__(self, texts: list[str]) -> None:
+    def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts
 
     def __call__(self, rows: Tensor) -> Batch:
@@ -113,15 +117,16 @@ class TextSplitDataModule(SplitDataModule):
         dropped: dict[int, dict[str, Any]] = {}
         if self.drop_empty:
             splits, dropped = self._without_empty(splits)
-        train, val, test = (splits.get(name, TextRows([], [], [])) for name in SPLITS)
-        labels = [*train.labels, *val.labels, *test.labels]
+        rows = [splits.get(name, TextRows([], [])) for name in SPLITS]
+        train, val, test = rows
+        labels = joined([split.labels for split in rows])
         self._class_names, y = class_numbers(labels, len(train.labels), self.known_classes)
-        fetch = Texts([*train.texts, *val.texts, *test.texts])
-        numbers = torch.tensor([*(train.numbers or ()), *(val.numbers or ()), *(test.numbers or ())], dtype=torch.int64)
-        names = dict.fromkeys(name for rows in (train, val, test) for name in rows.columns)
+        fetch = Texts(joined([split.texts for split in rows]))
+        places = [split.numbers for split in rows if split.numbers is not None]
+        numbers = torch.from_numpy(np.concatenate(places).astype(np.int64))
+        names = dict.fromkeys(name for split in rows for name in split.columns)
         columns = {
-            name: [cell for rows in (train, val, test) for cell in rows.columns.get(name, [None] * len(rows.texts))]
-            for name in names
+            name: joined([split.columns.get(name, [None] * len(split.texts)) for split in rows]) for name in names
         }
         origin = Origin(
             numbers, {**columns, "text": columns.get("text", fetch.texts)}, {"white space": sorted(dropped)}, dropped
@@ -131,7 +136,7 @@ class TextSplitDataModule(SplitDataModule):
     def lengths(self, loaded: Loaded) -> Tensor:
         """Characters of each text."""
         assert isinstance(loaded.fetch, Texts)
-        return torch.tensor([len(text) for text in loaded.fetch.texts])
+        return torch.from_numpy(np.fromiter(map(len, loaded.fetch.texts), np.int64, len(loaded.y)))
 
     def example(self, index: int) -> str:
         """Text ``index``."""
@@ -145,11 +150,12 @@ class TextSplitDataModule(SplitDataModule):
         empty: dict[int, dict[str, Any]] = {}
         for split, rows in splits.items():
             assert rows.numbers is not None
-            kept[split] = rows.take([row for row, text in enumerate(rows.texts) if text.strip()])
-            for row, text in enumerate(rows.texts):
-                if not text.strip():
-                    cells = {name: column[row] for name, column in rows.columns.items()}
-                    empty[rows.numbers[row]] = {"text": text, "label": rows.labels[row], "split": split, **cells}
+            filled = np.fromiter((bool(text.strip()) for text in rows.texts), bool, len(rows.texts))
+            kept[split] = rows if filled.all() else rows.take(np.flatnonzero(filled))
+            for row in np.flatnonzero(~filled).tolist():
+                cells = {name: column[row] for name, column in rows.columns.items()}
+                text = {"text": rows.texts[row], "label": rows.labels[row], "split": split}
+                empty[int(rows.numbers[row])] = {**text, **cells}
         if empty:
             total = sum(len(rows.texts) for rows in splits.values())
             rank_zero_warn(
@@ -164,7 +170,7 @@ def _numbered(splits: dict[Split, TextRows]) -> dict[Split, TextRows]:
     numbered, counted = {}, 0
     for name in (name for name in SPLITS if name in splits):
         rows = splits[name]
-        numbers = list(range(counted, counted + len(rows.texts))) if rows.numbers is None else rows.numbers
+        numbers = np.arange(counted, counted + len(rows.texts)) if rows.numbers is None else rows.numbers
         counted += len(rows.texts)
         numbered[name] = rows._replace(numbers=numbers)
     return numbered

@@ -35,6 +35,7 @@ LOCAL: dict[str, Callable[[Path], list[str]]] = {
         "--model.head.init_args.num_prototypes=[6,20]",
     ],
     "bert_sst2": lambda folder: text_words(folder, 2, "validation"),
+    "cluster_texts": lambda folder: [f"--data.path={text_file(folder / 'texts.jsonl')}"],
     "cnn_fashion_mnist": lambda folder: [f"--data.init_args.path={idx_folder(folder / 'images')}"],
     "cifar10_soft_vq": lambda folder: [f"--data.init_args.path={jpeg_file(folder / 'images.npz')}"],
     "fashion_mnist_soft_vq": lambda folder: [f"--data.init_args.path={idx_folder(folder / 'images')}"],

@@ -4,6 +4,7 @@ from ddcl_lightning._utils.batch import token_mask
 from ddcl_lightning.backbones.base import Backbone, Tokens, input_sample
 from ddcl_lightning.backbones.conv import ConvBackbone
 from ddcl_lightning.backbones.identity import IdentityBackbone
+from ddcl_lightning.backbones.lsa import LSABackbone
 from ddcl_lightning.backbones.mlp import MLPBackbone
 from ddcl_lightning.backbones.patches import PatchBackbone
 from ddcl_lightning.backbones.pca import PCABackbone
@@ -15,6 +16,7 @@ __all__ = [
     "Backbone",
     "ConvBackbone",
     "IdentityBackbone",
+    "LSABackbone",
     "MLPBackbone",
     "PCABackbone",
     "PatchBackbone",

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.batch import Batch, inputs, token_mask
 from ddcl_lightning._utils.reservoir import Reservoir
 
-FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted
+FIT_SAMPLES = 65_536  # inputs from which a backbone that needs the data (PCA) is fitted,
+FIT_VALUES = 2**25  # and numbers in them: of wide inputs (images) fewer are taken, but not fewer than
+FEWEST_SAMPLES = 1024
 
 
 class Tokens(NamedTuple):
@@ -70,14 +72,18 @@ def input_sample(batches: Iterable[Batch], size: int = FIT_SAMPLES) -> Tensor:
 
     Args:
         batches: All are read, but of a stream without end only what fills the sample.
-        size: Largest N.
+        size: Largest N; of inputs of more than 512 numbers each so many that all of them are at most ``FIT_VALUES``.
     """
     endless = count_batches(batches) is None
-    reservoir = Reservoir(size)
+    reservoir: Reservoir | None = None
     for batch in batches:
         x = inputs(batch)
         valid = token_mask(batch, x) if x.dim() > 2 else None
-        reservoir.add(x if valid is None else x[valid])
+        rows = x if valid is None else x[valid]
+        if reservoir is None:
+            width = max(1, rows[:1].numel())
+            reservoir = Reservoir(min(size, max(FEWEST_SAMPLES, FIT_VALUES // width)))
+        reservoir.add(rows)
         if endless and reservoir.num_rows >= reservoir.capacity:
             break
-    return reservoir.gather()
+    return (reservoir or Reservoir(size)).gather()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning._utils.distributed import world_size
 from ddcl_lightning._utils.files import write_text
 
 CacheDtype = Literal["float16", "float32"]
@@ -27,6 +28,7 @@ Rows = npt.NDArray[Any]
 
 SEGMENT_SAMPLES = 256  # samples that wait in memory before they are written, or
 SEGMENT_BYTES = 64 * 2**20
+INDEX_BYTES = 28  # of a sample beside its values: key, length and check sum
 ABANDONED_SECONDS = 3600  # an unfinished segment of that age belongs to a process that was killed
 
 
@@ -58,15 +60,20 @@ class FeatureCache:
     have computed is stored twice, with equal values. A damaged segment is deleted, with a warning; one without the
     permission to read is left where it is.
 
-    Where writing fails (a full disk), it warns once and stores nothing more: a cache must not end a run.
+    Where writing fails (a full disk), or more would be stored than ``max_bytes``, it warns once and stores nothing
+    more: a cache must not end a run.
 
     Args:
         folder: Folder of all caches; each has a folder of its own in it.
         recipe: Everything that decides the features, as plain data: features of another recipe are never returned.
         dim: D.
         dtype: Of the stored values; 16 bits halve the space.
+        max_bytes: Most that it may hold on disk, what earlier runs have stored included; None takes half of what is
+            free besides that.
 
     Attributes:
+        max_bytes: Most that it may hold on disk.
+        added_bytes: What this process has added to it.
         path: Folder of this cache, ``folder / <hash of the recipe>``; its ``meta.json`` holds the recipe.
 
     Raises:
@@ -74,7 +81,14 @@ class FeatureCache:
     """
 
     @typed
-    def __init__(self, folder: str | Path, recipe: Mapping[str, Any], dim: int, dtype: CacheDtype = "float16") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        recipe: Mapping[str, Any],
+        dim: int,
+        dtype: CacheDtype = "float16",
+        max_bytes: int | None = None,
+    ) -> None:
         self.dim, self.dtype = dim, np.dtype(dtype)
         meta = json.dumps({**recipe, "embed_dim": dim, "dtype": dtype}, indent=2, sort_keys=True)
         self.path = Path(folder).expanduser() / content_key(meta.encode()).hex()
@@ -90,6 +104,11 @@ class FeatureCache:
         weakref.finalize(self, self._pending.write)
         self._remove_abandoned()
         self.rescan()
+        self._full = False
+        self.added_bytes = 0  # by this process, of those that share the limit
+        stored = self.stored_bytes
+        self.max_bytes = stored + shutil.disk_usage(self.path).free // 2 if max_bytes is None else max_bytes
+        self._room = max(0, self.max_bytes - stored) // world_size()
 
     def __len__(self) -> int:
         return len(self._places) + len(self._pending.rows)
@@ -99,8 +118,13 @@ class FeatureCache:
 
     @property
     def writable(self) -> bool:
-        """True if new samples are kept: False once writing has failed."""
-        return self._pending.writable
+        """True if new samples are kept: False once writing has failed, or the cache is full."""
+        return self._pending.writable and not self._full
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the segments on disk that this process knows."""
+        return sum(segment.num_bytes for segment in self._segments.values())
 
     def get(self, key: bytes) -> Rows | None:
         """Features ``(T, D)`` of a sample, None where there are none."""
@@ -139,11 +163,22 @@ class FeatureCache:
                 f"features of up to {np.abs(values).max():.3g} do not fit into cache_dtype='float16', whose largest "
                 "number is 65504; use cache_dtype='float32'."
             )
-        if key not in self and self.writable:
+        if key not in self and self.writable and self._has_room(rounded.nbytes + INDEX_BYTES):
             self._pending.put(key, rounded)
             if len(self._pending.rows) >= SEGMENT_SAMPLES or self._pending.bytes >= SEGMENT_BYTES:
                 self.flush()
         return rounded
+
+    def _has_room(self, num_bytes: int) -> bool:
+        self.added_bytes += num_bytes
+        self._full = self.added_bytes > self._room
+        if self._full:
+            warnings.warn(
+                f"the cache in {self.path} is full, at {self.max_bytes / 2**30:.3g} GiB: samples beyond are encoded "
+                "every time they are needed. Raise cache_gb, choose another cache_dir, or keep one token per sample.",
+                stacklevel=3,
+            )
+        return not self._full
 
     def flush(self) -> None:
         """Write the features that wait in memory."""
@@ -244,6 +279,7 @@ class _Segment:
         if values.shape != (int(self._lengths.sum()), dim) or values.dtype != dtype:
             raise ValueError(f"values of shape {values.shape} and type {values.dtype}")
         self._file, self._header, self._dim, self._dtype = path / "values.npy", int(values.offset), dim, dtype
+        self.num_bytes = values.nbytes + INDEX_BYTES * len(self._lengths)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._checked = np.zeros(len(self._lengths), bool)
 

@@ -7,12 +7,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning._utils.distributed import gather_objects, is_first_process
+from ddcl_lightning._utils.distributed import gather_objects, is_first_process, world_size
 from ddcl_lightning.backbones.base import Backbone, Tokens, count_batches
 from ddcl_lightning.backbones.feature_cache import SEGMENT_SAMPLES, CacheDtype, FeatureCache, Rows, weights_fingerprint
 
@@ -37,6 +38,8 @@ class PretrainedBackbone(Backbone):
         gradient_checkpointing: Whether the encoder computes activations twice to keep fewer of them.
         cache_dir: Folder where tokens of a frozen encoder are kept; None computes them in every epoch.
         cache_dtype: Of the tokens there.
+        cache_gb: Most that the cache may take on disk, in GiB, > 0; None allows half of what is free. Before it is
+            filled a line says what the training data will take; what does not fit is encoded in every epoch.
 
     Attributes:
         encoder: The pretrained model.
@@ -53,7 +56,12 @@ class PretrainedBackbone(Backbone):
 
     @typed
     def __init__(
-        self, unfreeze: Unfreeze, gradient_checkpointing: bool, cache_dir: str | None, cache_dtype: CacheDtype
+        self,
+        unfreeze: Unfreeze,
+        gradient_checkpointing: bool,
+        cache_dir: str | None,
+        cache_dtype: CacheDtype,
+        cache_gb: float | None = None,
     ) -> None:
         super().__init__()
         if unfreeze != "all" and (not isinstance(unfreeze, int) or isinstance(unfreeze, bool) or unfreeze < 0):
@@ -70,6 +78,9 @@ class PretrainedBackbone(Backbone):
             )
         if cache_dtype not in get_args(CacheDtype):
             raise ValueError(f"cache_dtype must be one of {get_args(CacheDtype)}; got {cache_dtype!r}.")
+        if cache_gb is not None and not cache_gb > 0:
+            raise ValueError(f"cache_gb must be > 0; got {cache_gb}. Leave out cache_dir to keep nothing.")
+        self.cache_gb = cache_gb
         self.unfreeze, self.gradient_checkpointing = unfreeze, gradient_checkpointing
         self.cache_dir, self.cache_dtype = cache_dir, cache_dtype
         self._cache: FeatureCache | None = None
@@ -173,7 +184,7 @@ class PretrainedBackbone(Backbone):
         if self.cache_dir is None:
             raise ValueError("fill_cache needs a place to keep tokens; give the backbone a cache_dir.")
         cache, encoded, size = self._open_cache(), 0, 1
-        pool: dict[bytes, Any] = {}
+        announced, pool = False, dict[bytes, Any]()
         silent = not (progress and is_first_process())
         shown = tqdm(batches, desc="tokens to cache", total=count_batches(batches), disable=silent, leave=False)
         try:
@@ -183,11 +194,26 @@ class PretrainedBackbone(Backbone):
                 pool.update((k, s) for k, s in zip(self.keys(samples), samples, strict=True) if k not in cache)
                 if len(pool) >= size * self._pool_batches:
                     encoded += self._encode_pool(pool, size, cache)
+                    if not announced:
+                        self._announce(cache, encoded, size, count_batches(batches))
+                        announced = True
                 if not cache.writable:
                     break
             return encoded + self._encode_pool(pool, size, cache)
         finally:
             cache.flush()  # all of it is whole, after an interruption too
+
+    def _announce(self, cache: FeatureCache, encoded: int, size: int, batches: int | None) -> None:
+        """Say what all samples will take on disk, by those that were encoded first."""
+        if batches is None or not cache.writable:
+            return
+        samples = batches * size * world_size()
+        total, limit = cache.added_bytes / encoded * samples / 2**30, cache.max_bytes / 2**30
+        kept = f": about {limit / total:.0%} of them are kept, the others encoded in every epoch"
+        rank_zero_info(
+            f"Tokens of {samples:,} samples take about {total:.3g} GiB in {cache.path}, which may hold {limit:.3g} GiB"
+            f"{kept if total > limit else ''}."
+        )
 
     def _encode_pool(self, pool: dict[bytes, Any], size: int, cache: FeatureCache) -> int:
         """Encode and empty a pool, samples of similar length together, the longest first."""
@@ -216,7 +242,8 @@ class PretrainedBackbone(Backbone):
             cached.update(
                 zip(missing, self._encode_and_keep(missing, [samples[places[k]] for k in missing], cache), strict=True)
             )
-        self._warn_of_new_samples(len(keys), len(missing))
+        if cache.writable:
+            self._warn_of_new_samples(len(keys), len(missing))
         rows = [rows for rows in (cached[key] for key in keys) if rows is not None]
         lengths = np.array([len(row) for row in rows])
         values = np.zeros((len(rows), int(lengths.max()), self.embed_dim), cache.dtype)
@@ -244,7 +271,8 @@ class PretrainedBackbone(Backbone):
         if self._cache is None:
             assert self.cache_dir is not None
             recipe = {**self.recipe(), "backbone": type(self).__name__, "weights": weights_fingerprint(self.encoder)}
-            self._cache = FeatureCache(self.cache_dir, recipe, self.embed_dim, self.cache_dtype)
+            limit = None if self.cache_gb is None else int(self.cache_gb * 2**30)
+            self._cache = FeatureCache(self.cache_dir, recipe, self.embed_dim, self.cache_dtype, limit)
         return self._cache
 
     def _like(self) -> Tensor:

@@ -39,6 +39,7 @@ class TimmBackbone(PretrainedBackbone):
         gradient_checkpointing: Compute activations twice to keep fewer of them; needs ``unfreeze``.
         cache_dir: Folder where tokens of a frozen encoder are kept, see :class:`PretrainedBackbone`.
         cache_dtype: Of the tokens there.
+        cache_gb: Most that the cache may take on disk, in GiB; None allows half of what is free.
 
     Attributes:
         embed_dim: Dimension of the tokens.
@@ -65,8 +66,9 @@ class TimmBackbone(PretrainedBackbone):
         gradient_checkpointing: bool = False,
         cache_dir: str | None = None,
         cache_dtype: CacheDtype = "float16",
+        cache_gb: float | None = None,
     ) -> None:
-        super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype)
+        super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype, cache_gb)
         if tokens not in get_args(ImageTokens):
             raise ValueError(f"tokens must be one of {get_args(ImageTokens)}; got {tokens!r}.")
         if image_size is not None and image_size < 1:

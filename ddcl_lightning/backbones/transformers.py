@@ -46,6 +46,7 @@ class TransformersBackbone(PretrainedBackbone):
         cache_dir: Folder where tokens of a frozen encoder are kept, see :class:`PretrainedBackbone`.
         cache_dtype: Of the tokens there.
         revision: Branch, tag or commit of a model on the hub.
+        cache_gb: Most that the cache may take on disk, in GiB; None allows half of what is free.
 
     Attributes:
         embed_dim: Dimension of the hidden states.
@@ -72,8 +73,9 @@ class TransformersBackbone(PretrainedBackbone):
         cache_dir: str | None = None,
         cache_dtype: CacheDtype = "float16",
         revision: str | None = None,
+        cache_gb: float | None = None,
     ) -> None:
-        super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype)
+        super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype, cache_gb)
         if tokens not in get_args(TextTokens):
             raise ValueError(f"tokens must be one of {get_args(TextTokens)}; got {tokens!r}.")
         self.model, self.tokens, self.max_length, self.revision = model, tokens, max_length, revision

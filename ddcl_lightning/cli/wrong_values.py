@@ -54,8 +54,9 @@ def missing_value(message: str) -> str | None:
     problem = _CLASS.search(text)
     owner = problem[1] if problem else owner
     if match:
+        ways = " ".join(f"--{key}.{name} {name.upper()}" for name in match[1].split(", "))
         places = " and ".join(f"{key}.init_args.{name}" for name in match[1].split(", "))
-        return f"{places} must be given: {owner} has no default for it; got null. Pass a value."
+        return f"{places} must be given: {owner} has no default for it; got null. Pass {ways}."
     if _NO_CLASS.search(text):
         return f"{key}.class_path must be the name of a class; got null. Pass --{key} CLASS."
     if _NO_ARGUMENTS.search(text):

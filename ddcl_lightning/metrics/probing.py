@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MAX_SAMPLES = 65_536
 CLUSTERING_METRICS = ("acc", "nmi", "ari", "usage", "perplexity")
+UNLABELLED_METRICS = ("r2", "usage", "perplexity")
 
 
 @dataclass
@@ -171,7 +172,13 @@ def linear_probe(
 
 
 def kmeans_scores(
-    points: Tensor, truth: Tensor, num_clusters: int, *, num_restarts: int = 10, seed: int = 0
+    points: Tensor,
+    truth: Tensor,
+    num_clusters: int,
+    *,
+    num_restarts: int = 10,
+    seed: int = 0,
+    space: Tensor | None = None,
 ) -> dict[str, float]:
     """k-means (scikit-learn, best of several k-means++ runs) on the rows, judged like a readout's clusters.
 
@@ -181,24 +188,59 @@ def kmeans_scores(
         num_clusters: K.
         num_restarts: Runs of k-means.
         seed: Seed of the first run.
+        space: ``(M, Q)``, where R^2 is measured; by default the points.
 
     Returns:
-        :data:`CLUSTERING_METRICS`; without labels only those that need none; empty where fewer than K rows differ.
+        :data:`CLUSTERING_METRICS`; without labels :data:`UNLABELLED_METRICS`; empty where fewer than K rows differ.
     """
     if len(torch.unique(points, dim=0)) < num_clusters:
         return {}
     centers = initial_prototypes(points, num_clusters, num_restarts=num_restarts, seed=seed)
-    return clustering_scores(torch.cdist(points.double(), centers).argmin(1), truth, num_clusters)
+    clusters = torch.cdist(points.double(), centers).argmin(1)
+    return clustering_scores(clusters, truth, num_clusters, points if space is None else space)
 
 
-def clustering_scores(clusters: Tensor, truth: Tensor, num_clusters: int) -> dict[str, float]:
-    """:data:`CLUSTERING_METRICS` of clusters ``(M,)`` against labels ``(M,)``, -1 where unknown."""
+def clustering_scores(
+    clusters: Tensor, truth: Tensor, num_clusters: int, points: Tensor | None = None
+) -> dict[str, float]:
+    """Metrics of clusters ``(M,)`` against labels, or without any of how tight they are.
+
+    Args:
+        clusters: ``(M,)``, in ``[0, num_clusters)``.
+        truth: Labels ``(M,)``, -1 where unknown.
+        num_clusters: K.
+        points: ``(M, Q)``, what was clustered; None leaves R^2 out.
+
+    Returns:
+        :data:`CLUSTERING_METRICS`, or :data:`UNLABELLED_METRICS` where no label is known.
+    """
     labelled = bool((truth >= 0).any())
     # The rows are those of all processes already, and the first process may be the only one here.
     metric = ClusteringMetrics(num_clusters, int(truth.max()) + 1 if labelled else 1, sync_on_compute=False)
     metric.update(clusters, truth)
     values = metric.compute()
-    return {name: float(values[name]) for name in (CLUSTERING_METRICS if labelled else CLUSTERING_METRICS[3:])}
+    if labelled:
+        return {name: float(values[name]) for name in CLUSTERING_METRICS}
+    tightness = {} if points is None else {"r2": explained_variance(points, clusters)}
+    return {**tightness, **{name: float(values[name]) for name in UNLABELLED_METRICS[1:]}}
+
+
+def explained_variance(points: Tensor, clusters: Tensor) -> float:
+    """R^2 of a clustering: 1 less its inertia (around the means of its clusters) relative to the total, in [0, 1].
+
+    Args:
+        points: ``(M, Q)``.
+        clusters: ``(M,)`` int64, at least 0.
+
+    Returns:
+        R^2; 0 where the points do not vary.
+    """
+    rows = points.double() - points.double().mean(0)
+    members = torch.bincount(clusters).clamp(min=1).unsqueeze(1)
+    sums = rows.new_zeros(len(members), rows.shape[1]).index_add_(0, clusters, rows)
+    total = float(rows.square().sum())
+    between = float((sums.square() / members).sum())
+    return min(1.0, between / total) if total > 0 else 0.0
 
 
 def _mean_token(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ class Letters(PretrainedBackbone):
     _pool_batches = 4
 
     def __init__(self, cache_dir: str | None = None, cache_dtype: Any = "float16", **kwargs: Any) -> None:
-        super().__init__(kwargs.get("unfreeze", 0), False, cache_dir, cache_dtype)
+        super().__init__(kwargs.get("unfreeze", 0), False, cache_dir, cache_dtype, kwargs.get("cache_gb"))
         self.encoder: nn.Module = nn.Embedding(128, 4)
         self.encoder.weight.data = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
         self.embed_dim = 4

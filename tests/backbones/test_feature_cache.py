@@ -1,12 +1,15 @@
 """The feature cache: the same tokens as without it, whatever happens to the process, the disk or the weights."""
 
 import copy
+import logging
 import os
 import pickle
+import re
 import shutil
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ddcl_lightning import Classification, DDCLReadout, DDCLReadoutModule, Tokens
 from ddcl_lightning.backbones import feature_cache
-from ddcl_lightning.backbones.feature_cache import FeatureCache, content_key
+from ddcl_lightning.backbones.feature_cache import INDEX_BYTES, FeatureCache, content_key
 from tests.backbones.cache_filler import Letters, batches, fill, text
 from tests.processes import LIMIT, Running, fork_server, start_processes, succeed_in_processes
 from tests.tiny import quiet_trainer
@@ -339,6 +342,38 @@ def test_copies_open_the_cache_for_themselves(tmp_path: Path) -> None:
 def test_refuses_a_cache_of_what_trains(tmp_path: Path, unfreeze: Any) -> None:
     with pytest.raises(ValueError, match=r"cache_dir needs a frozen encoder.*set unfreeze=0"):
         Letters(str(tmp_path), unfreeze=unfreeze)
+
+
+def test_a_full_cache_keeps_what_fits_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = [f"{number:04d}" for number in range(100)]
+    batches = [{"text": words[start : start + 5]} for start in range(0, 100, 5)]
+    limit = 60 * (4 * 4 * 2 + INDEX_BYTES)  # of four letters, four numbers each
+    backbone = Letters(str(tmp_path), cache_gb=limit / 2**30)
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning, match=r"is full, at .* GiB: .* Raise cache_gb"):
+        backbone.prepare(batches)
+    assert re.search(r"Tokens of 100 samples take about .* GiB .*: about 60% of them are kept", caplog.text)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("values.npy"))
+    assert 0.8 * 60 * 32 < size < 60 * 32 + 1024
+    reference = Letters()
+    for batch in batches:
+        torch.testing.assert_close(backbone.train()(batch).values, reference(batch).values, rtol=1e-2, atol=1e-3)
+    encoded = len(backbone.encoded)
+    backbone(batches[0])
+    assert len(backbone.encoded) == encoded  # kept
+    backbone(batches[-1])
+    assert len(backbone.encoded) == encoded + 5  # not kept
+    # Another run finds it full.
+    again = Letters(str(tmp_path), cache_gb=limit / 2**30)
+    with pytest.warns(UserWarning, match="is full"):
+        again(batches[-1])
+    assert sum(file.stat().st_size for file in tmp_path.rglob("values.npy")) == size
+
+
+def test_a_cache_may_take_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert FeatureCache(tmp_path, {}, 4).max_bytes == 500
+    with pytest.raises(ValueError, match=r"cache_gb must be > 0; got 0\. Leave out cache_dir"):
+        Letters(str(tmp_path), cache_gb=0)
 
 
 def test_refuses_another_dtype(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_figures_agree_with_the_run(capsys):
 
 
 CASES = {
-    "no labels": (lambda: module(task=Clustering()), {"train": rows_of(labelled=False)}, 2),
+    "no labels": (lambda: module(task=Clustering()), {"train": rows_of(labelled=False)}, 3),
     "no validation data": (module, {}, 5),
     "sequences with masks": (module, {"train": rows_of(masked=True), "val": rows_of(masked=True)}, 5),
     "no validation yet": (module, {"val": rows_of(), "check_val_every_n_epoch": 10}, 5),
@@ -173,7 +173,7 @@ def test_targets_that_are_no_classes_are_no_labels(capsys):
     rows = [{"x": x, "y": x[0]} for x in blobs(64)[0]]
     summary = FitSummary()
     run(module(task=Regression()), summary, train=DataLoader(rows, batch_size=16))
-    assert set(summary.rows["prototypes (last step)"]) == {"usage", "perplexity"}
+    assert set(summary.rows["prototypes (last step)"]) == {"r2", "usage", "perplexity"}
 
 
 def test_fewer_distinct_samples_than_prototypes_leave_the_baseline_out(capsys):

@@ -135,7 +135,7 @@ NULLS: dict[str, str] = {
     "--data=TextDataModule": REQUIRED,
     "--data=TextDataModule --data.path=null": REQUIRED,
     "--data=TextDataModule --data.init_args.path=null": REQUIRED,
-    "--data=TextDataModule --data.path=a.csv --data.text=null": "text must be a string; got None.",
+    "--data=TextDataModule --data.path=a.csv --data.drop_empty=null": "drop_empty must be True or False; got None.",
     "--model=null": "model must hold settings by name; got null.",
     "--model.rho=null": "model.rho must be a number; got null.",
     "--model.head=null": "model.head must be the name of a Head; got null.",
@@ -281,7 +281,7 @@ TABLES: dict[str, tuple[str, bytes]] = {
     "header alone": ("a.csv", b"text,label\n"),
     "torn": ("a.csv.gz", b"\x1f\x8b\x08\x00torn"),
     "no gzip": ("a.jsonl.gz", b"plain"),
-    "no column": ("a.csv", b"words,label\na,1\n"),
+    "no column": ("a.csv", b"words,more,label\na,b,1\n"),
     "number": ("a.jsonl", b'{"text": 3, "label": 1}'),
     "label": ("a.jsonl", b'{"text": "a", "label": 1.5}'),
 }

@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         "items must be None where path is a table",
     ),
     "an unknown column": (
-        lambda folder: ready(lines(folder, [{"feature": [1]}])),
+        lambda folder: ready(lines(folder, [{"feature": [1]}]), features="features"),
         ValueError,
         "features must name a column of .*Did you mean 'feature'.*list those of numbers, as features",
     ),

@@ -77,9 +77,9 @@ def test_the_pixels_are_those_of_torchvision(tmp_path: Path) -> None:
 
 
 def test_unusable_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"path must be a folder of image folders; got .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder of images or of image folders; got .*nowhere"):
         ready(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"path must hold a folder for each class; .* has none"):
+    with pytest.raises(ValueError, match=r"path must hold images, or a folder for each class; .* has none"):
         ready(tmp_path)
     fill(tmp_path / "a", cat=1, dog=0)
     with pytest.raises(

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from ddcl_lightning.datamodules import TextDataModule
-from ddcl_lightning.datamodules._tables import class_numbers, read_columns, require_column
+from ddcl_lightning.datamodules._labels import class_numbers
+from ddcl_lightning.datamodules._tables import read_columns, require_column
 
 TEXTS = ['plain, with "quotes"', "two\nlines", "NA", "", "ümlaut", "42"]
 LABELS = [0, 1, 0, 1, 1, 0]

@@ -11,9 +11,11 @@ from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, IdentityB
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
+    UNLABELLED_METRICS,
     Readouts,
     clustering_scores,
     collect_readouts,
+    explained_variance,
     kmeans_scores,
     linear_probe,
 )
@@ -103,5 +105,12 @@ def test_kmeans_scores_are_those_of_scikit_learns_clusters() -> None:
     assert tuple(scores) == CLUSTERING_METRICS
     labels = KMeans(4, n_init=3, random_state=0).fit_predict(blobs.x.double())
     assert scores == pytest.approx(clustering_scores(torch.from_numpy(labels).long(), blobs.y, 4))
-    assert set(kmeans_scores(blobs.x, torch.full_like(blobs.y, -1), 4)) == {"usage", "perplexity"}
+    unlabelled = kmeans_scores(blobs.x, torch.full_like(blobs.y, -1), 4)
+    assert tuple(unlabelled) == UNLABELLED_METRICS
+    inertia = KMeans(4, n_init=10, random_state=0).fit(blobs.x.double()).inertia_
+    total = float((blobs.x.double() - blobs.x.double().mean(0)).square().sum())
+    assert unlabelled["r2"] == pytest.approx(1 - inertia / total)
+    assert explained_variance(blobs.x, torch.zeros(len(blobs.x), dtype=torch.int64)) == pytest.approx(0, abs=1e-12)
+    assert explained_variance(blobs.x, torch.arange(len(blobs.x))) == pytest.approx(1)
+    assert explained_variance(torch.ones(3, 2), torch.arange(3)) == 0
     assert kmeans_scores(torch.zeros(5, 2), torch.arange(5), 2) == {}
