@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.heads.base import Head
+from ddcl_lightning.heads.hierarchical import HierarchicalReadout
 
 Logits = Callable[[Tensor, Tensor | None], Tensor]  # of tokens (B, T, D) and their mask (B, T), (B, C)
 MAX_ELEMENTS = 1 << 24  # numbers of one intermediate tensor
@@ -41,6 +42,18 @@ def margins(logits: Tensor, classes: Tensor, others: Tensor | None = None) -> Te
     return of(classes) if others is None else of(classes) - of(others)
 
 
+def class_terms(head: Head, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Exact terms of the logits ``(B, T, H, K, C)``, and what lower levels of a hierarchy add to them, ``(B, C)``.
+
+    Raises:
+        ValueError: If the head has no exact contributions.
+    """
+    if isinstance(head, HierarchicalReadout) and head.pooling == "all" and head.num_levels > 1:
+        *lower, last = head.level_contributions(tokens, mask, classifier)
+        return last, torch.stack([terms.sum((1, 2, 3)) for terms in lower]).sum(0)
+    return head.contributions(tokens, mask, classifier), None
+
+
 def contribution_chunks(
     head: Head, classifier: nn.Linear, tokens: Tensor, mask: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -53,7 +66,7 @@ def contribution_chunks(
     start = 0
     while start < len(tokens):
         chunk = slice(start, start + rows)
-        terms = head.contributions(tokens[chunk], None if mask is None else mask[chunk], classifier)
+        terms, _ = class_terms(head, tokens[chunk], None if mask is None else mask[chunk], classifier)
         yield chunk, terms
         start += rows
         rows = max(1, MAX_ELEMENTS // max(terms[0].numel(), 1))
