@@ -224,14 +224,16 @@ def _input_view(
     observer: Observer, decider: Decider, moved: Batch, place: int, known: bool, batch: Batch, album: Album
 ) -> InputView:
     summary = observer(moved)
-    tokens = []
+    tokens, special = [], 0
     if summary.spans is not None:
         spans, weights = summary.spans[0], summary.token_weights(0)
         real = real_tokens(spans)
         tokens = [_token_views(spans, real, head) for head in weights]
+        special = int(summary.mask[0].sum()) - len(real)
     predicted = None if summary.predicted is None else album.class_name(int(summary.predicted[0]))
     decision = decider(observer.readout, summary, moved, album)
-    return InputView(album.sample(batch, 0, place, known), predicted, summary.shares[0].numpy(), tokens, decision)
+    sample = album.sample(batch, 0, place, known)
+    return InputView(sample, predicted, summary.shares[0].numpy(), tokens, decision, special)
 
 
 def _token_views(spans: Sequence[tuple[int, int]], real: Sequence[int], weights: Tensor) -> list[TokenView]:

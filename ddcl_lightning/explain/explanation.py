@@ -214,6 +214,7 @@ class InputView:
         shares: Mean assignment to each prototype, per head: ``(H, K)``.
         tokens: The tokens of the text per head; empty without character spans.
         decision: The prediction as a sum; None without exact contributions.
+        special: Tokens of the text that stand for no characters.
     """
 
     sample: Sample
@@ -221,6 +222,7 @@ class InputView:
     shares: npt.NDArray[np.float64]
     tokens: list[list[TokenView]] = field(default_factory=list)
     decision: Decision | None = None
+    special: int = 0
 
     @property
     def wrong(self) -> bool:
