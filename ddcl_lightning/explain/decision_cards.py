@@ -14,7 +14,6 @@ from ddcl_lightning.explain.signed import AGAINST, FOR, apportioned, digits_for,
 NAMED = 5  # prototypes
 BIGGEST = 3  # tokens of a prototype
 TEXT = 2500  # characters of an input
-Row = tuple[str, float, str]  # title as HTML, value, remarks as HTML
 
 
 def sum_table(decision: Decision, heads: Sequence[HeadView], text: str | None) -> str:
@@ -26,24 +25,18 @@ def sum_table(decision: Decision, heads: Sequence[HeadView], text: str | None) -
         text: The input, where it is one.
     """
     by_prototype = decision.terms.sum(0)
-    order = _largest(by_prototype)
-    named, others = order[:NAMED], order[NAMED:]
-    count = f"{len(others)} other prototype{'s' * (len(others) != 1)}"
-    rows: list[Row] = [
-        (_name(h, k, len(heads)), float(by_prototype[h, k]), _remarks(decision, h, k, heads, text)) for h, k in named
-    ]
-    if others:
-        rows.append((count, float(sum(by_prototype[h, k] for h, k in others)), ""))
-    if decision.below is not None:
-        rows.append(("lower levels", decision.below, ""))
-    rows.append(("bias", decision.bias, ""))
-    values = [value for _, value, _ in rows]
-    digits = digits_for(values)
-    printed, largest = apportioned(values, digits), max(map(abs, values))
+    named = _largest(by_prototype)[:NAMED]
+    rest = by_prototype.size - len(named)
+    values, printed, digits = _printed(decision)
+    rows = [(_name(h, k, len(heads)), _remarks(decision, h, k, heads, text)) for h, k in named]
+    rows += [(f"{rest} other prototype{'s' * (rest != 1)}", "")] if rest else []
+    rows += [("lower levels", "")] if decision.below is not None else []
+    rows.append(("bias", ""))
+    largest = max(map(abs, values))
     lines = [
         f'<tr class="term"><th scope="row">{title}</th><td class="value">{signed(value, digits)}</td>'
         f"<td>{sign_bar(value, largest)}</td><td>{remarks}</td></tr>"
-        for (title, _, remarks), value in zip(rows, printed, strict=True)
+        for (title, remarks), value in zip(rows, printed, strict=True)
     ]
     total = signed(round(sum(printed), digits), digits)
     head = (
@@ -68,7 +61,7 @@ def token_text(decision: Decision, text: str) -> str:
         pieces.append(f'<span class="soft">{escape(rest)}</span>')
     beyond = "<span>grey: beyond what is shown of the tokens</span>" if rest.strip() and at else ""
     return (
-        f'<div class="text">{"".join(pieces)}</div>{_special(decision, terms, digits, largest)}'
+        f'<div class="text">{"".join(pieces)}</div>{_special(decision, terms, largest)}'
         f"{_weights(decision, text)}{legend(decision, largest, digits)}"
         + (f'<div class="legend">{beyond}</div>' if beyond else "")
     )
@@ -100,6 +93,28 @@ def legend(decision: Decision, largest: float, digits: int) -> str:
 def spaced(text: str) -> str:
     """The text with at most one blank line in a row."""
     return re.sub(r"\n[ \t\r]*(?:\n\s*)+(?=\n|\S|$)", "\n\n", text)
+
+
+def _printed(decision: Decision) -> tuple[list[float], list[float], int]:
+    """Terms of the table, as they are and as they are printed, and their decimal places.
+
+    They are those of the prototypes that are named, of all others, of lower levels, and the bias.
+    """
+    by_prototype = decision.terms.sum(0)
+    values = [float(by_prototype[pair]) for pair in _largest(by_prototype)[:NAMED]]
+    if by_prototype.size > NAMED:
+        values.append(float(by_prototype.sum()) - sum(values))
+    values += [] if decision.below is None else [decision.below]
+    values.append(decision.bias)
+    digits = digits_for(values)
+    return values, apportioned(values, digits), digits
+
+
+def _tokens_total(decision: Decision) -> tuple[float, int]:
+    """Sum of the prototypes as the table prints it, which is that of the tokens too, and its decimal places."""
+    _, printed, digits = _printed(decision)
+    prototypes = printed[: -1 if decision.below is None else -2]
+    return round(sum(prototypes), digits), digits
 
 
 def _largest(terms: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
@@ -139,21 +154,21 @@ def _quoted(decision: Decision, at: int, text: str | None) -> str:
     return f"“{escape(text[start:end])}”"
 
 
-def _special(decision: Decision, terms: npt.NDArray[np.float64], digits: int, largest: float) -> str:
+def _special(decision: Decision, terms: npt.NDArray[np.float64], largest: float) -> str:
     """Tokens that stand for no characters, with their terms, and the sums of both kinds."""
     special = [at for at, place in enumerate(decision.places) if place.span[1] <= place.span[0]]
     if not special:
         return ""
     rest = float(terms.sum() - sum(terms[at] for at in special))
-    printed = apportioned([*(float(terms[at]) for at in special), rest], digits)
-    total = round(sum(printed), digits)
+    total, digits = _tokens_total(decision)
+    printed = apportioned([*(float(terms[at]) for at in special), rest], digits, total)
     chips = "".join(
         f"<span>{_tinted(decision.places[at].name, terms[at], largest)} {signed(value, digits)}</span>"
         for at, value in zip(special, printed, strict=False)
     )
     return (
         f'<div class="legend special">Special tokens: {chips}<span>all other tokens {signed(printed[-1], digits)}; '
-        f"together {signed(total, digits)}</span></div>"
+        f"all prototypes together {signed(total, digits)}</span></div>"
     )
 
 

@@ -158,7 +158,7 @@ def _legend(head: HeadView) -> str:
 
 
 def _inputs_section(explanation: Explanation) -> str:
-    texts = any(isinstance(view.sample.content, str) for view in explanation.inputs)
+    texts = any(isinstance(view.sample.content, str) or view.decision is not None for view in explanation.inputs)
     wrong = any(view.wrong for view in explanation.inputs)
     only = ' data-only="wrong predictions only"' if wrong else ""
     shares = explanation.shows_shares

@@ -15,17 +15,23 @@ def digits_for(values: Sequence[float]) -> int:
     return min(6, max(2, 2 - math.floor(math.log10(largest))))
 
 
-def apportioned(values: Sequence[float], digits: int) -> list[float]:
-    """Values rounded to decimal places so that they sum to their rounded sum: each is off by less than one last place.
+def apportioned(values: Sequence[float], digits: int, total: float | None = None) -> list[float]:
+    """Values rounded to decimal places so that they sum to a rounded total: each is off by about one last place at most.
 
     Those that rounding down cuts the most are rounded up (the method of the largest remainders); ties go to the first.
+
+    Args:
+        values: At least one.
+        digits: Decimal places.
+        total: What they sum to up to rounding; by default their sum.
     """
     scale = 10**digits
     floors = [math.floor(value * scale) for value in values]
-    missing = round(math.fsum(values) * scale) - sum(floors)
     order = sorted(range(len(values)), key=lambda at: (floors[at] - values[at] * scale, at))
-    for at in order[: max(0, missing)]:
-        floors[at] += 1
+    missing = round((math.fsum(values) if total is None else total) * scale) - sum(floors)
+    step = 1 if missing > 0 else -1
+    for turn in range(abs(missing)):
+        floors[order[turn % len(order)] if step > 0 else order[-1 - turn % len(order)]] += step
     return [floor / scale for floor in floors]
 
 
