@@ -1,6 +1,7 @@
 """``ddcl explain``: a Trainer whose further stage is a report."""
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,16 @@ class ExplainingTrainer(pl.Trainer):
         """Set up model and data as ``predict`` does, whose prediction over no batches restores the checkpoint."""
         self.limit_predict_batches = 0
         try:
-            self.predict(
-                model,
-                datamodule=datamodule,
-                return_predictions=False,
-                ckpt_path=ckpt_path,
-                weights_only=weights_only,
-            )
+            with warnings.catch_warnings():  # a report needs none of the callbacks of the run
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+                warnings.filterwarnings("ignore", "The dirpath has changed from")
+                self.predict(
+                    model,
+                    datamodule=datamodule,
+                    return_predictions=False,
+                    ckpt_path=ckpt_path,
+                    weights_only=weights_only,
+                )
         except RuntimeError as error:
             if (sentence := other_model(str(error), ckpt_path)) is None:
                 raise
