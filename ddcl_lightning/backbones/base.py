@@ -46,6 +46,13 @@ class Backbone(nn.Module, ABC):
         """Image parts that the tokens stand for, ``(B, T, C, H, W)``, to draw prototypes; None without images."""
         return None
 
+    def token_grid(self, batch: Batch) -> tuple[int, int, int] | None:
+        """Tokens before the grid (a class token), rows and columns of the tokens of images; None where none is known.
+
+        A token of the grid stands for its cell of the whole image, row by row.
+        """
+        return None
+
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Get ready with the training data, at the start of every fit that is not a resumed one; nothing by default.
 

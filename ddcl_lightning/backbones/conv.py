@@ -53,6 +53,13 @@ class ConvBackbone(Backbone):
         features: Tensor = self.projection(self.stages(self._images(batch)))
         return Tokens(features.flatten(2).transpose(1, 2))
 
+    def token_grid(self, batch: Batch) -> tuple[int, int, int] | None:
+        """The cells of the feature map."""
+        height, width = self._images(batch).shape[-2:]
+        for _ in range(len(self.stages)):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return 0, height, width
+
     def _images(self, batch: Batch) -> Tensor:
         refuse_mask(batch, type(self).__name__)
         x = inputs(batch)

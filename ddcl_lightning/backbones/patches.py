@@ -35,6 +35,13 @@ class PatchBackbone(Backbone):
         """Tokens ``(B, T, C * patch_size ** 2)`` of images ``(B, C, H, W)``, row by row; bytes are scaled to [0, 1]."""
         return Tokens(self.pieces(batch).flatten(2))
 
+    def token_grid(self, batch: Batch) -> tuple[int, int, int] | None:
+        """The grid of the patches, where they cover the image without overlap."""
+        height, width = inputs(batch).shape[-2:]
+        if self.stride != self.patch_size or height % self.patch_size or width % self.patch_size:
+            return None
+        return 0, height // self.patch_size, width // self.patch_size
+
     def pieces(self, batch: Batch) -> Tensor:
         """The patches as images ``(B, T, C, patch_size, patch_size)``, in the order of the tokens."""
         refuse_mask(batch, type(self).__name__)

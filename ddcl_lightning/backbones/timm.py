@@ -150,6 +150,14 @@ class TimmBackbone(PretrainedBackbone):
             images = interpolate(images, self.size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
         return (images.expand(-1, 3, -1, -1) - self.mean.to(images)) / self.std.to(images)
 
+    def token_grid(self, batch: Batch) -> tuple[int, int, int] | None:
+        """The grid of a model that says how it cuts images into patches, behind the class token where there is one."""
+        patch = getattr(getattr(self.encoder, "patch_embed", None), "patch_size", None)
+        grid = getattr(getattr(self.encoder, "patch_embed", None), "grid_size", None)
+        if self.tokens != "all" or patch is None or grid is None:
+            return None
+        return int(self._has_class_token), int(grid[0]), int(grid[1])
+
     def recipe(self) -> dict[str, Any]:
         """Architecture, preprocessing and kind of tokens."""
         names = ("interpolation", "mean", "std")

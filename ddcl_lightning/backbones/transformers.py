@@ -198,6 +198,12 @@ class TransformersBackbone(PretrainedBackbone):
         )
         return [[(start, end) for start, end in text] or [(0, 0)] for text in encoding["offset_mapping"]]
 
+    def token_names(self, batch: Batch) -> list[list[str]]:
+        """Names of the valid tokens of each text as the tokenizer writes them, such as ``[CLS]``."""
+        tokenizer = self._require_tokenizer()
+        encoding = tokenizer(_encodable(texts(batch)), truncation=True, max_length=self.max_length)
+        return [tokenizer.convert_ids_to_tokens(ids) for ids in encoding["input_ids"]]
+
     def recipe(self) -> dict[str, Any]:
         """Configuration, layer, kind of tokens and tokenizer."""
         settings: Any = self.encoder.config

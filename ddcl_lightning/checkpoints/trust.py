@@ -75,6 +75,26 @@ def check_hyper_parameters(
         raise UntrustedName(f"{source} is refused: its hyperparameters are nested too deeply.") from None
 
 
+def check_object(kind: type, settings: Any, source: str, key: str) -> None:
+    """Refuse settings of an object, ``class_path`` and ``init_args``, by the rules of :func:`check_hyper_parameters`.
+
+    Args:
+        kind: Base class that it is to be of.
+        settings: As a checkpoint, or a config beside it, holds them.
+        source: What holds them, for the error.
+        key: Their name, for the error.
+
+    Raises:
+        UntrustedName: If they name something that they may not, or are no settings of an object.
+    """
+    if not isinstance(settings, Mapping) or "class_path" not in settings:
+        _refuse(source, key, settings, "must be given by class_path and init_args")
+    try:
+        _Check(source, ()).value(settings, kind, key)
+    except RecursionError:
+        raise UntrustedName(f"{source} is refused: its {key} are nested too deeply.") from None
+
+
 def stored_hyper_parameters(checkpoint: Any, to_resume: bool = False) -> dict[str, Any]:
     """Hyperparameters in a checkpoint, read without running anything in it.
 

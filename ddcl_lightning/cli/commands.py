@@ -34,6 +34,7 @@ from ddcl_lightning.cli.errors import (
     sentence,
     unwritable,
 )
+from ddcl_lightning.cli.run_config import SaveRunConfig, add_run_config, next_command
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.optim.two_optimizers import require_precision
@@ -169,6 +170,11 @@ class DDCLCommandLine(LightningCLI):
                 "out to start anew."
             )
 
+    def after_fit(self) -> None:
+        """Print the checkpoint and the next command."""
+        for line in next_command(self.trainer, self.model):
+            print(line)
+
 
 def main(args: ArgsType = None) -> None:
     """Run the command line.
@@ -200,7 +206,7 @@ def _main(args: ArgsType) -> None:
         return
     with _refusals(ValueError):
         check_words(words)
-        words = resolve_configs(words)
+        words = resolve_configs(add_run_config(words))
     # Reaches only threads that start later, so it comes before the first tensor; see DDCLReadoutModule.on_fit_start.
     torch.set_flush_denormal(True)
     with _arguments_of_process(words):
@@ -245,6 +251,7 @@ def _run(args: ArgsType) -> None:
             subclass_mode_data=True,
             seed_everything_default=42,
             auto_configure_optimizers=False,  # the module makes its own two
+            save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
             args=args,

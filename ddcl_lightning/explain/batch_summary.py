@@ -12,6 +12,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.explain.explanation import Span
 from ddcl_lightning.functional import nearest_prototype, soft_assign
 from ddcl_lightning.functional._common import mark_padding, masked_mean
+from ddcl_lightning.heads.base import ReadoutOutput
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.monitoring.recording import BankRecord, record_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -60,9 +61,19 @@ class Observer:
     Args:
         module: Its head's last bank is what counts.
 
+    Attributes:
+        bank: That bank.
+        readout: Of the last batch.
+        predicts: Whether the task predicted classes of the last batch.
+        prototypes: As the last batch met them, ``(H, K, d)``.
+
     Raises:
         ValueError: If the head has no bank.
     """
+
+    readout: ReadoutOutput
+    predicts: bool = False
+    prototypes: Tensor
 
     def __init__(self, module: DDCLReadoutModule) -> None:
         banks = find_banks(module.head)
@@ -85,7 +96,7 @@ class Observer:
     def __call__(self, batch: Batch) -> BatchSummary:
         """Run a batch, on the module's device."""
         self._records.clear()
-        readout = self._module(batch)
+        readout = self.readout = self._module(batch)
         previous, samples = self._records.get(self._name), size(batch)
         if previous is None:
             raise ValueError(
@@ -103,6 +114,8 @@ class Observer:
         if previous.mask is not None:
             mask = previous.mask[0].reshape(samples, length)
         codes = nearest_prototype(previous.tokens, previous.codebook).T.reshape(samples, length, -1)
+        predicted = _cpu(self._module.task.predict(readout, batch).get("predicted_class"))
+        self.predicts, self.prototypes = predicted is not None, previous.codebook
         return BatchSummary(
             shares=self._shares(previous, readout.assignments, mask).double().cpu(),
             means=masked_mean(heads.movedim(0, 1), mask, dim=-2).double().cpu(),
@@ -111,7 +124,7 @@ class Observer:
             tokens=heads,
             prototypes=previous.codebook,
             temperature=previous.temperature,
-            predicted=_cpu(self._module.task.predict(readout, batch).get("predicted_class")),
+            predicted=predicted,
             spans=self._spans(batch, mask.cpu()),
         )
 

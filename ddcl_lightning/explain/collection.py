@@ -1,7 +1,8 @@
 """Collecting an explanation: one pass over the training data in bounded memory, and a few inputs."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +15,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning.explain.batch_summary import BatchSummary, Observer, real_tokens
+from ddcl_lightning.explain.batch_summary import Observer, real_tokens
+from ddcl_lightning.explain.decisions import Decider, Effects, prototype_effects
 from ddcl_lightning.explain.explanation import Explanation, InputView, TokenView
+from ddcl_lightning.explain.faithfulness import Faithfulness, measure
 from ddcl_lightning.explain.samples import Album, positions, take
 from ddcl_lightning.explain.statistics import Tally
 from ddcl_lightning.module import DDCLReadoutModule
@@ -31,6 +34,7 @@ def collect(
     inputs: int = 20,
     indices: Sequence[int] | None = None,
     max_samples: int = 10_000,
+    evaluated: int = 200,
     checkpoint: str | None = None,
     to_device: Callable[[Batch], Batch] | None = None,
     progress: bool = False,
@@ -38,7 +42,8 @@ def collect(
     """Explanation of the prototypes of a trained module by the data that belong to them.
 
     Prototypes are described by the training data, in one pass; inputs come from the prediction data (validation, then
-    training data, where a data module has none). The same module, data and arguments give the same explanation.
+    training data, where a data module has none). With a linear classifier and a head with exact contributions an
+    input's prediction is a sum over tokens and prototypes. The same arguments give the same explanation.
 
     Args:
         module: Trained; its head must hold a prototype bank, the last of which counts. Modes, weights and the random
@@ -48,6 +53,7 @@ def collect(
         inputs: Inputs to show, >= 0: a sample that depends on their places alone.
         indices: Places of inputs to show instead.
         max_samples: Training samples to read, at least 1, in the order of the loader.
+        evaluated: Inputs from which mean contributions and their faithfulness are computed, >= 0.
         checkpoint: What to call the weights.
         to_device: Moves a batch to the module's device.
         progress: Show bars.
@@ -56,32 +62,89 @@ def collect(
         ValueError: If an argument is out of its range, there is no bank or no data, an index is not in the data, or
             the data has other classes than the training data.
     """
-    check_arguments(examples, inputs, indices, max_samples)
+    check_arguments(examples, inputs, indices, max_samples, evaluated)
     observer = Observer(module)
+    shape = (observer.bank.num_heads, observer.bank.num_prototypes)
+    decider = Decider(module, shape)
+    album = _prepare(module, datamodule)
+    move = to_device or (lambda batch: module.transfer_batch_to_device(batch, module.device, 0))
+    with isolate_rng(), observer.watching():
+        torch.manual_seed(0)  # a loader that shuffles by the global generator
+        tally = Tally(*shape, examples, album)
+        loader = progress_bar(single_loader(datamodule.train_dataloader(), "train_dataloader"), "training", progress)
+        complete = _add_batches(tally, observer, loader, move, max_samples)
+        chosen = progress_bar(_draw(datamodule, inputs, indices, max_samples), "inputs", progress)
+        views = [_input_view(observer, decider, move(item[2]), *item, album) for item in chosen]
+        chosen = progress_bar(_draw(datamodule, evaluated, None, max_samples), "evaluation", progress)
+        effects, faithfulness = _evaluate(decider, _head_inputs(observer, decider, (move(item[2]) for item in chosen)))
+    return Explanation(
+        **_names(module, datamodule),
+        checkpoint=checkpoint,
+        complete=complete,
+        **tally.counts(),
+        heads=tally.heads(observer.bank.temperature.tolist(), observer.prototypes, effects),
+        inputs=views if decider.reason is None else [replace(view, decision=None) for view in views],
+        **_of_predictions(observer, decider, effects, faithfulness),
+    )
+
+
+def _of_predictions(
+    observer: Observer, decider: Decider, effects: Effects | None, faithfulness: Faithfulness | None
+) -> dict[str, Any]:
+    return {
+        "predicts": observer.predicts,
+        "no_contributions": decider.reason if observer.predicts else None,
+        "reads_shares": decider.head.pools_assignments,
+        "effects": (0, 0) if effects is None else (effects.samples, effects.knock_out_samples),
+        "faithfulness": faithfulness,
+    }
+
+
+def _names(module: DDCLReadoutModule, datamodule: pl.LightningDataModule) -> dict[str, Any]:
+    return {
+        "data": data_name(datamodule),
+        "inputs_from": input_loader(datamodule)[1],
+        "model": [type(stage).__name__ for stage in (module.backbone, module.head, module.task)],
+    }
+
+
+def _draw(
+    datamodule: pl.LightningDataModule, number: int, indices: Sequence[int] | None, limit: int
+) -> Iterator[tuple[int, bool, Batch]]:
+    """Inputs as :func:`choose_inputs` chooses them, at the first of them."""
+    yield from choose_inputs(input_loader(datamodule)[0], number, indices, limit)
+
+
+def _prepare(module: DDCLReadoutModule, datamodule: pl.LightningDataModule) -> Album:
     datamodule.prepare_data()
     datamodule.setup("fit")
     datamodule.setup("predict")
     module.refuse_other_classes(datamodule)
-    album = Album(datamodule)
-    move = to_device or (lambda batch: module.transfer_batch_to_device(batch, module.device, 0))
-    with isolate_rng(), observer.watching():
-        torch.manual_seed(0)  # a loader that shuffles by the global generator
-        loader = single_loader(datamodule.train_dataloader(), "train_dataloader")
-        tally = Tally(observer.bank.num_heads, observer.bank.num_prototypes, examples, album)
-        complete = _add_batches(tally, observer, progress_bar(loader, "training data", progress), move, max_samples)
-        chosen = progress_bar(choose_inputs(input_loader(datamodule), inputs, indices, max_samples), "inputs", progress)
-        views = [_input_view(observer(move(batch)), batch, place, known, album) for place, known, batch in chosen]
-    return Explanation(
-        data=data_name(datamodule),
-        model=[type(stage).__name__ for stage in (module.backbone, module.head, module.task)],
-        checkpoint=checkpoint,
-        samples=tally.samples,
-        complete=complete,
-        tokens=tally.tokens,
-        accuracy=tally.accuracy(),
-        heads=tally.heads(observer.bank.temperature.tolist()),
-        inputs=views,
-    )
+    return Album(datamodule)
+
+
+def _head_inputs(observer: Observer, decider: Decider, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor | None]]:
+    """Tokens ``(T, D)`` and mask ``(T,)`` at the head's input of single samples; none where a prediction is no sum."""
+    samples: list[tuple[Tensor, Tensor | None]] = []
+    if not observer.predicts or decider.reason is not None:
+        return samples
+    for batch in batches:
+        summary = observer(batch)
+        if not decider.check(observer.readout, summary.predicted):
+            return []
+        tokens, mask = decider.inputs(observer.readout)
+        samples.append((tokens[0], None if mask is None else mask[0]))
+    return samples
+
+
+def _evaluate(
+    decider: Decider, samples: Sequence[tuple[Tensor, Tensor | None]]
+) -> tuple[Effects | None, Faithfulness | None]:
+    if not samples or decider.classifier is None:
+        return None, None
+    with torch.autocast(samples[0][0].device.type, enabled=False):
+        effects = prototype_effects(decider.head, decider.classifier, samples)
+        return effects, measure(decider.head, decider.classifier, samples)
 
 
 def _add_batches(
@@ -157,14 +220,20 @@ def _mixed(places: Sequence[int]) -> list[int]:
     return [int(value) for value in x ^ (x >> np.uint64(31))]
 
 
-def _input_view(summary: BatchSummary, batch: Batch, place: int, known: bool, album: Album) -> InputView:
-    tokens = []
+def _input_view(
+    observer: Observer, decider: Decider, moved: Batch, place: int, known: bool, batch: Batch, album: Album
+) -> InputView:
+    summary = observer(moved)
+    tokens, special = [], 0
     if summary.spans is not None:
         spans, weights = summary.spans[0], summary.token_weights(0)
         real = real_tokens(spans)
         tokens = [_token_views(spans, real, head) for head in weights]
+        special = int(summary.mask[0].sum()) - len(real)
     predicted = None if summary.predicted is None else album.class_name(int(summary.predicted[0]))
-    return InputView(album.sample(batch, 0, place, known), predicted, summary.shares[0].numpy(), tokens)
+    decision = decider(observer.readout, summary, moved, album)
+    sample = album.sample(batch, 0, place, known)
+    return InputView(sample, predicted, summary.shares[0].numpy(), tokens, decision, special)
 
 
 def _token_views(spans: Sequence[tuple[int, int]], real: Sequence[int], weights: Tensor) -> list[TokenView]:
@@ -172,9 +241,13 @@ def _token_views(spans: Sequence[tuple[int, int]], real: Sequence[int], weights:
     return [TokenView(spans[place], int(codes[place]), float(top[place])) for place in real]
 
 
-def check_arguments(examples: int, inputs: int, indices: Sequence[int] | None, max_samples: int) -> None:
+def check_arguments(
+    examples: int, inputs: int, indices: Sequence[int] | None, max_samples: int, evaluated: int = 0
+) -> None:
     """Raise a ValueError that names the argument of :func:`collect` that is out of its range."""
-    for name, value, minimum in (("examples", examples, 1), ("inputs", inputs, 0), ("max_samples", max_samples, 1)):
+    smallest = {"examples": 1, "inputs": 0, "max_samples": 1, "evaluated": 0}
+    for name, value in zip(smallest, (examples, inputs, max_samples, evaluated), strict=True):
+        minimum = smallest[name]
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}; got {value}.")
     if indices is not None and any(place < 0 for place in indices):
@@ -192,12 +265,12 @@ def data_name(datamodule: pl.LightningDataModule) -> str:
     return type(datamodule).__name__.removesuffix("DataModule") or type(datamodule).__name__
 
 
-def input_loader(datamodule: pl.LightningDataModule) -> "Iterable[Batch]":
-    """Loader of the inputs to show: of prediction, else of validation, else of training."""
-    for name in ("predict_dataloader", "val_dataloader"):
+def input_loader(datamodule: pl.LightningDataModule) -> "tuple[Iterable[Batch], str]":
+    """Loader of the inputs to show, and what its data are called: of prediction, else of validation or training."""
+    for name, data in (("predict_dataloader", "prediction data"), ("val_dataloader", "validation data")):
         if is_overridden(name, datamodule, pl.LightningDataModule):
-            return single_loader(getattr(datamodule, name)(), name)
-    return single_loader(datamodule.train_dataloader(), "train_dataloader")
+            return single_loader(getattr(datamodule, name)(), name), data
+    return single_loader(datamodule.train_dataloader(), "train_dataloader"), "training data"
 
 
 def single_loader(loader: Any, name: str) -> "DataLoader[Any] | Iterable[Batch]":

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddcl_lightning.explain.faithfulness import Faithfulness
+
 Span = tuple[int, int]  # characters [start, end) of a text
 Image = npt.NDArray[np.uint8]
 
@@ -34,12 +36,14 @@ class Neighbour:
         distance: Euclidean distance to the prototype, in the space of the bank.
         share: Mean assignment of the sample to the prototype, in [0, 1].
         span: Characters of the token, or None where the whole sample is meant.
+        member: Whether the prototype is the strongest one of the sample, or the nearest one of the token.
     """
 
     sample: Sample
     distance: float
     share: float
     span: Span | None = None
+    member: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,19 @@ class ClassShare:
 
 
 @dataclass(frozen=True)
+class ClassTerm:
+    """Mean contribution of a prototype to a class.
+
+    Attributes:
+        name: Name of the class.
+        term: To its logit less the mean logit over all classes.
+    """
+
+    name: str
+    term: float
+
+
+@dataclass(frozen=True)
 class PrototypeView:
     """One prototype.
 
@@ -80,11 +97,15 @@ class PrototypeView:
         share: The same as a share of all samples.
         weight: Mean assignment over samples; the weights of a head sum to 1.
         token_share: Share of the tokens that are nearest to it; equals ``share`` for one token per sample.
-        nearest: Nearest samples, by the mean of their tokens.
-        strongest: Samples with the largest share of it; empty for one token per sample, where these are the nearest.
-        tokens: Nearest tokens, one per sample; empty without character spans.
+        nearest: Nearest members by the mean of their tokens; where it has none, the nearest samples.
+        strongest: Members with the largest share of it, or samples where it has none; empty for one token per sample,
+            where these are the nearest.
+        tokens: Nearest tokens of its own, one per sample; where it has none, the nearest; empty without character
+            spans.
         words: Characteristic words, most telling first; empty without text.
         classes: Class composition, largest first; empty without labels.
+        speaks: Mean contributions to all classes of the evaluated inputs; empty without exact contributions.
+        knock_out: Mean fall of the probability of the predicted class without it; None where that is not known.
     """
 
     number: int
@@ -97,6 +118,8 @@ class PrototypeView:
     tokens: list[Neighbour] = field(default_factory=list)
     words: list[WordShare] = field(default_factory=list)
     classes: list[ClassShare] = field(default_factory=list)
+    speaks: list[ClassTerm] = field(default_factory=list)
+    knock_out: float | None = None
 
     @property
     def dead(self) -> bool:
@@ -113,11 +136,16 @@ class HeadView:
         metrics: ``usage``, ``perplexity`` and, with labels, ``acc``, ``nmi``, ``ari``: of the strongest prototype of
             every sample.
         prototypes: All of them, in order.
+        positions: Their projections on the two first principal components of the bank, ``(K, 2)``; None where that was
+            not computed.
+        explained: Share of the prototypes' variance that these hold, in [0, 1].
     """
 
     temperature: float
     metrics: dict[str, float]
     prototypes: list[PrototypeView]
+    positions: npt.NDArray[np.float64] | None = None
+    explained: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +158,53 @@ class TokenView:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Place of a token in an input.
+
+    Attributes:
+        span: Characters of the text, ``(0, 0)`` for a token that stands for none.
+        name: As the tokenizer or the grid calls it, such as ``[CLS]`` or ``row 2, column 3``.
+    """
+
+    span: Span
+    name: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Margin of the predicted class over the runner-up, as an exact sum.
+
+    ``bias + below + terms.sum()`` is the logit of the predicted class less that of the runner-up.
+
+    Attributes:
+        predicted: Name of the predicted class.
+        runner_up: Name of the class with the next largest logit.
+        probability: Of the predicted class.
+        margin: The difference of the two logits.
+        bias: Difference of the two biases.
+        terms: Contributions of each of the T tokens that the head sums over, by prototype, ``(T, H, K)``.
+        places: Where the tokens are, T of them; empty where the head sums over one token per sample.
+        below: Contribution of lower levels of a hierarchy that the classifier reads too.
+        without: Probability of the predicted class without each prototype, ``(H, K)``, NaN where there is no other;
+            None where the head cannot say.
+        weights: Learned weights of the tokens ``(T,)``; None where all count alike.
+        grid: Tokens before the grid, rows and columns of the tokens of an image; None where that is not known.
+    """
+
+    predicted: str
+    runner_up: str
+    probability: float
+    margin: float
+    bias: float
+    terms: npt.NDArray[np.float64]
+    places: list[Place]
+    below: float | None = None
+    without: npt.NDArray[np.float64] | None = None
+    weights: npt.NDArray[np.float64] | None = None
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
 class InputView:
     """One input.
 
@@ -138,12 +213,16 @@ class InputView:
         predicted: Name of the class that the task predicts, or None.
         shares: Mean assignment to each prototype, per head: ``(H, K)``.
         tokens: The tokens of the text per head; empty without character spans.
+        decision: The prediction as a sum; None without exact contributions.
+        special: Tokens of the text that stand for no characters.
     """
 
     sample: Sample
     predicted: str | None
     shares: npt.NDArray[np.float64]
     tokens: list[list[TokenView]] = field(default_factory=list)
+    decision: Decision | None = None
+    special: int = 0
 
     @property
     def wrong(self) -> bool:
@@ -166,6 +245,13 @@ class Explanation:
         heads: One per head of the last bank.
         inputs: Inputs, in order.
         health: What a CollapseWarning found in training, a line for each codebook; empty where none watched.
+        predicts: Whether the task predicts classes.
+        reads_shares: Whether the prediction is a function of the shares alone.
+        no_contributions: Why there are no exact contributions to a prediction, one sentence; None where there are.
+        effects: Inputs from which mean contributions and knock-outs of the prototypes were computed, and those of
+            which prototypes were taken out.
+        faithfulness: Of the contributions, on the same inputs; None where it was not measured.
+        inputs_from: Which data the inputs are from.
     """
 
     data: str
@@ -178,6 +264,17 @@ class Explanation:
     heads: list[HeadView]
     inputs: list[InputView]
     health: tuple[str, ...] = ()
+    predicts: bool = False
+    reads_shares: bool = False
+    no_contributions: str | None = None
+    effects: tuple[int, int] = (0, 0)
+    faithfulness: Faithfulness | None = None
+    inputs_from: str = "prediction data"
+
+    @property
+    def shows_shares(self) -> bool:
+        """True where shares belong beside an input: nothing is predicted, or they are what the prediction reads."""
+        return not self.predicts or (self.reads_shares and self.no_contributions is None)
 
     @property
     def token_level(self) -> bool:

@@ -149,7 +149,8 @@ def collect_tree(
         torch.manual_seed(0)  # a loader that shuffles by the global generator
         loader = single_loader(datamodule.train_dataloader(), "train_dataloader")
         complete = _read(tally, module, quantizer, progress_bar(loader, "training data", progress), move, max_samples)
-        chosen = progress_bar(choose_inputs(input_loader(datamodule), inputs, indices, max_samples), "items", progress)
+        source, _ = input_loader(datamodule)
+        chosen = progress_bar(choose_inputs(source, inputs, indices, max_samples), "items", progress)
         items = []
         for place, known, batch in chosen:
             codes = tuple(item_codes(module(move(batch)))[0].tolist())

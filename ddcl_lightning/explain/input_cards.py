@@ -1,32 +1,65 @@
-"""The card of an input: what it is made of, what is predicted, and the sample itself."""
+"""The card of an input: what is predicted and by which terms, what it is made of, and the sample itself."""
 
-import re
 from collections.abc import Sequence
 from html import escape
 
+from ddcl_lightning.explain.decision_cards import TEXT, spaced, sum_table, token_list, token_text
 from ddcl_lightning.explain.explanation import HeadView, InputView, Span, TokenView
 from ddcl_lightning.explain.html import WHOLE, anchor, bar, caption, chip, hue, percent, picture, ranked
+from ddcl_lightning.explain.token_map import token_map
 
-TEXT = 2500  # characters of an input
 
+def input_card(view: InputView, heads: Sequence[HeadView], shares: bool = True) -> str:
+    """Card of one input: its prediction and the terms of it, its prototypes, and the sample itself.
 
-def input_card(view: InputView, heads: Sequence[HeadView]) -> str:
-    """Card of one input: its prototypes, its prediction, and the sample itself."""
+    Args:
+        view: The input.
+        heads: Of the page.
+        shares: Whether shares belong beside it.
+    """
     sample = view.sample
-    elements = [f"<h3>Input #{sample.index}</h3>", _verdict(view)]
     text = sample.content if isinstance(sample.content, str) else None
+    elements = [f"<h3>Input #{sample.index}</h3>", _verdict(view)]
+    if view.decision is not None:
+        elements.append(sum_table(view.decision, heads, text))
+    if shares:
+        elements.append(_shares(view, heads, text if view.decision is None else None))
+    if view.decision is not None and view.decision.places:
+        if text is not None and any(place.span[1] > place.span[0] for place in view.decision.places):
+            elements.append(token_text(view.decision, text))
+        else:
+            elements.append(_text(text) + (token_map(view.decision, sample) or token_list(view.decision)))
+    elif text is not None and not (view.tokens and shares and view.decision is None):
+        elements.append(_text(text))
+    css = f'class="card input"{" data-only" * view.wrong}'
+    return f"<article {css}>{picture(sample)}<div>{''.join(elements)}</div></article>"
+
+
+def _text(text: str | None) -> str:
+    if text is None:
+        return ""
+    return f'<div class="text">{escape(spaced(text[:TEXT].strip()) + (" …" if len(text) > TEXT else ""))}</div>'
+
+
+def _shares(view: InputView, heads: Sequence[HeadView], text: str | None) -> str:
+    """Shares by head in words and as a bar, with the tokens of a text on the colours of their prototypes."""
+    elements = []
     for number, head in enumerate(heads):
         prefix = f"{number}." if len(heads) > 1 else ""
         shares = [float(share) for share in view.shares[number]]
         title = f"<b>Head {number}:</b> " if prefix else ""
-        elements.append(f'<p class="words-of">{title}{_made_of(shares, head, prefix)}</p>{bar(shares, prefix)}')
+        lead = "Shares, which the prediction reads: " if view.decision is not None and not number else ""
+        elements.append(f'<p class="words-of">{lead}{title}{_made_of(shares, head, prefix)}</p>{bar(shares, prefix)}')
         if text is not None and view.tokens:
             elements.append(_tinted(text, view.tokens[number], prefix))
-    if text is not None and not view.tokens:
-        cut = _spaced(text[:TEXT].strip()) + (" …" if len(text) > TEXT else "")
-        elements.append(f'<div class="text">{escape(cut)}</div>')
-    css = f'class="card input"{" data-only" * view.wrong}'
-    return f"<article {css}>{picture(sample)}<div>{''.join(elements)}</div></article>"
+    if text is not None and view.tokens and view.special:
+        count = f"{view.special} special token{'s' * (view.special != 1)}"
+        length = view.special + len(view.tokens[0])
+        elements.append(
+            f'<div class="legend special">{count} of the tokenizer, which stand for no characters, are '
+            f"{percent(view.special / length)} of the {length} tokens.</div>"
+        )
+    return "".join(elements)
 
 
 def all_or_nothing(views: Sequence[InputView]) -> bool:
@@ -50,6 +83,8 @@ def _verdict(view: InputView) -> str:
     if predicted is None:
         return f'<p class="verdict">Class <b>{escape(truth)}</b></p>' if truth else ""
     said = f"Predicted <b>{escape(predicted)}</b>"
+    if view.decision is not None:
+        said += f" with probability {view.decision.probability:.2f}"
     if truth is None:
         return f'<p class="verdict">{said}</p>'
     mark = '<span class="good">✓ right</span>' if truth == predicted else '<span class="bad">✗ wrong</span>'
@@ -62,11 +97,11 @@ def _tinted(text: str, tokens: Sequence[TokenView], prefix: str) -> str:
     pieces, at = [], 0
     end = max((span[1] for span, _, _ in runs), default=0)
     for (start, stop), number, level in runs:
-        pieces.append(escape(_spaced(text[at:start]) if at else text[:start].lstrip()))
+        pieces.append(escape(spaced(text[at:start]) if at else text[:start].lstrip()))
         style = f"--h:{hue(number)};--a:{level / 4:.2f}"
         pieces.append(f'<span class="t" style="{style}" title="prototype {number}">{escape(text[start:stop])}</span>')
         at = stop
-    rest = _spaced(text[end : end + 200]) + (" …" if len(text) > end + 200 else "")
+    rest = spaced(text[end : end + 200]) + (" …" if len(text) > end + 200 else "")
     if rest.strip():
         pieces.append(f'<span class="soft">{escape(rest)}</span>')
     counts: dict[int, int] = {}
@@ -95,8 +130,3 @@ def _runs(text: str, tokens: Sequence[TokenView]) -> list[tuple[Span, int, int]]
                 continue
         runs.append(((start, stop), number, level))
     return runs
-
-
-def _spaced(text: str) -> str:
-    """The text with at most one blank line in a row."""
-    return re.sub(r"\n[ \t\r]*(?:\n\s*)+(?=\n|\S|$)", "\n\n", text)

@@ -62,3 +62,33 @@ class Nearest(Generic[T]):
             if place in self._kept[prototype]:
                 neighbors.append((float(distance), self._kept[prototype][place]))
         return neighbors
+
+
+class MembersFirst(Generic[T]):
+    """The nearest few members of each of M prototypes; of a prototype without members, the nearest of all.
+
+    Args:
+        prototypes: M.
+        size: Candidates kept per prototype.
+    """
+
+    def __init__(self, prototypes: int, size: int) -> None:
+        self._members: Nearest[T] = Nearest(prototypes, size)
+        self._all: Nearest[T] = Nearest(prototypes, size)
+
+    def add(self, distances: Tensor, members: Tensor, places: Tensor, show: Callable[[int, int], T]) -> None:
+        """Offer a batch.
+
+        Args:
+            distances: ``(M, B)``; infinite ones are no candidates.
+            members: ``(M, B)`` boolean, True where the candidate belongs to the prototype.
+            places: As for :meth:`Nearest.add`, and so is ``show``.
+            show: See there.
+        """
+        self._members.add(distances.masked_fill(~members.to(distances.device), torch.inf), places, show)
+        self._all.add(distances, places, show)
+
+    def of(self, prototype: int) -> list[T]:
+        """Kept items of a prototype, nearest first."""
+        kept = self._members.of(prototype) or self._all.of(prototype)
+        return [item for _, item in kept]

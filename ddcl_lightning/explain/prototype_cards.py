@@ -6,9 +6,11 @@ from html import escape
 
 from ddcl_lightning.explain.explanation import Neighbour, PrototypeView
 from ddcl_lightning.explain.html import anchor, caption, chip, hue, matches_base_rate, percent, picture, three_digits
+from ddcl_lightning.explain.signed import digits_for, sign_bar, signed
 
 CONTEXT = 90  # characters either side of a token
 SNIPPET = 320  # characters of a nearest text
+TOP_TERMS = 6  # classes that a prototype speaks for or against
 
 
 def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
@@ -38,23 +40,54 @@ def prototype_card(view: PrototypeView, prefix: str, token_level: bool) -> str:
     if view.words:
         words = "".join(f"<li>{escape(w.word)} <small>&times;{_times(w.lift)}</small></li>" for w in view.words)
         elements.append(f'<h4>Characteristic words</h4><ul class="words">{words}</ul>')
+    if view.speaks:
+        elements.append(_speaks(view))
     if view.classes:
         elements.append(_classes(view))
     if view.tokens:
-        elements.append(f"<h4>Nearest tokens</h4>{neighbour_list(view.tokens)}")
+        elements.append(f"<h4>{_title('Nearest tokens', view.tokens)}</h4>{neighbour_list(view.tokens)}")
     if not pictures:
         elements.append(nearest)
     return "".join(elements) + "</article>"
 
 
+def _title(title: str, neighbours: Sequence[Neighbour]) -> str:
+    """The title of a list of members, or of what is shown for want of any."""
+    return title if all(neighbour.member for neighbour in neighbours) else f"{title}, though not members"
+
+
 def _examples(view: PrototypeView) -> str:
     if view.strongest:
-        folded = (
-            f"<details><summary>Nearest, by the mean of their tokens</summary>{neighbour_list(view.nearest)}</details>"
+        title = _title("Nearest, by the mean of their tokens", view.nearest)
+        folded = f"<details><summary>{title}</summary>{neighbour_list(view.nearest)}</details>"
+        return f"<h4>{_title('Largest shares', view.strongest)}</h4>{neighbour_list(view.strongest, True)}{folded}"
+    if not view.nearest:
+        return ""
+    title = _title("Nearest", view.nearest)
+    return f"<h4>{title}</h4>{neighbour_list(view.nearest)}"
+
+
+def _speaks(view: PrototypeView) -> str:
+    """Signed table of the classes that a prototype speaks for and against, the largest terms, and its knock-out."""
+    order = sorted(range(len(view.speaks)), key=lambda at: (-abs(view.speaks[at].term), at))[:TOP_TERMS]
+    terms = sorted((view.speaks[at] for at in order), key=lambda term: -term.term)
+    largest = max(abs(term.term) for term in terms)
+    digits = digits_for([largest])
+    rows = "".join(
+        f'<span class="name">{escape(term.name)}</span>{sign_bar(term.term, largest)}'
+        f'<span class="figure">{signed(term.term, digits)}</span>'
+        for term in terms
+    )
+    rest = len(view.speaks) - len(terms)
+    more = f'<p class="share">and {rest} classes with smaller terms</p>' if rest else ""
+    fall = ""
+    if view.knock_out is not None:
+        way = "falls" if view.knock_out >= 0 else "rises"
+        fall = (
+            f'<p class="share">Without it the probability of the predicted class {way} by '
+            f"{abs(view.knock_out):.3f} on average.</p>"
         )
-        return f"<h4>Largest shares</h4>{neighbour_list(view.strongest, by_share=True)}{folded}"
-    title = "Nearest, though not near" if view.dead else "Nearest examples"
-    return f"<h4>{title}</h4>{neighbour_list(view.nearest)}" if view.nearest else ""
+    return f'<h4>Speaks for and against: mean contribution</h4><div class="classes speaks">{rows}</div>{more}{fall}'
 
 
 def _share_line(view: PrototypeView, token_level: bool) -> str:
@@ -78,7 +111,7 @@ def _times(lift: float) -> str:
 
 def _classes(view: PrototypeView) -> str:
     if matches_base_rate(view.classes):
-        return '<h4>Classes</h4><p class="share">As in all data: none stands out.</p>'
+        return '<h4>Classes of what it holds</h4><p class="share">As in all data: none stands out.</p>'
     rows = []
     for share in view.classes:
         line = f'<span class="base" style="left:{100 * share.base:.2f}%"></span>'
@@ -88,7 +121,7 @@ def _classes(view: PrototypeView) -> str:
             f'<span class="name">{escape(share.name)}</span><span class="track" title="{title}">{fill}{line}</span>'
             f'<span class="figure">{percent(share.share)}</span>'
         )
-    return f'<h4>Classes</h4><div class="classes">{"".join(rows)}</div>'
+    return f'<h4>Classes of what it holds</h4><div class="classes">{"".join(rows)}</div>'
 
 
 def neighbour_list(neighbours: Sequence[Neighbour], by_share: bool = False) -> str:

@@ -3,31 +3,18 @@
 from html import escape
 
 from ddcl_lightning.explain.explanation import Explanation, HeadView
+from ddcl_lightning.explain.faithfulness_section import faithfulness_section
+from ddcl_lightning.explain.guide import DECISION_GUIDE, GUIDE
 from ddcl_lightning.explain.html import bar, matches_base_rate, three_digits
 from ddcl_lightning.explain.input_cards import all_or_nothing, input_card
 from ddcl_lightning.explain.page import Fact, document, fact_list, guide_section, health_lines
 from ddcl_lightning.explain.prototype_cards import prototype_card
+from ddcl_lightning.explain.vocabulary import vocabulary
 
 _METRICS = {
     "acc": ("ACC", "clusters matched one to one with classes"),
     "nmi": ("NMI", "information shared with the classes"),
     "ari": ("ARI", "agreement of pairs, 0 by chance"),
-}
-_GUIDE = {
-    "Prototype": "A point in the space of the embeddings that training has moved. A sample's shares say how much it "
-    "resembles each of them; they sum to 100 %.",
-    "Share of the samples": "How many samples have it as their strongest prototype. The mean share counts the weaker "
-    "parts too: it is what the prototype holds of an average sample. A prototype to which no token is nearest is dead: "
-    "it is nothing's first choice. Numbers are rounded, so sums can be off by one.",
-    "Nearest": "Training samples (or tokens) at the smallest distance d to the prototype, as the prototypes see them; "
-    '# is the place in the data. A sample of several tokens stands at their mean; "largest shares" are the samples '
-    "that are made of it most.",
-    "Classes": "What the prototype's mass consists of, by true class. The thin line marks the class's share of all "
-    "data: a bar far beyond it says what the prototype is about. Labels took no part in a clustering.",
-    "Characteristic words": "Words that the prototype holds more of than of words in general, by the evidence for it; "
-    "the factor says how many times as often it has them.",
-    "Temperature": "T, in squared distance: the softness of the shares. Perplexity is the effective number of "
-    "prototypes in use; it equals their number if all are equally large.",
 }
 
 
@@ -40,11 +27,14 @@ def render(explanation: Explanation) -> str:
         explanation: From :func:`~ddcl_lightning.explain.collection`.
     """
     title = f"{explanation.data}: {_count(explanation)}"
-    body = [_header(explanation, title)]
-    body += [_head_section(explanation, number, head) for number, head in enumerate(explanation.heads)]
+    body = [_header(explanation, title), _vocabulary_section(explanation)]
     if explanation.inputs:
         body.append(_inputs_section(explanation))
-    return document(title, [*body, guide_section(_GUIDE)])
+    body.append(faithfulness_section(explanation))
+    body += [_head_section(explanation, number, head) for number, head in enumerate(explanation.heads)]
+    decides = explanation.predicts and explanation.no_contributions is None
+    guide = {**DECISION_GUIDE, **GUIDE} if decides else GUIDE
+    return document(title, [*filter(None, body), guide_section(guide)])
 
 
 def _count(explanation: Explanation) -> str:
@@ -65,7 +55,9 @@ def _header(explanation: Explanation, title: str) -> str:
     facts = _facts(explanation) if len(explanation.heads) == 1 else _shared_facts(explanation)
     count, heads = len(explanation.inputs), range(len(explanation.heads))
     links = [f'<a href="#head{number}">Head {number}</a>' for number in heads if len(heads) > 1]
+    links.insert(0, '<a href="#vocabulary">Vocabulary</a>')
     links += [f'<a href="#inputs">{count} input{"s" * (count != 1)}</a>'] if count else []
+    links += ['<a href="#faithfulness">Are the contributions faithful?</a>'] if explanation.faithfulness else []
     links.append('<a href="#guide">How to read this</a>')
     return (
         f'<header><h1>{escape(title)}</h1><p class="path">{path}{weights}</p><p class="lede">{escape(lede)}</p>'
@@ -120,7 +112,7 @@ def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
     only = ' data-only="without dead ones"' if dead else ""
     return (
         f'<section><h2 id="head{number}">{title}</h2>'
-        '<p class="note">Samples by their strongest prototype, as shares of all.</p>'
+        f'<p class="note">Samples by their strongest prototype, as shares of all.{_what_shares_are(explanation)}</p>'
         f"{bar(shares, prefix, css='bar overview')}{note}{facts}"
         f'<p class="note">{_legend(head)}</p>'
         f'<div class="controls" data-controls="cards{number}" data-sort="{sort}"{only} hidden></div>'
@@ -128,26 +120,78 @@ def _head_section(explanation: Explanation, number: int, head: HeadView) -> str:
     )
 
 
+def _what_shares_are(explanation: Explanation) -> str:
+    """A sentence on shares where something is predicted."""
+    if not explanation.predicts:
+        return ""
+    name = escape(explanation.model[1])
+    if explanation.shows_shares:
+        return f" The prediction reads the shares of a sample: {name} keeps nothing else of it."
+    if explanation.no_contributions is not None:
+        return " They describe the data, and are no reason for a prediction."
+    return (
+        f" They describe the data: {name} keeps something else of a sample than its shares, so that samples of the "
+        "same shares can be predicted differently, and the other way round."
+    )
+
+
+def _vocabulary_section(explanation: Explanation) -> str:
+    several = len(explanation.heads) > 1
+    banks = []
+    for number, head in enumerate(explanation.heads):
+        title = f"<h3>Head {number}</h3>" if several else ""
+        banks.append(title + vocabulary(head, f"{number}." if several else "", explanation.token_level))
+    note = "All prototypes at a glance; a number leads to the prototype's card."
+    if explanation.effects[0]:
+        note += (
+            f" What a prototype speaks for is the mean of its contributions over {explanation.effects[0]} inputs of "
+            f"the {explanation.inputs_from}: to a class's logit, less the mean over classes."
+        )
+    return f'<section><h2 id="vocabulary">Vocabulary</h2><p class="note">{note}</p>{"".join(banks)}</section>'
+
+
 def _legend(head: HeadView) -> str:
-    words = "d is the distance of an example to the prototype, # its place in the data."
+    words = "Examples are members of a prototype unless it has none; d is the distance to it, # the place in the data."
     if any(not matches_base_rate(prototype.classes) for prototype in head.prototypes):
         words += " The thin line across a class's bar marks its share of all data."
     return words
 
 
 def _inputs_section(explanation: Explanation) -> str:
-    texts = any(isinstance(view.sample.content, str) for view in explanation.inputs)
+    texts = any(isinstance(view.sample.content, str) or view.decision is not None for view in explanation.inputs)
     wrong = any(view.wrong for view in explanation.inputs)
     only = ' data-only="wrong predictions only"' if wrong else ""
-    cards = "\n".join(input_card(view, explanation.heads) for view in explanation.inputs)
-    tinted = any(view.tokens for view in explanation.inputs)
-    note = "What each input is made of; a prototype's number leads to its card."
-    if all_or_nothing(explanation.inputs):
-        note += " The temperature is so low that each belongs to one prototype alone."
-    if tinted:
-        note += " Every token is tinted by its strongest prototype, the fuller the larger the share."
+    shares = explanation.shows_shares
+    cards = "\n".join(input_card(view, explanation.heads, shares) for view in explanation.inputs)
+    note = _inputs_note(explanation)
     return (
         f'<section><h2 id="inputs">Inputs</h2><p class="note">{note}</p>'
         f'<div class="controls" data-controls="input-cards"{only} hidden></div>'
         f'<div class="inputs{" texts" * texts}" id="input-cards">\n{cards}\n</div></section>'
     )
+
+
+def _inputs_note(explanation: Explanation) -> str:
+    """Sentences on what the cards of inputs show."""
+    if explanation.no_contributions is not None:
+        return (
+            f"No reasons are given for the predictions. {escape(explanation.no_contributions)} The shares of the "
+            "prototypes are not shown beside them, since they would not explain them."
+        )
+    if explanation.predicts:
+        note = (
+            "Why each input is predicted as it is: the logit of the predicted class less that of the runner-up, as a "
+            "sum over prototypes and tokens. Positive terms speak for the predicted class, negative ones for the "
+            "runner-up."
+        )
+        if any(view.decision is not None and view.decision.without is not None for view in explanation.inputs):
+            note += (
+                ' "Without it" is the probability of the predicted class with and without the prototype in the bank.'
+            )
+        return note
+    note = "What each input is made of; a prototype's number leads to its card."
+    if all_or_nothing(explanation.inputs):
+        note += " The temperature is so low that each belongs to one prototype alone."
+    if any(view.tokens for view in explanation.inputs):
+        note += " Every token is tinted by its strongest prototype, the fuller the larger the share."
+    return note

@@ -1,15 +1,18 @@
 """Running sums over the training data for each prototype."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.batch import Batch, class_labels
 from ddcl_lightning.explain.batch_summary import BatchSummary, distances, real_tokens
-from ddcl_lightning.explain.explanation import ClassShare, HeadView, Neighbour, PrototypeView
-from ddcl_lightning.explain.nearest import Nearest
+from ddcl_lightning.explain.decisions import Effects
+from ddcl_lightning.explain.explanation import ClassShare, ClassTerm, HeadView, Neighbour, PrototypeView
+from ddcl_lightning.explain.nearest import MembersFirst
 from ddcl_lightning.explain.samples import Album, positions
 from ddcl_lightning.explain.typical_words import WordMass, words_at, words_of
 from ddcl_lightning.functional import code_counts
@@ -52,9 +55,10 @@ class Tally:
         self._counts = torch.zeros(heads, prototypes, 0, dtype=torch.int64)
         self._sizes = torch.zeros(heads, prototypes, dtype=torch.int64)
         self._predicted = self._right = 0
-        self._nearest: Nearest[Neighbour] = Nearest(heads * prototypes, examples)
-        self._strongest: Nearest[Neighbour] = Nearest(heads * prototypes, examples)
-        self._nearest_tokens: Nearest[Neighbour] = Nearest(heads * prototypes, examples)
+        columns = heads * prototypes
+        self._nearest: MembersFirst[Neighbour] = MembersFirst(columns, examples)
+        self._strongest: MembersFirst[Neighbour] = MembersFirst(columns, examples)
+        self._nearest_tokens: MembersFirst[Neighbour] = MembersFirst(columns, examples)
         self._words = WordMass(heads * prototypes)
         self._by_token = False
 
@@ -74,13 +78,15 @@ class Tally:
         def sample(column: int, row: int) -> Neighbour:
             head, k = divmod(column, prototypes)
             shown = self._album.sample(batch, row, places[row], known)
-            return Neighbour(shown, float(apart[head, row, k]), float(summary.shares[row, head, k]))
+            share, member = float(summary.shares[row, head, k]), bool(strongest[row, head] == k)
+            return Neighbour(shown, float(apart[head, row, k]), share, member=member)
 
-        self._nearest.add(apart.mT.flatten(0, 1), where, sample)
+        members = torch.nn.functional.one_hot(strongest, prototypes).bool().flatten(1).T  # (H K, B)
+        self._nearest.add(apart.mT.flatten(0, 1), members, where, sample)
         if summary.mask.shape[1] > 1:
             # Of no share at all is no example, however few there are.
             absent = torch.where(summary.shares > MIN_SHARE, -summary.shares, torch.inf)
-            self._strongest.add(absent.flatten(1).T, where, sample)
+            self._strongest.add(absent.flatten(1).T, members, where, sample)
         if isinstance(batch, dict) and "text" in batch:
             self._add_text(summary, batch, places, known)
         self.samples += len(places)
@@ -114,6 +120,7 @@ class Tally:
             return
         nearest = torch.full((self._weight.numel(), len(texts)), torch.inf, dtype=torch.float64)
         token = torch.zeros(nearest.shape, dtype=torch.int64)
+        own = torch.zeros(nearest.shape, dtype=torch.bool)
         for row, (text, spans) in enumerate(zip(texts, summary.spans, strict=True)):
             real = real_tokens(spans)
             if not real:
@@ -121,29 +128,44 @@ class Tally:
             weights = summary.token_weights(row).movedim(1, 0).flatten(1)  # (T, H K)
             named = [(place, word) for place, word in enumerate(words_at(text, spans)) if word is not None]
             self._words.add([word for _, word in named], weights[[place for place, _ in named]].numpy())
-            apart = summary.token_distances(row)[:, real].movedim(1, 0).flatten(1)
-            value, at = apart.min(0)
-            nearest[:, row], token[:, row] = value, torch.tensor(real)[at]
+            by_head = summary.token_distances(row)[:, real].movedim(1, 0)  # (T, H, K)
+            codes = torch.nn.functional.one_hot(summary.codes[row, real], self._shape[1]).bool().flatten(1)
+            apart, has_own = by_head.flatten(1), codes.any(0)
+            # The nearest of its own tokens, where the text has any.
+            at = torch.where(has_own, apart.masked_fill(~codes, torch.inf).argmin(0), apart.argmin(0))
+            nearest[:, row] = apart.gather(0, at.unsqueeze(0))[0]
+            token[:, row], own[:, row] = torch.tensor(real)[at], has_own
         spans_of, self._by_token = summary.spans, True
 
         def context(column: int, row: int) -> Neighbour:
             span = spans_of[row][int(token[column, row])]
             shown = self._album.sample(batch, row, places[row], known)
             share = float(summary.shares[row].flatten()[column])
-            return Neighbour(shown, float(nearest[column, row]), share, span)
+            return Neighbour(shown, float(nearest[column, row]), share, span, bool(own[column, row]))
 
-        self._nearest_tokens.add(nearest, torch.tensor(places), context)
+        self._nearest_tokens.add(nearest, own, torch.tensor(places), context)
 
-    def accuracy(self) -> float | None:
-        """Share of right predictions, where the task predicts and there are labels."""
-        return self._right / self._predicted if self._predicted else None
+    def counts(self) -> dict[str, Any]:
+        """Samples and tokens so far, and the ``accuracy`` where the task predicts and there are labels, else None."""
+        accuracy = self._right / self._predicted if self._predicted else None
+        return {"samples": self.samples, "tokens": self.tokens, "accuracy": accuracy}
 
-    def heads(self, temperatures: Sequence[float]) -> list[HeadView]:
-        """Description of every head, from all batches so far."""
-        return [
-            HeadView(temperature, self._metrics(head), [self._prototype(head, k) for k in range(self._shape[1])])
-            for head, temperature in enumerate(temperatures)
-        ]
+    def heads(
+        self, temperatures: Sequence[float], prototypes: Tensor, effects: Effects | None = None
+    ) -> list[HeadView]:
+        """Description of every head, from all batches so far.
+
+        Args:
+            temperatures: H of them.
+            prototypes: ``(H, K, d)``.
+            effects: Of the prototypes on predictions.
+        """
+        views = []
+        for head, temperature in enumerate(temperatures):
+            positions, explained = principal_plane(prototypes[head])
+            described = [self._prototype(head, k, effects) for k in range(self._shape[1])]
+            views.append(HeadView(temperature, self._metrics(head), described, positions, explained))
+        return views
 
     def _metrics(self, head: int) -> dict[str, float]:
         sizes, counts = self._sizes[head], self._counts[head]
@@ -156,7 +178,7 @@ class Tally:
             }
         return {name: float(value) for name, value in values.items()}
 
-    def _prototype(self, head: int, k: int) -> PrototypeView:
+    def _prototype(self, head: int, k: int, effects: Effects | None) -> PrototypeView:
         column = head * self._shape[1] + k
         return PrototypeView(
             number=k,
@@ -164,12 +186,17 @@ class Tally:
             share=float(self._sizes[head, k]) / self.samples,
             weight=float(self._weight[head, k]) / self.samples,
             token_share=float(self._token_counts[head, k]) / max(self.tokens, 1),
-            nearest=[neighbour for _, neighbour in self._nearest.of(column)],
-            strongest=[neighbour for _, neighbour in self._strongest.of(column)],
-            tokens=[neighbour for _, neighbour in self._nearest_tokens.of(column)],
+            nearest=self._nearest.of(column),
+            strongest=self._strongest.of(column),
+            tokens=self._nearest_tokens.of(column),
             words=self._words.top(column, TOP_WORDS, TOKEN_LIFT if self._by_token else TEXT_LIFT),
             classes=self._classes(head, k),
+            speaks=[] if effects is None else self._speaks(effects.contributions[head, k]),
+            knock_out=None if effects is None or effects.knock_out is None else known(effects.knock_out[head, k]),
         )
+
+    def _speaks(self, terms: Tensor) -> list[ClassTerm]:
+        return [ClassTerm(self._album.class_name(c) or str(c), term) for c, term in enumerate(terms.tolist())]
 
     def _classes(self, head: int, k: int) -> list[ClassShare]:
         mass, base = self._class_weight[head, k], self._class_weight[head].sum(0)
@@ -183,3 +210,25 @@ class Tally:
             for c in order
             if float(shares[c]) >= 5e-4
         ]
+
+
+def known(value: Tensor) -> float | None:
+    """A number, or None for NaN."""
+    return None if bool(value.isnan()) else float(value)
+
+
+def principal_plane(prototypes: Tensor) -> tuple[npt.NDArray[np.float64], float]:
+    """Projections of prototypes ``(K, d)`` on their two first principal components ``(K, 2)``, and their share.
+
+    Signs are such that the coordinate of the largest size of each axis is positive.
+    """
+    points = prototypes.detach().cpu().double()
+    centered = points - points.mean(0)
+    left, sizes, _ = torch.linalg.svd(centered, full_matrices=False)
+    plane = torch.zeros(len(points), 2, dtype=torch.float64)
+    width = min(2, len(sizes))
+    plane[:, :width] = left[:, :width] * sizes[:width]
+    largest = plane.gather(0, plane.abs().argmax(0, keepdim=True))
+    plane = torch.where(largest < 0, -plane, plane)
+    total = float(sizes.square().sum())
+    return plane.numpy(), float(sizes[:2].square().sum()) / total if total > 0 else 1.0

@@ -1,8 +1,10 @@
 """``ddcl explain``: a Trainer whose further stage is a report."""
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
@@ -34,6 +36,7 @@ class ExplainingTrainer(pl.Trainer):
         inputs: int = 20,
         indices: list[int] | None = None,
         max_samples: int = 10_000,
+        evaluated: int = 200,
         weights_only: bool | None = None,
     ) -> None:
         """Write a report of what the prototypes of a trained model stand for, as one HTML page.
@@ -49,13 +52,15 @@ class ExplainingTrainer(pl.Trainer):
             inputs: Inputs to show, spread over the data; 0 shows none.
             indices: Places of inputs to show instead, such as [3, 17]: the column ``index`` of ``ddcl predict``.
             max_samples: Training samples to read.
+            evaluated: Inputs from which the mean contributions of the prototypes and their faithfulness are computed;
+                0 leaves both out.
             weights_only: As for :meth:`~lightning.pytorch.Trainer.predict`.
 
         Raises:
             ValueError: If an argument is out of its range, there is no checkpoint, or the head has no prototypes.
         """
         check_request(ckpt_path, output)
-        check_arguments(examples, inputs, indices, max_samples)
+        check_arguments(examples, inputs, indices, max_samples, evaluated)
         if self.world_size > 1:
             raise ValueError(
                 f"explain runs in one process; got {self.world_size}. Use --trainer.devices 1 --trainer.num_nodes 1."
@@ -64,23 +69,20 @@ class ExplainingTrainer(pl.Trainer):
         residual_quantizer(model) if of_ids else Observer(model)  # a head without is refused before the work
         self._load(model, datamodule, ckpt_path, weights_only)
         model.to(self.strategy.root_device)
+        arguments: dict[str, Any] = {
+            "examples": examples,
+            "inputs": inputs,
+            "indices": indices,
+            "max_samples": max_samples,
+            **({} if of_ids else {"evaluated": evaluated}),
+            "checkpoint": Path(str(ckpt_path)).name,
+            "to_device": lambda batch: compat.to_device(self, batch),
+            "progress": self.progress_bar_callback is not None,
+        }
         with self.precision_plugin.predict_step_context():
-            explanation = (collect_tree if of_ids else collect)(
-                model,
-                datamodule,
-                examples=examples,
-                inputs=inputs,
-                indices=indices,
-                max_samples=max_samples,
-                checkpoint=Path(str(ckpt_path)).name,
-                to_device=lambda batch: compat.to_device(self, batch),
-                progress=self.progress_bar_callback is not None,
-            )
+            explanation = (collect_tree if of_ids else collect)(model, datamodule, **arguments)
         explanation = replace(explanation, health=_health(str(ckpt_path)))
-        if isinstance(explanation, IDTree):
-            write_text(output, render_tree(explanation))
-        else:
-            write_text(output, render(explanation))
+        write_text(output, render_tree(explanation) if isinstance(explanation, IDTree) else render(explanation))
         rank_zero_info(f"Wrote {output} ({Path(output).stat().st_size / 1024:,.0f} KiB): {_contents(explanation)}.")
 
     def _load(
@@ -93,13 +95,16 @@ class ExplainingTrainer(pl.Trainer):
         """Set up model and data as ``predict`` does, whose prediction over no batches restores the checkpoint."""
         self.limit_predict_batches = 0
         try:
-            self.predict(
-                model,
-                datamodule=datamodule,
-                return_predictions=False,
-                ckpt_path=ckpt_path,
-                weights_only=weights_only,
-            )
+            with warnings.catch_warnings():  # a report needs none of the callbacks of the run
+                warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
+                warnings.filterwarnings("ignore", "The dirpath has changed from")
+                self.predict(
+                    model,
+                    datamodule=datamodule,
+                    return_predictions=False,
+                    ckpt_path=ckpt_path,
+                    weights_only=weights_only,
+                )
         except RuntimeError as error:
             if (sentence := other_model(str(error), ckpt_path)) is None:
                 raise

@@ -147,6 +147,11 @@ class Head(nn.Module, ABC):
             "DDCLReadout has them, and so have the plain means."
         )
 
+    @property
+    def pools_assignments(self) -> bool:
+        """True if ``pooled`` is a function of the readout's ``assignments`` alone; a head that is so overrides it."""
+        return False
+
     def num_parameters(self) -> int:
         """Numbers that the head learns or could learn: all its parameters, frozen ones included, and no buffers."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -166,6 +166,11 @@ class DDCLReadout(Head):
         """Dimension of the mixtures."""
         return self.attention.output_dim
 
+    @property
+    def pools_assignments(self) -> bool:
+        """True where the mean assignment or the mean centroid is all that is kept."""
+        return self.pooling in ("centroid", "histogram", "both") and not self.residual
+
     def fixed_bank_size(self) -> str | None:
         """Reason why K must stay: all but the pooling of centroids has a width that depends on it."""
         if self.pooling != "centroid":

@@ -197,6 +197,11 @@ class HierarchicalReadout(Head):
         """Dimension of the last level's mixtures."""
         return self._layer(self.num_levels - 1).output_dim
 
+    @property
+    def pools_assignments(self) -> bool:
+        """True where the last level is all that is kept."""
+        return self.pooling == "last" or self.num_levels == 1
+
     def init_args(self) -> dict[str, Any]:
         """The arguments, with the scales that ``"auto"`` ones became."""
         args = super().init_args()

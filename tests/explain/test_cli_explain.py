@@ -56,7 +56,7 @@ def test_report_of_a_checkpoint_is_written_twice_the_same(checkpoint: str, tmp_p
     # Nothing else: no log folder, no table of predictions, no copy of the config.
     left = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.name for path in left} == {"one.html", "two.html"}
-    assert page.count("<img") == 10 * 3 + 4
+    assert page.count("<img") == 10 * 2 + 10 * 3 + 4
     assert Path(checkpoint).name in page
     assert "1,797 training samples" in page
     state = read_checkpoint(checkpoint)["callbacks"]["CollapseWarning"]

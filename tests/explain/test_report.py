@@ -79,8 +79,8 @@ def test_page_is_well_formed_and_says_what_was_collected() -> None:
     assert "Prototype 0" in page.text
     assert "mostly low" in page.text
     assert "50 % of the samples (6)" in page.text
-    assert page.tags.count("img") == 2 * 2 + 3
-    assert {"head0", "inputs", "guide", "p0", "p1"} <= set(page.ids)
+    assert page.tags.count("img") == 2 * 2 + 2 * 2 + 3  # members in the vocabulary and the cards, and inputs
+    assert {"vocabulary", "head0", "inputs", "guide", "p0", "p1"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
 
 
@@ -117,7 +117,7 @@ def test_texts_and_names_of_the_data_are_never_markup() -> None:
     view = dataclasses.replace(explanation.inputs[0], sample=sample, predicted=evil)
     page = Page(render(dataclasses.replace(explanation, data=evil, model=[evil], checkpoint=evil, inputs=[view])))
     assert all(name not in ("onerror", "onclick", "onload") for _, name, _ in page.attributes)
-    assert page.tags.count("img") == 2 * 2 + 1
+    assert page.tags.count("img") == 2 * 2 + 2 * 2 + 1
 
 
 def test_controls_and_overrides_of_direction_are_shown() -> None:
@@ -170,7 +170,7 @@ def test_dead_prototypes_are_named() -> None:
     html = render(texts())
     assert "Dead, nearest to nothing in the data: 3." in html
     assert "Dead: nearest to no token of the data." in html
-    assert "Nearest, though not near" in html
+    assert "Nearest, though not members" in html
     alive = render(points())
     assert "Dead, nearest" not in alive
     assert "none is dead" in alive
@@ -285,7 +285,7 @@ def test_an_input_says_what_its_prototypes_stand_for() -> None:
 
 def test_signs_on_the_cards_are_explained_where_they_are() -> None:
     page = Page(render(points()))
-    assert "d is the distance of an example to the prototype, # its place in the data." in page.text
+    assert "unless it has none; d is the distance to it, # the place in the data." in page.text
     assert "The thin line across a class's bar" in page.text
 
 

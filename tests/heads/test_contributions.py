@@ -105,6 +105,22 @@ def test_a_prototype_that_is_left_out_gives_its_tokens_to_the_others(pooling: An
         torch.testing.assert_close(without[:, 1, 2], classifier(far(tokens, mask).pooled), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", WEIGHTED, ids=lambda options: " ".join(map(str, options.values())))
+def test_what_pools_assignments_does_not_tell_tokens_apart(options: dict[str, Any]) -> None:
+    """Mirror images, at equal distances from all prototypes, are one sample to such a head, and two to another."""
+    head = DDCLReadout(5, prototype_dim=3, embed_dim=DIM, **options).eval()
+    tokens, mask = batch()
+    with torch.no_grad():
+        head.attention.input_projection = nn.Linear(DIM, 3 * options["num_heads"], bias=False)
+        head.attention.input_projection.weight.copy_(torch.eye(3 * options["num_heads"], DIM))
+        head.attention.bank.prototypes[..., 0] = 0.0
+    mirrored = tokens.clone()
+    mirrored[..., [h * 3 for h in range(options["num_heads"])]] *= -1
+    readouts = [head(inputs, mask) for inputs in (tokens, mirrored)]
+    torch.testing.assert_close(readouts[0].assignments, readouts[1].assignments)
+    assert torch.allclose(readouts[0].pooled, readouts[1].pooled, atol=1e-5) is head.pools_assignments
+
+
 def test_wrong_classifiers_are_named() -> None:
     head = MeanPooling(embed_dim=DIM)
     with pytest.raises(ValueError, match=r"classifier must read pooled_dim = 8 numbers; got in_features = 5"):
