@@ -48,8 +48,13 @@ def add_run_config(words: Sequence[str]) -> list[str]:
     names = [word.partition("=")[0] for word in words]
     given = any(name in ("--config", "-c", *_SILENT) or name.split(".")[0] == "--model" for name in names)
     path = _value(words, "--ckpt_path")
-    if words[:1] != ["explain"] or given or path is None or is_keyword(path):
+    if words[:1] != ["explain"] or given or (path is not None and is_keyword(path)):
         return list(words)
+    if path is None:
+        raise ValueError(
+            "ckpt_path is needed: without a checkpoint the prototypes are random. Pass --ckpt_path FILE.ckpt, which "
+            "`ddcl fit` prints at its end."
+        )
     settings = {"model": _model(path)}
     own_data = any(name in ("--data", "--data.class_path") for name in names)
     run = _run(path)
