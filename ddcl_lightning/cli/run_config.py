@@ -60,9 +60,9 @@ def add_run_config(words: Sequence[str]) -> list[str]:
     run = _run(path)
     if not own_data and "data" not in run:
         raise ValueError(
-            f"the data of the run that wrote {path!r} cannot be rebuilt: neither the checkpoint nor a config.yaml beside "
-            "it says what they were, as after a run in Python. Pass --data NAME and its arguments, or --config FILE; in "
-            "Python, call ddcl_lightning.explain.collect(module, datamodule)."
+            f"the data of the run that wrote {path!r} cannot be rebuilt: neither the checkpoint nor a config.yaml "
+            "beside it says what they were, as after a run in Python. Pass --data NAME and its arguments, or --config "
+            "FILE; in Python, call ddcl_lightning.explain.collect(module, datamodule)."
         )
     if own_data:
         run.pop("data", None)
