@@ -154,7 +154,8 @@ class TimmBackbone(PretrainedBackbone):
         """The grid of a model that says how it cuts images into patches, behind the class token where there is one."""
         patch = getattr(getattr(self.encoder, "patch_embed", None), "patch_size", None)
         grid = getattr(getattr(self.encoder, "patch_embed", None), "grid_size", None)
-        if self.tokens != "all" or patch is None or grid is None:
+        stages = not hasattr(self.encoder, "blocks")  # which join patches on the way
+        if self.tokens != "all" or patch is None or grid is None or stages:
             return None
         return int(self._has_class_token), int(grid[0]), int(grid[1])
 

@@ -48,16 +48,21 @@ def add_run_config(words: Sequence[str]) -> list[str]:
     names = [word.partition("=")[0] for word in words]
     given = any(name in ("--config", "-c", *_SILENT) or name.split(".")[0] == "--model" for name in names)
     path = _value(words, "--ckpt_path")
-    if words[:1] != ["explain"] or given or path is None or is_keyword(path):
+    if words[:1] != ["explain"] or given or (path is not None and is_keyword(path)):
         return list(words)
+    if path is None:
+        raise ValueError(
+            "ckpt_path is needed: without a checkpoint the prototypes are random. Pass --ckpt_path FILE.ckpt, which "
+            "`ddcl fit` prints at its end."
+        )
     settings = {"model": _model(path)}
     own_data = any(name in ("--data", "--data.class_path") for name in names)
     run = _run(path)
     if not own_data and "data" not in run:
         raise ValueError(
-            f"the data of the run that wrote {path!r} cannot be rebuilt: neither the checkpoint nor a config.yaml beside "
-            "it says what they were, as after a run in Python. Pass --data NAME and its arguments, or --config FILE; in "
-            "Python, call ddcl_lightning.explain.collect(module, datamodule)."
+            f"the data of the run that wrote {path!r} cannot be rebuilt: neither the checkpoint nor a config.yaml "
+            "beside it says what they were, as after a run in Python. Pass --data NAME and its arguments, or --config "
+            "FILE; in Python, call ddcl_lightning.explain.collect(module, datamodule)."
         )
     if own_data:
         run.pop("data", None)

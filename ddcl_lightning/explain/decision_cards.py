@@ -134,16 +134,22 @@ def _remarks(decision: Decision, head: int, number: int, heads: Sequence[HeadVie
     words = heads[head].prototypes[number].words[:3] if head < len(heads) else []
     if words:
         remarks.append(f'<span class="soft">({escape(", ".join(word.word for word in words))})</span>')
-    if decision.without is not None and not np.isnan(decision.without[head, number]):
-        before, after = f"{decision.probability:.2f}", f"{decision.without[head, number]:.2f}"
-        remarks.append(f'<span class="without">without it {before} → {after}</span>')
+    remarks.append(knock_out(decision, head, number))
     if decision.places:
         terms = decision.terms[:, head, number]
         digits = digits_for(terms.tolist())
         order = sorted(range(len(terms)), key=lambda at: (-abs(terms[at]), at))[:BIGGEST]
         big = [f"{_quoted(decision, at, text)} {signed(terms[at], digits)}" for at in order if terms[at]]
         remarks += [f'<span class="tokens">{", ".join(big)}</span>'] if big else []
-    return " ".join(remarks)
+    return " ".join(filter(None, remarks))
+
+
+def knock_out(decision: Decision, head: int, number: int) -> str:
+    """Probability of the predicted class with and without a prototype; nothing where the head cannot say."""
+    if decision.without is None or np.isnan(decision.without[head, number]):
+        return ""
+    before, after = f"{decision.probability:.2f}", f"{decision.without[head, number]:.2f}"
+    return f'<span class="without">without it {before} → {after}</span>'
 
 
 def _quoted(decision: Decision, at: int, text: str | None) -> str:

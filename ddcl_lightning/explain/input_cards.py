@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from ddcl_lightning.explain.decision_cards import TEXT, spaced, sum_table, token_list, token_text
+from ddcl_lightning.explain.decision_cards import TEXT, knock_out, spaced, sum_table, token_list, token_text
 from ddcl_lightning.explain.explanation import HeadView, InputView, Span, TokenView
 from ddcl_lightning.explain.html import WHOLE, anchor, bar, caption, chip, hue, percent, picture, ranked
 from ddcl_lightning.explain.token_map import token_map
@@ -49,7 +49,9 @@ def _shares(view: InputView, heads: Sequence[HeadView], text: str | None) -> str
         shares = [float(share) for share in view.shares[number]]
         title = f"<b>Head {number}:</b> " if prefix else ""
         lead = "Shares, which the prediction reads: " if view.decision is not None and not number else ""
-        elements.append(f'<p class="words-of">{lead}{title}{_made_of(shares, head, prefix)}</p>{bar(shares, prefix)}')
+        elements.append(
+            f'<p class="words-of">{lead}{title}{_made_of(view, number, head, prefix)}</p>{bar(shares, prefix)}'
+        )
         if text is not None and view.tokens:
             elements.append(_tinted(text, view.tokens[number], prefix))
     if text is not None and view.tokens and view.special:
@@ -67,14 +69,18 @@ def all_or_nothing(views: Sequence[InputView]) -> bool:
     return all(float(shares.max()) >= WHOLE for view in views for shares in view.shares)
 
 
-def _made_of(shares: Sequence[float], head: HeadView, prefix: str) -> str:
-    """Shares in words, with what each prototype stands for and a link to it."""
+def _made_of(view: InputView, number: int, head: HeadView, prefix: str) -> str:
+    """Shares in words, with what each prototype stands for, a link to it, and what is left without it."""
+    shares = view.shares[number].tolist()
     named, others = ranked(shares)
     words = []
     for k in named:
         about = caption(head.prototypes[k])
         meaning = f' <span class="soft">({escape(about)})</span>' if about else ""
-        words.append(f'{percent(shares[k])} <a href="#{anchor(prefix, k)}">prototype {k}</a>{meaning}')
+        without = knock_out(view.decision, number, k) if view.decision is not None else ""
+        words.append(
+            f'{percent(shares[k])} <a href="#{anchor(prefix, k)}">prototype {k}</a>{meaning} {without}'.rstrip()
+        )
     return ", ".join([*words, *([others] if others else [])])
 
 

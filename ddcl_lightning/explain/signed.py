@@ -16,7 +16,7 @@ def digits_for(values: Sequence[float]) -> int:
 
 
 def apportioned(values: Sequence[float], digits: int, total: float | None = None) -> list[float]:
-    """Values rounded to decimal places so that they sum to a rounded total: each is off by about one last place at most.
+    """Values rounded to decimal places that sum to a rounded total: each is off by about one last place at most.
 
     Those that rounding down cuts the most are rounded up (the method of the largest remainders); ties go to the first.
 

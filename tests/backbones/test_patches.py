@@ -36,3 +36,12 @@ def test_other_shapes_are_refused(shape):
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1; got 0"):
         PatchBackbone(**{name: 0})
+
+
+def test_token_grid_counts_the_tokens():
+    batch = {"x": torch.rand(2, 1, 8, 12)}
+    assert PatchBackbone(1, 4).token_grid(batch) == (0, 2, 3)
+    assert PatchBackbone(1, 4)(batch).values.shape[1] == 6
+    assert PatchBackbone(1, 4, stride=2).token_grid(batch) is None  # patches that overlap are no cells
+    assert ConvBackbone(1, widths=(8, 8, 8)).token_grid(batch) == (0, 1, 2)
+    assert ConvBackbone(1, widths=(8, 8, 8))(batch).values.shape[1] == 2

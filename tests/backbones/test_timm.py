@@ -54,6 +54,9 @@ def test_tokens_of_every_layout(model: str, size: int | None, cells: int, has_cl
     values, mask = backbone({"x": x})
     assert mask is None
     assert values.shape == (2, cells + has_class_token, backbone.embed_dim)
+    grid = backbone.token_grid({"x": x})
+    side = round(cells**0.5)
+    assert grid == ((int(has_class_token), side, side) if "vit" in model or "deit" in model else None)
     with torch.no_grad():
         features: Any = backbone.encoder.forward_features(backbone.preprocess(x))  # type: ignore[operator]
     if features.dim() == 4:

@@ -137,6 +137,15 @@ def test_spans_point_at_the_words(bert: str, gpt2: str) -> None:
         assert len(word_spans) == int(backbone({"text": TEXTS}).mask[number].sum())
 
 
+def test_names_of_tokens_say_which_are_special(bert: str) -> None:
+    backbone = TransformersBackbone(bert)
+    (names,) = backbone.token_names({"text": TEXTS[:1]})
+    assert names == ["[CLS]", "the", "film", "was", "wonderful", "[SEP]"]
+    assert [len(row) for row in backbone.token_names({"text": TEXTS})] == [
+        len(row) for row in backbone.spans({"text": TEXTS})
+    ]
+
+
 # Freezing -------------------------------------------------------------------------------------------
 
 

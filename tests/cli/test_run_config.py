@@ -97,6 +97,10 @@ def test_other_data_and_single_settings_of_data_take_their_place(run: Path) -> N
     assert add_run_config(["predict", "--ckpt_path", path]) == ["predict", "--ckpt_path", path]
 
 
+def test_explain_without_a_checkpoint_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "explain").startswith("ckpt_path is needed: without a checkpoint the prototypes are random.")
+
+
 def test_data_that_nothing_describes_are_one_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without_run(checkpoint(run))
     for config in run.rglob("config.yaml"):

@@ -273,3 +273,28 @@ def test_collect_refuses_arguments_out_of_range_and_heads_without_prototypes() -
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             collect(**{"module": module, "datamodule": data, **arguments})
+
+
+def test_examples_are_members_or_marked() -> None:
+    module = with_prototypes(points_module(), [[1.0, 0.0], [3.9, 0.0]])
+    first, second = collect(module, PointsDataModule(), examples=4, inputs=0).heads[0].prototypes
+    assert [n.sample.index for n in first.nearest] == [1, 0, 2]
+    assert [n.sample.index for n in second.nearest] == [4, 3, 5, 6]
+    assert all(n.member for n in (*first.nearest, *second.nearest))
+    far = with_prototypes(points_module(), [[50.0, 0.0], [9e3, 0.0]])
+    _, dead = collect(far, PointsDataModule(), inputs=0).heads[0].prototypes
+    assert not any(n.member for n in dead.nearest)
+
+
+def test_nearest_tokens_are_a_prototypes_own() -> None:
+    explanation = collect(texts_module(), text_data(), examples=3, inputs=0)
+    for prototype in explanation.heads[0].prototypes:
+        assert all(neighbour.member is not prototype.dead for neighbour in prototype.tokens)
+
+
+def test_positions_are_principal_components() -> None:
+    head = collect(points_module(), PointsDataModule(), inputs=0).heads[0]
+    assert head.positions is not None
+    assert head.explained == pytest.approx(1.0)
+    assert abs(head.positions[0, 0] - head.positions[1, 0]) == pytest.approx(103.0)
+    assert head.positions[:, 1] == pytest.approx([0.0, 0.0])

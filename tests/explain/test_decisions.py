@@ -154,7 +154,7 @@ def test_knock_outs_are_those_of_the_head(case: Any) -> None:
 
 
 def test_means_over_inputs_are_means_of_terms(case: Any) -> None:
-    name, module, explanation = case
+    name, module, _ = case
     if name == "levels, all":
         return
     rows = [text_data().rows[index] for index in range(24)]

@@ -2,7 +2,7 @@
 
 import torch
 
-from ddcl_lightning.explain.nearest import Nearest
+from ddcl_lightning.explain.nearest import MembersFirst, Nearest
 
 
 def test_nearest_of_a_stream_are_the_nearest_of_all_whatever_the_batches() -> None:
@@ -37,3 +37,12 @@ def test_nearest_shows_winners_only_and_leaves_out_infinite_distances() -> None:
     few: Nearest[int] = Nearest(1, 5)
     few.add(torch.tensor([[torch.inf, 1.0]]), torch.arange(2), show)
     assert few.of(0) == [(1.0, 1)]
+
+
+def test_members_come_before_nearer_strangers() -> None:
+    kept: MembersFirst[int] = MembersFirst(2, 2)
+    distances = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    members = torch.tensor([[False, False, True], [False, False, False]])
+    kept.add(distances, members, torch.arange(3), lambda prototype, row: row)
+    assert kept.of(0) == [2]
+    assert kept.of(1) == [0, 1]  # it has none, so the nearest of all
