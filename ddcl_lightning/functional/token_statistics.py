@@ -53,8 +53,10 @@ class TokenStatistics(NamedTuple):
         log_mass = torch.logaddexp(self.log_mass, later.log_mass)
         share = (later.log_mass - log_mass).exp().nan_to_num(nan=0.0).unsqueeze(-1)  # two empty sets: -inf - -inf
         cells = None if self.cells is None or later.cells is None else self.cells.merge(later.cells)
-        means = (mean.to(share.dtype) for mean in (self.mean, later.mean))  # calls of several dtypes: the widest
-        return TokenStatistics(log_mass, torch.lerp(*means, share), cells)
+        before, after = (
+            mean.to(share.dtype) for mean in (self.mean, later.mean)
+        )  # calls of several dtypes: the widest
+        return TokenStatistics(log_mass, torch.lerp(before, after, share), cells)
 
     def finite(self, loss: Tensor) -> "TokenStatistics":
         """These statistics, or those of no token if a number in them or the loss of the call is not finite."""

@@ -66,7 +66,7 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
     if taken := {*decided, "dim", "num_codes", "num_levels", "shared_codebook"} & options.keys():
         raise ValueError(f"options must not name what the layer decides; got {', '.join(sorted(taken))}. Leave it out.")
     options |= decided
-    quantizer: ProjectedQuantizer
+    quantizer: SoftVectorQuantizer | ResidualVectorQuantizer
     if is_residual:
         options = {"shared_codebook": bool(layer.shared_codebook), **options}
         quantizer = ResidualVectorQuantizer(dim, size, len(levels), **options)
@@ -120,7 +120,7 @@ def _require_counterpart(level: Any) -> None:
         )
 
 
-def _require_same_results(layer: nn.Module, quantizer: ProjectedQuantizer, dim: int) -> None:
+def _require_same_results(layer: Any, quantizer: SoftVectorQuantizer | ResidualVectorQuantizer, dim: int) -> None:
     """Raise a ValueError if the two make something else of tokens of the codes' own scale, whatever the reason."""
     spread, mean = torch.std_mean(quantizer.codebook.float())
     generator = torch.Generator().manual_seed(0)

@@ -193,8 +193,8 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             if self.end is None:
                 starts = [start]
                 if number == 0 and self.init == "kmeans":  # what this promises to be no worse than
-                    given = isinstance(self.random_state, (int, np.integer))
-                    starts.append(self._start(centred, int(self.random_state if given else seed), KMEANS_RUNS))
+                    own = self.random_state if isinstance(self.random_state, (int, np.integer)) else seed
+                    starts.append(self._start(centred, int(own), KMEANS_RUNS))
                 run.harden(centred, starts, int(seed))
             # Restarts that end in the same optimum tie up to rounding; the first one wins, on every machine.
             if best is None or run.loss < best.loss * (1 - 1e-6):
