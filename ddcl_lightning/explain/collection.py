@@ -74,7 +74,9 @@ def collect(
         loader = progress_bar(single_loader(datamodule.train_dataloader(), "train_dataloader"), "training", progress)
         complete = _add_batches(tally, observer, loader, move, max_samples)
         chosen = progress_bar(_draw(datamodule, inputs, indices, max_samples), "inputs", progress)
-        views = [_input_view(observer, decider, move(item[2]), *item, album) for item in chosen]
+        views = [
+            _input_view(observer, decider, move(batch), place, known, batch, album) for place, known, batch in chosen
+        ]
         chosen = progress_bar(_draw(datamodule, evaluated, None, max_samples), "evaluation", progress)
         effects, faithfulness = _evaluate(decider, _head_inputs(observer, decider, (move(item[2]) for item in chosen)))
     return Explanation(

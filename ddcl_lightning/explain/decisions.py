@@ -36,8 +36,9 @@ class Decider:
     def __init__(self, module: DDCLReadoutModule, shape: tuple[int, int]) -> None:
         self._module, self.head, self._shape = module, module.head, shape
         classifier = getattr(module.task, "classifier", None)
-        linear = isinstance(classifier, nn.Linear) and classifier.in_features == module.head.pooled_dim
-        self.classifier: nn.Linear | None = classifier if linear and classifier.out_features > 1 else None
+        self.classifier: nn.Linear | None = None
+        if isinstance(classifier, nn.Linear) and classifier.in_features == module.head.pooled_dim:
+            self.classifier = classifier if classifier.out_features > 1 else None
         self.reason: str | None = None
         if self.classifier is None:
             self.reason = (

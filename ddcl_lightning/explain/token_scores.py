@@ -145,7 +145,7 @@ def weight_scores(head: Head, tokens: Tensor, mask: Tensor | None) -> Tensor:
     Raises:
         ValueError: If the head does not return them.
     """
-    weights = head(tokens, mask).token_weights
+    weights: Tensor | None = head(tokens, mask).token_weights
     if weights is None or weights.shape != tokens.shape[:2]:
         raise ValueError(
             f"head must return one weight per token; {type(head).__name__} does not. Use a DDCLReadout that reads all "
