@@ -16,7 +16,7 @@ from ddcl_lightning._utils.compat import callbacks_of
 from ddcl_lightning._utils.distributed import broadcast_object, gather_objects, inform
 from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import CodebookCallback, log_name
-from ddcl_lightning.callbacks._training_data import (
+from ddcl_lightning.callbacks._probe_batches import (
     call_all,
     first_batches,
     forward_batch,

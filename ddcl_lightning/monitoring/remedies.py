@@ -10,7 +10,7 @@ class Advice:
     Attributes:
         start: How to start the codes from tokens.
         revive: How to put tokens in the place of dead codes.
-        balance: What spreads tokens over the codes.
+        spread: What spreads tokens over the codes.
         step: How to move the codes less.
         scale: How to bound the scale of the tokens.
         fewer: How to have fewer codes.
@@ -18,7 +18,7 @@ class Advice:
 
     start: str = "start the codes from tokens"
     revive: str = "put tokens in the place of dead codes"
-    balance: str = ""
+    spread: str = ""
     step: str = "lower the learning rate of the codes"
     scale: str = "bound the scale of the tokens (normalise them)"
     fewer: str = "use fewer codes"
@@ -33,7 +33,7 @@ BANK = Advice(
 )
 # FSQ and LFQ: the codes are fixed, and only the tokens move.
 FIXED = Advice(start="", revive="", step="", fewer="use fewer levels or bits")
-ENTROPY = Advice(start="", revive="", balance="raise entropy_loss_weight", step="", fewer="use a smaller codebook_size")
+ENTROPY = Advice(start="", revive="", spread="raise entropy_loss_weight", step="", fewer="use a smaller codebook_size")
 MAPPED = Advice(
     start="", revive="", step="lower the learning rate of the map of the codes", fewer="use a smaller codebook_size"
 )
@@ -45,11 +45,11 @@ PARAMETERS = Advice(
 PROTOTYPES = Advice(
     start="",
     revive="",
-    balance="balance the assignments (Sinkhorn-Knopp, or centred scores)",
+    spread="balance the assignments (Sinkhorn-Knopp, or centred scores)",
     step="lower the learning rate of the prototypes",
     fewer="use fewer prototypes",
 )
-SAMPLED = Advice(start="", revive="", balance="raise the weight of the diversity loss", fewer="use fewer codes")
+SAMPLED = Advice(start="", revive="", spread="raise the weight of the diversity loss", fewer="use fewer codes")
 
 
 def sentence(*phrases: str) -> str:

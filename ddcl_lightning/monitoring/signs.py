@@ -144,7 +144,7 @@ def dead(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     remedy = sentence(
         now.advice.start,
         now.advice.revive,
-        now.advice.balance,
+        now.advice.spread,
         "lower the learning rate of the encoder",
         now.advice.fewer,
     )
@@ -158,7 +158,7 @@ def few_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
         return ""
     return (
         f"the perplexity is {now.perplexity:.1f} of {now.num_codes}: few codes have nearly all tokens. "
-        + sentence(now.advice.start, now.advice.balance, "lower the learning rate of the encoder", now.advice.fewer)
+        + sentence(now.advice.start, now.advice.spread, "lower the learning rate of the encoder", now.advice.fewer)
         + "."
     )
 
