@@ -39,7 +39,7 @@ MAPPED = Advice(
 )
 PARAMETERS = Advice(
     start="copy tokens, or their k-means, into the weight before training",
-    revive="copy tokens into the rows of the weight that no token has",
+    revive="put tokens into the rows that none has",
     fewer="use fewer rows",
 )
 PROTOTYPES = Advice(

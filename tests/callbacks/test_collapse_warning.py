@@ -313,7 +313,7 @@ def test_signals_of_banks_are_refused_in_a_sentence_where_there_is_no_bank() -> 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 1e-3)
 
-    with warned("additional signals read banks, and Foreign holds none, only codes; falling will have no value"):
+    with warned("additional signals read banks, and Foreign holds none, only codes; falling_number will have no value"):
         fit(Foreign(), CollapseWarning(additional=[Falling()]), max_epochs=1)
 
 
