@@ -122,7 +122,7 @@ class CodeWindow:
         counts, numbers, bad, wrong, samples = zip(*gather_objects(fields), strict=True)
         dead, num_tokens = self._dead(), sum(numbers)
         totals, non_finite = torch.stack(counts).sum((0, 1)), torch.stack(bad).sum(0)
-        same = {"quantizes": self._quantizes, "enough": self.size, "advice": self._advice}
+        out_of_range = torch.stack(wrong).sum(0)
         rows = torch.cat([sample for each in samples for sample in each] or [torch.empty(0, self.num_heads, 1)])
         latest = [each[-1] for each in samples if each]
         books = None if self.codebook is None else self._scaled(self.codebook).cpu()
@@ -136,7 +136,8 @@ class CodeWindow:
                 report = report_of_codes(report, rows[:, head, :-1].double(), books[head].double(), duplicate_distance)
             if banks is not None:
                 report = report.of_bank(banks[head])
-            reports.append(replace(report, out_of_range=int(torch.stack(wrong).sum(0)[head]), **same))
+            report = replace(report, out_of_range=int(out_of_range[head]), enough=self.size, advice=self._advice)
+            reports.append(replace(report, quantizes=self._quantizes))
         return reports
 
     def _dead(self) -> Tensor:
