@@ -65,7 +65,7 @@ def _told_by_codes(
         text = f"the assignments tell {max(told, 0.0):.2g} of ln K = {math.log(now.num_codes):.2g} nats"
         return Harm("codes", "uniform", text)
     told = math.log(now.perplexity) if now.perplexity > 0 else math.nan
-    recovers = past.is_recovering("perplexity", rules.patience)
+    recovers = "codes" not in past.alarmed and past.is_recovering("perplexity", rules.patience)
     if "few_codes" in signs and not recovers and told < rules.min_information * math.log(now.num_codes):
         text = f"the codes tell {told:.2g} of ln K = {math.log(now.num_codes):.2g} nats of a token"
         return Harm("codes", "few_codes", text)

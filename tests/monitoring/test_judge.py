@@ -231,6 +231,7 @@ def test_few_codes_that_become_more_from_reading_to_reading_are_no_alarm() -> No
     assert alarms(*[2.3] * 10) == ["few_codes"]
     assert alarms(*[2.8 - 0.1 * n for n in range(10)]) == ["few_codes"]
     assert alarms(*recovering, *[2.0] * 3) == ["few_codes"]
+    assert alarms(*[2.0] * 8, 2.1, 2.2, 2.3, 2.4, *[2.2] * 8) == ["few_codes"]  # once
 
 
 def test_the_numbers_of_a_loss_that_rises_are_those_that_were_judged() -> None:
