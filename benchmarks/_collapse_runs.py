@@ -142,7 +142,7 @@ class _Run:
                 restarts = 3 if config["model"] == "clustering" else 1
                 bank.initialize(chosen.transpose(0, 1).flatten(1), num_restarts=restarts, seed=self.seed)
             else:
-                bank.temperature_state.start(chosen)
+                bank.temperature_state.start(chosen, bank.prototypes)
             if config.get("start") == "far":
                 bank.prototypes.add_(FAR * chosen.var(1).sum(-1).sqrt().view(-1, 1, 1))
         if config.get("method") == "embedding" and config.get("start") == "tokens":

@@ -45,7 +45,7 @@ class CodebookCallback(Callback):
     @typed
     def __init__(self, every_n_batches: int) -> None:
         if every_n_batches < 1:
-            raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}.")
+            raise ValueError(f"every_n_batches must be at least 1; got {every_n_batches}. Pass 1 to read every batch.")
         self.every_n_batches = every_n_batches
         self._batches = 0
         self._due = self._reads = 0  # batches of this run
@@ -67,6 +67,10 @@ class CodebookCallback(Callback):
     def find(self, pl_module: pl.LightningModule) -> Mapping[str, Recordable]:
         """The codebooks to read, by name."""
         raise NotImplementedError
+
+    def is_due(self) -> bool:
+        """True if the next batch, of number ``_batches``, is to be read."""
+        return self._batches % self.every_n_batches == 0
 
     def receive(self, name: str, record: Any) -> None:
         """Take the record of a call on this process."""
@@ -97,7 +101,7 @@ class CodebookCallback(Callback):
     ) -> None:
         """Switch the recorder on if this batch is to be read."""
         assert self._recorder is not None
-        self._recorder.armed = self._batches % self.every_n_batches == 0
+        self._recorder.armed = self.is_due()
         self._batches += 1
 
     def on_train_batch_end(

@@ -1,45 +1,48 @@
 """Early warning of a collapsing codebook, with the sign, its figures and what to do."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning._utils.batch import Batch
-from ddcl_lightning._utils.compat import callbacks_of, to_device, train_batches
-from ddcl_lightning._utils.distributed import broadcast_object, inform, world_size
+from ddcl_lightning._utils.compat import callbacks_of
+from ddcl_lightning._utils.distributed import broadcast_object, gather_objects, inform
 from ddcl_lightning._utils.saved_state import restores
 from ddcl_lightning.callbacks._base import CodebookCallback, log_name
+from ddcl_lightning.callbacks._probe_batches import (
+    call_all,
+    first_batches,
+    forward_batch,
+    is_ours,
+    is_read_once,
+    is_shuffled,
+)
 from ddcl_lightning.callbacks.temperature_annealing import TemperatureAnnealing
 from ddcl_lightning.monitoring.additional import AdditionalSignals
 from ddcl_lightning.monitoring.before_training import remarks_on
-from ddcl_lightning.monitoring.code_window import TOKENS_PER_CODE
 from ddcl_lightning.monitoring.findings import CollapseError, Finding
 from ddcl_lightning.monitoring.health_report import MonitorReport
 from ddcl_lightning.monitoring.monitor import CodebookMonitor
 from ddcl_lightning.monitoring.plots import draw_course
 from ddcl_lightning.monitoring.probe import Probe
-from ddcl_lightning.monitoring.recording import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.recording import BankRecord, CodebookRecord, is_due
 from ddcl_lightning.monitoring.records import head_name
+from ddcl_lightning.monitoring.rules import CollapseRules
 from ddcl_lightning.monitoring.signals import Signal
-from ddcl_lightning.monitoring.signs import CollapseRules
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.finding import Named, Recordable, find_codebooks
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.tasks.readout_module import ReadoutModule
 
-PROBE_SAMPLES = 512
 MAX_POINTS = 2000  # of a course; beyond, every second one goes
 NO_NUMBERS = ("not finite", "overflow", "NaN", "infinite")  # words of errors
-LARGEST_PASS = 20  # windows of a codebook: a pass over the data that is longer is not waited for
 
 
 class CollapseWarning(CodebookCallback):
@@ -52,13 +55,16 @@ class CollapseWarning(CodebookCallback):
 
     The probe are 512 samples of the training data, of a loader that shuffles random ones, in evaluation mode and
     without a trace, at every 20th reading at most, and at every third while there is a sign; less often where it would
-    take more than 1 % of the training, or 5 % while there is a sign. A schedule of :class:`TemperatureAnnealing` that
-    starts above the critical temperature and ends below it is no sign.
+    take more than 1 % of the training, or 5 % while there is a sign; and once more at the end. A schedule of
+    :class:`TemperatureAnnealing` that starts above the critical temperature and ends below it is no sign.
+
+    The loss that is judged is what ``training_step`` returns; of a dictionary its ``task_loss`` where it has one: the
+    part of the task or the reconstruction, without that of the codebooks.
 
     Every signal of a reading is logged as ``ddcl/SIGNAL/CODEBOOK``, those of banks (Delta, H, T / T_c) among them.
 
     Args:
-        every_n_batches: Interval between readings.
+        every_n_batches: Batches of which one is read, the first of all among them.
         on_collapse: On an alarm ``"warn"``, ``"stop"`` (end training after this batch) or ``"raise"``.
         named: Codebooks that are not recognised, see :func:`~ddcl_lightning.find_codebooks`.
         kinds: Kinds of codebooks of your own.
@@ -94,7 +100,10 @@ class CollapseWarning(CodebookCallback):
     ) -> None:
         super().__init__(every_n_batches)
         if on_collapse not in ("warn", "stop", "raise"):
-            raise ValueError(f"on_collapse must be 'warn', 'stop' or 'raise'; got {on_collapse!r}.")
+            raise ValueError(
+                f"on_collapse must be 'warn', 'stop' or 'raise'; got {on_collapse!r}. Pass 'warn' to go on "
+                "after an alarm."
+            )
         self.on_collapse, self.named, self.kinds, self.use_probe = on_collapse, named, tuple(kinds), probe
         self.rules = rules or CollapseRules()
         self.additional = AdditionalSignals(additional or [], self.rules.patience)
@@ -125,6 +134,12 @@ class CollapseWarning(CodebookCallback):
             ValueError: If there is none.
         """
         codebooks = find_codebooks(pl_module, self.named, self.kinds)
+        if codebooks and self.additional.signals and not _banks(codebooks):
+            names = ", ".join(signal.name for signal in self.additional.signals)
+            rank_zero_warn(
+                f"{type(self).__name__}: additional signals read banks, and {type(pl_module).__name__} holds none, "
+                f"only {', '.join(codebooks)}; {names} will have no value. Leave them out, or log them in the module."
+            )
         if not codebooks and isinstance(pl_module, ReadoutModule):
             inform(f"{type(self).__name__} stays idle: {type(pl_module).__name__} holds no codebook.")
         elif not codebooks:
@@ -138,11 +153,12 @@ class CollapseWarning(CodebookCallback):
         """Attach the recorder, and take the probe."""
         super().on_train_start(trainer, pl_module)
         self._num_batches = trainer.num_training_batches
-        self._ordered = not _is_shuffled(trainer.train_dataloader)
-        forward = self.use_probe if callable(self.use_probe) else _forward if _is_ours(pl_module) else None
-        if forward is not None and self.use_probe and not _is_read_once(trainer.train_dataloader):
-            batches = _first_batches(trainer)
-            call = partial(_call_all, trainer, pl_module, forward, batches)
+        self._ordered = not is_shuffled(trainer.train_dataloader)
+        self._tokens: Counter[str] = Counter()  # of the batch that is read
+        forward = self.use_probe if callable(self.use_probe) else forward_batch if is_ours(pl_module) else None
+        if forward is not None and self.use_probe and not is_read_once(trainer.train_dataloader):
+            batches = first_batches(trainer)
+            call = partial(call_all, trainer, pl_module, forward, batches)
             probe = Probe(pl_module, self._codebooks, call)
             # A forward pass takes a third of a step, and the probe 1 % of the training, 5 % while there is a sign.
             self.monitor.use_probe(probe, math.ceil(len(batches) / 3 / 0.05 / self.every_n_batches))
@@ -169,21 +185,26 @@ class CollapseWarning(CodebookCallback):
             else:
                 inform(sentence)
 
+    def is_due(self) -> bool:
+        """True for one batch in each ``every_n_batches``, at places that follow no period of the data."""
+        return is_due(self._batches, self.every_n_batches)
+
     def receive(self, name: str, record: CodebookRecord) -> None:
         """Add the record of a call on this process."""
-        self.monitor.add(name, record, tokens_per_pass=self._tokens_per_pass(record))
+        self.monitor.add(name, record)
+        codes = record.tokens if record.codes is None else record.codes
+        self._tokens[name] += 0 if codes is None else codes.shape[1]
         if isinstance(record, BankRecord):
             self.additional.receive(name, record)
 
-    def _tokens_per_pass(self, record: CodebookRecord) -> int:
-        """Tokens of a pass over the data, if codes may be dead only after a whole one; 0 where the order is random."""
-        batches = self._num_batches
-        codes = record.codes if record.codes is not None else record.tokens
-        if math.isinf(batches) or codes is None:
-            return 0
-        tokens = int(batches) * codes.shape[1] * world_size()
-        longest = LARGEST_PASS * TOKENS_PER_CODE * record.num_codes
-        return tokens if self._ordered or tokens <= longest else 0
+    def _wait_for_a_pass(self) -> None:
+        """Let codes of data in an order be dead only after a pass, of whose batches one in so many is read."""
+        tokens, self._tokens = self._tokens, Counter()
+        if not self._ordered or math.isinf(self._num_batches):
+            return
+        total: Counter[str] = sum(gather_objects(tokens), Counter())
+        for name, number in total.items():
+            self.monitor.lengthen(name, math.ceil(number * self._num_batches / self.every_n_batches))
 
     def has_read(self) -> bool:
         """True if there were calls since the last reading."""
@@ -193,13 +214,14 @@ class CollapseWarning(CodebookCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss of the batch, where it is more than that of the codebooks, and read what was recorded."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("task_loss", outputs.get("loss")) if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and not (isinstance(pl_module, ReadoutModule) and pl_module.task.unsupervised):
             self.monitor.add_loss(loss if loss.numel() == 1 else loss.mean())  # of a step that optimizes by itself
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge, log and act on what was recorded on all processes together."""
+        self._wait_for_a_pass()
         new = self.monitor.judge(
             trainer.global_step,
             planned_end=_planned_ends(trainer, self._codebooks),
@@ -218,6 +240,13 @@ class CollapseWarning(CodebookCallback):
                 del course[1::2]
         # All have read the same; should rounding differ, they must still agree on whether to go on.
         self._act(trainer, broadcast_object([*new, *notices]))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the probe of what was trained, for the verdict, and remove the recorder."""
+        alarms = broadcast_object(self.monitor.conclude())
+        self.report = self.monitor.latest
+        super().on_train_end(trainer, pl_module)
+        self._act(trainer, alarms)
 
     def _act(self, trainer: pl.Trainer, new: list[Finding]) -> None:
         alarms = [str(finding) for finding in new if finding.level == "alarm"]
@@ -293,57 +322,3 @@ def _planned_ends(trainer: pl.Trainer, codebooks: Mapping[str, Recordable]) -> d
             if planned is not None:
                 ends |= {head_name(name, head, bank.num_heads): end for head, end in enumerate(planned)}
     return ends
-
-
-def _is_ours(module: pl.LightningModule) -> bool:
-    """True if the forward pass of the module takes a batch and does nothing else."""
-    return isinstance(module, ReadoutModule)
-
-
-def _forward(module: pl.LightningModule, batch: Batch) -> Any:
-    return module(batch)
-
-
-def _call_all(
-    trainer: pl.Trainer, module: pl.LightningModule, forward: Callable[..., Any], batches: Iterable[Batch]
-) -> None:
-    with trainer.precision_plugin.forward_context():
-        for batch in batches:
-            forward(module, to_device(trainer, batch))
-
-
-def _is_read_once(loaders: Any) -> bool:
-    """True if a loader's data are a stream."""
-    streams: list[bool] = []
-    apply_to_collection(loaders, DataLoader, lambda each: streams.append(isinstance(each.dataset, IterableDataset)))
-    return any(streams)
-
-
-def _is_shuffled(loader: Any) -> bool:
-    """True if the training data come in a random order."""
-    sampler = getattr(loader, "sampler", None)
-    return isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)) or bool(
-        getattr(sampler, "shuffle", False)
-    )
-
-
-def _first_batches(trainer: pl.Trainer) -> list[Batch]:
-    """The first batches of a pass over the training data of this process, of some 512 samples."""
-    batches: list[Batch] = []
-    samples = 0
-    for batch in train_batches(trainer, seed=0):  # a resumed run takes the same ones
-        batches.append(batch)
-        samples += _size(batch)
-        if samples >= PROBE_SAMPLES:
-            break
-    return batches
-
-
-def _size(batch: Any) -> int:
-    """Samples of a batch of any structure: the length of its first tensor or list."""
-    if isinstance(batch, (Tensor, str)):
-        return len(batch) if isinstance(batch, Tensor) and batch.dim() else 1
-    values = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if isinstance(values, Sequence) and len(values):
-        return len(values) if isinstance(values[0], (str, int, float)) else _size(values[0])
-    return 1

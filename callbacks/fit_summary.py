@@ -22,7 +22,7 @@ from ddcl_lightning.callbacks._base import is_new_run
 from ddcl_lightning.callbacks._id_table import id_lines
 from ddcl_lightning.callbacks.collapse_warning import CollapseWarning
 from ddcl_lightning.callbacks.decomposition_check import DecompositionCheck
-from ddcl_lightning.functional import split_margins
+from ddcl_lightning.functional import assignment_statistics, split_margins
 from ddcl_lightning.metrics.evaluation_pass import flat_loaders
 from ddcl_lightning.metrics.probing import (
     CLUSTERING_METRICS,
@@ -85,7 +85,7 @@ class FitSummary(Callback):
     @typed
     def __init__(self, enabled: bool = True, num_restarts: int = 10, compare: bool = False) -> None:
         if num_restarts < 1:
-            raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
+            raise ValueError(f"num_restarts must be at least 1; got {num_restarts}. Pass 1 for a single start.")
         self.enabled, self.num_restarts, self.compare = enabled, num_restarts, compare
         self.table = ""
         self.rows: dict[str, dict[str, float]] = {}
@@ -274,6 +274,11 @@ def _next_split(tokens: Tensor, prototypes: Tensor, temperature: Tensor, detach_
         return ""
     sample = evenly_spaced(tokens, MAX_SPLIT_TOKENS)
     margins = split_margins(sample, prototypes, temperature, detach_assignments=detach_assignments)
+    # Of a cell without tokens of its own the margin is that of far tails, and says nothing.
+    used = assignment_statistics(sample, prototypes, temperature).counts > 0
+    margins = margins.masked_fill(~(used & torch.isfinite(margins)), math.inf)
+    if not bool(torch.isfinite(margins).any()):
+        return ""
     return f", nearest to a split {int(margins.argmin())} (margin {float(margins.min()):.2g})"
 
 

@@ -41,6 +41,7 @@ from ddcl_lightning.optim.two_optimizers import require_precision
 from ddcl_lightning.recipes import copy_recipe, describe, find_recipe, recipe_paths
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "explain")
+RECIPES_HELP = "`ddcl recipes` lists the shipped recipes, and `ddcl recipes copy NAME` copies one to change it."
 
 
 # A default that is an enumeration (that of Lightning's Timer) has to be written into a config.
@@ -253,7 +254,7 @@ def _run(args: ArgsType) -> None:
             auto_configure_optimizers=False,  # the module makes its own two
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
+            parser_kwargs={"epilog": RECIPES_HELP, **strict, **{name: dict(strict) for name in SUBCOMMANDS}},
             args=args,
         )
         end_together()

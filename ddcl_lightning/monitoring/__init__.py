@@ -5,8 +5,8 @@ from ddcl_lightning.monitoring.health_report import CodebookReport, MonitorRepor
 from ddcl_lightning.monitoring.monitor import CodebookMonitor
 from ddcl_lightning.monitoring.recording import record_codebooks
 from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.rules import CollapseRules
 from ddcl_lightning.monitoring.signals import Signal
-from ddcl_lightning.monitoring.signs import CollapseRules
 from ddcl_lightning.monitoring.sources import CodebookSource, find_codebooks
 
 __all__ = [

@@ -14,6 +14,7 @@ from ddcl_lightning._utils.distributed import gather_objects, world_size
 from ddcl_lightning.functional import code_counts
 from ddcl_lightning.monitoring.health_report import CodebookReport, report_of_codes, report_of_tokens
 from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.remedies import GENERIC
 from ddcl_lightning.monitoring.signals import read_signals
 
 TOKENS_PER_CODE = 50  # a code without any of so many times K tokens is dead ...
@@ -39,13 +40,21 @@ class CodeWindow:
         self._hits = torch.zeros(self.num_heads, self.num_codes, dtype=torch.int64)  # of all tokens so far
         self._idle = torch.zeros_like(self._hits)  # tokens since the last one of a code
         self._non_finite = torch.zeros(self.num_heads, dtype=torch.int64)
+        self._out_of_range = torch.zeros_like(self._non_finite)  # of these
+        self._advice = record.advice
         self._sample: deque[Tensor] = deque()  # (M, H, d + 1) of each reading; the last number is an error
         self._readings = 0
         self._quantizes = False
 
     def fits(self, record: CodebookRecord) -> bool:
-        """True if a record is of a codebook of the same sizes."""
+        """True if a record is of a codebook of the same sizes, and its tokens are of the same dimension."""
+        if self._sample and record.tokens is not None and record.tokens.shape[-1] != self._sample[-1].shape[-1] - 1:
+            return False
         return (record.num_heads, record.num_codes, record.geometry) == (self.num_heads, self.num_codes, self.geometry)
+
+    def lengthen(self, tokens: int) -> None:
+        """Wait for so many tokens at least before codes are dead."""
+        self.size = max(self.size, tokens)
 
     @torch.no_grad()
     def add(self, record: CodebookRecord) -> None:
@@ -59,6 +68,8 @@ class CodeWindow:
         if record.mask is not None:
             codes = codes.masked_fill(~record.mask, -1)
         self._non_finite += wrong.sum(-1).cpu()
+        self._out_of_range += wrong.sum(-1).cpu()
+        self._advice = record.advice
         if self._num_tokens[1] * world_size() >= self.size:
             self._counts = torch.stack([self._counts[1], torch.zeros_like(self._counts[1])])
             self._num_tokens = [self._num_tokens[1], 0]
@@ -107,10 +118,11 @@ class CodeWindow:
     @torch.no_grad()
     def report(self, duplicate_distance: float) -> list[CodebookReport]:
         """Health of each head, the same on every process; all have to call it."""
-        fields = (self._counts, sum(self._num_tokens), self._non_finite, list(self._sample))
-        counts, numbers, bad, samples = zip(*gather_objects(fields), strict=True)
+        fields = (self._counts, sum(self._num_tokens), self._non_finite, self._out_of_range, list(self._sample))
+        counts, numbers, bad, wrong, samples = zip(*gather_objects(fields), strict=True)
         dead, num_tokens = self._dead(), sum(numbers)
         totals, non_finite = torch.stack(counts).sum((0, 1)), torch.stack(bad).sum(0)
+        out_of_range = torch.stack(wrong).sum(0)
         rows = torch.cat([sample for each in samples for sample in each] or [torch.empty(0, self.num_heads, 1)])
         latest = [each[-1] for each in samples if each]
         books = None if self.codebook is None else self._scaled(self.codebook).cpu()
@@ -124,6 +136,7 @@ class CodeWindow:
                 report = report_of_codes(report, rows[:, head, :-1].double(), books[head].double(), duplicate_distance)
             if banks is not None:
                 report = report.of_bank(banks[head])
+            report = replace(report, out_of_range=int(out_of_range[head]), enough=self.size, advice=self._advice)
             reports.append(replace(report, quantizes=self._quantizes))
         return reports
 
@@ -152,6 +165,7 @@ class CodeWindow:
             "hits": self._hits.clone(),
             "idle": self._idle.clone(),
             "non_finite": self._non_finite.clone(),
+            "out_of_range": self._out_of_range.clone(),
             "sample": [rows.clone() for rows in self._sample],
             "readings": self._readings,
         }
@@ -162,9 +176,10 @@ class CodeWindow:
         window = cls.__new__(cls)
         window.num_heads, window.num_codes, window.size = state["sizes"]
         window.geometry = state["geometry"]
-        window.codebook, window._bank, window._quantizes = None, None, False
+        window.codebook, window._bank, window._quantizes, window._advice = None, None, False, GENERIC
         window._counts, window._num_tokens = state["counts"].clone(), list(state["num_tokens"])
         window._hits, window._idle = state["hits"].clone(), state["idle"].clone()
         window._non_finite, window._readings = state["non_finite"].clone(), state["readings"]
+        window._out_of_range = state.get("out_of_range", torch.zeros_like(window._non_finite)).clone()
         window._sample = deque(rows.clone() for rows in state["sample"])
         return window

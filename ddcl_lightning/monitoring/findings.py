@@ -39,7 +39,12 @@ class Finding:
 
 
 def verdict(
-    name: str, now: CodebookReport, findings: Sequence[Finding], holding: Collection[str], best: float = math.nan
+    name: str,
+    now: CodebookReport,
+    findings: Sequence[Finding],
+    holding: Collection[str],
+    best: float = math.nan,
+    probed: int | None = None,
 ) -> str:
     """One line on a codebook: how it is now, and which signs came when, confirmed by harm or not.
 
@@ -49,12 +54,14 @@ def verdict(
         findings: All findings, of this codebook and others.
         holding: Names of its signs that are still there.
         best: Highest share of the probe's first variance that its codes ever explained.
+        probed: Step at which the probe was read.
     """
     if not now.num_tokens:
         return f"{name or 'codebook'}: no token yet"
     about = [f"perplexity {now.perplexity:.1f} of {now.num_codes}"]
     if not math.isnan(now.explained):
-        about.append(f"codes explain {now.explained:.0%} of how samples differed at the start (at best {best:.0%})")
+        when = f"{'' if probed is None else f'at step {probed}, '}at best {best:.0%}"
+        about.append(f"codes explain {now.explained:.0%} of how samples differed at the start ({when})")
     own = [finding for finding in findings if finding.codebook == name]
     alarms = {finding.sign: finding.step for finding in own if finding.level == "alarm"}
     notices = {finding.sign: finding.step for finding in reversed(own) if finding.sign not in alarms}
@@ -66,4 +73,8 @@ def verdict(
             f"{sign} at step {step}{' (gone)' if sign in gone else ''}" for sign, step in reversed(notices.items())
         )
         about.append(f"noticed, no harm measured: {listed}")
-    return f"{name or 'codebook'}: {'; '.join(about if own else [*about, 'no sign of a collapse'])}"
+    if now.dead is None:  # neither dead codes nor few of them are judged so early
+        about.append(f"too few tokens read to say{' more' if own else ''} ({now.num_tokens} of {now.enough})")
+    elif not own:
+        about.append("no sign of a collapse")
+    return f"{name or 'codebook'}: {'; '.join(about)}"

@@ -1,13 +1,15 @@
 """The health of codebooks as plain numbers, and as a table."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from ddcl_lightning.functional import effective_number, effective_rank, nearest_codes, total_variance
+from ddcl_lightning.monitoring.records import by_head
+from ddcl_lightning.monitoring.remedies import GENERIC, Advice
 from ddcl_lightning.monitoring.signals import HeadSignals
 
 SHOWN_DEAD = 4  # indices of dead codes in a table
@@ -38,11 +40,14 @@ class CodebookReport:
             the codes tell no more than the mean.
         extent: Relative distance of the farthest code to the mean of the tokens.
         farthest: That code.
-        non_finite: Tokens and codes with NaN or infinity, and codes outside of [0, K), that were met.
+        non_finite: Tokens and codes with NaN or infinity, and indices outside of [0, K), that were met.
+        out_of_range: These indices.
         explained: Share of the variance that a fixed probe's embeddings had at the start which its codes of now
             explain, adjusted for K; of a level of a residual quantizer, with the codes of the levels before it.
         quantizes: Whether the calls returned hard codes, rather than soft assignments alone.
         bank: Signals of a bank, which has a temperature.
+        enough: Tokens from which on it is known which codes are dead, at least 50 K.
+        advice: What can be done about codes of its kind.
     """
 
     num_codes: int
@@ -61,9 +66,12 @@ class CodebookReport:
     extent: float = math.nan
     farthest: int | None = None
     non_finite: int = 0
+    out_of_range: int = 0
     explained: float = math.nan
     quantizes: bool = False
     bank: HeadSignals | None = None
+    enough: int = 0
+    advice: Advice = GENERIC
 
     @classmethod
     def of_counts(cls, counts: Tensor, num_tokens: int, non_finite: int, dead: Tensor | None) -> "CodebookReport":
@@ -167,6 +175,11 @@ COLUMNS: dict[str, Callable[[CodebookReport], str]] = {
 
 class MonitorReport(dict[str, CodebookReport]):
     """Health of every codebook by name; ``str`` makes a table of it."""
+
+    def with_explained(self, explained: Mapping[str, Sequence[float]]) -> "MonitorReport":
+        """This report with what a probe told, by the name of a codebook, of each head."""
+        values = by_head(explained)
+        return MonitorReport({name: replace(row, explained=values.get(name, math.nan)) for name, row in self.items()})
 
     def __str__(self) -> str:
         if not self:

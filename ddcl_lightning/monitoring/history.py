@@ -3,8 +3,9 @@
 import copy
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from ddcl_lightning.monitoring.health_report import CodebookReport
 
 TREND_READINGS = 20
+SEPARATIONS = ("separation", "delta")
+BESIDE = ("spread", "temperature_ratio")  # what a separation depends on
 MIN_CHANGES = 5  # of a loss, before its noise is known
 TRAVEL_READINGS = 20  # for which codes that did not start from data may travel to the tokens
 
@@ -24,7 +27,9 @@ class HeadHistory:
         readings: Their number so far.
         first: First known value of each number.
         best: Highest value of each.
-        recent: The latest 20 values of each, the oldest first.
+        at_best: Other numbers at the highest value of some, by the names of both.
+        recent: The latest 20 known values of each, the oldest first.
+        unknown: Numbers that the last reading does not have.
         streaks: Readings in a row with a sign, by its name.
         alarmed: Kinds of the present harm that have been reported.
         harmed: Readings in a row with harm, by its kind.
@@ -37,7 +42,9 @@ class HeadHistory:
     readings: int = 0
     first: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    at_best: dict[str, dict[str, float]] = field(default_factory=dict)
     recent: dict[str, list[float]] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
     streaks: dict[str, int] = field(default_factory=dict)
     planned: bool = False
     alarmed: list[str] = field(default_factory=list)
@@ -56,9 +63,14 @@ class HeadHistory:
             if not math.isfinite(value):
                 continue
             self.first.setdefault(name, value)
-            if not (self.travels and name in ("separation", "delta")):
-                self.best[name] = max(value, self.best.get(name, -math.inf))
+            if not (self.travels and name in SEPARATIONS) and value > self.best.get(name, -math.inf):
+                self.best[name] = value
+                if name in SEPARATIONS:
+                    self.at_best[name] = {
+                        key: values[key] for key in BESIDE if math.isfinite(values.get(key, math.nan))
+                    }
             self.add_value(name, value)
+        self.unknown = [name for name in self.recent if not math.isfinite(values.get(name, math.nan))]
 
     def add_value(self, name: str, value: float) -> list[float]:
         """Keep a value; those before it, at most 20."""
@@ -67,9 +79,20 @@ class HeadHistory:
         return earlier
 
     def share_of_best(self, name: str) -> float:
-        """The latest value over the highest one; NaN where it is not known."""
+        """The value of the last reading over the highest one; NaN where either is not known."""
         recent, best = self.recent.get(name), self.best.get(name, math.nan)
-        return recent[-1] / best if recent and best > 0 else math.nan
+        return recent[-1] / best if recent and best > 0 and name not in self.unknown else math.nan
+
+    def forget_best(self, names: Iterable[str]) -> None:
+        """Drop the highest values of some numbers."""
+        for name in names:
+            self.best.pop(name, None)
+            self.at_best.pop(name, None)
+
+    def is_recovering(self, name: str, readings: int) -> bool:
+        """True if a number has risen in each of so many readings."""
+        values = self.recent.get(name, [])[-readings - 1 :]
+        return len(values) > readings and all(now > before for before, now in pairwise(values))
 
     def is_falling(self, name: str) -> bool:
         """True if the logarithm of the latest values falls, by its least-squares line."""
@@ -88,6 +111,7 @@ def numbers(now: CodebookReport) -> dict[str, float]:
     values |= {"extent": now.extent, "dead": math.nan if now.dead is None else float(len(now.dead))}
     if now.bank is not None:
         values |= {"delta": now.bank.delta_min, "temperature": now.bank.temperature}
+        values["temperature_ratio"] = now.bank.temperature_ratio
     return values
 
 

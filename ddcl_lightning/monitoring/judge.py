@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddcl_lightning.monitoring.findings import Finding
-from ddcl_lightning.monitoring.harm import measured_harm
+from ddcl_lightning.monitoring.harm import harm_of_probe, measured_harm
 from ddcl_lightning.monitoring.health_report import CodebookReport
 from ddcl_lightning.monitoring.history import HeadHistory, LossHistory, histories_from
 from ddcl_lightning.monitoring.records import belongs_to
-from ddcl_lightning.monitoring.signs import OF_ANNEALING, SEVERAL_CODES, SIGNS, CollapseRules
+from ddcl_lightning.monitoring.rules import CollapseRules
+from ddcl_lightning.monitoring.signs import OF_ANNEALING, SEVERAL_CODES, SIGNS
 
 END_OF_ANNEALING = 0.2  # T / T_c below which a planned schedule explains no sign any more
 
@@ -97,6 +98,26 @@ class Judge:
                 new.append(Finding("alarm", harm.sign, name, step, f"{holding[harm.sign]} Harm: {harm.text}."))
         return new
 
+    def judge_probe(self, step: int, reports: Mapping[str, CodebookReport]) -> list[Finding]:
+        """Alarms of signs that hold in the last reading, if a probe that was read since then shows harm.
+
+        Args:
+            step: Step of that reading.
+            reports: Its reports with what the probe told now. What goes on from here goes on from the probe before.
+        """
+        new = []
+        for name, now in reports.items():
+            past = self.histories.get(name, HeadHistory())
+            if math.isnan(now.explained) or self.loss.readings or "probe" in past.alarmed:
+                continue
+            signs = {sign: SIGNS[sign](now, past, self.rules) for sign in self.holding(name)}
+            signs = {sign: text for sign, text in signs.items() if text}
+            harm = harm_of_probe(now.explained, past, self.rules, next(iter(signs), ""))
+            if signs and harm is not None:
+                new.append(Finding("alarm", harm.sign, name, step, f"{signs[harm.sign]} Harm: {harm.text}."))
+        self.findings += new
+        return new
+
     def _patience(self, sign: str) -> int:
         """Dead codes have been watched for long, and a value that is no number says enough."""
         return 1 if sign in ("dead", "few_codes", "non_finite") else self.rules.patience
@@ -134,8 +155,7 @@ def _anneals(now: CodebookReport, past: HeadHistory, end: float) -> bool:
     if not past.planned or now.bank is None:
         return False
     if now.bank.temperature_ratio > END_OF_ANNEALING and now.bank.temperature > end * (1 + 1e-6):
-        for name in ("delta", "separation", "code_rank", "perplexity"):
-            past.best.pop(name, None)
+        past.forget_best(("delta", "separation", "code_rank", "perplexity"))
         return True
     past.planned = False
     return False

@@ -2,32 +2,36 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.saved_state import restores
-from ddcl_lightning.monitoring.argument_checks import STATE, require_check, require_loss, require_tensors
+from ddcl_lightning.monitoring.argument_checks import (
+    STATE,
+    require_check,
+    require_model,
+    require_reaction,
+    require_tensors,
+)
 from ddcl_lightning.monitoring.code_window import CodeWindow
 from ddcl_lightning.monitoring.findings import CollapseError, Finding, verdict
 from ddcl_lightning.monitoring.health_report import MonitorReport
 from ddcl_lightning.monitoring.judge import Judge
+from ddcl_lightning.monitoring.pending_losses import PendingLosses
 from ddcl_lightning.monitoring.probe import Probe
 from ddcl_lightning.monitoring.recording import record_codebooks
-from ddcl_lightning.monitoring.records import CodebookRecord, Geometry, head_name
-from ddcl_lightning.monitoring.signs import CollapseRules
+from ddcl_lightning.monitoring.records import CodebookRecord, Geometry, by_head
+from ddcl_lightning.monitoring.rules import CollapseRules
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.finding import Named, find_codebooks
 
 PROBE_INTERVAL = 20  # readings between two of the probe while there is no sign
 SUSPICION_INTERVAL = 3  # and while there is one
-MAX_LOSSES = 1000  # that wait for a reading
 
 
 class CodebookMonitor:
@@ -39,24 +43,25 @@ class CodebookMonitor:
         ...
         print(monitor.report())  # whenever wanted
 
-    It reads one in ``every_n_calls`` calls of each codebook that :func:`~ddcl_lightning.find_codebooks` finds; between
-    them nothing is read, copied or synchronised. Its size is bounded: counts over the latest tokens, at least 50 for
-    each code, and a sample of tokens. The model, its copies and its pickles stay as they are. Several processes have
-    their own monitors; :meth:`report` and :meth:`check` put them together and are to be called on all.
+    It reads one call of each codebook that :func:`~ddcl_lightning.find_codebooks` finds in ``every_n_calls``, at places
+    that follow no period; between them nothing is read, copied or synchronised. Its size is bounded: counts over the
+    latest tokens, at least 50 for each code, and a sample of tokens. The model, its copies and its pickles stay as they
+    are. Several processes have their own monitors; :meth:`report` and :meth:`check` put them together and are to be
+    called on all.
 
     Args:
         model: Where to look for codebooks, or None to use :meth:`update` alone.
         named: Codebooks that are not recognised, by the names of their modules, see
             :func:`~ddcl_lightning.find_codebooks`.
         kinds: Kinds of codebooks of your own.
-        every_n_calls: Interval between readings of a codebook, at least 1.
+        every_n_calls: Calls of a codebook of which one is read, at least 1.
         tokens_per_pass: Tokens of one pass over the data, if codes are to count as dead only after a whole pass: for
-            data in an order, such as by class.
+            data in an order, such as by class. Of calls that are read, the share of it is waited for that is read.
         probe: A function that calls the model with some 512 samples, always the same, as
             ``lambda: model(images[:512])``. It lets the monitor measure whether codes still tell apart what they told
             apart at the start, and is called in evaluation mode, without gradients, at every 20th reading, and at every
             third while there is a sign.
-        rules: Thresholds.
+        rules: Thresholds; a mapping of some of them will do.
         on_collapse: What :meth:`check` does on an alarm: ``"warn"``, ``"raise"``, or ``"ignore"`` beyond returning it.
 
     Attributes:
@@ -83,32 +88,26 @@ class CodebookMonitor:
         on_collapse: Literal["warn", "raise", "ignore"] = "warn",
     ) -> None:
         require_at_least(1, every_n_calls=every_n_calls, tokens_per_pass=tokens_per_pass)
-        if on_collapse not in ("warn", "raise", "ignore"):
-            raise ValueError(f"on_collapse must be 'warn', 'raise' or 'ignore'; got {on_collapse!r}.")
+        require_reaction(on_collapse)
         self.rules, self.on_collapse = rules or CollapseRules(), on_collapse
         self.tokens_per_pass = tokens_per_pass or 0
         self._windows: dict[str, CodeWindow] = {}
         self._judge = Judge(self.rules)
         self._unread = False  # whether there is something to judge
-        self._losses: list[Tensor | float] = []
-        self._steps = 0
+        self._losses = PendingLosses()
+        self._steps = self._step = 0  # the second of the last reading
         self._readings = 0
         self._probed = 0  # reading of the last probe
+        self._probed_step: int | None = None
         self._probe_interval = 1  # readings
         self._first: dict[str, Tensor] = {}  # first embeddings of a probe that is not there yet
         self._explained: dict[str, list[float]] = {}
         self.latest = MonitorReport()
         self.codebooks = {} if model is None else find_codebooks(model, named, kinds)
-        if model is not None and not self.codebooks:
-            raise ValueError(
-                f"model must hold a codebook that is recognised; got none in {type(model).__name__}. Name its module "
-                "(named=['quantizer.embedding']), with a function that reads its calls where it is neither nn.Linear "
-                "nor nn.Embedding; or call update(tokens, codebook, indices) in the loop."
-            )
-        if probe is not None and model is None:
-            raise ValueError("probe needs the model that it calls; got no model. Pass it as the first argument.")
+        require_model(model, self.codebooks, probe)
         self.probe: Probe | None = None
-        self._recorder = record_codebooks(self.codebooks, self.add, armed=True, every_n_calls=every_n_calls)
+        self.every_n_calls = every_n_calls
+        self._recorder = record_codebooks(self.codebooks, self._receive, armed=True, every_n_calls=every_n_calls)
         if probe is not None and model is not None:
             self.use_probe(Probe(model, self.codebooks, probe))
             self.read_probe()
@@ -156,14 +155,23 @@ class CodebookMonitor:
         require_tensors(["indices"], tokens=tokens, codebook=codebook, indices=indices, mask=mask)
         self.add(name, CodebookRecord.of_codes(tokens, codebook, indices, mask, num_codes=num_codes, geometry=geometry))
 
-    def add(self, name: str, record: CodebookRecord, tokens_per_pass: int = 0) -> None:
-        """Add the record of a call of the codebook of that name."""
+    def _receive(self, name: str, record: CodebookRecord) -> None:
+        self.add(name, record, math.ceil(self.tokens_per_pass / self.every_n_calls))
+
+    def add(self, name: str, record: CodebookRecord, tokens_per_pass: int | None = None) -> None:
+        """Add the record of a call of a codebook, of so many tokens in a pass (by default those of the monitor)."""
         window = self._windows.get(name)
         if window is None or not window.fits(record):  # one that was resized starts anew
-            window = self._windows[name] = CodeWindow(record, tokens_per_pass or self.tokens_per_pass)
+            in_pass = self.tokens_per_pass if tokens_per_pass is None else tokens_per_pass
+            window = self._windows[name] = CodeWindow(record, in_pass)
             self._judge.forget(name)
         window.add(record)
         self._unread = True
+
+    def lengthen(self, name: str, tokens: int) -> None:
+        """Wait for so many tokens at least before codes of a codebook count as dead."""
+        if name in self._windows:
+            self._windows[name].lengthen(tokens)
 
     def check(
         self,
@@ -199,13 +207,26 @@ class CodebookMonitor:
         self, step: int, *, planned_end: Mapping[str, float] | None = None, from_data: bool = True
     ) -> list[Finding]:
         """Judge what was read, as :meth:`check` does where there is something; on all processes, or on none."""
-        self._unread = False
+        self._unread, self._step = False, step
         self._readings += 1
         if self._probe_is_due():
             self.read_probe()
-        self.latest = self._with_probe(self.report())
-        loss = self._mean_loss()
-        new = self._judge.judge(step, self.latest, loss, planned_end=planned_end, from_data=from_data)
+        self.latest = self.report().with_explained(self._explained)
+        loss = self._losses.take()
+        return self._tell(self._judge.judge(step, self.latest, loss, planned_end=planned_end, from_data=from_data))
+
+    def conclude(self) -> list[Finding]:
+        """Read the probe at the end of a run, so that the verdict is on what was trained; on all processes.
+
+        Returns:
+            Alarms of signs that hold, where the probe shows harm that it did not show before.
+        """
+        if self.probe is None or not self.latest:
+            return []
+        self.latest, self._probed_step = self.latest.with_explained(self.probe.read()), None
+        return self._tell(self._judge.judge_probe(self._step, self.latest))
+
+    def _tell(self, new: list[Finding]) -> list[Finding]:
         alarms = [str(finding) for finding in new if finding.level == "alarm"]
         if alarms and self.on_collapse == "raise":
             raise CollapseError("; ".join(alarms))
@@ -216,8 +237,7 @@ class CodebookMonitor:
 
     def add_loss(self, loss: Tensor | float) -> None:
         """Keep the loss of a step, a number or a tensor of one, until the next reading, without waiting for it."""
-        require_loss(loss)
-        self._losses = [*self._losses, loss.detach() if isinstance(loss, Tensor) else loss][-MAX_LOSSES:]
+        self._losses.add(loss)
 
     @property
     def is_due(self) -> bool:
@@ -242,29 +262,13 @@ class CodebookMonitor:
     def read_probe(self) -> None:
         """Read the probe now; all processes have to call it."""
         if self.probe is not None:
-            self._probed, self._explained = self._readings, self.probe.read()
+            self._probed, self._explained, self._probed_step = self._readings, self.probe.read(), self._step
 
     def _probe_is_due(self) -> bool:
         """True now and then, more often while there is a sign."""
         suspicious = any(self._judge.holding(name) for name in self._judge.histories)
         patience = SUSPICION_INTERVAL if suspicious else PROBE_INTERVAL
         return self._readings - self._probed >= max(patience, self._probe_interval * (1 if suspicious else 5))
-
-    def _with_probe(self, report: MonitorReport) -> MonitorReport:
-        """A report with what the last probe told."""
-        values = _by_head(self._explained)
-        return MonitorReport({name: replace(row, explained=values.get(name, math.nan)) for name, row in report.items()})
-
-    def _mean_loss(self) -> float | None:
-        """Mean loss since the last reading over all processes; here it is waited for."""
-        losses, self._losses = self._losses, []
-        mean = (
-            float(torch.stack([torch.as_tensor(loss).float().reshape(()) for loss in losses]).mean())
-            if losses
-            else None
-        )
-        means = [each for each in gather_objects(mean) if each is not None]
-        return sum(means) / len(means) if means else None
 
     def report(self) -> MonitorReport:
         """Health of every codebook that was called, by name, one entry per head; ``print`` shows a table.
@@ -277,13 +281,13 @@ class CodebookMonitor:
             for name in called[0]  # in one order everywhere
             if (window := self._windows.get(name)) and all(name in names for names in called)
         }
-        return MonitorReport(_by_head(rows))
+        return MonitorReport(by_head(rows))
 
     def verdict(self, findings: Sequence[Finding] | None = None) -> str:
         """One line for every codebook: how it was at the last reading, and what was found when."""
         given = self.findings if findings is None else findings
         return "\n".join(
-            verdict(name, row, given, self._judge.holding(name), self._judge.best_explained(name))
+            verdict(name, row, given, self._judge.holding(name), self._judge.best_explained(name), self._probed_step)
             for name, row in self.latest.items()
         )
 
@@ -296,7 +300,8 @@ class CodebookMonitor:
         """Forget what was read and found."""
         self._windows.clear()
         self._judge = Judge(self.rules)
-        self._losses, self._unread, self._readings, self._probed, self._steps = [], False, 0, 0, 0
+        self._losses, self._unread, self._probed_step = PendingLosses(), False, None
+        self._readings = self._probed = self._steps = self._step = 0
         self.latest = MonitorReport()
 
     def close(self) -> None:
@@ -309,9 +314,11 @@ class CodebookMonitor:
             "windows": {name: window.state_dict() for name, window in self._windows.items()},
             "judge": self._judge.state_dict(),
             "counts": [self._steps, self._readings, self._probed],
+            "steps": [self._step, self._probed_step],
+            "calls": dict(self._recorder.calls),
             "probe": self._first if self.probe is None else self.probe.state_dict(),
             "explained": {name: list(values) for name, values in self._explained.items()},
-            "losses": [float(loss) for loss in self._losses],
+            "losses": self._losses.state(),
         }
 
     @restores(**STATE)
@@ -320,7 +327,9 @@ class CodebookMonitor:
         self._windows = {name: CodeWindow.from_state(saved) for name, saved in state["windows"].items()}
         self._judge.load_state_dict(state["judge"])
         self._steps, self._readings, self._probed = state["counts"]
-        self._losses = list(state["losses"])
+        self._step, self._probed_step = state.get("steps", [self._steps, None])
+        self._recorder.calls.update(state.get("calls", {}))
+        self._losses = PendingLosses(state["losses"])
         self._first, self._explained = dict(state["probe"]), dict(state["explained"])
         if self.probe is not None:
             self.probe.load_state_dict(self._first)
@@ -336,11 +345,3 @@ class CodebookMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _by_head(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Values of every head, by the name of the codebook, with that of the head where there are several."""
-    named: dict[str, Any] = {}
-    for name, heads in values.items():
-        named.update({head_name(name, head, len(heads)): row for head, row in enumerate(heads)})
-    return named

@@ -1,8 +1,10 @@
 """One way to record what passes through codebooks, ours or anybody's."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, overload
 
@@ -11,13 +13,16 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.distributed import gather_objects, gather_rows, sum_over_processes, world_size
 from ddcl_lightning.functional import BankOutput, Decomposition
 from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
+from ddcl_lightning.monitoring.remedies import GENERIC
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.finding import Recordable, find_codebooks
 from ddcl_lightning.monitoring.sources.observed_calls import Call, observe_calls
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.observer import BankObserver
 
-__all__ = ["BankRecord", "CodebookRecord", "over_processes", "record_codebooks"]
+__all__ = ["BankRecord", "CodebookRecord", "is_due", "over_processes", "record_codebooks"]
+
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class record_codebooks(BankObserver):
@@ -31,7 +36,11 @@ class record_codebooks(BankObserver):
             are recognised inside.
         receive: Called with the name of the codebook and the record.
         armed: Record from the start; the context manager does.
-        every_n_calls: Record one in so many calls of each codebook, the first among them.
+        every_n_calls: Record one call of each codebook in so many, the first among them, at places that follow no
+            period (:func:`is_due`).
+
+    Attributes:
+        calls: Number of calls of each codebook so far; a recorder with the numbers of another goes on like it.
 
     Raises:
         ValueError: If the interval is below 1.
@@ -65,9 +74,9 @@ class record_codebooks(BankObserver):
         every_n_calls: int = 1,
     ) -> None:
         if every_n_calls < 1:
-            raise ValueError(f"every_n_calls must be at least 1; got {every_n_calls}.")
+            raise ValueError(f"every_n_calls must be at least 1; got {every_n_calls}. Pass 1 to record every call.")
         self._receive, self._interval, self._armed = receive, every_n_calls, False
-        self._calls: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
         self._names: dict[PrototypeBank, str] = {}
         self._listeners: list[_Listener] = []
         self._ends: list[Callable[[], None]] = []  # what stops the listeners while they are shown calls
@@ -117,10 +126,9 @@ class record_codebooks(BankObserver):
         return record_codebooks._only not in (None, self)
 
     def _is_due(self, name: str) -> bool:
-        calls = self._calls.get(name, 0)
-        self._calls[name] = calls + 1
-        # Not the same one of every few, which would be the same level where levels share a codebook.
-        return calls % self._interval == calls // self._interval % self._interval
+        calls = self.calls.get(name, 0)
+        self.calls[name] = calls + 1
+        return is_due(calls, self._interval)
 
     def close(self) -> None:
         """Record no further calls."""
@@ -142,6 +150,16 @@ class record_codebooks(BankObserver):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def is_due(number: int, interval: int) -> bool:
+    """True for one number in each ``interval`` successive ones, the first of all among them.
+
+    Its place among them follows the fractional parts of multiples of the golden ratio, so that over time it takes every
+    place evenly, and every remainder by any period: neither levels that share a codebook nor sources of data that take
+    turns hide behind it.
+    """
+    return number % interval == int(number // interval * GOLDEN % 1 * interval)
 
 
 def _ignore(name: str, record: CodebookRecord) -> None:
@@ -167,7 +185,8 @@ class _Listener:
         recorder = self.recorder()
         record = self.source.after(call) if call.due else None
         if record is not None and recorder is not None:
-            recorder._receive(self.name, record)
+            advice = self.source.advice if record.advice is GENERIC else record.advice
+            recorder._receive(self.name, replace(record, advice=advice))
 
 
 def _call_all(functions: list[Callable[[], None]]) -> None:

@@ -1,12 +1,15 @@
 """One record of what passed through a codebook in a call, whoever's codebook it is."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ddcl_lightning.functional import BankOutput, Decomposition, nearest_prototype
+from ddcl_lightning.monitoring.remedies import BANK, GENERIC, Advice
 from ddcl_lightning.nn.bank import PrototypeBank
 
 Geometry = Literal["euclidean", "cosine"]
@@ -27,6 +30,7 @@ class CodebookRecord:
         codes: Hard codes ``(H, N)`` int64, -1 at padding, or None where the call made none.
         num_codes: K; by default that of ``codebook``.
         geometry: ``"euclidean"``, or ``"cosine"`` where only directions are compared.
+        advice: What can be done about codes of this kind.
 
     Raises:
         ValueError: If there is neither a codebook nor ``num_codes``, or the geometry is unknown.
@@ -40,13 +44,23 @@ class CodebookRecord:
     codes: Tensor | None = None
     num_codes: int = 0
     geometry: Geometry = "euclidean"
+    advice: Advice = GENERIC
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
-            raise ValueError(f"geometry must be one of {get_args(Geometry)}; got {self.geometry!r}.")
+            raise ValueError(
+                f"geometry must be 'euclidean' or 'cosine'; got {self.geometry!r}. Pass 'cosine' where only directions "
+                "are compared."
+            )
         if self.num_codes < 1:
             if self.codebook is None:
-                raise ValueError("num_codes must be given for a codebook without vectors; got none.")
+                raise ValueError(
+                    "num_codes must be given for a codebook without vectors; got none. Pass the number of its codes."
+                )
+            if not self.codebook.shape[1]:
+                raise ValueError(
+                    f"codebook must hold at least one code; got shape {tuple(self.codebook.shape)}. Add codes."
+                )
             object.__setattr__(self, "num_codes", self.codebook.shape[1])
 
     @classmethod
@@ -86,8 +100,9 @@ class CodebookRecord:
         columns = codes.detach().long().reshape(-1, num_heads).T
         rows = None
         if tokens is not None:
-            rows = tokens.detach().reshape(-1, num_heads, tokens.shape[-1] // num_heads).transpose(0, 1)
-            if rows.shape[1] != columns.shape[1] or (book is not None and rows.shape[2] != book.shape[2]):
+            width, number = tokens.shape[-1] // num_heads, math.prod(tokens.shape[:-1])
+            rows = tokens.detach().reshape(number, num_heads, width).transpose(0, 1)
+            if number != columns.shape[1] or (book is not None and rows.shape[2] != book.shape[2]):
                 raise ValueError(
                     f"tokens must be as many as codes, and as wide as the codebook; got tokens {tuple(tokens.shape)}, "
                     f"codes {tuple(codes.shape)} and codebook {None if book is None else tuple(book.shape)}. Move "
@@ -137,6 +152,7 @@ class BankRecord(CodebookRecord):
     codebook: Tensor
     temperature: Tensor
     terms: Decomposition
+    advice: Advice = BANK
     detach_assignments: bool = False
 
     @classmethod
@@ -170,6 +186,14 @@ def head_name(name: str, head: int, num_heads: int) -> str:
     return f"{name}/head{head}" if num_heads > 1 else name
 
 
+def by_head(values: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Values of every head, by the name of the codebook, with that of the head where there are several."""
+    named: dict[str, Any] = {}
+    for name, heads in values.items():
+        named.update({head_name(name, head, len(heads)): row for head, row in enumerate(heads)})
+    return named
+
+
 def belongs_to(label: str, name: str) -> bool:
     """True if a label is that of a codebook or of one of its heads."""
     return label == name or label.startswith(f"{name}/head")
@@ -181,6 +205,7 @@ def _flat_mask(mask: Tensor, codes: Tensor) -> Tensor:
         raise TypeError(f"mask must be boolean with True for valid tokens; got {mask.dtype}. Use mask.bool().")
     if mask.numel() != codes.shape[1]:
         raise ValueError(
-            f"mask must have an entry for each of the {codes.shape[1]} tokens; got shape {tuple(mask.shape)}."
+            f"mask must have an entry for each of the {codes.shape[1]} tokens; got shape {tuple(mask.shape)}. Pass it "
+            "in the shape of the indices of one codebook."
         )
     return mask.detach().reshape(1, -1).expand_as(codes)

@@ -2,71 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 
-from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.monitoring.health_report import CodebookReport
 from ddcl_lightning.monitoring.history import HeadHistory
-
-
-@dataclass(frozen=True)
-class CollapseRules:
-    """Thresholds of the signs of a collapse, and of the harm that makes an alarm of a sign.
-
-    Attributes:
-        duplicate_distance: Distance, relative to the spread of the tokens, up to which codes are near-duplicates.
-        max_drop: Share of its highest value that the separation Delta may lose.
-        max_entropy: Largest H / ln K.
-        min_rank: Smallest effective rank, of tokens and of codes, relative to its highest value.
-        min_perplexity: Smallest perplexity relative to K.
-        max_dead: Largest share of dead codes.
-        max_growth: Largest growth of the tokens' spread since the start; its inverse is the smallest.
-        max_extent: Largest distance of a code to the mean of the tokens, relative to their spread.
-        patience: Readings for which a sign must hold.
-        min_explained: Smallest share of a probe's first variance that codes explain, relative to its highest value.
-        min_information: Smallest logarithm of the perplexity relative to ln K.
-        min_fall: Smallest fall of the loss, relative to its first value, before it may stall.
-        max_regain: Largest share of its fall that the loss may rise again.
-
-    Raises:
-        ValueError: If a number is out of its range.
-    """
-
-    duplicate_distance: float = 0.02
-    max_drop: float = 0.5
-    max_entropy: float = 0.98
-    min_rank: float = 0.5
-    min_perplexity: float = 0.25
-    max_dead: float = 0.1
-    max_extent: float = 10.0
-    max_growth: float = 10.0
-    patience: int = 3
-    min_explained: float = 0.9
-    min_information: float = 0.25
-    min_fall: float = 0.65
-    max_regain: float = 0.1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value, whole = getattr(self, field.name), field.name == "patience"
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value < math.inf:
-                kind = "a whole number" if whole else "a finite number"
-                raise ValueError(f"{field.name} must be {kind}; got {value!r}. Its default is {field.default}.")
-        for name in ("max_drop", "max_entropy", "min_rank", "min_perplexity", "min_explained", "min_information"):
-            _require_share(name, getattr(self, name))
-        _require_share("min_fall", self.min_fall)
-        if not 0 <= self.max_dead <= 1:
-            raise ValueError(f"max_dead must be in [0, 1], a share of the codes; got {self.max_dead}.")
-        for name in ("duplicate_distance", "max_extent", "max_growth", "max_regain"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
-        require_at_least(1, patience=self.patience)
-
-
-def _require_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1]; got {value}.")
-
+from ddcl_lightning.monitoring.remedies import sentence
+from ddcl_lightning.monitoring.rules import CollapseRules
 
 FEW, FEWEST = 1.5, 1.1  # a perplexity that is low however few codes there are, and of two or three
 Sign = Callable[[CodebookReport, HeadHistory, CollapseRules], str]
@@ -76,10 +16,18 @@ def non_finite(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> 
     """Values that are no numbers."""
     if not past.is_new:
         return ""
-    return (
-        f"{now.non_finite} tokens or codes were NaN or infinite, or codes out of [0, {now.num_codes}). Lower the "
-        "learning rates, clip the gradients, or check what makes the codes."
-    )
+    texts = []
+    if numbers := now.non_finite - now.out_of_range:
+        texts.append(
+            f"{numbers} tokens or codes were NaN or infinite. Lower the learning rates, clip the gradients, or check "
+            "what makes the codes."
+        )
+    if now.out_of_range:
+        texts.append(
+            f"{now.out_of_range} indices were neither in [0, {now.num_codes}) nor -1, that of padding. Check what "
+            "makes them, and how many codes there are."
+        )
+    return " ".join(texts)
 
 
 def above_critical(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
@@ -94,28 +42,44 @@ def above_critical(now: CodebookReport, past: HeadHistory, rules: CollapseRules)
 
 
 def falling(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
-    """A separation Delta that has fallen from its best, and still falls."""
+    """A separation (without a temperature that over the spread) that has fallen from its best, and still falls."""
     name = "separation" if now.bank is None else "delta"
     share = past.share_of_best(name)
     if not share < 1 - rules.max_drop or not past.is_falling(name):
         return ""
-    assert now.closest is not None
-    first = past.first.get("spread", math.nan)
-    spread = f"{first:.4g} -> {now.spread:.4g}" if "spread" in past.first else "not known"
-    if past.share_of_best("spread") < 1 - 0.5 * rules.max_drop:
-        cause = (
-            f"the tokens shrink with it (spread {spread}). Bound their scale (embedding_scale='whiten'), add a task "
-            "loss, or freeze the encoder (rho=0)"
-        )
-    elif now.spread > 2 * first:
-        cause = f"the tokens spread ({spread}), and the codes stay behind. Lower the learning rate of the encoder"
+    best, then = past.best[name], past.at_best.get(name, {})
+    spread = then.get("spread", math.nan)
+    grown, tokens = now.spread / spread if spread > 0 else math.nan, f"from {spread:.4g} to {now.spread:.4g}"
+    pair = "two codes" if now.closest is None else f"codes {now.closest[0]} and {now.closest[1]}"
+    fell = f"fell to {share:.2g} of its highest value {best:.4g}"
+    if now.bank is not None:
+        since = f"Delta {fell}" + ("" if math.isnan(grown) else f"; the spread of the tokens went {tokens}")
+        behind = False
+    elif math.isnan(grown):
+        return f"the separation of the codes {fell}: {pair} approach each other. {_slower(now)}."
     else:
-        lower = "the temperature or the learning rate" if now.bank is not None else "the learning rate"
-        cause = (
-            f"the spread of the tokens does not ({spread}), so codes {now.closest[0]} and {now.closest[1]} approach "
-            f"each other. Lower {lower} of the encoder"
+        distance = f"from {best * spread:.4g} to {now.separation * now.spread:.4g}"
+        since = (
+            f"the separation of the codes relative to the spread of the tokens {fell}; since then the smallest "
+            f"distance of two codes went {distance}, and the spread {tokens}"
         )
-    return f"Delta fell to {share:.2g} of its highest value {past.best[name]:.4g}; {cause}."
+        behind = grown * grown * share >= 1  # the spread accounts for more of it than the distance does
+    if grown < 1 - 0.5 * rules.max_drop:
+        freeze = "freeze the encoder (rho=0)" if now.bank is not None else "freeze the encoder"
+        return f"{since}: the tokens shrink too. {sentence(now.advice.scale, 'add a task loss', freeze)}."
+    if behind:
+        return f"{since}: the tokens spread, and the codes stay behind. Lower the learning rate of the encoder."
+    before = then.get("temperature_ratio", math.nan)
+    if now.bank is not None and now.bank.temperature_ratio > before:
+        heat = f"T / T_c rose from {before:.3g} to {now.bank.temperature_ratio:.3g}"
+        return f"{since}, and {heat}: {pair} approach each other. Lower the temperature, or the learning rates."
+    return f"{since}: {pair} approach each other. {_slower(now)}."
+
+
+def _slower(now: CodebookReport) -> str:
+    """Remedy where it is not measured whether codes or tokens moved."""
+    moved = sentence(now.advice.step, "lower the learning rate of the encoder")
+    return f"Whether tokens or codes moved them is not measured: {moved[0].lower()}{moved[1:]}"
 
 
 def flat(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
@@ -126,8 +90,8 @@ def flat(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     return (
         f"the effective rank of the tokens fell from {past.best['token_rank']:.3g} to {now.token_rank:.3g} of "
         f"{now.dim}: they become copies of a few. Lower the learning rate of the encoder or the weight of the "
-        "commitment loss, bound the scale of the tokens (embedding_scale='whiten'), or freeze the encoder; ignore it "
-        "where a task with few classes asks for few directions."
+        f"commitment loss, {now.advice.scale}, or freeze the encoder; ignore it where a task with few classes asks for "
+        "few directions."
     )
 
 
@@ -138,8 +102,7 @@ def flat_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> 
         return ""
     return (
         f"the effective rank of the codes fell from {past.best['code_rank']:.3g} to {now.code_rank:.3g} of {now.dim}. "
-        "Lower the learning rate of the codes, or start them from tokens (KMeansInitialization for a bank, "
-        "kmeans_init=True in vector-quantize-pytorch)."
+        f"{sentence(now.advice.step, now.advice.start)}."
     )
 
 
@@ -147,11 +110,12 @@ def merged(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """Codes that are near-duplicates of others."""
     if not now.duplicates or now.closest is None:
         return ""
+    heat = "" if now.bank is None else f"{now.bank.temperature_ratio:.3g}"
+    split = f"lower the temperature so that they split (T / T_c = {heat})" if heat else ""
     return (
         f"{now.duplicates} of {now.num_codes} codes are within {rules.duplicate_distance:g} of the tokens' spread of "
         f"another one (the closest are {now.closest[0]} and {now.closest[1]}, {now.separation:.2g}). "
-        + ("Lower the temperature so that they split, or use" if now.bank is not None else "Start from tokens, or use")
-        + " fewer codes."
+        + f"{sentence(split, now.advice.start, now.advice.fewer)}."
     )
 
 
@@ -159,9 +123,16 @@ def uniform(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str
     """Soft assignments that say nothing."""
     if now.bank is None or not now.bank.entropy_ratio > rules.max_entropy:
         return ""
+    ratio = now.bank.temperature_ratio
+    remedy = (
+        "Lower the temperature"
+        if ratio >= 1
+        else "The temperature alone does not do that: lower the learning rates of encoder and prototypes, or the "
+        "temperature"
+    )
     return (
         f"H = {now.bank.entropy:.4g} is {now.bank.entropy_ratio:.3f} of ln K, so every token is assigned to every "
-        f"prototype alike. Lower the temperature (T / T_c = {now.bank.temperature_ratio:.3g})."
+        f"prototype alike, at T / T_c = {ratio:.3g}. {remedy}."
     )
 
 
@@ -170,14 +141,14 @@ def dead(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     if not now.dead or len(now.dead) <= rules.max_dead * now.num_codes:
         return ""
     shown = ", ".join(map(str, now.dead[:8])) + (", ..." if len(now.dead) > 8 else "")
-    remedy = (
-        "Start with KMeansInitialization, step prototypes with TokenNormalized(relocation_threshold=0.5), lower the "
-        "rates of encoder and prototypes"
-        if now.bank is not None
-        else "Start the codes from tokens, and put tokens in the place of dead ones (in vector-quantize-pytorch "
-        "kmeans_init=True and threshold_ema_dead_code=2)"
+    remedy = sentence(
+        now.advice.start,
+        now.advice.revive,
+        now.advice.spread,
+        "lower the learning rate of the encoder",
+        now.advice.fewer,
     )
-    return f"{len(now.dead)} of {now.num_codes} codes ({shown}) have had no token for long. {remedy}, or use fewer."
+    return f"{len(now.dead)} of {now.num_codes} codes ({shown}) have had no token for long. {remedy}."
 
 
 def few_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
@@ -186,8 +157,9 @@ def few_codes(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
     if now.dead is None or not now.perplexity < least:
         return ""
     return (
-        f"the perplexity is {now.perplexity:.1f} of {now.num_codes}: few codes have nearly all tokens. Start from "
-        "tokens, lower the learning rate of the encoder, or use fewer codes."
+        f"the perplexity is {now.perplexity:.1f} of {now.num_codes}: few codes have nearly all tokens. "
+        + sentence(now.advice.start, now.advice.spread, "lower the learning rate of the encoder", now.advice.fewer)
+        + "."
     )
 
 
@@ -195,10 +167,17 @@ def drifting(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> st
     """Tokens that are farther from their codes than from their mean."""
     if not now.commitment > 1:
         return ""
+    moved = "check that an optimizer steps the codes"
+    if now.extent > rules.max_extent:
+        remedy = f"code {now.farthest} is {now.extent:.3g} times the tokens' spread away. "
+        remedy += sentence(now.advice.step, moved)
+    else:
+        raised = "add or raise a quantization (commitment) loss"
+        remedy = "which of them moved is not measured. "
+        remedy += sentence(now.advice.step, "lower the learning rate of the encoder", moved, raised)
     return (
         f"the mean squared distance of tokens to their codes is {now.commitment:.3g} of their variance: the codes do "
-        "not follow the tokens. Add or raise a quantization (commitment) loss, check that an optimizer steps the "
-        "codes, or lower the learning rate of the encoder."
+        f"not follow the tokens; {remedy}."
     )
 
 
@@ -206,10 +185,10 @@ def diverging(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
     """Codes far out of the tokens."""
     if not now.extent > rules.max_extent or not math.isfinite(now.spread):
         return ""
+    stable = "" if now.bank is None else " (plain steps are stable below 1 / the largest mean assignment)"
     return (
-        f"code {now.farthest} is {now.extent:.3g} times the tokens' spread away from their mean. Lower the learning "
-        "rate of the codes (plain gradient steps are stable below 1 / the largest mean assignment), or start them from "
-        "tokens."
+        f"code {now.farthest} is {now.extent:.3g} times the tokens' spread away from their mean. "
+        f"{sentence(now.advice.step + stable, now.advice.start)}."
     )
 
 
@@ -224,8 +203,8 @@ def shrinking(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
     if not share < 1 / rules.max_growth:
         return ""
     return (
-        f"the spread of the tokens has fallen to {share:.2g} of {past.first['spread']:.4g}. Bound their scale "
-        "(embedding_scale='whiten'), add a task loss, or freeze the encoder."
+        f"the spread of the tokens has fallen to {share:.2g} of {past.first['spread']:.4g}. "
+        f"{sentence(now.advice.scale, 'add a task loss', 'freeze the encoder')}."
     )
 
 
@@ -236,7 +215,7 @@ def exploding(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> s
         return ""
     return (
         f"the spread of the tokens has grown {growth:.3g} times, from {past.first['spread']:.4g} to {now.spread:.4g}. "
-        "Lower the learning rate of the encoder, clip its gradients, or bound the scale (embedding_scale='whiten')."
+        f"Lower the learning rate of the encoder, clip its gradients, or {now.advice.scale}."
     )
 
 

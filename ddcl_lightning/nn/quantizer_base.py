@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import described
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.functional._common import check_code_range
+from ddcl_lightning.functional._common import check_code_range, check_mask, require_valid_token
 from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 
 
@@ -111,6 +111,21 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize ``(B, T, D)`` tokens with mask ``(B, T)``, True for valid ones; padding may hold anything."""
+
+    @staticmethod
+    def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
+        """Refuse a mask that cannot be meant; ``forward`` calls it first.
+
+        Args:
+            tokens: ``(B, T, D)``.
+            mask: ``(B, T)`` boolean, True for valid tokens, or None.
+
+        Raises:
+            TypeError: If the mask is not boolean.
+            ValueError: If its shape is another, or (looked at on the CPU only) no token is valid.
+        """
+        check_mask(tokens, mask)
+        require_valid_token(tokens, mask)
 
     def prototype_parameters(self) -> list[nn.Parameter]:
         """Codes that step at ``lr_prototypes``: those of every bank inside, unless it moves them itself."""

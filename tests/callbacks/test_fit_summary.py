@@ -1,3 +1,5 @@
+import re
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ddcl_lightning import (
     Head,
     IdentityBackbone,
     PCABackbone,
+    PrototypeBank,
     ReadoutOutput,
     Reconstruction,
     SequenceDecoder,
@@ -280,6 +283,20 @@ def test_other_modules_are_left_alone(capsys):
     fit(Project(), FitSummary())
     run(module(), FitSummary(enabled=False))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("far", [1, 3, 4], ids=["one dead code", "all but one dead", "none near"])
+def test_a_code_without_tokens_is_not_named_as_the_next_to_split(far):
+    tokens, prototypes = torch.randn(1, 400, 3), torch.randn(1, 4, 3)
+    prototypes[:, 4 - far :] += torch.arange(far).unsqueeze(-1) * 100 + 1e4
+    bank = PrototypeBank(4, 3)
+    bank.set_prototypes(prototypes)
+    (line,) = summary_module._bank_lines([bank], [tokens])
+    if "nearest to a split" in line:
+        number, margin = re.search(r"split (\d+) \(margin (\S+)\)", line).groups()
+        assert int(number) < 4 - far or far == 4
+        assert abs(float(margin)) < 1e3
+    assert ("nearest to a split" in line) or far == 4
 
 
 def test_fit_summary_refuses_fewer_than_one_restart():

@@ -321,3 +321,12 @@ def test_texts_become_ids_as_the_guide_says(tmp_path: Path, capsys: pytest.Captu
     by_text = table.groupby("text")[["code_1", "code_2", "code_3"]].nunique()
     assert (by_text == 1).all(axis=None)
     assert not table.duplicated(["code_1", "code_2", "code_3", "disambiguation"]).any()
+
+
+def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "`ddcl recipes` lists the shipped recipes" in printed
+    assert "explain" in printed

@@ -91,11 +91,11 @@ SICK = {
 NAMED = {
     "non_finite": "4 tokens or codes were NaN",
     "above_critical": r"T = 3 is 3\.00 times .*Lower the temperature",
-    "flat": r"tokens fell from 12 to 1 of 16.*embedding_scale='whiten'",
-    "flat_codes": r"codes fell from 7 to 1 of 16.*KMeansInitialization",
+    "flat": r"tokens fell from 12 to 1 of 16.*bound the scale of the tokens",
+    "flat_codes": r"codes fell from 7 to 1 of 16.*start the codes from tokens",
     "merged": r"8 of 8 codes .*closest are 2 and 5, 0\.0001.*fewer codes",
-    "uniform": r"0\.999 of ln K.*Lower the temperature",
-    "dead": r"7 of 8 codes \(1, 2, 3, 4, 5, 6, 7\).*put tokens in the place of dead ones",
+    "uniform": r"0\.999 of ln K.*at T / T_c = 0\.5\. .*lower the learning rates",
+    "dead": r"7 of 8 codes \(1, 2, 3, 4, 5, 6, 7\).*put tokens in the place of dead codes",
     "few_codes": r"perplexity is 1\.0 of 8.*fewer codes",
     "drifting": r"50 of their variance.*commitment",
     "diverging": r"code 3 is 1e\+04 times.*Lower the learning rate",
@@ -116,7 +116,7 @@ def test_each_sign_is_noticed_once_with_its_figures_and_a_remedy(sign: str) -> N
 
 
 def test_a_falling_separation_is_noticed_and_says_whether_the_tokens_fall_too() -> None:
-    for shrink, words in ((1.0, "the spread of the tokens does not"), (0.8, "the tokens shrink with it")):
+    for shrink, words in ((1.0, "the spread from 1 to 1: codes 0 and 1 approach"), (0.8, ": the tokens shrink too")):
         judge = Judge(RULES)
         course = [replace(HEALTHY, separation=0.8**n, spread=shrink**n) for n in range(25)]
         (notice,) = [finding for finding in told(judge, *course) if finding.sign == "falling"]
@@ -215,6 +215,49 @@ def test_flat_tokens_beside_a_loss_that_falls_are_no_alarm() -> None:
         finding for n in range(60) for finding in told(judge, HEALTHY if n < 10 else SICK["flat"], loss=2 * 0.9**n)
     ]
     assert signs(findings, "alarm") == []
+
+
+def test_few_codes_that_become_more_from_reading_to_reading_are_no_alarm() -> None:
+    """Counts reach back to the start; those that stay few, or become fewer, are one."""
+
+    def alarms(*perplexities: float) -> list[str]:
+        judge = Judge(RULES)
+        course = [replace(HEALTHY, num_codes=64, perplexity=value) for value in perplexities]
+        unknown = [replace(report, dead=None) for report in course[:5]]
+        return signs(told(judge, *unknown, *course[5:]), "alarm")
+
+    recovering = [3.0, 2.5, 2.0, 2.1, 2.2, 2.3, 2.5, 2.7, 3.0, 4.0, 8.0, 16.0, 30.0]
+    assert alarms(*recovering) == []
+    assert alarms(*[2.3] * 10) == ["few_codes"]
+    assert alarms(*[2.8 - 0.1 * n for n in range(10)]) == ["few_codes"]
+    assert alarms(*recovering, *[2.0] * 3) == ["few_codes"]
+    assert alarms(*[2.0] * 8, 2.1, 2.2, 2.3, 2.4, *[2.2] * 8) == ["few_codes"]  # once
+
+
+def test_the_numbers_of_a_loss_that_rises_are_those_that_were_judged() -> None:
+    judge = Judge(RULES)
+    for n in range(30):
+        told(judge, HEALTHY, loss=2.0 - n / 30)
+    told(judge, *[SICK["flat"]] * 3, loss=1.03)
+    (alarm,) = [find for find in told(judge, *[SICK["flat"]] * 9, loss=900.0) if find.level == "alarm"]
+    assert re.search(r"risen again from 1\.\d+ to \d+\.?\d*, above its first value 2\.", alarm.text), alarm.text
+    assert "%" not in alarm.text.partition("Harm")[2]
+
+
+def test_indices_out_of_range_are_told_apart_from_values_that_are_no_numbers() -> None:
+    findings = told(Judge(RULES), replace(HEALTHY, non_finite=3, out_of_range=3))
+    assert {finding.sign for finding in findings} == {"non_finite"}
+    assert all("3 indices were neither in [0, 8) nor -1" in finding.text for finding in findings)
+    assert not any("NaN" in finding.text for finding in findings)
+    both = told(Judge(RULES), replace(HEALTHY, non_finite=5, out_of_range=3))
+    assert "2 tokens or codes were NaN or infinite" in both[0].text
+
+
+def test_a_number_that_is_not_known_now_is_not_judged_by_the_one_before() -> None:
+    past = HeadHistory()
+    for report in (HEALTHY, replace(HEALTHY, token_rank=1.0), replace(HEALTHY, token_rank=math.nan)):
+        past.add(report)
+    assert math.isnan(past.share_of_best("token_rank"))
 
 
 def course_of_annealing(start: float, end: float, readings: int = 30) -> list[CodebookReport]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import CodebookMonitor, CollapseRules, DDCLAttention, VectorQuantizer
+from ddcl_lightning import CodebookMonitor, CollapseRules, DDCLAttention, PrototypeBank, VectorQuantizer
 from ddcl_lightning.monitoring.code_window import SAMPLE
 from tests.processes import results_of_processes
 
@@ -237,8 +237,143 @@ def test_monitor_refuses_a_model_without_codebooks() -> None:
         CollapseRules(duplicate_distance=-1)
     with pytest.raises(TypeError, match=r"codes must be integers; got torch.float32"):
         CodebookMonitor().update(TOKENS, CODES, INDICES.float())
+    with pytest.raises(ValueError, match=r"codebook must hold at least one code; got shape \(1, 0, 2\)"):
+        CodebookMonitor().update(TOKENS, CODES[:0], INDICES)
     with pytest.raises(ValueError, match=r"tokens must be as many as codes"):
         CodebookMonitor().update(TOKENS, CODES, INDICES[:3])
+
+
+BROKEN = {
+    "codes": lambda tokens, codes: codes.fill_(math.nan),
+    "tokens": lambda tokens, codes: tokens.fill_(math.nan),
+    "both": lambda tokens, codes: (codes.fill_(math.inf), tokens.fill_(math.nan)),
+    "one code": lambda tokens, codes: codes[..., 3, :].fill_(math.nan),
+    "all but one code": lambda tokens, codes: codes[..., 1:, :].fill_(-math.inf),
+    "huge tokens": lambda tokens, codes: tokens.mul_(1e36),
+    "huge codes": lambda tokens, codes: codes.mul_(1e36),
+    "equal tokens": lambda tokens, codes: tokens.zero_(),
+    "equal codes": lambda tokens, codes: codes.zero_(),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_no_reading_fails_whatever_becomes_of_tokens_and_codes(kind: str) -> None:
+    """Also once Delta has fallen; what is no number is an alarm."""
+    torch.manual_seed(0)
+    start, monitor = torch.randn(32, 8), CodebookMonitor(on_collapse="ignore")
+    for step in range(20):
+        tokens, codes = torch.randn(500, 8) * (1 + step), start.clone()
+        if step >= 12:
+            BROKEN[kind](tokens, codes)
+        monitor.update(tokens, codes, torch.cdist(tokens, codes).argmin(1))
+        monitor.check(1.0)
+        str(monitor.report()), monitor.verdict()
+    alarms = {finding.sign for finding in monitor.findings if finding.level == "alarm"}
+    assert ("non_finite" in alarms) == (kind in ("codes", "tokens", "both", "one code", "all but one code"))
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_no_reading_of_a_bank_fails_whatever_becomes_of_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrototypeBank, "_require_finite", lambda *args: None)  # as on a GPU
+    torch.manual_seed(0)
+    bank = PrototypeBank(8, 4)
+    start = bank.prototypes.detach().clone()
+    monitor = CodebookMonitor(bank, every_n_calls=1, on_collapse="ignore")
+    for step in range(10):
+        tokens, codes = torch.randn(1, 300, 4) * (1 + step), start.clone()
+        if step >= 6:
+            BROKEN[kind](tokens, codes)
+        with torch.no_grad():
+            bank.prototypes.copy_(codes)
+            bank(tokens)
+        monitor.check()
+    str(monitor.report()), monitor.verdict()
+    monitor.close()
+
+
+def test_a_codebook_of_another_dimension_starts_anew() -> None:
+    monitor = CodebookMonitor(on_collapse="ignore")
+    for dim in (4, 6):
+        for _ in range(3):
+            monitor.update(torch.randn(50, dim), torch.randn(3, dim), torch.zeros(50, dtype=torch.int64))
+            monitor.check()
+    row = monitor.report()["codebook"]
+    assert (row.dim, row.num_tokens) == (6, 150)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 0)])
+def test_empty_codes_of_one_and_none_are_read(shape: tuple[int, int]) -> None:
+    number = shape[0]
+    monitor = CodebookMonitor(on_collapse="ignore")
+    for _ in range(8):
+        monitor.update(torch.randn(shape), torch.randn(1, shape[1]), torch.zeros(number, dtype=torch.int64))
+        monitor.check(1.0)
+    assert monitor.report()["codebook"].num_tokens == 8 * number
+    assert monitor.verdict()
+
+
+def test_the_verdict_says_how_many_tokens_are_still_missing() -> None:
+    monitor = fed(times=20)
+    monitor.check()
+    assert monitor.verdict() == "codebook: perplexity 2.8 of 4; too few tokens read to say (80 of 200)"
+    for _ in range(40):
+        monitor.update(TOKENS, torch.randn(4, 2), torch.arange(4))
+    monitor.check()
+    assert monitor.verdict().endswith("; no sign of a collapse")
+
+
+@pytest.mark.parametrize("period", [2, 7, 10, 11, 20])
+def test_domains_that_take_turns_are_read_evenly(period: int) -> None:
+    codes = torch.arange(4 * period).float().unsqueeze(1)
+    model = nn.ModuleDict({"quantizer": nn.Identity()})
+    monitor = CodebookMonitor(model, {"quantizer": lambda module, inputs, output: (None, codes, inputs[0])})
+    for step in range(30 * 10 * period):
+        model["quantizer"](4 * (step % period) + torch.arange(4).repeat(4))
+    row = monitor.report()["quantizer"]
+    assert row.usage == 1
+    assert row.perplexity > 3.9 * period
+    monitor.close()
+
+
+def test_a_resumed_monitor_reads_the_calls_that_the_whole_one_does() -> None:
+    def read(monitor: CodebookMonitor, model: nn.Module, steps: range) -> None:
+        for step in steps:
+            model["quantizer"](torch.full((1,), step))
+
+    def made() -> tuple[CodebookMonitor, nn.Module, list[int]]:
+        calls: list[int] = []
+        model = nn.ModuleDict({"quantizer": nn.Identity()})
+
+        def reader(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> tuple[None, Tensor, Tensor]:
+            calls.append(int(inputs[0]))
+            return None, torch.zeros(4, 1), inputs[0] % 4
+
+        return CodebookMonitor(model, {"quantizer": reader}, every_n_calls=7), model, calls
+
+    (whole, model, expected), (first, its_model, calls) = made(), made()
+    read(whole, model, range(200))
+    read(first, its_model, range(60))
+    resumed, other, rest = made()
+    resumed.load_state_dict(first.state_dict())
+    read(resumed, other, range(60, 200))
+    assert calls + rest == expected
+    assert expected[0] == 0
+    assert len(expected) in (28, 29)
+
+
+def test_a_pass_is_counted_in_the_tokens_that_are_read_of_it() -> None:
+    """One call in four of 40 with 25 tokens each: a code of the second half is known before it counts as dead."""
+    model = VectorQuantizer(2, 4).eval()
+    with torch.no_grad():
+        model.codebook.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]))
+    monitor = CodebookMonitor(model, every_n_calls=4, tokens_per_pass=2000)
+    dead = []
+    for step in range(160):
+        model(torch.tensor([[1.0, 0.0], [0.0, 1.0]])[step // 40 % 2].expand(1, 25, 2))
+        dead.append(monitor.report()[""].dead)
+    assert all(known is None for known in dead[:75])
+    assert dead[85] == (1, 3)
+    monitor.close()
 
 
 def share_of_a_process(rank: int) -> dict[str, dict[str, Any]]:

@@ -209,7 +209,7 @@ def test_records_refuse_what_does_not_fit() -> None:
     assert (record.num_codes, record.num_heads) == (4, 1)
     with pytest.raises(ValueError, match=r"tokens were not recorded; got None"):
         record.valid_tokens()
-    with pytest.raises(ValueError, match=r"geometry must be one of .* got 'angular'"):
+    with pytest.raises(ValueError, match=r"geometry must be 'euclidean' or 'cosine'; got 'angular'"):
         CodebookRecord.of_codes(None, book, codes, geometry="angular")
     with pytest.raises(ValueError, match=r"mask must have an entry for each of the 6 tokens; got shape \(5,\)"):
         CodebookRecord.of_codes(None, book, codes, torch.ones(5, dtype=torch.bool))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import GENERIC, Advice
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
 
@@ -24,9 +25,11 @@ class CodebookSource(ABC):
 
     Attributes:
         method: Name of the method that is called, ``"forward"`` unless a kind says otherwise.
+        advice: What can be done about codes of this kind.
     """
 
     method: str = "forward"
+    advice: Advice = GENERIC
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

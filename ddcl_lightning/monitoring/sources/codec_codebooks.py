@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import PARAMETERS
 from ddcl_lightning.monitoring.sources.base import CodebookSource, tokens_of
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
@@ -28,6 +29,7 @@ class DirectionCodebook(CodebookSource):
     """A quantizer as in DAC: an Embedding ``codebook``, compared in ``decode_latents`` by direction."""
 
     method = "decode_latents"
+    advice = PARAMETERS
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import SAMPLED
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
@@ -14,6 +15,8 @@ class GumbelQuantizer(CodebookSource):
     The call returns vectors and no codes, so the codes are those of the vectors. There are no tokens to compare with
     them: logits come from a linear layer.
     """
+
+    advice = SAMPLED
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import re
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import PARAMETERS
 from ddcl_lightning.monitoring.sources.base import CodebookSource, integers_in, tokens_of
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
@@ -17,6 +18,8 @@ class ImageQuantizer(CodebookSource):
     Those with a Linear ``embedding`` compare inner products, and those of GLM-Image, or with ``l2_norm`` set,
     directions: their geometry is the cosine.
     """
+
+    advice = PARAMETERS
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:

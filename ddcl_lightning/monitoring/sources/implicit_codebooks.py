@@ -3,12 +3,17 @@
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import ENTROPY, FIXED
 from ddcl_lightning.monitoring.sources.base import CodebookSource, integers_in
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
 
 class ImplicitCodebook(CodebookSource):
     """FSQ, LFQ or a FiniteScalarQuantization: only its codes are recorded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.advice = ENTROPY if type(module).__name__ == "LFQ" else FIXED
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import MAPPED, Advice
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
@@ -20,6 +21,10 @@ class LibraryCodebook(CodebookSource):
     Separate codebooks of heads are heads of the record. Of a beam search the nearest code of each beam counts. A
     codebook that a network makes for each token (``implicit_neural_codebook``) is recorded without vectors.
     """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.advice = _advice_on(module)
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:
@@ -72,8 +77,24 @@ class LibraryCodebook(CodebookSource):
         return (books - means[1]) * (deviation[0] / deviation[1]) + means[0]
 
 
+def _advice_on(codebook: nn.Module) -> Advice:
+    """Arguments of VectorQuantize that are not set yet; of a trained codebook it is not known how it was started."""
+    by_kmeans = not bool(getattr(codebook, "initted", True))
+    moves = bool(getattr(codebook, "ema_update", True))
+    return Advice(
+        start="" if by_kmeans else "start the codes from tokens (kmeans_init=True, unless it is set)",
+        revive=""
+        if float(getattr(codebook, "threshold_ema_dead_code", 0)) > 0
+        else "put tokens in the place of dead codes (threshold_ema_dead_code=2)",
+        step="raise the decay of the codes" if moves else "lower the learning rate of the codes",
+        fewer="use a smaller codebook_size",
+    )
+
+
 class LibrarySimVQ(CodebookSource):
     """SimVQ, whose codes are a learned map of frozen vectors."""
+
+    advice = MAPPED
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import PROTOTYPES
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
@@ -15,6 +16,8 @@ class LinearPrototypes(CodebookSource):
     Found by themselves are the Linear layers of a class with "Prototypes" in its name that holds nothing else (SwAV's,
     also lightly's), and the ``last_layer`` of one with "DINO" or "iBOT" in its name.
     """
+
+    advice = PROTOTYPES
 
     @classmethod
     def sources_in(cls, module: nn.Module) -> Mapping[str, CodebookSource]:

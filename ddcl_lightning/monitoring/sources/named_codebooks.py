@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import PARAMETERS
 from ddcl_lightning.monitoring.sources.base import CodebookSource, tokens_of
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 
@@ -25,6 +26,8 @@ class EmbeddingCodebook(CodebookSource):
         module: The Embedding.
         owner: The module whose ``forward`` calls it, or None.
     """
+
+    advice = PARAMETERS
 
     def __init__(self, module: nn.Module, owner: nn.Module | None = None) -> None:
         super().__init__(module)

@@ -1,9 +1,12 @@
 """Our own quantizers that have no bank."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from ddcl_lightning.functional._common import zero_padding
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.remedies import GENERIC
 from ddcl_lightning.monitoring.sources.base import CodebookSource
 from ddcl_lightning.monitoring.sources.observed_calls import Call
 from ddcl_lightning.nn.discovery import find_banks
@@ -15,6 +18,14 @@ class OwnQuantizer(CodebookSource):
 
     Where it has a ``projection``, tokens are recorded behind it, in the space of the vectors.
     """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        init = getattr(module, "init", None)
+        if init is not None:
+            self.advice = replace(
+                GENERIC, start="" if init == "kmeans" else "start the codes from tokens (init='kmeans')"
+            )
 
     @classmethod
     def recognizes(cls, module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ class SignQuantizer(Quantizer):
         self.project, self.restore = nn.Linear(dim, num_codebooks), nn.Linear(num_codebooks, dim)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
+        self.check_mask(tokens, mask)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
         padding = ~mask.unsqueeze(-1)
         soft = self.project(tokens.masked_fill(padding, 0.0)).tanh()
