@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from ddcl_lightning._utils import compat
+from ddcl_lightning._utils.distributed import require_places
 from ddcl_lightning.backbones.pca import PCABackbone
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.optim.schedule import LRSchedule
@@ -38,6 +39,17 @@ REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "it changes rates by a scheduler, which manual optimization never steps; use "
     "WeightAveraging (the same average) or EMAWeightAveraging, and the module's lr_schedule",
 }
+
+
+def require_output_folders(trainer: pl.Trainer) -> None:
+    """Raise before a fit that could not write what its callbacks or its profiler write in the end.
+
+    Raises:
+        ValueError: Naming the folder and whose it is.
+    """
+    writers = [*compat.callbacks_of(trainer), trainer.profiler]  # type: ignore[attr-defined]
+    folders = {f"dirpath of {type(writer).__name__}": getattr(writer, "dirpath", None) for writer in writers}
+    require_places({argument: str(folder) for argument, folder in folders.items() if folder})
 
 
 def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:

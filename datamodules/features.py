@@ -131,7 +131,8 @@ class FeaturesDataModule(SplitDataModule):
             array = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(
-                f"path must be an array that numpy.save wrote; {path} cannot be read ({error}). Save it anew."
+                f"path must be an array that numpy.save wrote; {path} cannot be read ({_reason(path, error)}). Save it "
+                "anew."
             ) from None
         vectors = _as_vectors(array, path)
         columns = {} if self.items is None else read_columns("items", self.items)
@@ -155,6 +156,15 @@ class FeaturesDataModule(SplitDataModule):
                 f"features must hold numbers, equally many in each row; {path} has others ({error}).{remedy}"
             ) from None
         return _as_vectors(array, path), {name: cell for name, cell in columns.items() if name not in names}
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Reason why a file is no array; NumPy takes whatever it does not know for a pickle."""
+    if "pickle" not in str(error):
+        return str(error)
+    with path.open("rb") as file:
+        known = file.read(6) == b"\x93NUMPY"
+    return "it holds Python objects, not numbers" if known else "it is a file of another kind under that name"
 
 
 def _as_vectors(array: Any, path: Path) -> Tensor:

@@ -14,7 +14,7 @@ from ddcl_lightning._utils.batch import Batch, index
 from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning._utils.training_data import TrainingBatches
 from ddcl_lightning.backbones.base import Backbone
-from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
+from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages, require_output_folders
 from ddcl_lightning.checkpoints.load_checks import check_loading
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
@@ -253,6 +253,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         require_precision(self.trainer.precision)
         if stage == "fit":
             refuse_callbacks(self.trainer, self)
+            require_output_folders(self.trainer)
             self._refuse_limits()
 
     def _refuse_limits(self) -> None:
