@@ -16,6 +16,7 @@ from ddcl_lightning._utils.training_data import TrainingBatches
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages, require_output_folders
 from ddcl_lightning.checkpoints.load_checks import check_loading
+from ddcl_lightning.checkpoints.reading import NUM_OPTIMIZER_TENSORS, num_optimizer_tensors
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
@@ -267,6 +268,12 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
             raise ValueError(
                 f"check_val_every_n_epoch must be at least 1; got {every}. To validate never, set limit_val_batches=0."
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how many tensors the optimizers hold, which a run that goes on from the file must find there."""
+        super().on_save_checkpoint(checkpoint)
+        if "optimizer_states" in checkpoint:
+            checkpoint[NUM_OPTIMIZER_TENSORS] = num_optimizer_tensors(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise for weights that are NaN or infinite."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,7 +22,7 @@ from ddcl_lightning._utils.arguments import is_memory_short, nearest
 from ddcl_lightning._utils.distributed import is_lost_process
 from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
-from ddcl_lightning.checkpoints.reading import other_model
+from ddcl_lightning.checkpoints.reading import cannot_be_restored, other_model
 from ddcl_lightning.cli.wrong_values import find_class, innermost_key, missing_class, missing_value, wrong_value
 from ddcl_lightning.decoders import Decoder
 from ddcl_lightning.heads import Head
@@ -71,6 +72,7 @@ _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTD
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
+_RESTORES = ".connectors.checkpoint_connector"
 _BASES: dict[str, type] = {
     "model.backbone": Backbone,
     "model.head": Head,
@@ -200,6 +202,27 @@ def unwritable(error: BaseException) -> str | None:
 def _makes_folder(error: BaseException) -> bool:
     """True if an error is that of a folder that was to be made, whose own parent is there."""
     return any(frame.tb_frame.f_code.co_name in ("makedirs", "mkdir") for frame in _frames(error.__traceback__))
+
+
+def restored_from(error: BaseException) -> Any:
+    """Path of the checkpoint that a trainer was restoring when an error came up; None where it was not.
+
+    An error in code of the user's, as the ``load_state_dict`` of a callback, is theirs.
+    """
+    frames = [frame.tb_frame for frame in _frames(error.__traceback__)]
+    owners = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    connectors = [frame for frame in frames if str(frame.f_globals.get("__name__")).endswith(_RESTORES)]
+    if not connectors or not _CARRIERS.issuperset(owners):
+        return None
+    return getattr(getattr(connectors[0].f_locals.get("self"), "trainer", None), "ckpt_path", None)
+
+
+def damaged(error: BaseException) -> str | None:
+    """Message for a checkpoint that holds something else than a run leaves; None for any other error."""
+    path = restored_from(error)
+    if path is None or not isinstance(error, (LookupError, TypeError, ValueError, AttributeError, RuntimeError)):
+        return None
+    return other_model(str(error), path) or (None if is_refusal(error) else cannot_be_restored(error, path))
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -1,7 +1,10 @@
 """Checkpoints that are none, and settings that two manual optimizers cannot follow: one line each, with the way out."""
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from PIL import Image
 from ddcl_lightning.cli.commands import main
 from tests.cli.test_cli import fails
 
+COMMANDS = ("fit", "validate", "test", "predict", "explain")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 FIT = ["fit", "--config", "digits", *QUIET, *SHORT]
@@ -18,6 +22,31 @@ FIT = ["fit", "--config", "digits", *QUIET, *SHORT]
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def _emptied(optimizers: list[Any]) -> list[Any]:
+    return [{**optimizers[0], "state": {}}, *optimizers[1:]]
+
+
+def _step(loops: dict[str, Any]) -> dict[str, Any]:
+    loops["fit_loop"]["epoch_progress"]["total"]["ready"] = "x"
+    return loops
+
+
+def _temperature(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: -value if name.endswith("temperature_state.current") else value for name, value in state.items()}
+
+
+# Files that hold something else than a run leaves, by what is changed in a good one.
+TAMPERED: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "loops.ckpt": {"loops": lambda loops: {}},
+    "progress.ckpt": {"loops": _step},
+    "step.ckpt": {"global_step": lambda step: "x"},
+    "epoch.ckpt": {"epoch": lambda epoch: -5},
+    "moments.ckpt": {"optimizer_states": _emptied},
+    "optimizer.ckpt": {"optimizer_states": lambda states: [{"state": {}}]},
+    "temperature.ckpt": {"state_dict": _temperature},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +64,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({**good, "ddcl_class_names": ["cat", "dog"]}, folder / "animals.ckpt")
     torch.save({name: value for name, value in good.items() if name != "optimizer_states"}, folder / "weights.ckpt")
     torch.save({**good, "optimizer_states": []}, folder / "reset.ckpt")
+    flipped = bytearray(whole.read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    (folder / "flipped.ckpt").write_bytes(flipped)
+    for name, entries in TAMPERED.items():
+        torch.save({**good, **{key: change(copy.deepcopy(good[key])) for key, change in entries.items()}}, folder / name)
     return folder
 
 
@@ -60,6 +94,31 @@ def test_a_file_that_is_no_checkpoint_is_refused(
         assert f"{name}.ckpt" in line
         beside = line.partition("Beside it lies '")[2].partition("'")[0]
         assert Path(beside).stem not in ("", "torn", "empty", "foreign", "pickled")
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "expected"),
+    [
+        *((command, "flipped", "the checksum of its entry '.*' is another one") for command in COMMANDS),
+        *((command, "step", "global_step must be an integer of at least 0; got 'x'") for command in COMMANDS),
+        *((command, "epoch", "epoch must be an integer of at least 0; got -5") for command in COMMANDS),
+        *((command, "temperature", "temperature_state.current must be finite and > 0; got -") for command in COMMANDS),
+        ("fit", "loops", "'fit_loop' in its 'loops' must be progress as a run leaves it; got None"),
+        ("validate", "loops", r"a run cannot go on from it \(KeyError: 'validate_loop'\)"),
+        ("fit", "progress", "'ready' in its 'loops' must be progress as a run leaves it; got 'x'"),
+        ("fit", "moments", r"its optimizers must hold \[\d+(, \d+)?\] tensors, as were written; got \[0"),
+        ("fit", "optimizer", r"its optimizers must hold"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_with_one_way_out(
+    command: str, name: str, expected: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUIET, "--config", "digits", "--ckpt_path", str(checkpoints / f"{name}.ckpt")]
+    line = fails(capsys, command, *words)
+    rule = "ckpt_path must be an undamaged checkpoint; "
+    assert re.match(rf"{rule}'\S+{name}\.ckpt' is damaged: .*{expected}.*\. Take another\.", line), line
+    assert "Use the config" not in line
+    assert "load another" not in line
 
 
 def test_weights_alone_are_refused_where_training_is_to_go_on(
