@@ -81,7 +81,9 @@ def _read(file: Path, *version: int) -> Any:
     """The file as it is in this version; its archive knows a checksum of each entry, which torch passes over."""
     broken = _broken_entry(file)
     if broken is not None:
-        raise ValueError(_damaged(repr(str(file)), f"the checksum of its entry {broken!r} is another one") + _others(file))
+        raise ValueError(
+            _damaged(repr(str(file)), f"the checksum of its entry {broken!r} is another one") + _others(file)
+        )
     try:
         return torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
@@ -182,7 +184,12 @@ def cannot_be_restored(error: BaseException, path: Any) -> str:
 
 
 def other_model(complaint: str, path: Any = None) -> str | None:
-    """Message for an error of torch that means a checkpoint of another model or optimizer, or a damaged one; else None."""
+    """Message for an error of torch that means a checkpoint of another model or optimizer, or a damaged one, else None.
+
+    Args:
+        complaint: The text of the error.
+        path: Of the checkpoint, if it is known.
+    """
     if not complaint.startswith(("Error(s) in loading state_dict", "loaded state dict")):
         return None
     detail = complaint.partition("\n")[2].partition("\n")[0] or complaint

@@ -35,6 +35,7 @@ from ddcl_lightning.cli.errors import (
     sentence,
     unwritable,
 )
+from ddcl_lightning.cli.output_files import WholeConfig, events_unwritten, silent_writers
 from ddcl_lightning.cli.overruled import overruled_settings, refusal
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
@@ -139,7 +140,7 @@ class DDCLCommandLine(LightningCLI):
         return {} if model is None else dict(vars(model.as_flat()))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another model, and say what it has overruled; a report is written by one process and leaves nothing else behind."""
+        """Refuse a checkpoint of another model, and say what it overrules; a report is written by one process."""
         # LightningCLI takes the model's settings from the checkpoint, whatever the recipe and the words say.
         overruled = overruled_settings(self._given, self._model_settings(), self._words)
         refused = [setting for setting in overruled if setting.refused]
@@ -179,10 +180,13 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Words after ``ddcl``, or a config as a dict; by default those of the process.
     """
-    with interruptible():
+    unwritten: list[OSError] = []
+    with interruptible(), silent_writers(unwritten):
         try:
             _main(args)
             sys.stdout.flush()
+            if unwritten:
+                _refuse(events_unwritten(unwritten[0]))
         except OSError as error:  # of what is printed
             if _wants_traceback() or unwritable(error) is None:
                 raise
@@ -248,6 +252,7 @@ def _run(args: ArgsType) -> None:
             subclass_mode_data=True,
             seed_everything_default=42,
             auto_configure_optimizers=False,  # the module makes its own two
+            save_config_callback=WholeConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={**strict, **{name: dict(strict) for name in SUBCOMMANDS}},
             args=args,

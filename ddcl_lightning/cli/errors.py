@@ -23,6 +23,7 @@ from ddcl_lightning._utils.distributed import is_lost_process
 from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import cannot_be_restored, other_model
+from ddcl_lightning.cli.output_files import WRITERS, events_unwritten
 from ddcl_lightning.cli.wrong_values import find_class, innermost_key, missing_class, missing_value, wrong_value
 from ddcl_lightning.decoders import Decoder
 from ddcl_lightning.heads import Head
@@ -68,7 +69,7 @@ _REMEDIES = {
     r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu|torch_xla": "the "
     "accelerator asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
 }
-_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG}
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
@@ -194,9 +195,18 @@ def unwritable(error: BaseException) -> str | None:
             f"{error.filename} must be in a folder that may be written to; it cannot be made ({error.strerror}). "
             "Choose another place (--trainer.default_root_dir for runs)."
         )
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE and _by_tensorboard(error):
+        return events_unwritten(error)
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return f"{sentence(error)}. Make room, or choose another place (--trainer.default_root_dir for runs)."
     return None
+
+
+def _by_tensorboard(error: BaseException) -> bool:
+    """True if an error is one of the thread that writes events."""
+    return any(
+        str(frame.tb_frame.f_globals.get("__name__")).startswith(WRITERS) for frame in _frames(error.__traceback__)
+    )
 
 
 def _makes_folder(error: BaseException) -> bool:

@@ -33,9 +33,7 @@ class Overruled(NamedTuple):
         return self.explicit or (self.name.endswith(CLASS) and self.given is not None)
 
 
-def overruled_settings(
-    given: Mapping[str, Any], stored: Mapping[str, Any], words: Sequence[str]
-) -> list[Overruled]:
+def overruled_settings(given: Mapping[str, Any], stored: Mapping[str, Any], words: Sequence[str]) -> list[Overruled]:
     """Settings of the model that a checkpoint overrules, classes without their arguments.
 
     Args:
@@ -66,8 +64,8 @@ def refusal(settings: Sequence[Overruled], path: Any) -> str:
     """
     listed = ", ".join(f"{_short(s.name)} = {_value(s.stored)} (got {_value(s.given)})" for s in settings)
     return (
-        f"ckpt_path must be of the model that the config and the options give; {str(path)!r} was trained with {listed}. "
-        "Give what it was trained with, leave the option out, or name another checkpoint."
+        f"ckpt_path must be of the model that the config and the options give; {str(path)!r} was trained with {listed}"
+        ". Give what it was trained with, leave the option out, or name another checkpoint."
     )
 
 

@@ -68,7 +68,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flipped[len(flipped) // 2] ^= 255
     (folder / "flipped.ckpt").write_bytes(flipped)
     for name, entries in TAMPERED.items():
-        torch.save({**good, **{key: change(copy.deepcopy(good[key])) for key, change in entries.items()}}, folder / name)
+        torch.save(
+            {**good, **{key: change(copy.deepcopy(good[key])) for key, change in entries.items()}}, folder / name
+        )
     return folder
 
 
