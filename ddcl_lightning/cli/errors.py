@@ -74,6 +74,7 @@ _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
 _RESTORES = ".connectors.checkpoint_connector"
+_SAME_STATE = re.compile(r"Found more than one stateful callback of type `(\w+)`")
 _BASES: dict[str, type] = {
     "model.backbone": Backbone,
     "model.head": Head,
@@ -268,10 +269,24 @@ def sentence(error: BaseException) -> str:
             return remedy
     if (other := other_model(str(error))) is not None:
         return other
+    if match := _SAME_STATE.search(str(error)):
+        return _same_state(match[1])
     text = str(error) or type(error).__name__
     raised = list(_frames(error.__traceback__))
     owner = str(raised[-1].tb_frame.f_globals.get("__name__", "")).partition(".")[0] if raised else ""
     return _with_remedy(" ".join(text.split())) if owner == "lightning" else text
+
+
+def _same_state(name: str) -> str:
+    """Sentence about two callbacks of a class whose states a checkpoint could not tell apart."""
+    kind = next((kind for kind in _subclasses(Callback) if kind.__name__ == name), Callback)
+    apart = {"banks": "a pattern of its own as banks", "monitor": "another monitor or interval"}
+    ways = [way for argument, way in apart.items() if argument in inspect.signature(kind).parameters]
+    another = f", or give the other {ways[0]}" if ways else ""
+    return (
+        f"trainer.callbacks must not hold two of {name} whose states are one in a checkpoint; got another beside that "
+        f"of the config. Change that one in a config of your own (`ddcl recipes copy`){another}."
+    )
 
 
 def _with_remedy(message: str) -> str:

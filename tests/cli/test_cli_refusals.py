@@ -161,6 +161,24 @@ def test_settings_of_the_trainer_that_cannot_work_are_refused_with_the_remedy(
     assert expected in fails(capsys, *FIT, f"--trainer.{setting}")
 
 
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["TemperatureAnnealing"], ", or give the other a pattern of its own as banks."),
+        (["ModelCheckpoint"], ", or give the other another monitor or interval."),
+        (["CollapseWarning"], "."),
+    ],
+)
+def test_two_callbacks_of_one_state_are_one_sentence(
+    words: list[str], way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, *FIT, *(f"--trainer.callbacks+={word}" for word in words))
+    assert line == (
+        f"trainer.callbacks must not hold two of {words[0]} whose states are one in a checkpoint; got another beside "
+        f"that of the config. Change that one in a config of your own (`ddcl recipes copy`){way_out}"
+    )
+
+
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_the_last_checkpoint_of_no_run_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [command, *FIT[1:], "--ckpt_path", "last"]
