@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     SpikeDetection,
     StochasticWeightAveraging,
@@ -28,6 +29,7 @@ from ddcl_lightning.optim.two_timescale import run_length
 if TYPE_CHECKING:
     from ddcl_lightning.module import DDCLReadoutModule
 
+DEFAULT_FOLDER = " (by default below trainer.default_root_dir)"
 MAX_TRIED = 100_000  # steps at which an average is asked whether it would be updated
 
 # These need what manual optimization has not: a single optimizer, or Lightning's own accumulation and schedulers.
@@ -48,7 +50,12 @@ def require_output_folders(trainer: pl.Trainer) -> None:
         ValueError: Naming the folder and whose it is.
     """
     writers = [*compat.callbacks_of(trainer), trainer.profiler]  # type: ignore[attr-defined]
-    folders = {f"dirpath of {type(writer).__name__}": getattr(writer, "dirpath", None) for writer in writers}
+    folders = {
+        f"dirpath of {type(writer).__name__}{DEFAULT_FOLDER if isinstance(writer, ModelCheckpoint) else ''}": getattr(
+            writer, "dirpath", None
+        )
+        for writer in writers
+    }
     require_places({argument: str(folder) for argument, folder in folders.items() if folder})
 
 

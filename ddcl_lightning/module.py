@@ -15,7 +15,7 @@ from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes,
 from ddcl_lightning._utils.training_data import TrainingBatches
 from ddcl_lightning.backbones.base import Backbone
 from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages, require_output_folders
-from ddcl_lightning.checkpoints.load_checks import check_loading
+from ddcl_lightning.checkpoints.load_checks import check_loading, loading
 from ddcl_lightning.checkpoints.reading import NUM_OPTIMIZER_TENSORS, num_optimizer_tensors
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
@@ -149,11 +149,15 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         command line, has no backbone, head and task in its file: pass them.
 
         Raises:
-            ValueError: If an argument is unknown or missing, the file is no checkpoint, or its hyperparameters name
-                what :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
+            ValueError: If an argument is unknown, missing or of another type, the file is no checkpoint or one of
+                another model than the arguments make, or its hyperparameters name what
+                :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
         """
         check_loading(cls, checkpoint_path, kwargs, hparams_file=hparams_file, weights_only=weights_only)
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        with loading(cls, checkpoint_path, kwargs):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
 
     # Steps --------------------------------------------------------------------------------------
 
