@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ModelCheckpoint,
     ModelPruning,
     SpikeDetection,
     StochasticWeightAveraging,
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from ddcl_lightning._utils import compat
+from ddcl_lightning._utils.distributed import require_places
 from ddcl_lightning.backbones.lsa import LSABackbone
 from ddcl_lightning.backbones.pca import PCABackbone
 from ddcl_lightning.nn.bank import PrototypeBank
@@ -28,6 +30,7 @@ from ddcl_lightning.optim.two_timescale import run_length
 if TYPE_CHECKING:
     from ddcl_lightning.module import DDCLReadoutModule
 
+DEFAULT_FOLDER = " (by default below trainer.default_root_dir)"
 MAX_TRIED = 100_000  # steps at which an average is asked whether it would be updated
 
 # These need what manual optimization has not: a single optimizer, or Lightning's own accumulation and schedulers.
@@ -39,6 +42,22 @@ REFUSED: dict[type[Callback], str] = {
     StochasticWeightAveraging: "it changes rates by a scheduler, which manual optimization never steps; use "
     "WeightAveraging (the same average) or EMAWeightAveraging, and the module's lr_schedule",
 }
+
+
+def require_output_folders(trainer: pl.Trainer) -> None:
+    """Raise before a fit that could not write what its callbacks or its profiler write in the end.
+
+    Raises:
+        ValueError: Naming the folder and whose it is.
+    """
+    writers = [*compat.callbacks_of(trainer), trainer.profiler]  # type: ignore[attr-defined]
+    folders = {
+        f"dirpath of {type(writer).__name__}{DEFAULT_FOLDER if isinstance(writer, ModelCheckpoint) else ''}": getattr(
+            writer, "dirpath", None
+        )
+        for writer in writers
+    }
+    require_places({argument: str(folder) for argument, folder in folders.items() if folder})
 
 
 def refuse_callbacks(trainer: pl.Trainer, module: "DDCLReadoutModule") -> None:

@@ -1,7 +1,6 @@
 """Predictions as a table: for every sample its strongest prototypes, or its semantic ID."""
 
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.batch import labels
 from ddcl_lightning._utils.distributed import from_first_process, gather_objects
-from ddcl_lightning._utils.files import refuse_input, whole_file
+from ddcl_lightning._utils.files import check_file, refuse_input, whole_file
 from ddcl_lightning.callbacks._id_table import (
     collision_note,
     fill_disambiguation,
@@ -193,11 +192,7 @@ def check_place(path: str, argument: str, data: pl.LightningDataModule | None) -
     Raises:
         ValueError: Naming the argument.
     """
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise ValueError(f"{argument} must lie in an existing folder; there is no {str(folder)!r}. Create it first.")
-    if Path(path).is_dir() or not os.access(path if Path(path).exists() else folder, os.W_OK):
-        raise ValueError(f"{argument} must be a file that you may write; {path!r} is none. Choose another.")
+    check_file(path, argument)
     refuse_input(path, data, argument)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ddcl_lightning._utils import compat
-from ddcl_lightning._utils.distributed import max_over_processes, report
+from ddcl_lightning._utils.distributed import max_over_processes, report, require_places
 from ddcl_lightning._utils.interruption import INTERRUPTION, Interrupted, signal_name
 
 NAME = "interrupted.ckpt"
@@ -32,6 +32,9 @@ class SaveOnSignal(Callback):
         enabled: False leaves SIGTERM to Lightning.
         dirpath: Folder for ``interrupted.ckpt``; by default that of ``ModelCheckpoint``, else ``checkpoints`` in the
             logger's folder.
+
+    Raises:
+        ValueError: In ``setup``, if files cannot be written into ``dirpath``.
     """
 
     def __init__(self, enabled: bool = True, dirpath: str | None = None) -> None:
@@ -45,10 +48,12 @@ class SaveOnSignal(Callback):
         self._began = self._complete = False  # training; whether all that it holds belongs together
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Install the signal handlers before Lightning does."""
+        """Check the folder, and install the signal handlers before Lightning does."""
         self._forget()
         if not self.enabled:
             return
+        if stage == "fit" and self.dirpath:
+            require_places({f"dirpath of {type(self).__name__} (interruption.dirpath)": self.dirpath})
         self._owner = INTERRUPTION.begin() or self._owner
         compat.take_signals(trainer, lambda: self._agree(trainer))
         launcher = trainer.strategy.launcher

@@ -24,9 +24,7 @@ def check_labels(labels: Sequence[Any], column: str, path: str | Path) -> None:
         ValueError: If one is neither an integer of at least 0 nor a name, or is true or false beside others, or if all
             are numbers and one is not whole.
     """
-    rule = (
-        f"labels must be names, or integers of at least 0 (-1, empty or null where there is none); row {{}} of {path}"
-    )
+    rule = "labels must be names, or integers of at least 0 (-1, empty or null where there is none)"
     kinds = {type(label) for label in labels if label is not None}
     numeric = all(_is_number(label) for label in labels)
     for row, label in enumerate(labels, start=1):

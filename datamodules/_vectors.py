@@ -72,6 +72,9 @@ def is_table(source: Source) -> bool:
     return isinstance(source, pd.DataFrame)
 
 
+MAGIC = (b"\x93NUM", b"PK\x03\x04")  # first bytes of .npy and .npz
+
+
 # Arrays -----------------------------------------------------------------------------------------
 
 
@@ -110,8 +113,10 @@ def _from_npz(path: Path, name: str | Sequence[str] | None) -> StoredVectors:
 
 def _unreadable(path: Path, error: Exception, what: str) -> ValueError:
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    pickled = "pickle" in reason or "Python objects" in reason
-    reason = "it holds Python objects, which are not loaded" if pickled else reason
+    if "pickle" in reason or "Python objects" in reason:  # NumPy takes whatever it does not know for a pickle
+        with path.open("rb") as file:
+            known = file.read(4) in MAGIC
+        reason = "it holds Python objects, not numbers" if known else "it is a file of another kind under that name"
     return ValueError(f"path must be {what}; {path} cannot be read ({reason}). Save it anew, as numbers (N, F).")
 
 

@@ -38,7 +38,8 @@ class TextDataModule(TextSplitDataModule):
     training rows. For the rows of validation and test see :class:`~ddcl_lightning.datamodules.SplitDataModule`.
 
     Labels are integers or names. Classes are numbered in the order of the integers or of the alphabet, the same in all
-    splits. A row whose label is empty, null, NaN or -1 has ``y`` -1.
+    splits. A row whose label is empty, null, -1 or a number that is NaN has ``y`` -1; the text ``nan`` of a CSV is a
+    name, and refused beside numbers.
 
     ``index`` is the row's number in its file, from 0, blank lines not counted. With ``val_path`` or ``test_path``
     it counts on from file to file, and predictions have the columns ``file`` and ``row`` (the number in that file) too.

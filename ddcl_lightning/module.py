@@ -14,8 +14,9 @@ from ddcl_lightning._utils.batch import Batch, index
 from ddcl_lightning._utils.distributed import batch_weight, mean_over_processes, world_size
 from ddcl_lightning._utils.training_data import TrainingBatches
 from ddcl_lightning.backbones.base import Backbone
-from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages
-from ddcl_lightning.checkpoints.load_checks import check_loading
+from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idle_averages, require_output_folders
+from ddcl_lightning.checkpoints.load_checks import check_loading, loading
+from ddcl_lightning.checkpoints.reading import NUM_OPTIMIZER_TENSORS, num_optimizer_tensors
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
@@ -148,11 +149,15 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         command line, has no backbone, head and task in its file: pass them.
 
         Raises:
-            ValueError: If an argument is unknown or missing, the file is no checkpoint, or its hyperparameters name
-                what :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
+            ValueError: If an argument is unknown, missing or of another type, the file is no checkpoint or one of
+                another model than the arguments make, or its hyperparameters name what
+                :mod:`~ddcl_lightning.checkpoints.trust` does not allow.
         """
         check_loading(cls, checkpoint_path, kwargs, hparams_file=hparams_file, weights_only=weights_only)
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        with loading(cls, checkpoint_path, kwargs):
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -253,6 +258,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         require_precision(self.trainer.precision)
         if stage == "fit":
             refuse_callbacks(self.trainer, self)
+            require_output_folders(self.trainer)
             self._refuse_limits()
 
     def _refuse_limits(self) -> None:
@@ -266,6 +272,12 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
             raise ValueError(
                 f"check_val_every_n_epoch must be at least 1; got {every}. To validate never, set limit_val_batches=0."
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how many tensors the optimizers hold, which a run that goes on from the file must find there."""
+        super().on_save_checkpoint(checkpoint)
+        if "optimizer_states" in checkpoint:
+            checkpoint[NUM_OPTIMIZER_TENSORS] = num_optimizer_tensors(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise for weights that are NaN or infinite."""

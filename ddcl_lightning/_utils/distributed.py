@@ -4,6 +4,7 @@ import builtins
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddcl_lightning._utils.files import check_folder
 
 Result = TypeVar("Result")
 
@@ -282,6 +285,30 @@ def from_first_process(compute: Callable[[], Result], failure: str) -> Result:
     if failed is not None:
         raise failed.error()
     return cast(Result, shared)
+
+
+def require_places(folders: Mapping[str, str | Path]) -> None:
+    """Raise on every process unless the first one can write files into all of some folders; it leaves nothing there.
+
+    Args:
+        folders: By the argument that gave each; addresses are left alone.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+
+    def check() -> str | None:
+        try:
+            for argument, folder in folders.items():
+                if "://" not in str(folder):
+                    check_folder(folder, argument)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    sentence = from_first_process(check, "the folders cannot be checked") if folders else None
+    if sentence is not None:
+        raise ValueError(sentence)
 
 
 def report(work: Callable[[], Result], name: str, what: str = "its output") -> Result | None:

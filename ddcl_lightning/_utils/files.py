@@ -1,5 +1,6 @@
 """Files that are written completely or not at all."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,69 @@ def whole_file(path: str | Path, suffix: str | None = None) -> Iterator[Path]:
         if draft is not None:
             with suppress(OSError):
                 draft.unlink()
+
+
+def make_folder(path: str | Path, argument: str) -> None:
+    """Make a folder, with those above it.
+
+    Raises:
+        OSError: If it cannot be made, naming the argument.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(_no_folder(path, argument, error)) from error
+
+
+def check_folder(path: str | Path, argument: str) -> None:
+    """Raise unless files can be written into a folder, which is made where it is missing; nothing is left behind.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    target = Path(path)
+    missing = [folder for folder in (target, *target.parents) if not folder.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise ValueError(_no_folder(path, argument, error)) from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def check_file(path: str | Path, argument: str) -> None:
+    """Raise unless a file can be written, into a folder that exists; nothing is left behind.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        folder = str(target.parent)
+        raise ValueError(f"{argument} must lie in an existing folder; there is no {folder!r}. Create it first.")
+    if target.is_dir():
+        raise ValueError(f"{argument} must be a file; {str(path)!r} is a folder. Name a file in it.")
+    try:
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=Path(os.path.realpath(target)).parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument} must be a file that you may write; {str(path)!r} is none ({error.strerror or error}). Choose "
+            "another."
+        ) from error
+
+
+def _no_folder(path: str | Path, argument: str, error: OSError) -> str:
+    return (
+        f"{argument} must be a folder that may be written to; {str(path)!r} is none ({error.strerror or error}). "
+        "Choose another."
+    )
 
 
 def write_text(path: str | Path, text: str) -> None:

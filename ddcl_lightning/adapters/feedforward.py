@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.adapters.base import PrototypeAdapter
-from ddcl_lightning.functional._common import check_mask, zero_padding
+from ddcl_lightning.functional._common import check_mask, require_floating, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
@@ -128,7 +128,8 @@ class DDCLFeedForward(PrototypeAdapter):
         return f"dim={self.dim}"
 
     def _check(self, tokens: Tensor) -> None:
-        if tokens.dim() < 1 or tokens.shape[-1] != self.dim:
+        require_floating(tokens)
+        if tokens.shape[-1] != self.dim:
             raise ValueError(
                 f"tokens must have last dimension dim = {self.dim}; got shape {tuple(tokens.shape)}. Build the layer "
                 "for their dimension."

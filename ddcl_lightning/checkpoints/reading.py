@@ -3,6 +3,8 @@
 import os
 import pickle
 import zipfile
+import zlib
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ddcl_lightning._utils.files import whole_file
+from ddcl_lightning.nn.guarded_state import DAMAGED
 
+NUM_OPTIMIZER_TENSORS = "ddcl_optimizer_tensors"  # key in a checkpoint
 MOST_TRIED = 5  # checkpoints beside a damaged one that are looked into
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
@@ -67,12 +71,19 @@ def read_checkpoint(path: str | Path, to_resume: bool = False) -> dict[str, Any]
             f"ckpt_path must be a checkpoint of `ddcl fit`; {str(path)!r} holds no {missing[0]!r}, or not in the form "
             f"that it has there.{_others(file, to_resume)}"
         )
+    if damage := _damage(state, to_resume):
+        raise ValueError(_damaged(repr(str(path)), damage) + _others(file, to_resume))
     return state
 
 
 @lru_cache(maxsize=1)
 def _read(file: Path, *version: int) -> Any:
-    """The file as it is in this version."""
+    """The file as it is in this version; its archive knows a checksum of each entry, which torch passes over."""
+    broken = _broken_entry(file)
+    if broken is not None:
+        raise ValueError(
+            _damaged(repr(str(file)), f"the checksum of its entry {broken!r} is another one") + _others(file)
+        )
     try:
         return torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
@@ -85,6 +96,61 @@ def _read(file: Path, *version: int) -> Any:
             f"ckpt_path must be a checkpoint of `ddcl fit`; {str(file)!r} cannot be read as one: it is torn, or of "
             f"another kind.{_others(file)}"
         ) from error
+
+
+def _broken_entry(file: Path) -> str | None:
+    """Name of an entry of an archive that is not what was written; None where all are, or the file is no archive."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError, EOFError):
+        return None  # torch says what it is
+
+
+def _damaged(which: str, damage: str) -> str:
+    return f"ckpt_path must be an undamaged checkpoint; {which} is damaged: {damage}. Take another."
+
+
+def _damage(state: Mapping[str, Any], to_resume: bool) -> str | None:
+    """Reason why no run can have left a checkpoint like this, in words; None where there is none."""
+    for name in ("epoch", "global_step"):
+        value = state.get(name)
+        if not (_is_count(value) or (value is None and not to_resume)):
+            return f"{name} must be an integer of at least 0; got {value!r:.40}"
+    if not to_resume:
+        return None
+    if (progress := _broken_progress(state["loops"].get("fit_loop"), "fit_loop")) is not None:
+        return progress
+    noted = state.get(NUM_OPTIMIZER_TENSORS)
+    held = num_optimizer_tensors(state)
+    if noted is not None and noted != held:
+        return f"its optimizers must hold {noted} tensors, as were written; got {held}"
+    return None
+
+
+def _broken_progress(value: Any, name: str) -> str | None:
+    """Reason why a value is no progress of a loop: counts, flags and mappings of them."""
+    if isinstance(value, Mapping):
+        # What is of others' (the places of loaders) they check themselves.
+        inner = ((key, entry) for key, entry in value.items() if not str(key).endswith("state_dict"))
+        return next((reason for key, entry in inner if (reason := _broken_progress(entry, str(key)))), None)
+    if "." not in name and name != "fit_loop" and (value is None or isinstance(value, bool) or _is_count(value)):
+        return None
+    return f"{name!r} in its 'loops' must be progress as a run leaves it; got {value!r:.40}"
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def num_optimizer_tensors(checkpoint: Mapping[str, Any]) -> list[int]:
+    """Number of tensors in the state of each optimizer of a checkpoint; one that loses some would begin anew."""
+    counts = []
+    for optimizer in checkpoint.get("optimizer_states") or ():
+        states = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+        entries = [entry for entry in states.values() if isinstance(entry, Mapping)] if states else []
+        counts.append(sum(isinstance(value, torch.Tensor) for entry in entries for value in entry.values()))
+    return counts
 
 
 def _missing(state: Any, to_resume: bool) -> list[str]:
@@ -112,13 +178,26 @@ def _others(file: Path, to_resume: bool = False) -> str:
     return " Take one that `ddcl fit` wrote, below lightning_logs/ by default."
 
 
+def cannot_be_restored(error: BaseException, path: Any) -> str:
+    """Message for an error, of whatever kind, at which Lightning stopped while it restored a run from a file."""
+    return _damaged(repr(str(path)), f"a run cannot go on from it ({type(error).__name__}: {error})")
+
+
 def other_model(complaint: str, path: Any = None) -> str | None:
-    """Message for an error of torch that means a checkpoint of another model or optimizer; else None."""
+    """Message for an error of torch that means a checkpoint of another model or optimizer, or a damaged one, else None.
+
+    Args:
+        complaint: The text of the error.
+        path: Of the checkpoint, if it is known.
+    """
     if not complaint.startswith(("Error(s) in loading state_dict", "loaded state dict")):
         return None
     detail = complaint.partition("\n")[2].partition("\n")[0] or complaint
     first = " ".join(detail.split()).rstrip(". ")
     which = "it" if path is None else repr(str(path))
+    broken = next((line.partition(DAMAGED)[0] for line in complaint.splitlines() if DAMAGED in line), None)
+    if broken is not None:
+        return _damaged(which, broken.strip())
     return (
         f"ckpt_path must be a checkpoint of this model; {which} is of another one ({first}). Use the config that it "
         "was trained with."

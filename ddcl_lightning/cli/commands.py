@@ -27,6 +27,7 @@ from ddcl_lightning.cli.config_files import check_config, check_text, check_word
 from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
 from ddcl_lightning.cli.errors import (
     CHECKED,
+    damaged,
     explain,
     is_refusal,
     lost_process,
@@ -34,6 +35,8 @@ from ddcl_lightning.cli.errors import (
     sentence,
     unwritable,
 )
+from ddcl_lightning.cli.output_files import events_unwritten, silent_writers
+from ddcl_lightning.cli.overruled import overruled_settings, refusal
 from ddcl_lightning.cli.run_config import SaveRunConfig, add_run_config, next_command
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
 from ddcl_lightning.module import DDCLReadoutModule
@@ -65,6 +68,7 @@ class DDCLCommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and say in the first line which key is wrong and what was probably meant."""
         given = list(args) if isinstance(args, Sequence) else sys.argv[1:]
+        self._words = given if args is None or isinstance(args, Sequence) else []
         name = next((word for word in given if word in SUBCOMMANDS), None)
         self._accept_settings_of_others()
         unknown = [
@@ -138,15 +142,15 @@ class DDCLCommandLine(LightningCLI):
         return {} if model is None else dict(vars(model.as_flat()))
 
     def before_instantiate_classes(self) -> None:
-        """Say what a checkpoint has overruled; a report is written by one process and leaves nothing else behind."""
+        """Refuse a checkpoint of another model, and say what it overrules; a report is written by one process."""
         # LightningCLI takes the model's settings from the checkpoint, whatever the recipe and the words say.
-        overruled = [
-            f"model.{name} = {value!r} (not {self._given.get(name)!r})"
-            for name, value in self._model_settings().items()
-            if value != self._given.get(name) and value == value  # NaN is refused below
-        ]
+        overruled = overruled_settings(self._given, self._model_settings(), self._words)
+        refused = [setting for setting in overruled if setting.refused]
+        if refused:
+            _refuse(refusal(refused, self.config[self.subcommand].get("ckpt_path")))
         if overruled:
-            rank_zero_warn(f"the model is built as ckpt_path was trained, with {', '.join(overruled)}.")
+            listed = ", ".join(f"{name} = {stored!r} (not {given!r})" for name, stored, given, _ in overruled)
+            rank_zero_warn(f"the model is built as ckpt_path was trained, with {listed}.")
         if self.subcommand == "explain":
             trainer = self.config["explain"]["trainer"]
             if trainer["devices"] == "auto":
@@ -183,10 +187,13 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Words after ``ddcl``, or a config as a dict; by default those of the process.
     """
-    with interruptible():
+    unwritten: list[OSError] = []
+    with interruptible(), silent_writers(unwritten):
         try:
             _main(args)
             sys.stdout.flush()
+            if unwritten:
+                _refuse(events_unwritten(unwritten[0]))
         except OSError as error:  # of what is printed
             if _wants_traceback() or unwritable(error) is None:
                 raise
@@ -260,7 +267,7 @@ def _run(args: ArgsType) -> None:
         end_together()
     except Exception as error:
         lost = lost_process(error)
-        short = lost or refused_in_worker(error) or (None if is_refusal(error) else unwritable(error))
+        short = lost or refused_in_worker(error) or damaged(error) or (None if is_refusal(error) else unwritable(error))
         if short is not None and not _wants_traceback():
             _refuse(short)
         if _wants_traceback() or not is_refusal(error):

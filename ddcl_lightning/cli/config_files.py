@@ -12,6 +12,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ddcl_lightning._utils.arguments import LARGEST
 
 GROUPS = ("trainer", "model", "summary", "predictions", "interruption")
+CONFIG_OPTIONS = ("--config", "-c")
 MAX_EXPANDED = 10_000  # values after aliases; the longest recipe has 150
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
@@ -19,7 +20,7 @@ _NUMBERS = {f"{_TAG}int": "an integer", f"{_TAG}float": "a number"}
 _KINDS = {**_NUMBERS, f"{_TAG}bool": "true or false", f"{_TAG}null": "null"}
 _TEXT = {f"{_TAG}{kind}" for kind in ("str", "timestamp", "value")}  # the parser reads a date as text
 _PLAIN = {*_KINDS, *_TEXT, _MERGE, f"{_TAG}seq", f"{_TAG}map"}
-_SUFFIXES = {".yaml", ".yml", ".json"}
+SUFFIXES = {".yaml", ".yml", ".json"}
 
 
 def check_config(path: str | Path, option: str = "--config") -> None:
@@ -93,10 +94,10 @@ def check_words(words: Sequence[str]) -> None:
     Raises:
         ValueError: As :func:`check_config`, naming the word.
     """
-    for option, value in _options(words):
-        if option in ("--config", "-c"):
+    for option, value in options(words):
+        if option in CONFIG_OPTIONS:
             continue
-        if Path(value).suffix.lower() in _SUFFIXES and "\n" not in value and Path(value).is_file():
+        if Path(value).suffix.lower() in SUFFIXES and "\n" not in value and Path(value).is_file():
             check_config(value, option)
             continue
         if option[2:] in GROUPS and value != "null":
@@ -115,7 +116,7 @@ def check_words(words: Sequence[str]) -> None:
             _Check(option).run(root, _Names.SETTINGS if names else _Names.FREE)
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Options with their values."""
     for place, word in enumerate(words):
         option, equals, value = word.partition("=")

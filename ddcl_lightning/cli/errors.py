@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,7 +22,8 @@ from ddcl_lightning._utils.arguments import is_memory_short, nearest
 from ddcl_lightning._utils.distributed import is_lost_process
 from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
-from ddcl_lightning.checkpoints.reading import other_model
+from ddcl_lightning.checkpoints.reading import cannot_be_restored, other_model
+from ddcl_lightning.cli.output_files import WRITERS, events_unwritten
 from ddcl_lightning.cli.wrong_values import find_class, innermost_key, missing_class, missing_value, wrong_value
 from ddcl_lightning.decoders import Decoder
 from ddcl_lightning.heads import Head
@@ -67,10 +69,12 @@ _REMEDIES = {
     r"[Nn]o supported gpu backend|Accelerator` can not run|available accelerator|requested gpu|torch_xla": "the "
     "accelerator asked for is not on this machine: use --trainer.accelerator auto, or cpu.",
 }
-_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT}
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EDQUOT, errno.EFBIG}
 _PACKAGE = __name__.partition(".")[0]
 # Code that only passes control on: an error below it is not its doing. Everybody else's is worth a traceback.
 _CARRIERS = {_PACKAGE, "lightning", "lightning_utilities", "torch", "jsonargparse", "tqdm", *sys.stdlib_module_names}
+_RESTORES = ".connectors.checkpoint_connector"
+_SAME_STATE = re.compile(r"Found more than one stateful callback of type `(\w+)`")
 _BASES: dict[str, type] = {
     "model.backbone": Backbone,
     "model.head": Head,
@@ -192,14 +196,44 @@ def unwritable(error: BaseException) -> str | None:
             f"{error.filename} must be in a folder that may be written to; it cannot be made ({error.strerror}). "
             "Choose another place (--trainer.default_root_dir for runs)."
         )
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE and _by_tensorboard(error):
+        return events_unwritten(error)
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return f"{sentence(error)}. Make room, or choose another place (--trainer.default_root_dir for runs)."
     return None
 
 
+def _by_tensorboard(error: BaseException) -> bool:
+    """True if an error is one of the thread that writes events."""
+    return any(
+        str(frame.tb_frame.f_globals.get("__name__")).startswith(WRITERS) for frame in _frames(error.__traceback__)
+    )
+
+
 def _makes_folder(error: BaseException) -> bool:
     """True if an error is that of a folder that was to be made, whose own parent is there."""
     return any(frame.tb_frame.f_code.co_name in ("makedirs", "mkdir") for frame in _frames(error.__traceback__))
+
+
+def restored_from(error: BaseException) -> Any:
+    """Path of the checkpoint that a trainer was restoring when an error came up; None where it was not.
+
+    An error in code of the user's, as the ``load_state_dict`` of a callback, is theirs.
+    """
+    frames = [frame.tb_frame for frame in _frames(error.__traceback__)]
+    owners = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame in frames]
+    connectors = [frame for frame in frames if str(frame.f_globals.get("__name__")).endswith(_RESTORES)]
+    if not connectors or not _CARRIERS.issuperset(owners):
+        return None
+    return getattr(getattr(connectors[0].f_locals.get("self"), "trainer", None), "ckpt_path", None)
+
+
+def damaged(error: BaseException) -> str | None:
+    """Message for a checkpoint that holds something else than a run leaves; None for any other error."""
+    path = restored_from(error)
+    if path is None or not isinstance(error, (LookupError, TypeError, ValueError, AttributeError, RuntimeError)):
+        return None
+    return other_model(str(error), path) or (None if is_refusal(error) else cannot_be_restored(error, path))
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -235,10 +269,24 @@ def sentence(error: BaseException) -> str:
             return remedy
     if (other := other_model(str(error))) is not None:
         return other
+    if match := _SAME_STATE.search(str(error)):
+        return _same_state(match[1])
     text = str(error) or type(error).__name__
     raised = list(_frames(error.__traceback__))
     owner = str(raised[-1].tb_frame.f_globals.get("__name__", "")).partition(".")[0] if raised else ""
     return _with_remedy(" ".join(text.split())) if owner == "lightning" else text
+
+
+def _same_state(name: str) -> str:
+    """Sentence about two callbacks of a class whose states a checkpoint could not tell apart."""
+    kind = next((kind for kind in _subclasses(Callback) if kind.__name__ == name), Callback)
+    apart = {"banks": "a pattern of its own as banks", "monitor": "another monitor or interval"}
+    ways = [way for argument, way in apart.items() if argument in inspect.signature(kind).parameters]
+    another = f", or give the other {ways[0]}" if ways else ""
+    return (
+        f"trainer.callbacks must not hold two of {name} whose states are one in a checkpoint; got another beside that "
+        f"of the config. Change that one in a config of your own (`ddcl recipes copy`){another}."
+    )
 
 
 def _with_remedy(message: str) -> str:

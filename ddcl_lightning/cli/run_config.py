@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.cli import SaveConfigCallback
 
 from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, check_object, stored_hyper_parameters
 from ddcl_lightning.cli.config_files import check_config
+from ddcl_lightning.cli.output_files import WholeConfig
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.tasks import SemanticIDs
@@ -22,8 +22,8 @@ KEPT = ("seed_everything", "data")
 _SILENT = ("--help", "-h", "--print_config")
 
 
-class SaveRunConfig(SaveConfigCallback):
-    """Config of a run in its log folder, as Lightning writes it; and what rebuilds its data, in its checkpoints."""
+class SaveRunConfig(WholeConfig):
+    """Config of a run in its log folder, whole or not at all; and what rebuilds its data, in its checkpoints."""
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -12,7 +12,7 @@ _KEY = re.compile(r'^(\s*(?:- )?)Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _EXPECTED = re.compile(r"^\s*(?:- )?Expected an? ((?!path but|dot import).+?)(?:\. Got value: (.*))?$")
 _SUBCLASS = re.compile(r"^\s*(?:- )?Not a valid subclass of (\w+)(?:\. Got value: (.*))?$")
-_FOREIGN = re.compile(r"^\s*(?:- )?Import path ([\w.]+) does not correspond to a subclass of (\w+)$")
+_FOREIGN = re.compile(r"^\s*(?:- )?Import path (?:([\w.]+) )?does not correspond to a subclass of (\w+)$")
 _SUBTYPES = re.compile(r"^\s*Subtypes: \[(.*)\]$", re.MULTILINE)
 _NOT_THERE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
@@ -119,7 +119,7 @@ def wrong_value(message: str) -> str | None:
     if not keys:
         return None
     expected: dict[str, None] = {}
-    given = foreign = None
+    given = foreign = base = None
     for line in body:
         if match := _EXPECTED.match(line):
             expected[_in_words(match[1])] = None
@@ -129,7 +129,7 @@ def wrong_value(message: str) -> str | None:
             given = given or match[2]
         elif match := _FOREIGN.match(line):
             expected[f"the name of a {match[2]}"] = None
-            foreign = match[1]
+            foreign, base = match[1] or foreign, match[2]
         match = _GIVEN.match(line)
         if match:
             given = match[1]  # of the outermost union: it comes last
@@ -143,7 +143,8 @@ def wrong_value(message: str) -> str | None:
     given = "null" if given == "None" else given
     shown = given if len(given) <= 200 else given[:200] + "..."
     rule = f"{'.init_args.'.join(keys)} must be {' or '.join(choices)}"
-    return f"{rule}; got {shown or 'nothing'}{of}.{renamed_value(given, rule)}"
+    remedy = f" Name a subclass of {base}." if base else ""
+    return f"{rule}; got {shown or 'nothing'}{of}.{renamed_value(given, rule) or remedy}"
 
 
 def _mappings(text: str) -> dict[str, str]:
@@ -185,4 +186,4 @@ def _in_words(kind: str) -> str:
     if literal:
         return f"one of {literal[1]}"
     name = kind.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
-    return _WORDS.get(name, f"a {name}")
+    return _WORDS.get(name, f"a{'n' * (name[:1] in 'AEIOU')} {name}")

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from ddcl_lightning.functional._common import require_floating
+
 
 class Decoder(nn.Module, ABC):
     """Base of decoders from a readout's tokens to their inputs. Subclass it and write ``build`` and ``forward``.
@@ -28,11 +30,13 @@ def check_decoder_tokens(decoder: Decoder, tokens: Tensor, token_dim: int | None
 
     Raises:
         RuntimeError: If it is not built.
+        TypeError: If the tokens are no floating-point tensor.
         ValueError: If a shape does not fit.
     """
     name = type(decoder).__name__
     if token_dim is None:
         raise RuntimeError(f"{name} does not know the dimension of its tokens. Call build(token_dim).")
+    require_floating(tokens)
     if tokens.dim() != 3 or tokens.shape[-1] != token_dim or tokens.shape[1] == 0:
         raise ValueError(
             f"tokens must have shape (B, T, token_dim = {token_dim}) with T >= 1; got {tuple(tokens.shape)}. A head "

@@ -9,8 +9,35 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 22  # entries of one N x K block in the streamed functions: 32 MiB in float64
 
 
+def require_floating(tokens: Tensor, argument: str = "tokens") -> None:
+    """Raise unless tokens are a floating-point tensor with a dimension for their values.
+
+    Raises:
+        TypeError: If they are no tensor, or one of integers, booleans or complex numbers.
+        ValueError: If they are a single number.
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{argument} must be a tensor; got {type(tokens).__name__}. Convert them by torch.as_tensor.")
+    if not tokens.is_floating_point():
+        remedy = (
+            "Give real and imaginary parts side by side, torch.view_as_real(tokens).flatten(-2)."
+            if tokens.is_complex()
+            else f"Convert with {argument}.float()."
+        )
+        raise TypeError(f"{argument} must be floating point; got {tokens.dtype}. {remedy}")
+    if tokens.dim() == 0:
+        raise ValueError(f"{argument} must be vectors, (..., d); got a single number. Give them a last dimension.")
+
+
+def require_finite_tokens(tokens: Tensor) -> None:
+    """Raise a ValueError if a value is NaN or infinite; padding must be zero or gone."""
+    if not bool(torch.isfinite(tokens).all()):
+        raise ValueError("tokens must be finite; got NaN or infinity among the valid ones. Check data and encoder.")
+
+
 def check_shapes(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> None:
-    """Raise a ValueError that names the argument unless the shapes fit the convention of this package."""
+    """Raise unless tokens are floating point and the shapes fit the convention of this package; names the argument."""
+    require_floating(tokens)
     if tokens.dim() < 2 or prototypes.dim() < 2:
         raise ValueError(
             "tokens and prototypes must have at least 2 dimensions, (..., N, d) and (..., K, d); "
@@ -28,8 +55,6 @@ def check_shapes(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> Non
             f"{tuple(tokens.shape[:-2])} and {tuple(prototypes.shape[:-2])}. Flatten batch and time into N, and expand "
             "heads."
         )
-    if not tokens.is_floating_point():
-        raise TypeError(f"tokens must be floating point; got {tokens.dtype}. Convert with tokens.float().")
     check_mask(tokens, mask)
 
 

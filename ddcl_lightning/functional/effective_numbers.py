@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional._common import token_chunks, zero_padding
+from ddcl_lightning.functional._common import require_finite_tokens, token_chunks, zero_padding
 
 
 def effective_number(weights: Tensor) -> Tensor:
@@ -35,8 +35,12 @@ def effective_rank(rows: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Returns:
         ``(...)`` float64 in [1, min(N, d)]; NaN where all rows are zero.
+
+    Raises:
+        ValueError: If a valid row is not finite.
     """
     values = zero_padding(rows.detach().to(torch.float64), mask)
+    require_finite_tokens(values)
     gram = values.mT @ values if values.shape[-1] <= values.shape[-2] else values @ values.mT
     return effective_number(torch.linalg.eigvalsh(gram).clamp(min=0.0).sqrt())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddcl_lightning.functional._common import (
     check_mask,
     check_shapes,
+    require_finite_tokens,
     temperature_like,
     token_chunks,
     zero_padding,
@@ -131,8 +132,7 @@ def _responsibilities(tokens: Tensor, keep: Tensor, prototypes: Tensor, temperat
 def _valid_tokens(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Tokens in float64 with padding at zero, and 1 for valid tokens, ``(..., N)``."""
     z = zero_padding(tokens.to(torch.float64), mask)
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError("tokens must be finite; got NaN or infinity among the valid ones. Check the encoder.")
+    require_finite_tokens(z)
     keep = torch.ones_like(z[..., 0]) if mask is None else mask.to(z.dtype)
     if bool((keep.sum(-1) == 0).any()):
         raise ValueError("mask leaves no valid token; a covariance needs at least one. Check the padding mask.")

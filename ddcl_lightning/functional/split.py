@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.seeding import check_seed
-from ddcl_lightning.functional._common import token_chunks
+from ddcl_lightning.functional._common import require_finite_tokens, token_chunks
 
 MAX_TOKENS = 1024  # with more, ever smaller departures from a Gaussian become significant
 MAX_DIMENSIONS = 32  # leading principal directions of the tokens in which the test runs
@@ -48,7 +48,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
         Score and means. Compare the score with a quantile of the normal distribution: 2.33 is a chance of 1 %.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or tokens are not finite.
     """
     if min_tokens < 1 or num_nulls < 2:
         raise ValueError(
@@ -62,6 +62,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
         return nothing
     step = math.ceil(size / MAX_TOKENS)
     z = tokens[::step].to("cpu", torch.float64)
+    require_finite_tokens(z)
     mean = z.mean(0)
     _, spread, directions = torch.linalg.svd(z - mean, full_matrices=False)
     directions, spread = directions[:MAX_DIMENSIONS], spread[:MAX_DIMENSIONS] / len(z) ** 0.5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.functional._common import check_mask, require_tokens
+from ddcl_lightning.functional._common import check_mask, require_floating, require_tokens
 from ddcl_lightning.nn.discovery import find_banks, prototypes_of
 
 AnyHead = TypeVar("AnyHead", bound="Head")
@@ -269,11 +269,13 @@ def check_tokens(head: Head, tokens: Tensor, mask: Tensor | None) -> None:
 
     Raises:
         RuntimeError: If the head is not built.
+        TypeError: If the tokens are no floating-point tensor.
         ValueError: If a shape does not fit or a sample has no valid token.
     """
     name = type(head).__name__
     if head.input_dim is None:
         raise RuntimeError(f"{name} does not know its input dimension. Pass embed_dim or call build(embed_dim).")
+    require_floating(tokens)
     if tokens.dim() != 3 or tokens.shape[-1] != head.input_dim or tokens.shape[1] == 0:
         raise ValueError(
             f"tokens must have shape (B, T, embed_dim = {head.input_dim}) with T >= 1; got {tuple(tokens.shape)}. "

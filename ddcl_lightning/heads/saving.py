@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ddcl_lightning._utils.arguments import as_plain
-from ddcl_lightning._utils.files import whole_file, write_text
+from ddcl_lightning._utils.files import make_folder, whole_file, write_text
 from ddcl_lightning.heads.base import AnyHead, Head
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def save(head: Head, folder: str | Path) -> None:
     safetensors = _safetensors()
     config = describe(head)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "folder")
     with whole_file(folder / WEIGHTS) as draft:
         try:
             safetensors.save_model(head, str(draft))

@@ -19,7 +19,7 @@ class StageMetrics(nn.ModuleDict):
 
     A metric of one value is logged under its own name, one of several (a dictionary, a ``MetricCollection``, a wrapper)
     under its name followed by that of each value, and a vector under its name and the place of each entry, ``acc_0``.
-    What is undefined (NaN, None, empty) is left out, as is a metric that no process has updated.
+    What is undefined (NaN, None, empty) is left out, as is a metric that no process has updated, or only with nothing.
 
     Args:
         stage: ``"train"``, ``"val"`` or ``"test"``, for messages.
@@ -92,7 +92,7 @@ class StageMetrics(nn.ModuleDict):
                 inner = {f"_{k}": v for k, v in entry.items()} if isinstance(entry, Mapping) else entry
                 yield from self._scalars(f"{name}{key}", inner)
             return
-        if value is None:
+        if value is None or (isinstance(value, (list, tuple)) and not value):
             return
         if isinstance(value, (Number, np.generic, np.ndarray)):
             value = torch.as_tensor(value)
@@ -118,7 +118,18 @@ def _has_data(child: nn.Module) -> bool:
     if isinstance(child, Running):
         return True  # it does not know: it resets the metric that it is of at every update
     # Other wrappers keep saying yes after a reset; the metrics in them do not.
-    return isinstance(child, Metric) and not isinstance(child, WrapperMetric) and bool(child.update_called)
+    return isinstance(child, Metric) and not isinstance(child, WrapperMetric) and child.update_called and _holds(child)
+
+
+def _holds(metric: Metric) -> bool:
+    """False if a metric was updated with nothing: all that it keeps are lists, and there is no value in them.
+
+    What it computes of them would be undefined, and differ between one process and several.
+    """
+    states = list(metric.metric_state.values())
+    if not states or not all(isinstance(state, list) for state in states):
+        return True
+    return any(not isinstance(entry, Tensor) or entry.numel() for state in states for entry in state)
 
 
 def check_new(stages: Iterable[StageMetrics]) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.functional._common import check_mask, zero_padding
+from ddcl_lightning.functional._common import check_mask, require_floating, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
@@ -150,9 +150,11 @@ class DDCLAttention(nn.Module):
             See :class:`DDCLAttentionOutput`.
 
         Raises:
+            TypeError: If the tokens are no floating-point tensor.
             ValueError: If the last dimension is not ``embed_dim``, the mask or the context does not fit, or a value is
                 not finite.
         """
+        require_floating(tokens)
         if tokens.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"tokens must have last dimension embed_dim = {self.embed_dim}; got shape {tuple(tokens.shape)}."

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least
 from ddcl_lightning._utils.distributed import inform
 from ddcl_lightning.functional import nearest_prototype
-from ddcl_lightning.functional._common import check_code_range, check_mask, mark_padding, zero_padding
+from ddcl_lightning.functional._common import check_code_range, check_mask, mark_padding, require_floating, zero_padding
 from ddcl_lightning.nn.guarded_state import FINITE, FLAG, GuardedState, Rules, running_dtype
 
 
@@ -62,8 +62,7 @@ class Codebook(GuardedState):
     def split_heads(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens ``(*, H * d)`` as ``(H, N, d)`` and mask ``(*)`` as ``(H, N)``, the form of the functional API."""
         width = self.num_heads * self.dim
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"tokens must be a tensor; got {type(tokens).__name__}. Convert them by torch.as_tensor.")
+        require_floating(tokens)
         if tokens.shape[-1] != width:
             raise ValueError(
                 f"tokens must have last dimension num_heads * dim = {width}; got shape {tuple(tokens.shape)}. "

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+DAMAGED = ". The state is damaged"
+
 
 class Rule(NamedTuple):
     """Condition on the values of an entry of a state.
@@ -117,15 +119,15 @@ def keep_unless(usable: Tensor | bool, kept: Tensor, new: Tensor) -> None:
 def _complain(key: str, rule: Rule, value: Tensor, own: Tensor) -> list[str]:
     kinds = {"float": value.is_floating_point(), "integer": _is_integer(value), "flag": not value.is_complex()}
     if not kinds[rule.kind]:
-        return [f"{key} must be {rule.says}; got values of {value.dtype}. The state is damaged: load another."]
+        return [f"{key} must be {rule.says}; got values of {value.dtype}{DAMAGED}: load another."]
     if value.dim() != own.dim() or (rule is COVARIANCE and value.shape != own.shape):
         return []  # torch says so
     broken = ~rule.holds(value)
     if not bool(broken.any()):
         return []
     return [
-        f"{key} must be {rule.says}; got {value[broken].flatten()[0].item()} among its {value.numel()} values. The "
-        "state is damaged: load another."
+        f"{key} must be {rule.says}; got {value[broken].flatten()[0].item()} among its {value.numel()} values"
+        f"{DAMAGED}: load another."
     ]
 
 

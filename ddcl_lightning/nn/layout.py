@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional._common import check_mask, zero_padding
+from ddcl_lightning.functional._common import check_mask, require_floating, zero_padding
 
 Channels = Literal["first", "last"]
 
@@ -40,8 +40,9 @@ class ChannelLayout:
 
         Raises:
             ValueError: If a shape does not fit, or the dimension of the channels is not clear.
-            TypeError: If the mask is not boolean.
+            TypeError: If ``z`` is no floating-point tensor, or the mask is not boolean.
         """
+        require_floating(z, "z")
         tokens = z.movedim(1, -1) if self._place(z) == "first" else z
         check_mask(tokens, mask)
         return zero_padding(tokens, mask)  # a NaN left in the padding would reach the gradients

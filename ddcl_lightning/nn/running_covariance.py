@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning.functional._common import require_finite_tokens
 from ddcl_lightning.nn.guarded_state import COVARIANCE, DIRECTION, NOT_NEGATIVE, Rules, running_dtype
 from ddcl_lightning.nn.joint_moments import joint_covariance, joint_mean
 from ddcl_lightning.nn.running_means import RunningMeans
@@ -79,7 +80,12 @@ class RunningCovariance(RunningMeans):
 
     @torch.no_grad()
     def start(self, tokens: Tensor) -> None:
-        """Restart from a sample ``(H, N, d)``, the same on every process; later batches get weight ``momentum``."""
+        """Restart from a sample ``(H, N, d)``, the same on every process; later batches get weight ``momentum``.
+
+        Raises:
+            ValueError: If a token is not finite.
+        """
+        require_finite_tokens(tokens)
         z = tokens.to(self.covariance.device, torch.float64)
         centred = z - z.mean(-2, keepdim=True)
         covariance = centred.mT @ centred / z.shape[-2]

@@ -8,6 +8,7 @@ from torch import Tensor
 from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import sum_over_processes
 from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.functional._common import require_finite_tokens
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
 from ddcl_lightning.nn.running_means import RunningMeans
 
@@ -60,7 +61,12 @@ class RunningDistortion(RunningMeans):
 
     @torch.no_grad()
     def start(self, tokens: Tensor, prototypes: Tensor) -> None:
-        """Restart from a sample ``(H, N, d)``, the same on every process."""
+        """Restart from a sample ``(H, N, d)``, the same on every process.
+
+        Raises:
+            ValueError: If a token is not finite.
+        """
+        require_finite_tokens(tokens)
         distortion = hard_distortion(tokens, prototypes, None)
         self.mean.copy_(distortion)
         self.num_batches.fill_(1)

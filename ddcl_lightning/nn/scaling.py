@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning._utils.compat import recomputing
-from ddcl_lightning.functional._common import accumulation_dtype, check_mask, zero_padding
+from ddcl_lightning.functional._common import accumulation_dtype, check_mask, require_floating, zero_padding
 from ddcl_lightning.nn.guarded_state import COVARIANCE, FINITE, Rules, running_dtype
 from ddcl_lightning.nn.joint_moments import joint_covariance, joint_mean
 from ddcl_lightning.nn.running_means import RunningMeans
@@ -68,6 +68,7 @@ class EmbeddingScale(RunningMeans):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale tokens ``(..., D)`` with mask ``(...)``; same shape and dtype."""
+        require_floating(tokens)
         if self.mode == "none":
             return tokens
         check_mask(tokens, mask)

@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from toys import QUIET, Project, Stream, TwoLevels, TwoOptimizers, blobs, fit, loader
 
 from ddcl_lightning import Clustering, DDCLReadout, DDCLReadoutModule, PCABackbone, Temperature
@@ -191,6 +191,14 @@ def test_tokens_without_variance_are_an_error():
 
     with pytest.raises(ValueError, match=r"tokens that reach bank 'layer.bank' have no variance"):
         fit(Constant(), TemperatureAnnealing())
+
+
+def test_tokens_that_are_not_finite_are_named_before_the_first_step():
+    x, y = blobs(96, 4)
+    x[50] = math.nan
+    data = DataLoader(TensorDataset(x, y), batch_size=16)
+    with pytest.raises(ValueError, match="tokens must be finite; got NaN or infinity"):
+        fit(Project(), TemperatureAnnealing(), data=data)
 
 
 def test_another_run_is_measured_anew():

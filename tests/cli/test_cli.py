@@ -170,9 +170,29 @@ def test_resumes_from_a_checkpoint_of_its_own(digits: str, tmp_path: Path) -> No
 def test_settings_that_a_checkpoint_overrules_are_named(digits: str) -> None:
     words = ["validate", *DIGITS, "--ckpt_path", digits]
     main(words)  # the same settings are no warning, which would be an error here
+    Path("more.yaml").write_text("model: {head: {class_path: DDCLReadout, init_args: {num_prototypes: 12}}}\n")
     with pytest.warns(UserWarning, match=r"model\.head\.init_args\.num_prototypes = 10 \(not 12\)") as caught:
-        main([*words, "--model.head.init_args.num_prototypes=12"])
+        main([*words, "--config", "more.yaml"])
     assert len([warning for warning in caught if "ckpt_path was trained" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "explain"])
+@pytest.mark.parametrize(
+    ("words", "difference"),
+    [
+        (["--config", "digits", "--model.head.num_prototypes=12"], "model.head.num_prototypes = 10 (got 12)"),
+        (["--config", "digits", "--model.lr_prototypes=0.5"], "model.lr_prototypes = 0.02 (got 0.5)"),
+        (["--config", "digits_vqvae"], "model.backbone = PCABackbone (got "),
+        (["--config", "digits", "--model.task", "Classification"], "model.task = Clustering (got Classification)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_than_was_asked_for_is_refused(
+    command: str, words: list[str], difference: str, digits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, command, *words, *QUICK, "--ckpt_path", digits)
+    assert line.startswith(f"ckpt_path must be of the model that the config and the options give; {digits!r} was ")
+    assert difference in line
+    assert not list(Path().rglob("*.ckpt"))
 
 
 def test_checkpoints_of_the_command_line_load_by_themselves(digits: str) -> None:

@@ -1,7 +1,10 @@
 """Checkpoints that are none, and settings that two manual optimizers cannot follow: one line each, with the way out."""
 
+import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from PIL import Image
 from ddcl_lightning.cli.commands import main
 from tests.cli.test_cli import fails
 
+COMMANDS = ("fit", "validate", "test", "predict", "explain")
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false"]
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
 FIT = ["fit", "--config", "digits", *QUIET, *SHORT]
@@ -18,6 +22,31 @@ FIT = ["fit", "--config", "digits", *QUIET, *SHORT]
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def _emptied(optimizers: list[Any]) -> list[Any]:
+    return [{**optimizers[0], "state": {}}, *optimizers[1:]]
+
+
+def _step(loops: dict[str, Any]) -> dict[str, Any]:
+    loops["fit_loop"]["epoch_progress"]["total"]["ready"] = "x"
+    return loops
+
+
+def _temperature(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: -value if name.endswith("temperature_state.current") else value for name, value in state.items()}
+
+
+# Files that hold something else than a run leaves, by what is changed in a good one.
+TAMPERED: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "loops.ckpt": {"loops": lambda loops: {}},
+    "progress.ckpt": {"loops": _step},
+    "step.ckpt": {"global_step": lambda step: "x"},
+    "epoch.ckpt": {"epoch": lambda epoch: -5},
+    "moments.ckpt": {"optimizer_states": _emptied},
+    "optimizer.ckpt": {"optimizer_states": lambda states: [{"state": {}}]},
+    "temperature.ckpt": {"state_dict": _temperature},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +64,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({**good, "ddcl_class_names": ["cat", "dog"]}, folder / "animals.ckpt")
     torch.save({name: value for name, value in good.items() if name != "optimizer_states"}, folder / "weights.ckpt")
     torch.save({**good, "optimizer_states": []}, folder / "reset.ckpt")
+    flipped = bytearray(whole.read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    (folder / "flipped.ckpt").write_bytes(flipped)
+    for name, entries in TAMPERED.items():
+        torch.save(
+            {**good, **{key: change(copy.deepcopy(good[key])) for key, change in entries.items()}}, folder / name
+        )
     return folder
 
 
@@ -60,6 +96,31 @@ def test_a_file_that_is_no_checkpoint_is_refused(
         assert f"{name}.ckpt" in line
         beside = line.partition("Beside it lies '")[2].partition("'")[0]
         assert Path(beside).stem not in ("", "torn", "empty", "foreign", "pickled")
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "expected"),
+    [
+        *((command, "flipped", "the checksum of its entry '.*' is another one") for command in COMMANDS),
+        *((command, "step", "global_step must be an integer of at least 0; got 'x'") for command in COMMANDS),
+        *((command, "epoch", "epoch must be an integer of at least 0; got -5") for command in COMMANDS),
+        *((command, "temperature", "temperature_state.current must be finite and > 0; got -") for command in COMMANDS),
+        ("fit", "loops", "'fit_loop' in its 'loops' must be progress as a run leaves it; got None"),
+        ("validate", "loops", r"a run cannot go on from it \(KeyError: 'validate_loop'\)"),
+        ("fit", "progress", "'ready' in its 'loops' must be progress as a run leaves it; got 'x'"),
+        ("fit", "moments", r"its optimizers must hold \[\d+(, \d+)?\] tensors, as were written; got \[0"),
+        ("fit", "optimizer", r"its optimizers must hold"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name_with_one_way_out(
+    command: str, name: str, expected: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUIET, "--config", "digits", "--ckpt_path", str(checkpoints / f"{name}.ckpt")]
+    line = fails(capsys, command, *words)
+    rule = "ckpt_path must be an undamaged checkpoint; "
+    assert re.match(rf"{rule}'\S+{name}\.ckpt' is damaged: .*{expected}.*\. Take another\.", line), line
+    assert "Use the config" not in line
+    assert "load another" not in line
 
 
 def test_weights_alone_are_refused_where_training_is_to_go_on(
@@ -100,6 +161,24 @@ def test_settings_of_the_trainer_that_cannot_work_are_refused_with_the_remedy(
     assert expected in fails(capsys, *FIT, f"--trainer.{setting}")
 
 
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["TemperatureAnnealing"], ", or give the other a pattern of its own as banks."),
+        (["ModelCheckpoint"], ", or give the other another monitor or interval."),
+        (["CollapseWarning"], "."),
+    ],
+)
+def test_two_callbacks_of_one_state_are_one_sentence(
+    words: list[str], way_out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, *FIT, *(f"--trainer.callbacks+={word}" for word in words))
+    assert line == (
+        f"trainer.callbacks must not hold two of {words[0]} whose states are one in a checkpoint; got another beside "
+        f"that of the config. Change that one in a config of your own (`ddcl recipes copy`){way_out}"
+    )
+
+
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_the_last_checkpoint_of_no_run_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [command, *FIT[1:], "--ckpt_path", "last"]
@@ -126,8 +205,12 @@ def test_a_folder_for_runs_that_cannot_be_made_is_one_sentence(
 ) -> None:
     words = [word for word in FIT if not logger or word != "--trainer.logger=false"]
     line = fails(capsys, *words, f"--trainer.default_root_dir={folder}")
-    assert re.match(r"/proc/runs\S* must be in a folder that may be written to; it cannot be made \(No such file", line)
-    assert line.endswith("Choose another place (--trainer.default_root_dir for runs).")
+    if logger:
+        rule = r"/proc/runs\S* must be in a folder that may be written to; it cannot be made \(No such file"
+        assert line.endswith("Choose another place (--trainer.default_root_dir for runs).")
+    else:
+        rule = r"dirpath of ModelCheckpoint \(by default below trainer.default_root_dir\) must be a folder that may be "
+    assert re.match(rule, line)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

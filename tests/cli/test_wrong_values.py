@@ -60,6 +60,13 @@ WORDS = {
     "tests.cli.broken.Other",
     signals("Unraed"): "trainer.callbacks.init_args.additional must name a class; tests.cli.broken has no 'Unraed'. "
     "Did you mean 'Unread'?",
+    **{
+        f"--trainer.callbacks+={name}": f"trainer.callbacks must be the name of a Callback or null; got {name}. Name a "
+        "subclass of Callback."
+        for name in ("torch.nn.Linear", "ddcl_lightning.Clustering", "math.sqrt")
+    },
+    "--trainer.logger=torch.nn.Linear": "trainer.logger must be the name of a Logger or an Iterable or true or false "
+    "or null; got torch.nn.Linear. Name a subclass of Logger.",
     "--model.head=Head": "model.head must name a class of its own; got Head, or arguments alone.",
     "--model.head=tests.cli.broken.Haedless": "model.head must name a class; tests.cli.broken has no 'Haedless'. Did "
     "you mean 'Headless'?",

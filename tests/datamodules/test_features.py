@@ -86,6 +86,11 @@ def test_statistics_of_standardized_features_are_those_of_the_training_rows(tmp_
     torch.testing.assert_close(scaled.std(0, correction=0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
 
 
+def text(folder: Path) -> Path:
+    (folder / "x.npy").write_text("0.1,0.2\n")
+    return folder / "x.npy"
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a missing file": (lambda folder: ready(folder / "no.npy"), FileNotFoundError, "path must be an existing file"),
     "a flat array": (
@@ -97,7 +102,12 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "objects": (
         lambda folder: ready(array(folder, np.array([{}]))),
         ValueError,
-        "path must be an array that numpy.save",
+        r"path must be an array that numpy.save wrote; .* \(it holds Python objects, not numbers\). Save it anew",
+    ),
+    "text by that name": (
+        lambda folder: ready(text(folder)),
+        ValueError,
+        r"path must be an array that numpy.save wrote; .* \(it is a file of another kind under that name\). Save",
     ),
     "infinity": (
         lambda folder: ready(array(folder, X / 0)),

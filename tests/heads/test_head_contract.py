@@ -15,7 +15,21 @@ from tiny import LinearBackbone, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ddcl_lightning import Classification, DDCLReadoutModule, Head, PoolingHead, find_banks
+from ddcl_lightning import (
+    Classification,
+    DDCLAttention,
+    DDCLFeedForward,
+    DDCLReadoutModule,
+    Decoder,
+    EmbeddingScale,
+    Head,
+    MLPDecoder,
+    PoolingHead,
+    PrototypeBank,
+    PrototypeNorm,
+    SoftVectorQuantizer,
+    find_banks,
+)
 from ddcl_lightning._utils.arguments import as_plain
 from ddcl_lightning.cli.commands import main
 from ddcl_lightning.heads.base import fill_padding
@@ -58,6 +72,13 @@ HEADS = {
     for kind in classes(Head)
     for options in [{}, *VARIANTS.get(kind.__name__, [])]
 }
+
+
+def _built(decoder: Decoder) -> Decoder:
+    decoder.build(DIM)
+    return decoder
+
+
 each_head = pytest.mark.parametrize("name", HEADS)
 # Their codes are moving averages, which the library updates whenever it is called in training.
 MOVED_BY_CALLS = {"LibraryVQ"}
@@ -387,3 +408,43 @@ def padded(samples: int, length: int) -> tuple[Tensor, Tensor]:
     mask = torch.rand(samples, length, generator=generator) < 0.7
     mask[:, 0] = True
     return torch.randn(samples, length, DIM, generator=generator), mask
+
+
+NO_TOKENS: dict[str, tuple[Any, type[Exception], str]] = {
+    "list": ([1, 2], TypeError, "tokens must be a tensor; got list. Convert them by torch.as_tensor."),
+    "complex": (torch.randn(2, 3, DIM, dtype=torch.complex64), TypeError, r"tokens must be floating point; got .*real"),
+    "integers": (torch.ones(2, 3, DIM, dtype=torch.int64), TypeError, r"must be floating point; got torch.int64"),
+    "number": (torch.tensor(1.0), ValueError, "must be vectors"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TOKENS)
+@each_head
+def test_what_is_no_tokens_is_refused_in_a_sentence(name: str, kind: str) -> None:
+    value, error, message = NO_TOKENS[kind]
+    head = HEADS[name]()
+    head.build(DIM)
+    with pytest.raises(error, match=message):
+        head(value)
+
+
+@pytest.mark.parametrize("kind", NO_TOKENS)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        DDCLAttention(DIM, 4),
+        DDCLAttention(DIM, 4, num_heads=2),
+        DDCLFeedForward(DIM, num_prototypes=4),
+        PrototypeBank(4, DIM),
+        PrototypeNorm(DIM, 4),
+        EmbeddingScale(DIM, "unit"),
+        EmbeddingScale(DIM, "per_dimension"),
+        SoftVectorQuantizer(DIM, 4),
+        _built(MLPDecoder(DIM)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_refuse_it_in_the_same_words(layer: nn.Module, kind: str) -> None:
+    value, error, message = NO_TOKENS[kind]
+    with pytest.raises(error, match=message.replace("tokens", "(tokens|z)")):
+        layer(value)

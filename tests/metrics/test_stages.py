@@ -66,6 +66,7 @@ def values(metrics: Mapping[str, Any], *batches: Any, taken: tuple[str, ...] = (
         (torch.empty(0), {}),
         (None, {}),
         ({}, {}),
+        ([], {}),
         ({"a": torch.tensor(1), "b": 2.0, "c": None}, {"ma": 1, "mb": 2}),
         ({0: torch.tensor([1, 2])}, {"m0_0": 1, "m0_1": 2}),
         ({"a": {"b": 1.0, "c": {"d": 2.0}}}, {"ma_b": 1, "ma_c_d": 2}),
@@ -141,6 +142,38 @@ def test_a_metric_without_data_is_left_out_on_all_processes_or_on_none() -> None
     assert stage.compute(lambda has_data: has_data) == {"c": torch.tensor(9.0)}
     with pytest.raises(ValueError, match="No samples"), pytest.warns(UserWarning, match="before the ``update``"):
         stage.compute(lambda has_data: True)  # another process has data
+
+
+class KeepsAll(Metric):
+    """A metric that keeps what it gets, and cannot compute anything of nothing."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("kept", [], dist_reduce_fx="cat")
+
+    def update(self, values: Tensor) -> None:
+        self.kept.append(values)
+
+    def compute(self) -> Any:
+        return torch.cat(self.kept).max()
+
+
+def test_a_metric_updated_with_nothing_is_left_out() -> None:
+    asked: list[bool] = []
+    stage = StageMetrics("val", {"cat": CatMetric(), "max": KeepsAll(), "sum": SumMetric()})
+    for metric in stage.by_name().values():
+        metric.update(torch.zeros(0))
+    computed = stage.compute(lambda has_data: asked.append(has_data) or has_data)  # type: ignore[func-returns-value]
+    assert asked == [False, False, True]
+    assert computed == {"sum": torch.tensor(0.0)}
+    assert values({"cat": CatMetric(), "max": KeepsAll()}, (torch.zeros(0),), (X,)) == {
+        "cat_0": 1.0,
+        "cat_1": 2.0,
+        "cat_2": 6.0,
+        "max": 6.0,
+    }
 
 
 @pytest.mark.parametrize(

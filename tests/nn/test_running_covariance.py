@@ -1,10 +1,15 @@
 """The covariance of tokens over batches, its largest eigenvalue, and how the batches are weighed."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from ddcl_lightning import PrototypeBank, Temperature
 from ddcl_lightning.functional import critical_temperature
+from ddcl_lightning.functional.effective_numbers import effective_rank
+from ddcl_lightning.functional.split import split_test
 from ddcl_lightning.nn.running_covariance import RunningCovariance
 
 
@@ -85,3 +90,22 @@ def test_a_state_with_constant_dimensions_loads_again() -> None:
         state["covariance"][0, 3, 3] = -0.1
         with pytest.raises(RuntimeError, match="must be the covariance of something"):
             RunningCovariance(1, 16).load_state_dict(state)
+
+
+def test_a_sample_that_is_not_finite_is_refused_and_changes_nothing() -> None:
+    tokens = stretched()
+    tokens[1, 3, 2] = torch.nan
+    bank = PrototypeBank(4, 5, num_heads=2, temperature=Temperature(0.03, "distortion"))
+    for running in (RunningCovariance(2, 5), bank.temperature_state):
+        before = {name: value.clone() for name, value in running.state_dict().items()}
+        with pytest.raises(ValueError, match="tokens must be finite; got NaN or infinity among the valid ones"):
+            running.start(tokens) if isinstance(running, RunningCovariance) else running.start(tokens, bank.prototypes)
+        assert all(torch.equal(value, before[name]) for name, value in running.state_dict().items())
+
+
+@pytest.mark.parametrize("read", [effective_rank, lambda tokens: split_test(tokens, min_tokens=1)])
+def test_what_takes_eigenvectors_refuses_tokens_that_are_not_finite(read: Callable[[Tensor], object]) -> None:
+    tokens = stretched()[0]
+    tokens[3, 2] = torch.inf
+    with pytest.raises(ValueError, match="tokens must be finite"):
+        read(tokens)

@@ -14,10 +14,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.profilers import SimpleProfiler
 
 from ddcl_lightning import DDCLReadout
-from ddcl_lightning._utils.files import whole_file, write_text
-from ddcl_lightning.callbacks import ExactResume
+from ddcl_lightning._utils.files import check_file, check_folder, whole_file, write_text
+from ddcl_lightning.callbacks import ExactResume, SaveOnSignal
 from ddcl_lightning.callbacks._figures import emit
 from ddcl_lightning.checkpoints.reading import WholeCheckpointIO
 from ddcl_lightning.recipes import copy_recipe
@@ -136,3 +138,42 @@ def test_checkpoints_of_a_run_never_lie_in_another_file_system(tmp_path: Path, m
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     assert torch.load(tmp_path / "end.ckpt", weights_only=True)["global_step"] == 4
     assert [file.name for file in tmp_path.iterdir()] == ["end.ckpt"]
+
+
+def test_a_place_that_can_be_written_to_stays_as_it_was(tmp_path: Path) -> None:
+    check_folder(tmp_path / "runs" / "today", "dirpath")
+    check_folder(tmp_path, "dirpath")
+    check_file(tmp_path / "table.csv", "path")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"^dirpath must be a folder that may be written to; '.*file/runs' is none"):
+        check_folder(tmp_path / "file" / "runs", "dirpath")
+    with pytest.raises(ValueError, match=r"path must be a file; .* is a folder. Name a file in it."):
+        check_file(tmp_path, "path")
+    if Path("/proc/self").exists():  # nobody may write there, whoever they are
+        with pytest.raises(ValueError, match=r"path must be a file that you may write; '/proc/table.csv' is none"):
+            check_file("/proc/table.csv", "path")
+    with pytest.raises(OSError, match=r"folder must be a folder that may be written to; .*file/head' is none"):
+        _built().save_pretrained(tmp_path / "file" / "head")
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda path: {"callbacks": [SaveOnSignal(dirpath=path)]}, r"SaveOnSignal \(interruption.dirpath\)"),
+        (lambda path: {"callbacks": [ModelCheckpoint(path)], "enable_checkpointing": True}, r"ModelCheckpoint \(.*\)"),
+        (lambda path: {"profiler": SimpleProfiler(path, "times")}, "SimpleProfiler"),
+    ],
+)
+def test_outputs_that_could_not_be_written_in_the_end_are_refused_at_the_start(
+    make: Any, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    module = clustering_module()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^dirpath of {name} must be a folder that may be written to; "):
+        quiet_trainer(max_epochs=1, **make(str(tmp_path / "file" / "x"))).fit(module, loader())
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
