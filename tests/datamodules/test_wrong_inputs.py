@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "beyond float32": (lambda f: features(X * 1e40), r"row 0, column 1 of the array .* has 1e\+40\. Correct"),
     "pickled objects": (
         lambda f: features(npy(f, np.array([[{}]]))),
-        r"cannot be read \(it holds Python objects, which are not loaded\)\. Save it anew, as numbers",
+        r"cannot be read \(it holds Python objects, not numbers\)\. Save it anew, as numbers",
     ),
     "objects in memory": (lambda f: features(np.array([[{}]])), r"has object of shape \(1, 1\)\. Convert"),
     "pickled arrays of a npz": (lambda f: features(npz(f, x=np.array([[{}]]))), "holds Python objects, which are not"),
