@@ -1,6 +1,5 @@
 """What a command writes beside its results: the config of a run, whole, and events of TensorBoard, by a thread."""
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
-from ddcl_lightning._utils.files import whole_file
+from ddcl_lightning._utils.files import make_folder, whole_file
 
 WRITERS = "tensorboard"
 
@@ -34,7 +33,7 @@ class WholeConfig(SaveConfigCallback):
         if "://" in self._folder:
             self.parser.save(self.config, f"{self._folder}/{self.config_filename}", **form)
             return
-        os.makedirs(self._folder, exist_ok=True)
+        make_folder(self._folder, "trainer.default_root_dir")
         with whole_file(Path(self._folder) / self.config_filename) as draft:
             self.parser.save(self.config, str(draft), **{**form, "overwrite": True})
 
