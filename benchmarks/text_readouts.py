@@ -261,9 +261,12 @@ def classification_table(results: Results) -> Table:
     """A row per readout, all tasks side by side."""
     rows = [["readout", "parameters: head, classifier"]]
     columns = {"": mean("acc"), " rate": same("rate", "g"), " held out": mean("held_out_acc", deviation=False)}
-    rows[0] += [f"{title}{column}" for title in TITLES.values() for column in columns]
+    tasks = measured(results)
+    rows[0] += [f"{TITLES[task]}{column}" for task in tasks for column in columns]
     for name, (label, _) in READOUTS.items():
-        runs = [results.of(f"{task}/{name}") for task in TASKS]
+        runs = [results.of(f"{task}/{name}") for task in tasks]
+        if not any(runs):
+            continue
         size = next(filter(None, runs), [])
         cells = [cell(some) for some in runs for cell in columns.values()]
         rows.append([label, ", ".join(same(key, ",")(size) for key in ("parameters", "classifier")), *cells])
@@ -272,22 +275,29 @@ def classification_table(results: Results) -> Table:
 
 def comparison_table(results: Results) -> Table:
     """Our heads less the best baseline of each task, and less the mean of the best two, with paired standard errors."""
-    rows = [["readout", *(f"{title}, against {what}" for title in TITLES.values() for what in ("the best", "two"))]]
+    tasks = measured(results)
+    kinds = ("the best baseline", "the best two")
+    rows = [["readout", *(f"{TITLES[task]}, against {kind}" for task in tasks for kind in kinds)]]
     baselines = [name for name, (_, config) in READOUTS.items() if config["method"] == "head" and "ours" not in name]
     best: dict[str, list[dict[int, float]]] = {}
-    for task in TASKS:
+    for task in tasks:
         scores = {name: accuracies(results, f"{task}/{name}") for name in baselines}
         ranked = sorted(filter(None, scores.values()), key=lambda runs: -statistics.fmean(runs.values()))
         best[task] = ranked[:2]
     for name, (label, _) in READOUTS.items():
-        if "ours" not in name:
+        if "ours" not in name or not any(results.of(f"{task}/{name}") for task in tasks):
             continue
         cells = []
-        for task in TASKS:
+        for task in tasks:
             runs = accuracies(results, f"{task}/{name}")
             cells += [difference(runs, best[task][:1]), difference(runs, best[task])]
         rows.append([label, *cells])
     return rows
+
+
+def measured(results: Results) -> list[str]:
+    """Tasks of which a readout has been run."""
+    return [task for task in TASKS if any(results.of(f"{task}/{name}") for name in READOUTS)]
 
 
 def accuracies(results: Results, case: str) -> dict[int, float]:
