@@ -1,5 +1,6 @@
 """Feature vectors from what a user has: an array, a table in memory, or a file."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -209,9 +210,21 @@ def _kind(cells: Sequence[Any]) -> str:
     return "number"
 
 
+def _lists(cells: Sequence[Any]) -> Sequence[Any]:
+    """Cells, or the lists that they are the text of, ``"[0.1, 0.2]"``, as pandas writes them to CSV."""
+    if not (len(cells) and isinstance(cells[0], str) and cells[0].lstrip().startswith("[")):
+        return cells
+    try:
+        lists = [json.loads(cell) for cell in cells]
+    except (TypeError, ValueError):
+        return cells
+    return lists if all(isinstance(row, list) for row in lists) else cells
+
+
 def _from_columns(
     columns: Columns, features: str | Sequence[str] | None, others: Sequence[str], where: Path | str
 ) -> VectorTable:
+    columns = {name: _lists(cells) for name, cells in columns.items()}
     names = _chosen(features, columns, others, lambda name: _kind(columns[name]), where)
     cells = [columns[name] for name in names]
     vectors = len(names) == 1 and _kind(cells[0]) == "vector"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -150,3 +151,16 @@ def test_features_that_cannot_be_used_are_refused_at_setup(name: str, tmp_path: 
     with pytest.raises(error, match=message) as caught:
         action(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_lists_that_a_csv_holds_as_text_are_vectors(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(20, 3)).round(3)
+    path = tmp_path / "items.csv"
+    pd.DataFrame({"features": [row.tolist() for row in vectors], "id": range(20)}).to_csv(path, index=False)
+    data = FeaturesDataModule(path)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    torch.testing.assert_close(batch["x"], torch.tensor(vectors, dtype=torch.float32))
+    path.write_text('features\n"[0.1, 0.2]"\n"[0.1]"\n')
+    with pytest.raises(ValueError, match=r"features must hold numbers, equally many in each row; row 1 \(from 0\)"):
+        FeaturesDataModule(path).setup("fit")
