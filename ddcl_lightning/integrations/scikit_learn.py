@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -188,13 +189,13 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         seeds = check_random_state(self.random_state).randint(np.iinfo(np.int32).max, size=self.n_init)
         best: _Run | None = None
         for number, seed in enumerate(seeds):
-            start = self._start(centred, int(seed), 1)
+            start = self._start(centred, int(seed))
             run = _Run(centred, schedule, start, self.max_iter, tol, int(seed))
             if self.end is None:
                 starts = [start]
                 if number == 0 and self.init == "kmeans":  # what this promises to be no worse than
                     own = self.random_state if isinstance(self.random_state, (int, np.integer)) else seed
-                    starts.append(self._start(centred, int(own), KMEANS_RUNS))
+                    starts.append(_of_kmeans(z, self.n_clusters, int(own)) - center)
                 run.harden(centred, starts, int(seed))
             # Restarts that end in the same optimum tie up to rounding; the first one wins, on every machine.
             if best is None or run.loss < best.loss * (1 - 1e-6):
@@ -216,11 +217,11 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
             self.temperature_ = min(self.temperature_, max(spherical, critical * torch.finfo(z.dtype).eps))
         self._store(z, prototypes, mass, dtype)
 
-    def _start(self, centred: Tensor, seed: int, num_restarts: int) -> Tensor:
+    def _start(self, centred: Tensor, seed: int) -> Tensor:
         if self.init == "mean":
             return centred.new_zeros(self.n_clusters, centred.shape[1])
         try:
-            return initial_prototypes(centred, self.n_clusters, num_restarts=num_restarts, seed=seed).to(centred.dtype)
+            return initial_prototypes(centred, self.n_clusters, num_restarts=1, seed=seed).to(centred.dtype)
         except ValueError as error:  # in the words of another interface
             raise ValueError(
                 f"n_clusters must not exceed the number of distinct samples; got {self.n_clusters} clusters for "
@@ -304,6 +305,14 @@ class _Run:
         """Go on to T -> 0, from where annealing ended or, if that is better already, from one of the starts."""
         self.prototypes, inertia = hard_phase(z, [self.prototypes, *starts], seed)
         self.loss = inertia / len(z)
+
+
+def _of_kmeans(z: Tensor, n_clusters: int, seed: int) -> Tensor:
+    """Centers of ``KMeans``; on the data as they are, for what it draws hangs on rounding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = KMeans(n_clusters, n_init=KMEANS_RUNS, random_state=seed).fit(z.numpy())
+    return torch.from_numpy(model.cluster_centers_).to(z.dtype)
 
 
 def _inertia(z: Tensor, prototypes: Tensor) -> float:
