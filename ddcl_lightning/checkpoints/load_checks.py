@@ -79,7 +79,7 @@ def _check_arguments(module: type[pl.LightningModule], arguments: Mapping[str, A
         if not (inspect.isclass(kind) and issubclass(kind, torch.nn.Module)):
             conform(name, value, kind)
             if name == "lr_schedule" and isinstance(value, str):
-                LRSchedule.of(value)
+                LRSchedule(value)  # type: ignore[arg-type]  # refused by itself where it is no shape
         elif not isinstance(value, kind):
             raise ValueError(
                 f"{name} must be a {kind.__name__}; got {value!r:.80}. Make it as for training, {name}="

@@ -18,7 +18,8 @@ class WholeConfig(SaveConfigCallback):
     """Callback that writes the config of a run into its folder, completely or not at all."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, save_to_log_dir=False)
+        kwargs["save_to_log_dir"] = False
+        super().__init__(*args, **kwargs)
         self._folder = "."
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
