@@ -178,7 +178,7 @@ class DDCLCommandLine(LightningCLI):
     def after_fit(self) -> None:
         """Print the checkpoint and the next command."""
         for line in next_command(self.trainer, self.model):
-            print(line)
+            rank_zero_only(print)(line)
 
 
 def main(args: ArgsType = None) -> None:

@@ -80,7 +80,7 @@ def next_command(trainer: pl.Trainer, model: pl.LightningModule) -> list[str]:
         for path in (getattr(callback, "best_model_path", ""), getattr(callback, "last_model_path", ""))
         if path and Path(path).is_file()
     ]
-    if not paths or not trainer.is_global_zero:
+    if not paths:
         return []
     path = _short(paths[0])
     lines = [f"Checkpoint: {path}"]

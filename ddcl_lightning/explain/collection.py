@@ -74,9 +74,7 @@ def collect(
         loader = progress_bar(single_loader(datamodule.train_dataloader(), "train_dataloader"), "training", progress)
         complete = _add_batches(tally, observer, loader, move, max_samples)
         chosen = progress_bar(_draw(datamodule, inputs, indices, max_samples), "inputs", progress)
-        views = [
-            _input_view(observer, decider, move(batch), place, known, batch, album) for place, known, batch in chosen
-        ]
+        views = [_input_view(observer, decider, move(drawn[2]), drawn, album) for drawn in chosen]
         chosen = progress_bar(_draw(datamodule, evaluated, None, max_samples), "evaluation", progress)
         effects, faithfulness = _evaluate(decider, _head_inputs(observer, decider, (move(item[2]) for item in chosen)))
     return Explanation(
@@ -223,8 +221,9 @@ def _mixed(places: Sequence[int]) -> list[int]:
 
 
 def _input_view(
-    observer: Observer, decider: Decider, moved: Batch, place: int, known: bool, batch: Batch, album: Album
+    observer: Observer, decider: Decider, moved: Batch, chosen: tuple[int, bool, Batch], album: Album
 ) -> InputView:
+    place, known, batch = chosen
     summary = observer(moved)
     tokens, special = [], 0
     if summary.spans is not None:

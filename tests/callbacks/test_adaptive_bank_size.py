@@ -274,7 +274,7 @@ def refusal(module: pl.LightningModule, data: Any = None, **kwargs: Any) -> str:
 def test_what_depends_on_the_size_is_refused() -> None:
     message = refusal(Project(num_heads=2))
     assert message.startswith("num_heads must be 1 for a bank that changes its size")
-    for pooling in ("histogram", "both", "slots", "token_slots"):
+    for pooling in ("histogram", "both", "slots", "tokens_histogram"):
         head = DDCLReadout(2, pooling=pooling, embedding_scale="none")
         module = DDCLReadoutModule(PCABackbone(4, 2), head, Classification(4))
         assert f"'head.attention.bank' must stay as built: pooling='{pooling}'" in refusal(module, tiny_loader())

@@ -33,7 +33,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a missing file": ({"hparams_file": "x.yaml"}, "hparams_file must be an existing file; got 'x.yaml'. Correct"),
     "wrong arguments of a class": (
         {"backbone": {"class_path": "PCABackbone", "init_args": {"in_features": "x"}}},
-        "^backbone must be what DDCLReadoutModule takes; got others .*in_features.*Got value: x",
+        "^backbone must be what DDCLReadoutModule takes; got others .*in_features.*value: x",
     ),
 }
 

@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"cannot be read \(it holds Python objects, not numbers\)\. Save it anew, as numbers",
     ),
     "objects in memory": (lambda f: features(np.array([[{}]])), r"has object of shape \(1, 1\)\. Convert"),
-    "pickled arrays of a npz": (lambda f: features(npz(f, x=np.array([[{}]]))), "holds Python objects, which are not"),
+    "pickled arrays of a npz": (lambda f: features(npz(f, x=np.array([[{}]]))), "holds Python objects, not numbers"),
     "several arrays": (
         lambda f: features(npz(f, a=X, b=X)),
         r"features must name an array of .*x\.npz, which has a, b; got 'features'\. Name the array",

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from explain_toys import PointsDataModule, points_module, text_data, texts_module, with_prototypes
 
@@ -322,7 +323,7 @@ def test_numbers_in_a_bar_are_whole_or_hidden_and_nothing_is_wider_than_the_page
     shares = explanation.inputs[0].shares[:, :1] * 0 + [[0.5, *[0.5 / 59] * 59]]
     wide = dataclasses.replace(
         explanation,
-        heads=[dataclasses.replace(explanation.heads[0], prototypes=many)],
+        heads=[dataclasses.replace(explanation.heads[0], prototypes=many, positions=np.ones((60, 2)))],
         inputs=[dataclasses.replace(explanation.inputs[0], shares=shares)],
     )
     script = """

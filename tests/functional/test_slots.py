@@ -1,10 +1,7 @@
 """Summaries per prototype: against their definition, against slot attention, and where assignments underflow."""
 
-import pytest
 import torch
-from tiny import absolute
 
-from ddcl_lightning import PrototypeBank
 from ddcl_lightning.functional import prototype_slots, soft_assign
 
 TOKENS = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -54,16 +51,3 @@ def test_high_temperature_gives_the_mean_and_gradients_flow() -> None:
     assert torch.autograd.gradcheck(lambda z, p: prototype_slots(z, p, 0.7, MASK), (tokens, prototypes))
     held = prototype_slots(tokens, prototypes, 0.7, detach_assignments=True)
     assert torch.autograd.grad(held.sum(), prototypes, allow_unused=True) == (None,)
-
-
-def test_of_a_bank_with_several_heads() -> None:
-    bank = PrototypeBank(4, 3, num_heads=2, temperature=absolute([0.5, 2.0]))
-    tokens = torch.randn(2, 7, 6)
-    slots = bank.slots(tokens, MASK)
-    assert slots.shape == (2, 2, 4, 3)
-    for head, temperature in enumerate((0.5, 2.0)):
-        own = tokens[..., 3 * head : 3 * head + 3]
-        torch.testing.assert_close(slots[:, head], prototype_slots(own, bank.prototypes[head], temperature, MASK))
-    assert bank.to(torch.bfloat16).slots(tokens.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"tokens must have last dimension num_heads \* dim = 6"):
-        bank.slots(tokens[..., :4])

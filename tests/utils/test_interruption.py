@@ -115,7 +115,7 @@ def test_commands_without_training_end_at_once(
 ) -> None:
     monkeypatch.setattr(cli, "_run", lambda _: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as end:
-        cli.main(["explain"])
+        cli.main(["validate"])
     assert end.value.code == 128 + number
     assert "nothing was written" in capsys.readouterr().err
 
