@@ -89,9 +89,7 @@ def require_finite(tokens: Tensor, mask: Tensor | None) -> None:
     """Raise a ValueError if a valid token is not finite; looks on a CPU only, where that is cheap."""
     if tokens.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    valid = tokens if mask is None else tokens[mask]
-    if not bool(torch.isfinite(valid).all()):
-        raise ValueError("tokens must be finite; got NaN or infinity among the valid ones. Check the data.")
+    require_finite_tokens(tokens if mask is None else tokens[mask])
 
 
 def require_valid_token(tokens: Tensor, mask: Tensor | None) -> None:

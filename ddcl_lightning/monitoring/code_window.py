@@ -131,9 +131,12 @@ class CodeWindow:
         for head in range(self.num_heads):
             lost = dead[head] if num_tokens >= self.size else None
             report = CodebookReport.of_counts(totals[head], num_tokens, int(non_finite[head]), lost)
-            report = report_of_tokens(report, rows[:, head].double())
+            sample = rows[:, head].double()
+            finite = torch.isfinite(sample[:, :-1]).all(-1)  # not those that are too large for the sample's float32
+            report = replace(report, non_finite=report.non_finite + int((~finite).sum()))
+            report = report_of_tokens(report, sample[finite])
             if books is not None:
-                report = report_of_codes(report, rows[:, head, :-1].double(), books[head].double(), duplicate_distance)
+                report = report_of_codes(report, sample[finite, :-1], books[head].double(), duplicate_distance)
             if banks is not None:
                 report = report.of_bank(banks[head])
             report = replace(report, out_of_range=int(out_of_range[head]), enough=self.size, advice=self._advice)

@@ -126,3 +126,13 @@ def test_options_that_the_layer_decides_are_refused() -> None:
     layer(torch.randn(4, 50, DIM))
     with pytest.raises(ValueError, match="options must not name what the layer decides; got num_codes"):
         convert_quantizer(layer, num_codes=64)
+
+
+def test_a_residual_layer_of_one_level_is_converted() -> None:
+    layer = library.ResidualVQ(dim=DIM, codebook_size=8, num_quantizers=1)
+    layer(torch.randn(4, 50, DIM))
+    z = torch.randn(2, 64, DIM)
+    quantized, indices, _ = layer.eval()(z)
+    output = convert_quantizer(layer)(z)
+    assert torch.equal(output.indices, indices[..., 0])
+    torch.testing.assert_close(output.quantized, quantized)

@@ -393,3 +393,12 @@ def test_report_of_two_processes_is_that_of_all_tokens(tmp_path: Path) -> None:
     for key, value in asdict(fed().report()["codebook"]).items():
         expected = pytest.approx(value, nan_ok=True) if isinstance(value, float) else value
         assert first["codebook"][key] == expected or key == "farthest"  # there are several
+
+
+def test_numbers_beyond_float32_are_an_alarm_and_no_error() -> None:
+    monitor = CodebookMonitor(every_n_calls=1, on_collapse="ignore")
+    tokens, codes = torch.randn(64, 4).double() * 1e39, torch.randn(8, 4).double() * 1e39
+    for _ in range(3):
+        monitor.update(tokens, codes, torch.randint(0, 8, (64,)))
+        monitor.check()
+    assert "non_finite" in {finding.sign for finding in monitor.findings}
