@@ -112,8 +112,9 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
 
         Returns:
             Sums of codes, in the shape of the input. Indices in the shape of the mask with a last dimension of
-            ``L * H`` (none where that is 1), those of the first level first; -1 at padding, and at levels that were dropped. In the terms, a
-            loss of zero, the decomposition of every codebook's tokens, ``(L * H,)`` each, and signals
+            ``L * H`` (none where that is 1), those of the first level first; -1 at padding, and at levels that were
+            dropped. In the terms, a loss of zero, the decomposition of every codebook's tokens, ``(L * H,)`` each, and
+            signals
             ``level1_error`` and so on: the mean squared error with so many levels, as a share of the tokens' variance
             (in training of those of all processes).
 
