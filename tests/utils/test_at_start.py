@@ -20,7 +20,12 @@ def start(folder: Path, number: int, *words: str, **environment: str) -> "subpro
         f"import os, sys\nprint('importing', flush=True)\nos.kill(os.getpid(), {int(number)})\nsys.exit('went on')\n"
     )
     settings = {**os.environ, "PYTHONPATH": str(folder), **environment}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=settings, timeout=60)
+
+    def listen() -> None:  # a shell's job in the background ignores Ctrl-C, and its children inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=60, preexec_fn=listen)
 
 
 def script(folder: Path, name: str, before: str = "") -> str:
