@@ -11,7 +11,7 @@ import yaml
 
 from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, check_object, stored_hyper_parameters
-from ddcl_lightning.cli.config_files import check_config
+from ddcl_lightning.cli.config_files import CONFIG_OPTIONS, check_config, options
 from ddcl_lightning.cli.output_files import WholeConfig
 from ddcl_lightning.module import DDCLReadoutModule
 from ddcl_lightning.nn.discovery import find_banks
@@ -46,8 +46,8 @@ def add_run_config(words: Sequence[str]) -> list[str]:
         ValueError: If the checkpoint is none, names what it may not, or does not say what model or data it is of.
     """
     names = [word.partition("=")[0] for word in words]
-    given = any(name in ("--config", "-c", *_SILENT) or name.split(".")[0] == "--model" for name in names)
-    path = _value(words, "--ckpt_path")
+    given = any(name in (*CONFIG_OPTIONS, *_SILENT) or name.split(".")[0] == "--model" for name in names)
+    path = dict(options(words)).get("--ckpt_path")  # the last of several
     if words[:1] != ["explain"] or given or (path is not None and is_keyword(path)):
         return list(words)
     if path is None:
@@ -116,16 +116,6 @@ def _run(path: str) -> dict[str, Any]:
         stored = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     run: dict[str, Any] = _plain({name: stored[name] for name in KEPT if stored.get(name) is not None})
     return run
-
-
-def _value(words: Sequence[str], option: str) -> str | None:
-    """The last value of an option."""
-    value = None
-    for place, word in enumerate(words):
-        name, equals, text = word.partition("=")
-        if name == option:
-            value = text if equals else words[place + 1] if place + 1 < len(words) else None
-    return value
 
 
 def _plain(value: Any) -> Any:

@@ -53,8 +53,12 @@ class Decider:
 
     def check(self, readout: ReadoutOutput, predicted: Tensor | None) -> bool:
         """True if the contributions to the predictions of a batch add up to what is predicted; else sets ``reason``."""
+        return self._sums(readout, predicted) is not None
+
+    def _sums(self, readout: ReadoutOutput, predicted: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Logits, their terms and what lower levels add to them; None, and a ``reason``, where these do not add up."""
         if self.reason is not None or self.classifier is None:
-            return False
+            return None
         name = type(self.head).__name__
         try:
             tokens, mask = self.inputs(readout)
@@ -63,7 +67,7 @@ class Decider:
                 terms, below = class_terms(self.head, tokens, mask, self.classifier)
         except ValueError as error:
             self.reason = str(error).partition(". ")[0].removesuffix(".") + "."
-            return False
+            return None
         bias = 0.0 if self.classifier.bias is None else self.classifier.bias
         total = terms.sum((1, 2, 3)) + bias + (0.0 if below is None else below)
         scale = 1.0 + float(logits.abs().max())
@@ -74,17 +78,16 @@ class Decider:
             self.reason = f"The contributions of {name} do not add up to the logits, so they are not shown."
         elif chosen is not None and bool((chosen[:, 0] < logits.max(-1).values - 0.05 * scale).any()):
             self.reason = f"{type(self._module.task).__name__} predicts another class than its classifier's largest."
-        return self.reason is None
+        return (logits, terms, below) if self.reason is None else None
 
     def __call__(self, readout: ReadoutOutput, summary: BatchSummary, batch: Batch, album: Album) -> Decision | None:
         """The decision about the only sample of a batch, or None where there are no exact contributions."""
-        if summary.predicted is None or not self.check(readout, summary.predicted):
+        sums = None if summary.predicted is None else self._sums(readout, summary.predicted)
+        if sums is None or summary.predicted is None or self.classifier is None:
             return None
-        assert self.classifier is not None
+        logits, all_terms, below = sums
         tokens, mask = self.inputs(readout)
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = readout_logits(self.head, self.classifier)(tokens, mask)
-            all_terms, below = class_terms(self.head, tokens, mask, self.classifier)
             without = _without(self.head, self.classifier, tokens, mask)
         chosen = summary.predicted.to(logits.device).long()
         others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf).argmax(1)

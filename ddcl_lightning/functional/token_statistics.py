@@ -53,9 +53,8 @@ class TokenStatistics(NamedTuple):
         log_mass = torch.logaddexp(self.log_mass, later.log_mass)
         share = (later.log_mass - log_mass).exp().nan_to_num(nan=0.0).unsqueeze(-1)  # two empty sets: -inf - -inf
         cells = None if self.cells is None or later.cells is None else self.cells.merge(later.cells)
-        before, after = (
-            mean.to(share.dtype) for mean in (self.mean, later.mean)
-        )  # calls of several dtypes: the widest
+        # Calls of several dtypes: the widest.
+        before, after = (mean.to(share.dtype) for mean in (self.mean, later.mean))
         return TokenStatistics(log_mass, torch.lerp(before, after, share), cells)
 
     def finite(self, loss: Tensor) -> "TokenStatistics":

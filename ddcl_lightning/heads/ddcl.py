@@ -17,13 +17,13 @@ from ddcl_lightning.heads.base import (
     check_tokens,
     fill_padding,
 )
-from ddcl_lightning.heads.ddcl_pooling import SUMMARIES, Reading, contributions
+from ddcl_lightning.heads.ddcl_pooling import SUMMARIES, Reading, contributions, pool
 from ddcl_lightning.heads.pooling import first_token, mean_token
 from ddcl_lightning.heads.width import check_width, widest
 from ddcl_lightning.nn.attention import DDCLAttention
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
-from ddcl_lightning.nn.token_weights import TokenWeighting, TokenWeights, uniform_weights
+from ddcl_lightning.nn.token_weights import TokenWeighting, TokenWeights
 
 Pooling = Literal["centroid", "histogram", "both", "slots", "tokens", "tokens_histogram"]
 TokenChoice = Literal["all", "first", "mean"]
@@ -210,7 +210,7 @@ class DDCLReadout(Head):
         if plain or reading is None:
             pooled = mean_token(output.tokens, mask)
         else:
-            pooled = torch.cat([summary.pool(reading) for summary in SUMMARIES[self.pooling]], -1).to(tokens.dtype)
+            pooled = pool(reading, SUMMARIES[self.pooling]).to(tokens.dtype)
         regularization = None
         if self.repulsion > 0:
             bank = self.attention.bank
@@ -267,8 +267,7 @@ class DDCLReadout(Head):
         reading = self._reading(tokens, mask)
         logits = []
         for head, number in product(range(self.num_heads), range(self.num_prototypes)):
-            left = reading.without(head, number, self._weights)
-            pooled = torch.cat([summary.pool(left) for summary in SUMMARIES[self.pooling]], -1)
+            pooled = pool(reading.without(head, number), SUMMARIES[self.pooling])
             logits.append(classifier(pooled.to(classifier.weight.dtype)))
         return torch.unflatten(torch.stack(logits, 1), 1, (self.num_heads, self.num_prototypes))
 
@@ -284,12 +283,4 @@ class DDCLReadout(Head):
         """The tokens as they are assigned, and their weights."""
         if embedded is None:
             embedded = self.attention.embed(tokens, mask)
-        log_assignments = self.attention.bank.log_assignments(embedded)
-        return Reading(self.attention, tokens, embedded, mask, log_assignments, self._weights(log_assignments, mask))
-
-    def _weights(self, log_assignments: Tensor, mask: Tensor | None) -> Tensor:
-        """Weight of each token in its sample, ``(B, T)``."""
-        if self.weighting is None:
-            return uniform_weights(log_assignments[:, 0], mask)
-        weights: Tensor = self.weighting(log_assignments, mask)
-        return weights
+        return Reading.of(self.attention, tokens, embedded, mask, self.weighting)

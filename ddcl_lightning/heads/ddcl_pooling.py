@@ -1,7 +1,6 @@
 """What a prototype readout keeps of a sample, and what each token and prototype adds to a linear classifier of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddcl_lightning.nn.attention import DDCLAttention
+from ddcl_lightning.nn.token_weights import TokenWeights, uniform_weights
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Reading:
         embedded: As the bank sees them, ``(B, T, H * d)``.
         mask: ``(B, T)`` boolean, True for valid tokens; None where all are.
         log_assignments: ``ln q``, ``(B, H, T, K)``, at padding too.
-        weights: Weights of the tokens ``(B, T)``, which sum to 1; zero at padding.
+        weighting: What reads the weights of the tokens from their assignments; None for a plain mean.
         left_out: Head and number of a prototype that no token is assigned to, if any.
     """
 
@@ -30,13 +30,38 @@ class Reading:
     embedded: Tensor
     mask: Tensor | None
     log_assignments: Tensor
-    weights: Tensor
+    weighting: TokenWeights | None = None
     left_out: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        layer: DDCLAttention,
+        tokens: Tensor,
+        embedded: Tensor,
+        mask: Tensor | None,
+        weighting: TokenWeights | None = None,
+    ) -> "Reading":
+        """The reading of tokens that a layer has embedded."""
+        return cls(layer, tokens, embedded, mask, layer.bank.log_assignments(embedded), weighting)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """Weights of the tokens ``(B, T)``, which sum to 1; zero at padding."""
+        if self.weighting is None:
+            return uniform_weights(self.log_assignments[:, 0], self.mask)
+        weights: Tensor = self.weighting(self.log_assignments, self.mask)
+        return weights
 
     @cached_property
     def assignments(self) -> Tensor:
         """``q``, ``(B, H, T, K)``."""
         return self.log_assignments.exp()
+
+    @cached_property
+    def weighted_assignments(self) -> Tensor:
+        """``a_t q_thk``, ``(B, T, H, K)``."""
+        return torch.einsum("bt,bhtk->bthk", self.weights, self.assignments)
 
     @cached_property
     def histogram(self) -> Tensor:
@@ -56,18 +81,11 @@ class Reading:
         weights[:, head, :, number] = 0.0
         return weights
 
-    def without(self, head: int, number: int, weigh: Callable[[Tensor, Tensor | None], Tensor]) -> "Reading":
-        """The reading with one prototype taken out, whose tokens go to the others of its head.
-
-        Args:
-            head: Its head.
-            number: Its place in the head.
-            weigh: From logarithms of assignments and mask to the weights of the tokens.
-        """
+    def without(self, head: int, number: int) -> "Reading":
+        """The reading with one prototype taken out, by its head and number; its tokens go to the others there."""
         logits = self.log_assignments.clone()
         logits[:, head, :, number] = -torch.inf
-        logits = logits.log_softmax(-1)
-        return replace(self, log_assignments=logits, weights=weigh(logits, self.mask), left_out=(head, number))
+        return replace(self, log_assignments=logits.log_softmax(-1), left_out=(head, number))
 
     def by_head(self, width: int) -> Tensor:
         """Embedded tokens of each head, ``(B, T, H, d)``."""
@@ -184,6 +202,11 @@ SUMMARIES: dict[str, tuple[Summary, ...]] = {
 }
 
 
+def pool(reading: Reading, summaries: tuple[Summary, ...]) -> Tensor:
+    """The summaries side by side, ``(B, pooled_dim)``."""
+    return torch.cat([summary.pool(reading) for summary in summaries], -1)
+
+
 def contributions(reading: Reading, summaries: tuple[Summary, ...], classifier: nn.Linear) -> Tensor:
     """Terms ``(B, T, H, K, C)`` whose sum over tokens, heads and prototypes is the logits less the bias."""
     widths = [summary.width(reading.layer) for summary in summaries]
@@ -194,7 +217,7 @@ def contributions(reading: Reading, summaries: tuple[Summary, ...], classifier: 
 
 def weighted(reading: Reading, scores: Tensor) -> Tensor:
     """``a_t q_thk`` times scores ``(C, H, K)`` of the prototypes, ``(B, T, H, K, C)``."""
-    return torch.einsum("bt,bhtk->bthk", reading.weights, reading.assignments).unsqueeze(-1) * scores.movedim(0, -1)
+    return reading.weighted_assignments.unsqueeze(-1) * scores.movedim(0, -1)
 
 
 def token_mean(reading: Reading) -> Tensor:
@@ -205,5 +228,5 @@ def token_mean(reading: Reading) -> Tensor:
 def of_tokens(reading: Reading, matrix: Tensor) -> Tensor:
     """``a_t (W x_t)``, divided among the prototypes of each head as the token is, ``(B, T, H, K, C)``."""
     scores = torch.einsum("btd,cd->btc", reading.tokens.to(matrix.dtype), matrix)
-    terms = torch.einsum("bt,bhtk->bthk", reading.weights, reading.assignments).unsqueeze(-1)
-    return terms * scores[:, :, None, None, :] / reading.assignments.shape[1]
+    num_heads = reading.assignments.shape[1]
+    return reading.weighted_assignments.unsqueeze(-1) * scores[:, :, None, None, :] / num_heads

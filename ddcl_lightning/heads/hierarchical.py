@@ -19,7 +19,6 @@ from ddcl_lightning.nn.attention import DDCLAttention, DDCLAttentionOutput
 from ddcl_lightning.nn.idf import PrototypeIDF
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
-from ddcl_lightning.nn.token_weights import uniform_weights
 
 LevelPooling = Literal["last", "all"]
 
@@ -279,10 +278,8 @@ class HierarchicalReadout(Head):
         matrices = torch.split(classifier.weight, widths, dim=1)
         terms = []
         for (level, inputs, valid, output), matrix in zip(levels, matrices, strict=True):
-            logarithms = self._layer(level).bank.log_assignments(output.embedded)
-            weights = uniform_weights(logarithms[:, 0], valid)
-            reading = Reading(self._layer(level), inputs, output.embedded, valid, logarithms, weights)
-            terms.append(Centroid().contributions(reading, matrix.to(weights.dtype)))
+            reading = Reading.of(self._layer(level), inputs, output.embedded, valid)
+            terms.append(Centroid().contributions(reading, matrix.to(reading.weights.dtype)))
         return terms
 
     def _outputs(
