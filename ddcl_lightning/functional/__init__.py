@@ -37,7 +37,14 @@ from ddcl_lightning.functional.quantization import quantize
 from ddcl_lightning.functional.slots import prototype_slots
 from ddcl_lightning.functional.split import SplitTest, split_test
 from ddcl_lightning.functional.stability import descent_violation, free_energy, largest_stable_rate, lyapunov
-from ddcl_lightning.functional.token_statistics import Cells, TokenStatistics, cells_of, code_counts
+from ddcl_lightning.functional.token_statistics import (
+    Cells,
+    Moments,
+    TokenStatistics,
+    cells_of,
+    code_counts,
+    moments_of,
+)
 
 __all__ = [
     "AssignmentStatistics",
@@ -45,6 +52,7 @@ __all__ = [
     "Cells",
     "Decomposition",
     "DecompositionErrors",
+    "Moments",
     "Separation",
     "SplitTest",
     "TokenStatistics",
@@ -68,6 +76,7 @@ __all__ = [
     "largest_stable_rate",
     "lyapunov",
     "masked_mean",
+    "moments_of",
     "nearest_codes",
     "nearest_prototype",
     "prototype_attention",

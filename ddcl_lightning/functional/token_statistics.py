@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddcl_lightning.functional._common import accumulation_dtype, check_shapes
+from ddcl_lightning.functional._common import accumulation_dtype, check_shapes, zero_padding
 
 
 class Cells(NamedTuple):
@@ -34,6 +34,29 @@ class Cells(NamedTuple):
         )
 
 
+class Moments(NamedTuple):
+    """Number, mean and scatter of the tokens of each head, about their mean, so that large offsets cost no digits.
+
+    Attributes:
+        number: How many, ``(H,)``, a float.
+        mean: Their mean, ``(H, d)``; zero where there is none.
+        scatter: Sum of the outer products of their distances from the mean, ``(H, d, d)``.
+    """
+
+    number: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    def merge(self, later: "Moments") -> "Moments":
+        """Moments of two sets of tokens together."""
+        number = self.number + later.number
+        share = later.number / number.clamp(min=1.0)
+        apart = later.mean - self.mean
+        between = (self.number * share)[:, None, None] * apart.unsqueeze(-1) * apart.unsqueeze(-2)
+        mean = self.mean + share.unsqueeze(-1) * apart
+        return Moments(number, mean, self.scatter + later.scatter + between)
+
+
 class TokenStatistics(NamedTuple):
     """Additive statistics of the tokens of each prototype, for any number of tokens.
 
@@ -42,31 +65,39 @@ class TokenStatistics(NamedTuple):
             mass itself underflows.
         mean: ``sum_n w_kn z_n`` with ``w_kn = softmax_n(ln q_nk)``, ``(..., K, d)``.
         cells: The tokens that are nearest to each prototype, or None where they were not asked for.
+        moments: Mean and scatter of all tokens, or None where they were not asked for.
     """
 
     log_mass: Tensor
     mean: Tensor
     cells: Cells | None = None
+    moments: Moments | None = None
 
     def merge(self, later: "TokenStatistics") -> "TokenStatistics":
         """Statistics of two sets of tokens together, of which the tokens of the other come last."""
         log_mass = torch.logaddexp(self.log_mass, later.log_mass)
         share = (later.log_mass - log_mass).exp().nan_to_num(nan=0.0).unsqueeze(-1)  # two empty sets: -inf - -inf
         cells = None if self.cells is None or later.cells is None else self.cells.merge(later.cells)
+        moments = None if self.moments is None or later.moments is None else self.moments.merge(later.moments)
         # Calls of several dtypes: the widest.
         before, after = (mean.to(share.dtype) for mean in (self.mean, later.mean))
-        return TokenStatistics(log_mass, torch.lerp(before, after, share), cells)
+        return TokenStatistics(log_mass, torch.lerp(before, after, share), cells, moments)
 
     def finite(self, loss: Tensor) -> "TokenStatistics":
         """These statistics, or those of no token if a number in them or the loss of the call is not finite."""
-        log_mass, mean, cells = self
+        log_mass, mean, cells, moments = self
         # A mass of -inf is that of no token; NaN is not below infinity.
         clean = torch.isfinite(loss).all() & torch.isfinite(mean).all() & (log_mass < torch.inf).all()
         if cells is not None:
             clean &= torch.isfinite(cells.distortion).all()
+        if moments is not None:
+            clean &= torch.isfinite(moments.scatter).all()
+        if cells is not None:
             counts, distortion, token = (torch.where(clean, value, 0.0) for value in cells[:3])
             cells = Cells(counts, distortion, token, torch.where(clean, cells.place, -1))
-        return TokenStatistics(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0), cells)
+        if moments is not None:
+            moments = Moments(*(torch.where(clean, value, 0.0) for value in moments))
+        return TokenStatistics(torch.where(clean, log_mass, -torch.inf), torch.where(clean, mean, 0.0), cells, moments)
 
 
 def code_counts(codes: Tensor, num_codes: int, mask: Tensor | None = None) -> Tensor:
@@ -112,3 +143,14 @@ def cells_of(
     token = z.gather(1, last.clamp(min=0).unsqueeze(-1).expand(-1, -1, dim))
     place = last if order is None else order[last.clamp(min=0)].masked_fill(~occupied, -1)
     return Cells(counts, distortion, token.masked_fill(~occupied.unsqueeze(-1), 0.0), place)
+
+
+@torch.no_grad()
+def moments_of(tokens: Tensor, mask: Tensor | None = None) -> Moments:
+    """Moments of ``(H, N, d)`` tokens with mask ``(H, N)``, True for valid ones, in float32 or wider."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        z = zero_padding(tokens.to(accumulation_dtype(tokens)), mask)
+        number = z.new_full(z.shape[:1], z.shape[1]) if mask is None else mask.sum(-1).to(z.dtype)
+        mean = z.sum(-2) / number.clamp(min=1.0).unsqueeze(-1)
+        centred = zero_padding(z - mean.unsqueeze(-2), mask)
+        return Moments(number, mean, centred.mT @ centred)

@@ -211,7 +211,7 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         self.temperature_, self.critical_temperature_, self.n_iter_ = float(schedule[-1]), critical, best.iterations
         prototypes, mass = best.prototypes + center, best.mass
         if self.end is None:
-            log_mass, prototypes, _ = hard_means(z, prototypes)  # without the rounding of the shift by the mean
+            log_mass, prototypes = hard_means(z, prototypes)[:2]  # without the rounding of the shift by the mean
             mass = log_mass.exp().round()
             spherical = 2 * best.loss * len(z) / z.numel()
             self.temperature_ = min(self.temperature_, max(spherical, critical * torch.finfo(z.dtype).eps))
@@ -292,7 +292,7 @@ class _Run:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
             p = p + NUDGE * float(temperature) ** 0.5 / z.shape[1] ** 0.5 * noise
             for _ in range(max_iter):
-                log_mass, latest, _ = token_means(z, p, float(temperature))
+                log_mass, latest = token_means(z, p, float(temperature))[:2]
                 moved = float((latest - p).square().sum(1).max()) ** 0.5
                 p, self.iterations = latest, self.iterations + 1
                 self.converged = moved <= tol * spread

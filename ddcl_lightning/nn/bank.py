@@ -150,7 +150,7 @@ class PrototypeBank(Codebook, ObservedModule):
         if self.training:
             if self.is_trainable and not torch.compiler.is_compiling():
                 note_prototypes(self.prototypes)
-            self.temperature_state.observe(heads, flat_mask, self.prototypes)
+            self._observe(heads, flat_mask)
         return heads, flat_mask
 
     def _end(
@@ -159,8 +159,6 @@ class PrototypeBank(Codebook, ObservedModule):
         """The output in the shape of the tokens, after the observers have read or changed it."""
         if not torch.compiler.is_compiling() and output.terms.loss.device.type == "cpu":
             self._require_finite(output, heads, flat_mask)
-        if self.training:
-            self.temperature_state.observe_loss(output.terms.loss, flat_mask, heads.shape[1], self.prototypes)
         if self.training and mask is not None:
             output = _scaled(output, token_weight(mask))
         lead = tokens.shape[:-1]
@@ -175,6 +173,10 @@ class PrototypeBank(Codebook, ObservedModule):
         for observer in self._active_observers():
             output = observer.after(self, tokens, mask, output)
         return output
+
+    def _observe(self, heads: Tensor, mask: Tensor | None) -> None:
+        """Measure what T is relative to, in training."""
+        self.temperature_state.observe(heads, mask, self.prototypes)
 
     @property
     def temperature(self) -> Tensor:

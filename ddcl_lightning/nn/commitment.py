@@ -1,5 +1,6 @@
 """The pull of tokens to their codes, of a size that follows the gradient of the decoder."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -28,10 +29,12 @@ class Commitment(SettledState):
     less leaves a weight that holds the tokens' scale. Sums are over all valid tokens of all processes, whose mean loss
     g is the gradient of. The pull of a call is at most 0.7 of its gradient, so no encoder is shrunk by it.
 
-    What a call measures counts from the next step of an optimizer on. A call whose gradient is not finite adds nothing.
+    What a call measures counts from the next step of an optimizer on. A call whose gradient is not finite, or was set
+    to None before the step, adds nothing.
 
     Args:
         ratio: Strength >= 0.
+        resets: Tells how often gradients of calls were set to None; by default nobody looks.
 
     Attributes:
         weight: Buffer ``()``, w as of the last step; 0 before the first.
@@ -43,12 +46,13 @@ class Commitment(SettledState):
     weight: Tensor
     state_rules: ClassVar[Rules] = {"weight": NOT_NEGATIVE}
 
-    def __init__(self, ratio: float) -> None:
+    def __init__(self, ratio: float, resets: Callable[[], int] | None = None) -> None:
         super().__init__()
         check_ratio(ratio)
         self.ratio = ratio
         self.register_buffer("weight", torch.zeros((), dtype=running_dtype()))
         self._sums: Tensor | None = None  # squares of gradients and tokens since the last step, of all processes
+        self._resets, self._resets_before = resets, 0
 
     def forward(
         self,
@@ -86,6 +90,7 @@ class Commitment(SettledState):
         squares = sum_over_processes(torch.stack(local))
         latest = torch.cat([squares[:1], spread.to(dtype).reshape(1)])
         usable = torch.where(torch.isfinite(latest).all(), latest, 0.0)
+        self._drop_reset()
         self._sums = usable if self._sums is None else self._sums + usable
         self._measured = True
         target = self._target(latest)
@@ -98,6 +103,7 @@ class Commitment(SettledState):
     @torch.no_grad()
     def take_over(self, where: Tensor | bool = True) -> None:
         """Set the weight to what was measured."""
+        self._drop_reset()
         if self._sums is None:
             return
         target = self._target(self._sums.to(self.weight))
@@ -108,6 +114,12 @@ class Commitment(SettledState):
     def begin_from_state(self) -> None:
         """Drop what was measured before the state was loaded."""
         self._sums = None
+
+    def _drop_reset(self) -> None:
+        """Drop what was measured of gradients that were set to None since."""
+        resets = 0 if self._resets is None else self._resets()
+        if resets != self._resets_before:
+            self._sums, self._resets_before = None, resets
 
     def extra_repr(self) -> str:
         """The ratio, for ``print``."""

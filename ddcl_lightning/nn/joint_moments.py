@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.distributed import sum_over_processes
+from ddcl_lightning.functional import Moments
 from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
 
 
@@ -44,6 +45,16 @@ def joint_covariance(
         total = centred.square().sum(-2) if diagonal else centred.mT @ centred
     number = number.clamp(min=1.0)
     return sum_over_processes(total) / (number if diagonal else number.unsqueeze(-1))
+
+
+def over_processes(moments: Moments) -> Moments:
+    """Moments of the tokens of all processes."""
+    number, mean, scatter = moments
+    sums = sum_over_processes(torch.cat([number.unsqueeze(-1), number.unsqueeze(-1) * mean], -1))
+    total, joint = sums[:, 0], sums[:, 1:] / sums[:, :1].clamp(min=1.0)
+    apart = mean - joint
+    between = number[:, None, None] * apart.unsqueeze(-1) * apart.unsqueeze(-2)
+    return Moments(total, joint, sum_over_processes(scatter + between))
 
 
 def joint_spread(tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,7 +101,12 @@ def relative_errors(residuals: Sequence[Tensor], tokens: Tensor, mask: Tensor | 
 def unbiased_error(residual: Tensor, tokens: Tensor, mask: Tensor | None, *, joint: bool) -> Tensor:
     """Error ``()`` of one residual relative to the unbiased variance: few tokens are close to their own mean."""
     errors = relative_errors([residual], tokens, mask, joint=joint)
-    return errors.shares[0] * (errors.number - 1).clamp(min=1.0) / errors.number.clamp(min=1.0)
+    return unbiased(errors.shares[0], errors.number)
+
+
+def unbiased(share: Tensor, number: Tensor) -> Tensor:
+    """A share ``()`` of the variance of so many tokens as one of their unbiased variance."""
+    return share * (number - 1).clamp(min=1.0) / number.clamp(min=1.0)
 
 
 def _of_this_process(values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
 from ddcl_lightning.nn.initialization import first_codes
 from ddcl_lightning.nn.settled_state import SettledState
-from ddcl_lightning.nn.step_statistics import StepStatistics
+from ddcl_lightning.nn.step_statistics import StepCalls, StepStatistics
 from ddcl_lightning.nn.straight_through import anchor_of
 from ddcl_lightning.nn.token_step import check_step, move_prototypes
 
@@ -52,6 +52,19 @@ class CodeUpdate:
             object.__setattr__(self, name, value)
 
 
+class StepLook(NamedTuple):
+    """Functions of somebody who looks at the tokens of some steps.
+
+    Attributes:
+        is_due: Whether the tokens of the next step are to be looked at.
+        step: Called at each step that moves the prototypes with its calls, which have cells and moments where that is
+            due; returns True where it has set the prototypes itself.
+    """
+
+    is_due: Callable[[], bool]
+    step: Callable[[StepCalls], bool]
+
+
 class MovingBank(PrototypeBank, SettledState):
     """A :class:`~ddcl_lightning.PrototypeBank` whose prototypes move when an optimizer of anything steps.
 
@@ -59,9 +72,10 @@ class MovingBank(PrototypeBank, SettledState):
     take the token-normalized step of :class:`~ddcl_lightning.TokenNormalized`, over the tokens of the calls in training
     mode that a backward pass went through since the step before: calls without gradients, in evaluation mode, or whose
     gradients were set to None do not count. So two calls between two steps read the same prototypes. In a loop without
-    an optimizer of torch, :meth:`settle` stands for the step, and all calls since the last count.
+    an optimizer of torch, :meth:`settle` stands for the step, and all calls since the last count. T follows the same
+    tokens; before the first step it is that of the first call.
 
-    ``requires_grad_(False)`` keeps prototypes where they are. Copies move on their own.
+    ``requires_grad_(False)`` keeps prototypes and T where they are. Copies move on their own.
 
     Args:
         num_prototypes: K, prototypes per head, at least 1.
@@ -85,7 +99,7 @@ class MovingBank(PrototypeBank, SettledState):
         self.update = update
         self.register_buffer("loads", torch.zeros(self.num_heads, num_prototypes, 2, dtype=running_dtype()))
         self._statistics: StepStatistics | None = None
-        self.after_move: Callable[[], None] | None = None  # called after each step that has moved the prototypes
+        self.look: StepLook | None = None
         self._calls = 0
         self.num_steps = 0
 
@@ -98,6 +112,10 @@ class MovingBank(PrototypeBank, SettledState):
         if self.training and not exporting():
             self._follow()
         return super()._begin(tokens, mask)
+
+    def _observe(self, heads: Tensor, mask: Tensor | None) -> None:
+        """Give T a value for the first call; it follows at the steps."""
+        self.temperature_state.observe_first(heads, mask, self.prototypes)
 
     def _end(
         self, tokens: Tensor, mask: Tensor | None, heads: Tensor, flat_mask: Tensor | None, output: BankOutput
@@ -127,14 +145,21 @@ class MovingBank(PrototypeBank, SettledState):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Move the prototypes by the calls since the last step, and update T, as the step of an optimizer does."""
+        """Move prototypes and T by the calls since the last step, as the step of an optimizer does."""
         self._move(need_backward=False)
-        self.temperature_state.settle()
 
     @torch.no_grad()
     def settle_after_step(self) -> None:
-        """Move the prototypes by the calls that a backward pass went through; T is settled by its own state."""
+        """Move prototypes and T by the calls that a backward pass went through."""
         self._move(need_backward=True)
+
+    def next_call(self) -> int:
+        """Number of the next call with gradients in training mode, as in the calls of a step."""
+        return 0 if self._statistics is None else self._statistics.next_number
+
+    def resets(self) -> int:
+        """How often gradients were set to None since their calls: what those calls have measured counts for nothing."""
+        return 0 if self._statistics is None else self._statistics.resets(self.marker)
 
     def begin_from_state(self) -> None:
         """Drop what was seen before the state was loaded."""
@@ -148,14 +173,18 @@ class MovingBank(PrototypeBank, SettledState):
         self.num_steps += 1
         if self._statistics is None or not self.training:
             return
-        statistics = self._statistics.take_if_any(self.marker, need_backward=need_backward)
+        calls = self._statistics.take_if_any(self.marker, need_backward=need_backward)
         self._statistics.drop(self.marker)
-        if statistics is None:
+        if calls is None:
             return
         self._calls = 0
+        self.temperature_state.observe_step(calls.statistics, self.prototypes)
+        self.temperature_state.settle()
+        if self.look is not None and self.look.step(calls):
+            return
         loads = move_prototypes(
             self.prototypes,
-            statistics,
+            calls.statistics,
             self.loads,
             step_size=self.update.step_size,
             relocation_threshold=self.update.relocation_threshold,
@@ -163,15 +192,13 @@ class MovingBank(PrototypeBank, SettledState):
         )
         if loads is not None:
             self.loads.copy_(loads)
-        if self.after_move is not None:
-            self.after_move()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _follow(self) -> None:
         """Have the tokens of training calls counted."""
         if self._statistics is None:
             own = weakref.ref(self)  # a copy has its own
-            self._statistics = StepStatistics({"": self}, lambda: _relocates(own()))
+            self._statistics = StepStatistics({"": self}, lambda: _needs_cells(own()), lambda: _needs_moments(own()))
         self._calls += 1
         if self._calls == CALLS_WITHOUT_STEP and not self.is_frozen:
             warn(
@@ -188,5 +215,15 @@ class MovingBank(PrototypeBank, SettledState):
         return {**super().__getstate__(), "_statistics": None}
 
 
-def _relocates(bank: MovingBank | None) -> bool:
-    return bank is not None and bank.update.relocation_threshold > 0
+def _needs_cells(bank: MovingBank | None) -> bool:
+    if bank is None:
+        return False
+    return bank.update.relocation_threshold > 0 or bank.temperature_state.distortion is not None or _looks(bank)
+
+
+def _needs_moments(bank: MovingBank | None) -> bool:
+    return bank is not None and (bank.temperature_state.covariance is not None or _looks(bank))
+
+
+def _looks(bank: MovingBank) -> bool:
+    return bank.look is not None and bank.look.is_due()

@@ -13,10 +13,11 @@ from ddcl_lightning.nn.commitment import Commitment
 from ddcl_lightning.nn.discovery import find_banks
 from ddcl_lightning.nn.joint_moments import unbiased_error
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
-from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
+from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank, StepLook
 from ddcl_lightning.nn.quantizer_base import Quantizer
 from ddcl_lightning.nn.relocation import relocate_until_settled
 from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.step_statistics import StepCalls
 
 
 class ProjectedQuantizer(Quantizer):
@@ -38,7 +39,6 @@ class ProjectedQuantizer(Quantizer):
         self.scale = EmbeddingScale(width, embedding_scale)
         self.code_start: CodeStart | None = None
         self.commitment: Commitment | None = None
-        self._started_after: int | None = None
 
     def moving_banks(self) -> list[MovingBank]:
         """The banks that move their codes themselves, in the order in which they start."""
@@ -55,7 +55,13 @@ class ProjectedQuantizer(Quantizer):
         """Have the codes start on the first tokens of a training run; once the banks exist."""
         first = self.moving_banks()[0]
         self.code_start = CodeStart(num_codes, first.num_heads * first.dim)
-        first.after_move = self.code_start.step
+        first.look = StepLook(self.code_start.is_due, self._after_calls)
+
+    def _commit(self, ratio: float) -> None:
+        """Add a commitment to tokens of that ratio; once the banks exist."""
+        if ratio:
+            banks = self.moving_banks()
+            self.commitment = Commitment(ratio, banks[0].resets if banks else None)
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The projection into the codes' space, where there is one."""
@@ -127,34 +133,42 @@ class ProjectedQuantizer(Quantizer):
         banks = self.moving_banks()
         first = banks[0]
         start.num_codes = first.num_prototypes
-        if recomputing() or any(bank.is_frozen for bank in banks):
+        if any(bank.is_frozen for bank in banks) or not (start.is_collecting or start.is_due()):
+            return
+        has_started, counts = start.has_started, torch.is_grad_enabled()
+        if not start.is_collecting and not has_started:  # they started elsewhere: nothing is looked at
             return
         # Codes that have started are not moved by a call without gradients, whatever it shows them.
-        if not torch.is_grad_enabled() and (not start.is_collecting or start.has_started):
+        if has_started and not counts:
             return
-        if not start.is_collecting and start.is_due() and start.has_started:
-            residual = residual_of(first, embedded, mask)
-            error = unbiased_error(residual, embedded, mask, joint=True)
-            if error > start.limit:
-                start.begin_anew()
-        if not start.is_collecting:
-            return
-        again = start.has_started
-        if not again and all(bool(bank.initialized) for bank in banks):
+        if not has_started and all(bool(bank.initialized) for bank in banks):
             start.end()  # started elsewhere
             return
-        sample = start.add(embedded, mask)
-        steps = first.num_steps
-        # Calls between two steps find the same codes, as after the start.
-        if sample is not None and self._started_after != steps:
-            final = start.enough(sample)
-            if final or not again:
-                self._started_after = steps
-                self.start_codes(sample, final=final)
-            if final:
-                sample = sample.to(embedded.device)
-                error = unbiased_error(residual_of(first, sample), sample, None, joint=False)
-                start.started(error, len(sample))
+        added = start.add(embedded, mask, first.next_call() if counts else None, first.resets())
+        if added and not recomputing() and start.may_start(first.num_steps):
+            self._start_on(start)
+
+    def _start_on(self, start: CodeStart) -> bool:
+        """Start the codes on the tokens that were collected; True if these were enough."""
+        sample, first = start.sample(), self.moving_banks()[0]
+        enough = start.enough(sample)
+        self.start_codes(sample, final=enough)
+        error = None
+        if enough:
+            rows, _ = self.tokens_of(first, sample.to(first.prototypes.device), None)
+            error = unbiased_error(residual_of(first, rows), rows, None, joint=False)
+        start.started(error, len(sample), first.num_steps)
+        return enough
+
+    @torch.no_grad()
+    def _after_calls(self, calls: StepCalls) -> bool:
+        """Start codes at a step: on its calls where those that they had started on do not belong to it, or anew."""
+        start = self.code_start
+        if start is None or not start.count(calls):
+            return False
+        if self._start_on(start):
+            start.end()
+        return True
 
     def _embed(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Tokens ``(*, D)`` in the space of the codes, ``(*, width)``."""

@@ -10,7 +10,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.functional._common import masked_mean, require_finite
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.commitment import Commitment, check_ratio
+from ddcl_lightning.nn.commitment import check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
@@ -56,8 +56,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
 
     Evaluation mode moves nothing: no code, temperature or statistic, and no gradient for the codes, while gradients
     pass straight through to the tokens. So ``vq.eval()`` is how an encoder is trained against a finished codebook.
-    ``vq.requires_grad_(False)`` keeps the codes where they are in training mode too, in which the temperature goes on
-    following the tokens.
+    ``vq.requires_grad_(False)`` keeps the codes where they are in training mode too, and the temperature of codes that
+    move inside.
 
     Args:
         dim: D, channels of the tokens.
@@ -144,7 +144,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         self.bank = create_bank(num_codes, code_dim, num_heads, temperature, code_update, commitment_weight > 0)
         if moves:
             self._start_in_training(num_codes)
-        self.commitment = Commitment(commitment_ratio) if commitment_ratio else None
+        self._commit(commitment_ratio)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize tokens or feature maps.

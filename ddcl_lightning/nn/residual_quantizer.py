@@ -10,7 +10,7 @@ from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import require_finite
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.commitment import Commitment, check_ratio
+from ddcl_lightning.nn.commitment import check_ratio
 from ddcl_lightning.nn.joint_moments import relative_errors
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
@@ -101,7 +101,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         number = 1 if shared_codebook else num_levels
         self.levels = nn.ModuleList([MovingBank(num_codes, code_dim, **settings) for _ in range(number)])
         self._start_in_training(num_codes)
-        self.commitment = Commitment(commitment_ratio) if commitment_ratio else None
+        self._commit(commitment_ratio)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantize tokens or feature maps.

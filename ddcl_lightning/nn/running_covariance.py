@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.compat import recomputing
+from ddcl_lightning.functional import Moments, moments_of
 from ddcl_lightning.functional._common import require_finite_tokens
 from ddcl_lightning.nn.guarded_state import COVARIANCE, DIRECTION, NOT_NEGATIVE, Rules, running_dtype
-from ddcl_lightning.nn.joint_moments import joint_covariance, joint_mean
+from ddcl_lightning.nn.joint_moments import over_processes
 from ddcl_lightning.nn.running_means import RunningMeans
 
 ITERATIONS = 4  # of the power method per batch: the direction is kept, so they add up over the batches
@@ -59,11 +60,15 @@ class RunningCovariance(RunningMeans):
     @torch.no_grad()
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of ``(H, N, d)`` tokens with mask ``(H, N)``."""
-        if recomputing():
-            return
-        with torch.autocast(tokens.device.type, enabled=False):
-            mean, number = joint_mean(tokens, mask)
-            covariance = self.averaged("covariance", joint_covariance(tokens, mask, mean, number))
+        if not recomputing():
+            self.add(moments_of(tokens, mask))
+
+    @torch.no_grad()
+    def add(self, moments: Moments) -> None:
+        """Add a batch of which this process has tokens of these moments."""
+        with torch.autocast(moments.scatter.device.type, enabled=False):
+            number, _, scatter = over_processes(moments)
+            covariance = self.averaged("covariance", scatter / number.clamp(min=1.0)[:, None, None])
             direction = self.direction
             for _ in range(ITERATIONS):
                 image = (covariance @ direction.unsqueeze(-1)).squeeze(-1)
@@ -71,7 +76,7 @@ class RunningCovariance(RunningMeans):
                 # Tokens without variance leave the direction as it is, for those that come.
                 direction = torch.where(length > 0, image / length, direction)
             # Not finite in one place is not finite here, and everywhere alike: sums are those of all processes.
-            usable = (number[0, 0] > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
+            usable = (number[0] > 0) & torch.isfinite(length).all() & torch.isfinite(covariance).all()
             self.take_in(usable, covariance=covariance, direction=direction, lambda_max=length.squeeze(-1))
 
     def total_variance(self) -> Tensor:

@@ -16,7 +16,7 @@ SMALLEST_SHARE = 1e-6  # of the codes' own mean square, below which a distance i
 
 
 class RunningDistortion(RunningMeans):
-    """Mean squared distance of every head's tokens from their codes, over the batches and over all processes.
+    """Mean squared distance of every head's tokens from their nearest codes, over the batches and all processes.
 
     A batch whose distances are not finite on some process, or without a valid token, leaves it as it is.
 
@@ -39,20 +39,24 @@ class RunningDistortion(RunningMeans):
         self.register_buffer("mean", torch.zeros(num_heads, dtype=running_dtype()))
 
     @torch.no_grad()
-    def forward(self, distortion: Tensor, number: Tensor, prototypes: Tensor) -> None:
-        """Add a batch.
+    def forward(self, tokens: Tensor, mask: Tensor | None, prototypes: Tensor) -> None:
+        """Add a batch of ``(H, N, d)`` tokens with mask ``(H, N)``."""
+        if not recomputing():
+            distances = nearest_distances(tokens, prototypes, mask)
+            number = distances.new_full((), distances.shape[1]) if mask is None else mask[0].sum()
+            self.add(distances.sum(-1), number, prototypes)
+
+    @torch.no_grad()
+    def add(self, distortion: Tensor, number: Tensor, prototypes: Tensor) -> None:
+        """Add a batch that was measured.
 
         Args:
-            distortion: Mean over the valid tokens of this process, ``(H,)``.
+            distortion: Sum over the valid tokens of this process, ``(H,)``.
             number: How many those are, a scalar.
             prototypes: ``(H, K, d)``, whose scale limits what can be measured.
         """
-        if recomputing():
-            return
         dtype = self.mean.dtype
-        number = number.to(dtype)
-        sums = torch.where(number > 0, distortion.to(dtype), 0.0) * number
-        total = sum_over_processes(torch.cat([sums, number.reshape(1)]))
+        total = sum_over_processes(torch.cat([distortion.to(dtype), number.to(dtype).reshape(1)]))
         latest = total[:-1] / total[-1].clamp(min=1.0)
         codes = prototypes.to(dtype)
         floor = SMALLEST_SHARE * (codes - codes.mean(1, keepdim=True)).square().sum(-1).mean(-1)
@@ -67,16 +71,13 @@ class RunningDistortion(RunningMeans):
             ValueError: If a token is not finite.
         """
         require_finite_tokens(tokens)
-        distortion = hard_distortion(tokens, prototypes, None)
-        self.mean.copy_(distortion)
+        self.mean.copy_(nearest_distances(tokens, prototypes, None).mean(-1))
         self.num_batches.fill_(1)
 
 
-def hard_distortion(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared distance ``(H,)`` of ``(H, N, d)`` tokens, mask ``(H, N)``, from the nearest of ``(H, K, d)``."""
+def nearest_distances(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> Tensor:
+    """Squared distances ``(H, N)`` of ``(H, N, d)`` tokens from the nearest of ``(H, K, d)``; 0 where masked."""
     z, codes = tokens.to(running_dtype()), prototypes.to(tokens.device, running_dtype())
     index = nearest_prototype(z, codes).unsqueeze(-1).expand(-1, -1, z.shape[-1])
     distance = (z - codes.gather(1, index)).square().sum(-1)
-    if mask is None:
-        return distance.mean(-1)
-    return distance.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+    return distance if mask is None else distance.masked_fill(~mask, 0.0)

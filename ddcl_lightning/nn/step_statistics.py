@@ -1,7 +1,7 @@
 """Statistics of the tokens that belong to an optimizer step: those of calls that a backward pass went through."""
 
-import itertools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,16 +11,21 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ddcl_lightning._utils.distributed import joint_order
-from ddcl_lightning.functional import BankOutput, TokenStatistics, cells_of, nearest_prototype, token_means
+from ddcl_lightning.functional import BankOutput, TokenStatistics, cells_of, moments_of, nearest_prototype, token_means
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.straight_through import anchor_of
 
 
-class _Call(NamedTuple):
-    """Statistics of a call, or of several with the number of the latest."""
+class StepCalls(NamedTuple):
+    """Calls of a bank together.
 
-    number: int
+    Attributes:
+        numbers: Of the calls, ascending, see :attr:`StepStatistics.next_number`.
+        statistics: Of their tokens on this process.
+    """
+
+    numbers: tuple[int, ...]
     statistics: TokenStatistics
 
 
@@ -37,18 +42,25 @@ class StepStatistics(BankObserver):
     Args:
         banks: The banks by name.
         need_cells: Called at every call: whether statistics of the cells are needed.
+        need_moments: Called at every call: whether moments of the tokens are needed.
     """
 
     breaks_graphs = True
 
-    def __init__(self, banks: Mapping[str, PrototypeBank], need_cells: Callable[[], bool]) -> None:
-        self._need_cells = need_cells
-        self._forwarded: dict[Tensor, _Call] = {}  # in case that no backward pass comes
-        self._backpropagated: dict[Tensor, _Call] = {}
+    def __init__(
+        self,
+        banks: Mapping[str, PrototypeBank],
+        need_cells: Callable[[], bool],
+        need_moments: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._need_cells, self._need_moments = need_cells, need_moments
+        self._forwarded: dict[Tensor, StepCalls] = {}  # in case that no backward pass comes
+        self._backpropagated: dict[Tensor, StepCalls] = {}
         self._numbers: dict[Tensor, set[int]] = {}  # of the calls that passed
         self._graded: set[Tensor] = set()  # prototypes that got a gradient since
         self._dropped: set[Tensor] = set()
-        self._counter = itertools.count()
+        self._resets: Counter[Tensor] = Counter()
+        self.next_number = 0  # of the next call with gradients in training mode
         self._banks = list(banks.values())
         for bank in self._banks:
             bank.add_observer(self)
@@ -65,29 +77,30 @@ class StepStatistics(BankObserver):
         if self.is_dropped(prototypes):
             self.drop(prototypes)
             return None
-        statistics = self.take_if_any(prototypes)
-        if statistics is None:
+        calls = self.take_if_any(prototypes)
+        if calls is None:
             raise RuntimeError(
                 "TokenNormalized needs a forward pass in training mode before each step, with gradients enabled. Check "
                 "that the training step uses the bank, that the module is in training mode, and that zero_grad "
                 "is not called between the backward pass and the step."
             )
-        return statistics
+        return calls.statistics
 
-    def take_if_any(self, marker: Tensor, *, need_backward: bool = False) -> TokenStatistics | None:
-        """Statistics since the last step, which are then reset; None where there are none.
+    def take_if_any(self, marker: Tensor, *, need_backward: bool = False) -> StepCalls | None:
+        """Calls since the last step, which are then reset; None where there are none.
 
         Args:
             marker: That of the bank.
             need_backward: Leave calls that no backward pass went through, also where there are no others.
         """
         if self.is_dropped(marker):
+            self._note_reset(marker)
             self.drop(marker)
             return None
-        call = self._backpropagated.get(marker) or (None if need_backward else self._forwarded.get(marker))
-        if call is not None:
+        calls = self._backpropagated.get(marker) or (None if need_backward else self._forwarded.get(marker))
+        if calls is not None:
             self.drop(marker)
-        return None if call is None else call.statistics
+        return calls
 
     def is_dropped(self, marker: Tensor) -> bool:
         """True if what was seen was dropped, by its gradients or on purpose, or the bank is frozen."""
@@ -99,6 +112,10 @@ class StepStatistics(BankObserver):
             kept.pop(prototypes, None)
         self._graded.discard(prototypes)
         (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
+
+    def resets(self, marker: Tensor) -> int:
+        """How often the gradients of counted calls of a bank were set to None."""
+        return self._resets[marker] + self._reset(marker)
 
     def close(self) -> None:
         """Follow no further calls; an object that no longer exists follows none either."""
@@ -112,8 +129,8 @@ class StepStatistics(BankObserver):
         marker = bank.marker
         if not (bank.training and torch.is_grad_enabled() and marker.requires_grad):
             return output
-        number = next(self._counter)
-        call = _Call(number, self._read(bank, tokens, mask, output, number))
+        number, self.next_number = self.next_number, self.next_number + 1
+        call = StepCalls((number,), self._read(bank, tokens, mask, output, number))
         _add(self._forwarded, marker, call)
         self._dropped.discard(marker)
         if marker not in self._gradient_hooks:
@@ -150,35 +167,43 @@ class StepStatistics(BankObserver):
             samples, per_sample = (tokens.shape[0], tokens[0, ..., 0].numel()) if tokens.dim() > 2 else (len(tokens), 1)
             order = joint_order(samples, per_sample, number, heads.device)
             statistics = statistics._replace(cells=cells_of(heads, prototypes, codes, flat_mask, order))
+        if self._need_moments():
+            statistics = statistics._replace(moments=moments_of(heads, flat_mask))
         return statistics.finite(output.terms.loss)
 
     @torch.no_grad()
-    def _pass(self, bank: PrototypeBank, call: _Call, gradient: Tensor) -> None:
+    def _pass(self, bank: PrototypeBank, call: StepCalls, gradient: Tensor) -> None:
         """Count a call that a gradient passes through."""
         marker = bank.marker
-        if self._reset(marker):
+        if self._note_reset(marker):
             self.drop(marker)
         numbers = self._numbers.setdefault(marker, set())
         # The prototypes may have changed their number since the call.
-        if call.number not in numbers and call.statistics.mean.shape == bank.prototypes.shape:
-            numbers.add(call.number)
+        if call.numbers[0] not in numbers and call.statistics.mean.shape == bank.prototypes.shape:
+            numbers.update(call.numbers)
             _add(self._backpropagated, marker, call)
 
     def _note_gradient(self, marker: Tensor) -> None:
         if marker in self._numbers and marker.grad is not None:
             self._graded.add(marker)
 
+    def _note_reset(self, marker: Tensor) -> bool:
+        """:meth:`_reset`, before the calls are dropped for it."""
+        reset = self._reset(marker)
+        self._resets[marker] += reset
+        return reset
+
     def _reset(self, marker: Tensor) -> bool:
         """True if the gradient of the counted calls was set to None since."""
         return marker in self._graded and marker.grad is None
 
 
-def _add(kept: dict[Tensor, _Call], marker: Tensor, call: _Call) -> None:
+def _add(kept: dict[Tensor, StepCalls], marker: Tensor, call: StepCalls) -> None:
     before = kept.get(marker)
     if before is not None and before.statistics.mean.shape == call.statistics.mean.shape:
         # Backward passes come in any order.
-        first, last = sorted((before, call), key=lambda counted: counted.number)
-        call = _Call(last.number, first.statistics.merge(last.statistics))
+        first, last = sorted((before, call), key=lambda calls: calls.numbers[-1])
+        call = StepCalls(tuple(sorted(before.numbers + call.numbers)), first.statistics.merge(last.statistics))
     kept[marker] = call
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import typed
-from ddcl_lightning.functional import critical_factor
+from ddcl_lightning.functional import TokenStatistics, critical_factor
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, POSITIVE, Rules, keep_unless, running_dtype
 from ddcl_lightning.nn.running_covariance import RunningCovariance
-from ddcl_lightning.nn.running_distortion import RunningDistortion, hard_distortion
+from ddcl_lightning.nn.running_distortion import RunningDistortion
 from ddcl_lightning.nn.settled_state import SettledState
 
 TemperatureUnit = Literal["critical", "initial", "distortion", "absolute"]
@@ -41,7 +41,7 @@ class Temperature:
         unit: ``"critical"``: a fraction of the critical temperature of the tokens, which is followed from step to step
             while training. ``"initial"``: a fraction of the critical temperature that the tokens have when the bank is
             initialized (else at its first training batch); T stays when the encoder changes their scale.
-            ``"distortion"``: a multiple of twice the mean squared distance of the tokens from their codes per
+            ``"distortion"``: a multiple of twice the mean squared distance of the tokens from their nearest codes per
             dimension, which is followed from step to step while training: T falls as the codes fit better, without a
             schedule. It suits codes that start near tokens; below 1, or T would raise itself.
             ``"absolute"``: T itself, in units of squared distance, as in the paper.
@@ -94,8 +94,8 @@ class Temperature:
 class BankTemperature(SettledState):
     """T of every head, in units of squared distance, kept in step with the tokens that it is relative to.
 
-    In training it measures the covariance of the tokens of every call, and T moves when an optimizer steps: all calls
-    between two steps see the same T.
+    In training it measures the tokens of every call, or, of a bank that moves its own prototypes, those that belong to
+    a step. T moves when an optimizer steps: all calls between two steps see the same T.
 
     Args:
         temperature: Initial value, see :class:`Temperature`.
@@ -165,29 +165,55 @@ class BankTemperature(SettledState):
     @torch.no_grad()
     def observe(self, tokens: Tensor, mask: Tensor | None, prototypes: Tensor) -> None:
         """Measure ``(H, N, d)`` tokens of a training call with mask ``(H, N)`` before they are assigned."""
-        if self.distortion is not None and not self._fixed:
-            self._add_distortion(hard_distortion(tokens.detach(), prototypes, mask), mask, tokens.shape[1], prototypes)
-            self._fixed = bool((self.distortion.mean > 0).all())
-        if self.covariance is None or (self.unit == "initial" and self._fixed):
+        if not self._follows:
             return
-        first = self.covariance.lambda_max == 0
-        self.covariance(tokens.detach(), mask)
-        if self.unit == "initial":
-            self._fixed = bool((self.covariance.lambda_max > 0).all())
-        self.measured(first)
+        first = self._unmeasured()
+        if self.covariance is not None:
+            self.covariance(tokens.detach(), mask)
+        if self.distortion is not None:
+            self.distortion(tokens.detach(), mask, prototypes.detach())
+        self._note(first)
 
     @torch.no_grad()
-    def observe_loss(self, loss: Tensor, mask: Tensor | None, num_tokens: int, prototypes: Tensor) -> None:
-        """Measure the quantization loss ``(H,)`` of a training call of N tokens with mask ``(H, N)``."""
-        if self.distortion is not None:
-            self._add_distortion(loss.detach(), mask, num_tokens, prototypes)
+    def observe_first(self, tokens: Tensor, mask: Tensor | None, prototypes: Tensor) -> None:
+        """Measure tokens as :meth:`observe` does until T is set; the first step's tokens take the place of these."""
+        if self._fixed or not self._follows:
+            return
+        self.observe(tokens, mask, prototypes)
+        self._fixed = not bool(self._unmeasured().any())
+        for running in (self.covariance, self.distortion):
+            if running is not None:
+                running.num_batches.zero_()
 
-    def _add_distortion(self, distortion: Tensor, mask: Tensor | None, num_tokens: int, prototypes: Tensor) -> None:
-        assert self.distortion is not None
-        first = self.distortion.mean == 0
-        number = distortion.new_full((), num_tokens) if mask is None else mask[0].sum()
-        self.distortion(distortion, number, prototypes.detach())
+    @torch.no_grad()
+    def observe_step(self, statistics: TokenStatistics, prototypes: Tensor) -> None:
+        """Measure the tokens of a step; cells and moments of them where the unit needs them."""
+        if not self._follows:
+            return
+        first = self._unmeasured()
+        if self.covariance is not None and statistics.moments is not None:
+            self.covariance.add(statistics.moments)
+        if self.distortion is not None and statistics.cells is not None:
+            cells = statistics.cells
+            self.distortion.add(cells.distortion.sum(-1), cells.counts[0].sum(), prototypes)
+        self._note(first)
+
+    @property
+    def _follows(self) -> bool:
+        """True if there is something to measure."""
+        measures = self.covariance is not None or self.distortion is not None
+        return measures and not (self.unit == "initial" and self._fixed)
+
+    def _note(self, first: Tensor) -> None:
+        if self.unit == "initial":
+            self._fixed = not bool(self._unmeasured().any())
         self.measured(first)
+
+    def _unmeasured(self) -> Tensor:
+        """The heads of which nothing was measured yet, ``(H,)`` boolean."""
+        running = [self.covariance.lambda_max] if self.covariance is not None else []
+        running += [self.distortion.mean] if self.distortion is not None else []
+        return torch.stack([value == 0 for value in running]).any(0)
 
     @torch.no_grad()
     def start(self, tokens: Tensor, prototypes: Tensor) -> None:
@@ -197,7 +223,7 @@ class BankTemperature(SettledState):
         if self.distortion is not None:
             self.distortion.start(tokens.to(prototypes.device), prototypes)
         if self.covariance is not None or self.distortion is not None:
-            self._fixed = bool((self.reference() > 0).all())
+            self._fixed = not bool(self._unmeasured().any())
             self.take_over()
 
     @property
@@ -226,8 +252,8 @@ class BankTemperature(SettledState):
             self.variance = self.covariance.total_variance()
         elif self.variance.is_meta:
             self.variance = torch.zeros_like(self.value)
-        if self.unit != "absolute":
-            self._fixed = bool((self.reference() > 0).all())
+        if self.covariance is not None or self.distortion is not None:
+            self._fixed = not bool(self._unmeasured().any())
 
     def extra_repr(self) -> str:
         """Value and unit, for ``print``."""

@@ -58,7 +58,7 @@ def _reduce(statistics: TokenStatistics) -> tuple[Tensor, Tensor]:
 
     The largest mass is taken out so that nothing underflows.
     """
-    log_mass, mean, _ = statistics
+    log_mass, mean = statistics.log_mass, statistics.mean
     largest = max_over_processes(log_mass)
     some = (largest > -torch.inf).unsqueeze(-1)
     weight = (log_mass - largest).exp().unsqueeze(-1).masked_fill(~some, 0.0)

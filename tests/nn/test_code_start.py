@@ -55,7 +55,7 @@ def test_codes_are_kept_until_there_are_tokens_for_all() -> None:
     quantizer = create("plain")
     quantizer(tokens(0))
     quantizer.settle()
-    for number in range(1, 7):
+    for number in range(1, 8):
         quantizer(tokens(number, 5, scale=1e3))
         assert bool(quantizer.bank.initialized)  # type: ignore[union-attr]
         assert float(quantizer.codebook.abs().max()) < 10.0

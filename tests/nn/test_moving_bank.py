@@ -5,13 +5,21 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ddcl_lightning import CodebookMetrics, CodeUpdate, SoftVectorQuantizer, Temperature, TokenNormalized
+from ddcl_lightning import (
+    CodebookMetrics,
+    CodeUpdate,
+    ResidualVectorQuantizer,
+    SoftVectorQuantizer,
+    Temperature,
+    TokenNormalized,
+)
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.nn.moving_bank import CALLS_WITHOUT_STEP
 from tests.processes import results_of_processes
@@ -80,8 +88,9 @@ def test_codes_move_at_the_step_and_at_no_other_time() -> None:
 def test_codes_take_the_token_normalized_step() -> None:
     """As an optimizer of that kind moves them."""
     settings = {"step_size": 0.3, "relocation_threshold": 0.5, "load_exponent": 0.5}
-    inside = SoftVectorQuantizer(DIM, CODES, code_update=CodeUpdate(**settings), temperature=0.1)
-    outside = SoftVectorQuantizer(DIM, CODES, code_update="optimizer", temperature=0.1)
+    temperature = Temperature(0.4, "absolute")
+    inside = SoftVectorQuantizer(DIM, CODES, code_update=CodeUpdate(**settings), temperature=temperature)
+    outside = SoftVectorQuantizer(DIM, CODES, code_update="optimizer", temperature=temperature)
     codes = torch.randn(1, CODES, DIM)
     for vq in (inside, outside):
         vq.bank.set_prototypes(codes)
@@ -100,59 +109,129 @@ def test_codes_take_the_token_normalized_step() -> None:
         torch.testing.assert_close(inside.codebook, outside.codebook)
 
 
+def far() -> Tensor:
+    return 50 * batch(50)
+
+
 def skipped_by_zero_grad(model: Model, optimizer: torch.optim.Optimizer) -> None:
-    model(batch(50)).backward()
+    model(far()).backward()
+    optimizer.zero_grad()
+
+
+def skipped_for_its_small_loss(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    (1e-6 * model(far())).backward()
     optimizer.zero_grad()
 
 
 def without_gradients(model: Model, optimizer: torch.optim.Optimizer) -> None:
     with torch.no_grad():
-        model(batch(50))
+        model(far())
 
 
 def without_backward(model: Model, optimizer: torch.optim.Optimizer) -> None:
-    model(batch(50))
+    model(far())
 
 
 def in_evaluation(model: Model, optimizer: torch.optim.Optimizer) -> None:
     model.eval()
-    model(batch(50)).backward()
+    model(far()).backward()
     model.train()
     optimizer.zero_grad()
 
 
 def in_a_copy(model: Model, optimizer: torch.optim.Optimizer) -> None:
-    copy.deepcopy(model)(batch(50)).backward()
+    copy.deepcopy(model)(far()).backward()
 
 
 def encoded(model: Model, optimizer: torch.optim.Optimizer) -> None:
-    model.vq.encode(model.encoder(batch(50)))
+    model.vq.encode(model.encoder(far()))
 
 
+def while_frozen(model: Model, optimizer: torch.optim.Optimizer) -> None:
+    model.vq.requires_grad_(False)
+    with torch.no_grad():
+        model(far())
+    model.vq.requires_grad_(True)
+
+
+TEMPERATURES = [None, 0.1, Temperature(0.1, "initial"), Temperature(0.5, "absolute")]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize(
-    "passes", [skipped_by_zero_grad, without_gradients, without_backward, in_evaluation, in_a_copy, encoded]
+    "passes",
+    [
+        skipped_by_zero_grad,
+        skipped_for_its_small_loss,
+        without_gradients,
+        without_backward,
+        in_evaluation,
+        in_a_copy,
+        encoded,
+        while_frozen,
+    ],
 )
-def test_passes_without_a_step_of_their_own_move_no_code(passes: Callable[..., None]) -> None:
-    """Beyond what they add to the running temperature."""
+def test_passes_without_a_step_of_their_own_change_nothing(passes: Callable[..., None], temperature: Any) -> None:
+    """Neither codes, nor the temperature, the weight of the commitment or the looks after 1, 2, 4, ... steps."""
     results = []
     for extra in (False, True):
-        model, optimizer = started(temperature=Temperature(0.5, "absolute"))
-        if extra:
-            passes(model, optimizer)
-        step(model, optimizer, 1)
-        results.append(model.vq.codebook.clone())
+        model, optimizer = started(temperature=temperature)
+        for number in range(1, 6):
+            if extra:
+                passes(model, optimizer)
+            step(model, optimizer, number)
+        results.append(model.state_dict())
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_accumulated_batches_move_codes_like_the_joint_one() -> None:
+@pytest.mark.parametrize(
+    "passes", [skipped_by_zero_grad, skipped_for_its_small_loss, without_gradients, without_backward, while_frozen]
+)
+@pytest.mark.parametrize("size", [CODES, 64])
+def test_codes_start_on_the_tokens_of_steps(passes: Callable[..., None], size: int) -> None:
+    """Whatever is seen before them, and also before the tokens are enough."""
+    errors = []
+    for extra in (False, True):
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for number in range(20):
+            if extra:
+                passes(model, optimizer)
+            step(model, optimizer, number, size=size)
+        z = model.encoder(batch(99, 512)).detach()
+        errors.append(float((model.vq.eval()(z).quantized - z).square().mean()))
+        assert float(model.vq.codebook.abs().max()) < 4 * float(z.abs().max())
+    assert errors[1] < 1.1 * errors[0]
+
+
+def test_passes_without_a_step_leave_residual_codes_alone() -> None:
+    results = []
+    for extra in (False, True):
+        torch.manual_seed(0)
+        rvq = ResidualVectorQuantizer(6, CODES, 3)
+        optimizer = torch.optim.SGD(rvq.parameters(), lr=0.1)
+        for number in range(20):
+            if extra and number:
+                rvq(far().requires_grad_()).quantized.square().sum().backward()
+                optimizer.zero_grad()
+            rvq(batch(number).requires_grad_()).quantized.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(rvq.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_accumulated_batches_move_codes_like_the_joint_one(temperature: Any) -> None:
     results = []
     for number in (1, 4):
-        model, optimizer = started(temperature=Temperature(0.5, "absolute"))
+        model, optimizer = started(temperature=temperature)
         optimizer.zero_grad()
         for chunk in batch(1, 64).chunk(number):
             (model(chunk) / number).backward()
         optimizer.step()
-        results.append(model.vq.codebook.clone())
+        results.append([model.vq.codebook.clone(), model.vq.bank.temperature])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -389,11 +468,13 @@ def _trained_on_half(rank: int) -> Tensor:
 
 
 def _trained(processes: int = 1, rank: int = 0) -> Tensor:
-    """Codes after a few steps on this process's rows, with gradients averaged as DDP does."""
+    """Codes after a few steps on this process's rows, with gradients averaged as DDP does, and calls of no step."""
     torch.manual_seed(0)
     encoder, vq = nn.Linear(6, DIM), SoftVectorQuantizer(DIM, CODES)
     optimizer = torch.optim.SGD([*encoder.parameters(), *vq.parameters()], lr=0.1)
     for number in range(6):
+        if number % 2 == 0:
+            vq(encoder(far()[rank::processes]))
         quantized = vq(encoder(batch(number)[rank::processes])).quantized
         optimizer.zero_grad()
         quantized.square().mean().backward()
