@@ -10,6 +10,7 @@ from ddcl_lightning.functional import (
     TokenStatistics,
     cells_of,
     code_counts,
+    moments_of,
     nearest_prototype,
     soft_assign,
     token_means,
@@ -24,12 +25,12 @@ def statistics(rows: slice) -> TokenStatistics:
     tokens, mask = TOKENS[:, rows], MASK[:, rows]
     order = torch.arange(90)[rows]
     cells = cells_of(tokens, PROTOTYPES, nearest_prototype(tokens, PROTOTYPES), mask, order)
-    return token_means(tokens, PROTOTYPES, 0.5, mask)._replace(cells=cells)
+    return token_means(tokens, PROTOTYPES, 0.5, mask)._replace(cells=cells, moments=moments_of(tokens, mask))
 
 
 def flat(value: TokenStatistics) -> list[Tensor]:
-    assert value.cells is not None
-    return [value.log_mass, value.mean, *value.cells]
+    assert value.cells is not None and value.moments is not None
+    return [value.log_mass, value.mean, *value.cells, *value.moments]
 
 
 @pytest.mark.parametrize("cuts", [[30], [1, 2, 60], [89]])
@@ -54,6 +55,17 @@ def test_token_statistics_are_those_of_the_definition() -> None:
 def test_token_statistics_without_cells_merge_to_none() -> None:
     some = statistics(slice(0, 40))
     assert some.merge(some._replace(cells=None)).cells is None
+    assert some.merge(some._replace(moments=None)).moments is None
+
+
+def test_moments_are_those_of_the_valid_tokens_far_from_zero_too() -> None:
+    number, mean, scatter = moments_of((TOKENS + 1e4).float().masked_fill(~MASK.unsqueeze(-1), torch.nan), MASK)
+    for head in range(2):
+        valid = TOKENS[head][MASK[head]]
+        assert int(number[head]) == len(valid)
+        torch.testing.assert_close(mean[head].double(), valid.mean(0) + 1e4, rtol=1e-6, atol=0)
+        expected = valid.T.cov(correction=0) * len(valid)
+        torch.testing.assert_close(scatter[head].double(), expected, rtol=2e-2, atol=0.5)
 
 
 def test_token_statistics_of_a_call_that_is_not_finite_are_those_of_no_token() -> None:
