@@ -29,7 +29,8 @@ def statistics(rows: slice) -> TokenStatistics:
 
 
 def flat(value: TokenStatistics) -> list[Tensor]:
-    assert value.cells is not None and value.moments is not None
+    assert value.cells is not None
+    assert value.moments is not None
     return [value.log_mass, value.mean, *value.cells, *value.moments]
 
 
