@@ -134,7 +134,8 @@ def effective_dimension(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     centred = _centred(tokens, mask)
     # The smaller of the two Gram matrices has the same trace and the same trace of its square.
     gram = centred.mT @ centred if tokens.shape[-1] <= tokens.shape[-2] else centred @ centred.mT
-    return gram.diagonal(dim1=-2, dim2=-1).sum(-1).square() / gram.square().sum((-1, -2))
+    shares = gram / gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]  # the square of a sum may overflow
+    return 1 / shares.square().sum((-1, -2))
 
 
 def _centred(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -133,9 +132,9 @@ def _rate(label: str, bank: PrototypeBank, head: int, tokens: Tensor, optimizers
     ]
     if not rates:
         return []
-    prototypes = bank.prototypes[head].detach().cpu().float()
-    temperature = torch.as_tensor(float(bank.temperature[head]))
-    limit = float(largest_stable_rate(assignment_statistics(tokens, prototypes, temperature).mass))
+    prototypes = bank.prototypes[head].detach().cpu().double()
+    temperature = bank.temperature[head].detach().cpu().double()
+    limit = float(largest_stable_rate(assignment_statistics(tokens.double(), prototypes, temperature).mass))
     about = "" if bank.detach_assignments else "about "
     text = f"plain gradient steps on L_q are stable up to a rate of {about}{limit:.3g}, 1 / the largest mean assignment"
     limit *= 1.0 if bank.detach_assignments else ROUGHLY

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.distributed import gather_objects, world_size
 from ddcl_lightning.functional import code_counts
 from ddcl_lightning.monitoring.health_report import CodebookReport, report_of_codes, report_of_tokens
 from ddcl_lightning.monitoring.records import BankRecord, CodebookRecord
 from ddcl_lightning.monitoring.remedies import GENERIC
+from ddcl_lightning.monitoring.scale_free import directions, lengths, power_of_two
 from ddcl_lightning.monitoring.signals import read_signals
 
 TOKENS_PER_CODE = 50  # a code without any of so many times K tokens is dead ...
@@ -42,7 +42,7 @@ class CodeWindow:
         self._non_finite = torch.zeros(self.num_heads, dtype=torch.int64)
         self._out_of_range = torch.zeros_like(self._non_finite)  # of these
         self._advice = record.advice
-        self._sample: deque[Tensor] = deque()  # (M, H, d + 1) of each reading; the last number is an error
+        self._sample: deque[Tensor] = deque()  # (M, H, d + 1) of each reading; the last number is a distance
         self._readings = 0
         self._quantizes = False
 
@@ -92,7 +92,7 @@ class CodeWindow:
             )
 
     def _add_tokens(self, tokens: Tensor, codes: Tensor) -> None:
-        """Add some valid tokens and the squared distances to their codes; the oldest that are not needed go."""
+        """Add some valid tokens and the distances to their codes; the oldest that are not needed go."""
         valid = (codes >= 0).any(0)
         finite = torch.isfinite(tokens).all(-1)
         self._non_finite += (~finite & valid).sum(-1).cpu()
@@ -104,16 +104,17 @@ class CodeWindow:
             return
         chosen = torch.from_numpy(rows).to(tokens.device)
         z, k = self._scaled(tokens[:, chosen]), codes[:, chosen]
-        error = torch.full(z.shape[:2], math.nan, device=z.device)
+        distance = z.new_full(z.shape[:2], math.nan)
         if self.codebook is not None:
             vectors = self._scaled(self.codebook).gather(1, k.clamp(min=0).unsqueeze(-1).expand_as(z))
-            error = (z - vectors).square().sum(-1).masked_fill(k < 0, math.nan)
-        self._sample.append(torch.cat([z, error.unsqueeze(-1)], -1).transpose(0, 1).cpu())
+            distance = lengths(z - vectors).to(z.dtype).masked_fill(k < 0, math.nan)
+        self._sample.append(torch.cat([z, distance.unsqueeze(-1)], -1).transpose(0, 1).cpu())
         while sum(map(len, self._sample)) - len(self._sample[0]) >= enough:
             self._sample.popleft()
 
     def _scaled(self, vectors: Tensor) -> Tensor:
-        return normalize(vectors.float(), dim=-1) if self.geometry == "cosine" else vectors.float()
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return directions(vectors) if self.geometry == "cosine" else vectors
 
     @torch.no_grad()
     def report(self, duplicate_distance: float) -> list[CodebookReport]:
@@ -132,11 +133,12 @@ class CodeWindow:
             lost = dead[head] if num_tokens >= self.size else None
             report = CodebookReport.of_counts(totals[head], num_tokens, int(non_finite[head]), lost)
             sample = rows[:, head].double()
-            finite = torch.isfinite(sample[:, :-1]).all(-1)  # not those that are too large for the sample's float32
-            report = replace(report, non_finite=report.non_finite + int((~finite).sum()))
-            report = report_of_tokens(report, sample[finite])
+            unit = power_of_two(sample[:, :-1] if len(sample) or books is None else books[head])
+            report = report_of_tokens(report, sample / unit)
             if books is not None:
-                report = report_of_codes(report, sample[finite, :-1], books[head].double(), duplicate_distance)
+                codes = books[head].double() / unit
+                report = report_of_codes(report, sample[:, :-1] / unit, codes, duplicate_distance)
+            report = replace(report, spread=report.spread * unit)
             if banks is not None:
                 report = report.of_bank(banks[head])
             report = replace(report, out_of_range=int(out_of_range[head]), enough=self.size, advice=self._advice)
@@ -170,6 +172,7 @@ class CodeWindow:
             "non_finite": self._non_finite.clone(),
             "out_of_range": self._out_of_range.clone(),
             "sample": [rows.clone() for rows in self._sample],
+            "distances": True,  # beside the tokens; before 0.2 their squares
             "readings": self._readings,
         }
 
@@ -185,4 +188,7 @@ class CodeWindow:
         window._non_finite, window._readings = state["non_finite"].clone(), state["readings"]
         window._out_of_range = state.get("out_of_range", torch.zeros_like(window._non_finite)).clone()
         window._sample = deque(rows.clone() for rows in state["sample"])
+        if not state.get("distances"):
+            for rows in window._sample:
+                rows[..., -1].sqrt_()
         return window

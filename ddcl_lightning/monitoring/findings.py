@@ -1,7 +1,7 @@
 """What a monitor has to say: findings of two levels, and a verdict."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +46,7 @@ def verdict(
     best: float = math.nan,
     probed: int | None = None,
 ) -> str:
-    """One line on a codebook: how it is now, and which signs came when, confirmed by harm or not.
+    """One line on a codebook: how it is now, and which signs came first and when, confirmed by harm or not.
 
     Args:
         name: Of the codebook, or of one of its heads.
@@ -62,15 +62,15 @@ def verdict(
     if not math.isnan(now.explained):
         when = f"{'' if probed is None else f'at step {probed}, '}at best {best:.0%}"
         about.append(f"codes explain {now.explained:.0%} of how samples differed at the start ({when})")
-    own = [finding for finding in findings if finding.codebook == name]
-    alarms = {finding.sign: finding.step for finding in own if finding.level == "alarm"}
-    notices = {finding.sign: finding.step for finding in reversed(own) if finding.sign not in alarms}
+    own = sorted((finding for finding in findings if finding.codebook == name), key=lambda finding: finding.step)
+    alarms = _first_steps(finding for finding in own if finding.level == "alarm")
+    notices = _first_steps(finding for finding in own if finding.sign not in alarms)
     if alarms:
-        about.append("ALARM: " + ", ".join(f"{sign} at step {step}" for sign, step in alarms.items()))
+        about.append("ALARM: " + ", then ".join(f"{sign} at step {step}" for sign, step in alarms.items()))
     if notices:
         gone = {sign for sign in SIGNS if sign not in holding}
         listed = ", ".join(
-            f"{sign} at step {step}{' (gone)' if sign in gone else ''}" for sign, step in reversed(notices.items())
+            f"{sign} at step {step}{' (gone)' if sign in gone else ''}" for sign, step in notices.items()
         )
         about.append(f"noticed, no harm measured: {listed}")
     if now.dead is None:  # neither dead codes nor few of them are judged so early
@@ -78,3 +78,11 @@ def verdict(
     elif not own:
         about.append("no sign of a collapse")
     return f"{name or 'codebook'}: {'; '.join(about)}"
+
+
+def _first_steps(findings: Iterable[Finding]) -> dict[str, int]:
+    """Step of the first finding of each sign, the earliest sign first."""
+    steps: dict[str, int] = {}
+    for finding in findings:
+        steps.setdefault(finding.sign, finding.step)
+    return steps

@@ -34,7 +34,7 @@ class Harm:
 def measured_harm(
     now: CodebookReport, past: HeadHistory, loss: LossHistory, rules: CollapseRules, signs: Mapping[str, str]
 ) -> list[Harm]:
-    """Harm beside signs that hold."""
+    """Harm beside signs that hold, of which the earliest come first."""
     if not signs:
         return []
     first = next(iter(signs))
@@ -82,7 +82,7 @@ def _of_loss(loss: LossHistory, rules: CollapseRules, first: str, signs: Mapping
     text = f"the loss has stalled at {loss.lowest:.4g}, where it began at {loss.first:.4g}"
     if "exploding" in signs and loss.has_stalled(rules.min_fall):
         return Harm("loss", "exploding", text, rules.patience)
-    severe = next((sign for sign in SEVERE if sign in signs), None)
+    severe = next((sign for sign in signs if sign in SEVERE), None)
     if severe is not None and loss.has_stalled(HARDLY):
         return Harm("loss", severe, text, rules.patience)
     return None

@@ -116,10 +116,10 @@ LOGGED = (
 
 
 def report_of_tokens(report: CodebookReport, rows: Tensor) -> CodebookReport:
-    """A report with the values of tokens ``(M, d + 1)`` in float64, whose last number is their squared error."""
+    """A report with the values of tokens ``(M, d + 1)`` in float64, whose last number is the distance to their code."""
     if not len(rows):
         return report
-    tokens, errors = rows[:, :-1], rows[:, -1]
+    tokens, errors = rows[:, :-1], rows[:, -1].square()
     variance = float(total_variance(tokens))
     return replace(
         report,

@@ -36,6 +36,7 @@ class HeadHistory:
         non_finite: Values that were no numbers, so far.
         is_new: Whether there were more of them in the last reading.
         travels: Whether codes that did not start from data may still be on their way to the tokens.
+        starts_out_of_scale: Whether a bank could not hold the squared spread of the tokens in the first reading.
         planned: Whether the temperature started above the critical one and is planned to fall below it.
     """
 
@@ -47,6 +48,7 @@ class HeadHistory:
     unknown: list[str] = field(default_factory=list)
     streaks: dict[str, int] = field(default_factory=dict)
     planned: bool = False
+    starts_out_of_scale: bool = False
     alarmed: list[str] = field(default_factory=list)
     harmed: dict[str, int] = field(default_factory=dict)
     non_finite: int = 0
@@ -56,6 +58,8 @@ class HeadHistory:
     def add(self, now: CodebookReport, from_data: bool = True) -> None:
         """Add one reading. Codes that did not start from data have no best separation before they have travelled."""
         self.readings += 1
+        if self.readings == 1 and now.bank is not None:
+            self.starts_out_of_scale = not now.bank.fits_dtype
         self.is_new, self.non_finite = now.non_finite > self.non_finite, now.non_finite
         self.travels = not from_data and self.readings <= TRAVEL_READINGS
         values = numbers(now)

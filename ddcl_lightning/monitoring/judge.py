@@ -1,7 +1,7 @@
 """From readings to findings: which signs have held long enough, and which of them come with measured harm."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ddcl_lightning.monitoring.findings import Finding
@@ -81,6 +81,8 @@ class Judge:
             *(OF_ANNEALING if _anneals(now, past, end) else ()),
         ):
             texts[sign] = ""
+        if texts["out_of_scale"]:
+            texts = {sign: text if sign in ("non_finite", "out_of_scale") else "" for sign, text in texts.items()}
         new = []
         for sign, text in texts.items():
             past.streaks[sign] = past.streaks.get(sign, 0) + 1 if text else 0
@@ -89,6 +91,7 @@ class Judge:
         holding = {sign: text for sign, text in texts.items() if past.streaks[sign] >= self._patience(sign)}
         if self.loss.has_jumped:  # no time to wait for a sign to last
             holding = {sign: text for sign, text in texts.items() if text}
+        holding = {sign: holding[sign] for sign in earliest_first(holding, past)}
         harms = {harm.kind: harm for harm in measured_harm(now, past, self.loss, self.rules, holding)}
         past.alarmed = [kind for kind in past.alarmed if kind in harms]
         past.harmed = {kind: past.harmed.get(kind, 0) + 1 for kind in harms}
@@ -110,7 +113,7 @@ class Judge:
             past = self.histories.get(name, HeadHistory())
             if math.isnan(now.explained) or self.loss.readings or "probe" in past.alarmed:
                 continue
-            signs = {sign: SIGNS[sign](now, past, self.rules) for sign in self.holding(name)}
+            signs = {sign: SIGNS[sign](now, past, self.rules) for sign in earliest_first(self.holding(name), past)}
             signs = {sign: text for sign, text in signs.items() if text}
             harm = harm_of_probe(now.explained, past, self.rules, next(iter(signs), ""))
             if signs and harm is not None:
@@ -120,7 +123,7 @@ class Judge:
 
     def _patience(self, sign: str) -> int:
         """Dead codes have been watched for long, and a value that is no number says enough."""
-        return 1 if sign in ("dead", "few_codes", "non_finite") else self.rules.patience
+        return 1 if sign in ("dead", "few_codes", "non_finite", "out_of_scale") else self.rules.patience
 
     def holding(self, name: str) -> list[str]:
         """Signs of a codebook that hold now; then harm is worth a measurement."""
@@ -148,6 +151,11 @@ class Judge:
         self.histories = histories_from(state["heads"])
         self.loss = LossHistory(**state["loss"])
         self.findings = [Finding(**saved) for saved in state["findings"]]
+
+
+def earliest_first(signs: Iterable[str], past: HeadHistory) -> list[str]:
+    """Signs in the order in which they came: the first is the likely cause of the others."""
+    return sorted(signs, key=lambda sign: -past.streaks.get(sign, 0))
 
 
 def _anneals(now: CodebookReport, past: HeadHistory, end: float) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ddcl_lightning._utils.distributed import gather_objects
 from ddcl_lightning._utils.modes import evaluating
@@ -17,6 +16,7 @@ from ddcl_lightning._utils.random_state import random_states, set_random_states
 from ddcl_lightning.functional import total_variance
 from ddcl_lightning.monitoring.recording import record_codebooks
 from ddcl_lightning.monitoring.records import CodebookRecord
+from ddcl_lightning.monitoring.scale_free import directions, lengths, power_of_two
 from ddcl_lightning.monitoring.sources.finding import Recordable
 
 MAX_TOKENS = 4096  # of each codebook
@@ -134,11 +134,11 @@ def _is_residual(record: CodebookRecord, previous: CodebookRecord) -> bool:
         return False
     if record.tokens.shape != previous.tokens.shape:
         return False
-    z, rest = previous.tokens.float(), record.tokens.float()
-    vectors = codebook.float().gather(1, codes.clamp(min=0).unsqueeze(-1).expand_as(z))
-    valid = (codes >= 0).unsqueeze(-1)
-    difference = (z - vectors - rest).masked_fill(~valid, 0.0).square().sum()
-    return bool(difference <= ROUNDING * z.masked_fill(~valid, 0.0).square().sum())
+    z, rest = _at_least_float32(previous.tokens), _at_least_float32(record.tokens)
+    vectors = _at_least_float32(codebook).gather(1, codes.clamp(min=0).unsqueeze(-1).expand_as(z))
+    valid = codes >= 0
+    size, difference = (lengths(lengths(each)[valid]) for each in (z, z - vectors - rest))
+    return bool(difference <= math.sqrt(ROUNDING) * size)
 
 
 def _rows(calls: Sequence[_Call]) -> tuple[Tensor, Tensor]:
@@ -153,9 +153,13 @@ def _rows_of(record: CodebookRecord) -> tuple[Tensor, Tensor]:
     heads = record.num_heads
     if codes is None or record.tokens is None:
         return torch.empty(heads, 0, 1), torch.empty(heads, 0, dtype=torch.int64)
-    tokens = record.valid_tokens().float()
-    tokens = normalize(tokens, dim=-1) if record.geometry == "cosine" else tokens
+    tokens = _at_least_float32(record.valid_tokens())
+    tokens = directions(tokens) if record.geometry == "cosine" else tokens
     return tokens.cpu(), (codes if record.mask is None else codes[:, record.mask[0]]).cpu()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def explained_by_levels(tokens: Tensor, codes: Sequence[Tensor], num_codes: int) -> float:
@@ -171,7 +175,7 @@ def explained_by_levels(tokens: Tensor, codes: Sequence[Tensor], num_codes: int)
     Returns:
         As of :func:`explained_variance`.
     """
-    rest, left = tokens.double(), 1.0
+    rest, left = tokens.double() / power_of_two(tokens), 1.0
     for level in codes:
         left *= 1 - explained_variance(rest, level, num_codes)
         if not left > 0:

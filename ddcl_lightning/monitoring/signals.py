@@ -146,6 +146,8 @@ class HeadSignals:
         counts: Tokens nearest to each prototype, K numbers.
         descends: What descent on ``L_q`` lowers: ``L_q``, with detached assignments ``L_q - T H``
             (:func:`~ddcl_lightning.functional.lyapunov`).
+        fits_dtype: Whether the squared scale is a normal number in the dtype of the prototypes; elsewhere the bank's
+            own distances are none.
         logged: Attributes for a logger, by the names that they have there.
     """
 
@@ -174,6 +176,7 @@ class HeadSignals:
     mass: Tensor
     counts: Tensor
     descends: float = math.nan
+    fits_dtype: bool = True
 
     @property
     def relative_separation(self) -> float:
@@ -213,11 +216,13 @@ def read_signals(record: BankRecord, recent_tokens: Tensor | None = None) -> lis
         One entry per head. T_c is 0 and T / T_c infinite where the tokens have no variance.
     """
     tokens = record.valid_tokens() if recent_tokens is None else recent_tokens
-    apart = separation(record.codebook)
-    use = assignment_statistics(record.tokens, record.codebook, record.temperature, record.mask)
-    loss = decompose(record.tokens, record.codebook, record.temperature, record.mask).loss
-    descends = lyapunov(loss, record.temperature, use.entropy, detach_assignments=record.detach_assignments)
+    batch, codebook, temperature = record.tokens.double(), record.codebook.double(), record.temperature.double()
+    apart = separation(codebook)
+    use = assignment_statistics(batch, codebook, temperature, record.mask)
+    loss = decompose(batch, codebook, temperature, record.mask).loss
+    descends = lyapunov(loss, temperature, use.entropy, detach_assignments=record.detach_assignments)
     critical = critical_temperature(tokens, detach_assignments=record.detach_assignments)
+    limits = torch.finfo(record.codebook.dtype)
     scale, dimension = total_variance(tokens).sqrt(), effective_dimension(tokens)
     return [
         HeadSignals(
@@ -230,9 +235,10 @@ def read_signals(record: BankRecord, recent_tokens: Tensor | None = None) -> lis
             critical=float(critical[head]),
             entropy=float(use.entropy[head]),
             num_prototypes=record.codebook.shape[1],
-            mass=use.mass[head].cpu(),
+            mass=use.mass[head].float().cpu(),
             counts=use.counts[head].cpu(),
             descends=float(descends[head]),
+            fits_dtype=limits.tiny < float(scale[head]) ** 2 < limits.max or not scale[head] > 0,
         )
         for head in range(record.codebook.shape[0])
     ]

@@ -41,6 +41,17 @@ def above_critical(now: CodebookReport, past: HeadHistory, rules: CollapseRules)
     )
 
 
+def out_of_scale(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
+    """Tokens of a bank whose squared distances its dtype cannot hold, from the first reading on."""
+    if now.bank is None or now.bank.fits_dtype or not past.starts_out_of_scale:
+        return ""
+    return (
+        f"the spread of the tokens is {now.bank.scale:.3g}, and the bank's dtype cannot hold its square: neither its "
+        "assignments nor its temperature mean anything, and no other sign is judged. "
+        f"{sentence('Scale the tokens to a spread near 1', now.advice.scale)}."
+    )
+
+
 def falling(now: CodebookReport, past: HeadHistory, rules: CollapseRules) -> str:
     """A separation (without a temperature that over the spread) that has fallen from its best, and still falls."""
     name = "separation" if now.bank is None else "delta"
@@ -223,6 +234,7 @@ SIGNS: Mapping[str, Sign] = {
     sign.__name__: sign
     for sign in (
         non_finite,
+        out_of_scale,
         above_critical,
         falling,
         flat,

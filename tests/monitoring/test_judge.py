@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddcl_lightning import CollapseRules
-from ddcl_lightning.monitoring.findings import Finding
+from ddcl_lightning.monitoring.findings import Finding, verdict
 from ddcl_lightning.monitoring.health_report import CodebookReport
 from ddcl_lightning.monitoring.history import (
     TREND_READINGS,
@@ -396,3 +396,25 @@ def test_trend_is_the_slope_of_the_least_squares_line() -> None:
 def test_rules_refuse_numbers_out_of_their_range(argument: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CollapseRules(**{argument: value})
+
+
+def test_the_verdict_names_the_first_step_of_each_alarm_the_earliest_alarm_first() -> None:
+    findings = [
+        Finding("alarm", sign, "book", step, "")
+        for sign, step in (("dead", 30), ("falling", 10), ("few_codes", 20), ("falling", 40), ("dead", 50))
+    ]
+    line = verdict("book", HEALTHY, findings, [])
+    assert "; ALARM: falling at step 10, then few_codes at step 20, then dead at step 30" in line
+
+
+def test_an_alarm_is_of_the_sign_that_came_first() -> None:
+    judge = Judge(RULES)
+    told(judge, *[replace(HEALTHY, bank=bank(0.1))] * 3)
+    late = replace(HEALTHY, extent=1e4, bank=bank(0.1))
+    told(judge, *[late] * 5)
+    (alarm,) = (
+        finding
+        for finding in told(judge, *[replace(late, token_rank=1.0, explained=0.01)] * 5)
+        if finding.level == "alarm"
+    )
+    assert alarm.sign == "diverging"  # `flat` comes first in the list of signs

@@ -6,7 +6,7 @@ import math
 import pickle
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -395,10 +395,59 @@ def test_report_of_two_processes_is_that_of_all_tokens(tmp_path: Path) -> None:
         assert first["codebook"][key] == expected or key == "farthest"  # there are several
 
 
-def test_numbers_beyond_float32_are_an_alarm_and_no_error() -> None:
+def at_scale(scale: float, geometry: Literal["euclidean", "cosine"], dtype: torch.dtype) -> CodebookMonitor:
+    """Healthy codes at a scale."""
+    generator = torch.Generator().manual_seed(0)
     monitor = CodebookMonitor(every_n_calls=1, on_collapse="ignore")
-    tokens, codes = torch.randn(64, 4).double() * 1e39, torch.randn(8, 4).double() * 1e39
-    for _ in range(3):
-        monitor.update(tokens, codes, torch.randint(0, 8, (64,)))
+    centers = 3 * torch.randn(8, 4, dtype=torch.float64, generator=generator)
+    for _ in range(10):
+        codes = torch.randint(8, (256,), generator=generator)
+        tokens = centers[codes] + 0.3 * torch.randn(256, 4, dtype=torch.float64, generator=generator)
+        monitor.update((tokens * scale).to(dtype), (centers * scale).to(dtype), codes, geometry=geometry)
         monitor.check()
-    assert "non_finite" in {finding.sign for finding in monitor.findings}
+    return monitor
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "cosine"])
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        *((scale, torch.float32) for scale in (1e37, 1e30, 1e19, 1e-13, 1e-23, 1e-30, 1e-40)),
+        *((scale, torch.float64) for scale in (1e200, 1e39, 1e-60, 1e-200)),
+    ],
+)
+def test_numbers_are_free_of_the_scale_of_the_tokens(
+    geometry: Literal["euclidean", "cosine"], scale: float, dtype: torch.dtype
+) -> None:
+    monitor, expected = at_scale(scale, geometry, dtype), at_scale(1.0, geometry, torch.float64).latest["codebook"]
+    assert monitor.findings == []
+    row = monitor.latest["codebook"]
+    for name in ("separation", "token_rank", "code_rank", "commitment", "extent", "duplicates", "closest"):
+        assert getattr(row, name) == pytest.approx(getattr(expected, name), rel=1e-3), name
+    unit = 1.0 if geometry == "cosine" else scale
+    assert row.spread == pytest.approx(unit * expected.spread, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-30])
+def test_a_bank_that_cannot_hold_squared_distances_gets_one_notice_that_says_so(scale: float) -> None:
+    layer, centers = DDCLAttention(4, 8), 3 * torch.randn(8, 4)
+    monitor = CodebookMonitor(layer, every_n_calls=1, on_collapse="ignore")
+    layer.bank.initialize((centers.repeat(8, 1) + 0.3 * torch.randn(64, 4)).unsqueeze(0) * scale)
+    for _ in range(15):
+        layer((centers.repeat(32, 1) + 0.3 * torch.randn(256, 4)).unsqueeze(0) * scale)
+        monitor.check()
+    (notice,) = monitor.findings
+    assert (notice.level, notice.sign) == ("notice", "out_of_scale")
+    assert "Scale the tokens" in notice.text
+
+
+def test_squared_distances_of_an_older_state_are_taken_over() -> None:
+    monitor = fed()
+    state = monitor.state_dict()
+    window = state["windows"]["codebook"]
+    del window["distances"]
+    for rows in window["sample"]:
+        rows[..., -1].square_()
+    restored = CodebookMonitor()
+    restored.load_state_dict(state)
+    assert restored.report()["codebook"].commitment == pytest.approx(monitor.report()["codebook"].commitment)

@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ddcl_lightning import CodebookMonitor, ResidualVectorQuantizer, VectorQuantizer, find_codebooks
-from ddcl_lightning.monitoring.probe import MAX_TOKENS, Probe, explained_by_levels, explained_variance
+from ddcl_lightning.monitoring.probe import MAX_TOKENS, Probe, _after, _Call, explained_by_levels, explained_variance
+from ddcl_lightning.monitoring.records import CodebookRecord
 from tests.monitoring.codebook_cases import CASES
 
 
@@ -235,3 +236,14 @@ def test_a_level_that_gets_a_projection_of_the_residual_is_not_measured() -> Non
     model = case.make()
     explained = Probe(model, find_codebooks(model), lambda: case.call(model)).read()
     assert [math.isnan(values[0]) for values in explained.values()] == [False, True, True]
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_a_level_is_told_from_another_codebook_at_every_scale(scale: float) -> None:
+    z, book, codes = scale * torch.randn(64, 4), scale * torch.randn(8, 4), torch.randint(8, (64,))
+    first = CodebookRecord.of_codes(z, book, codes)
+    calls: list[_Call] = []
+    calls.append(_after(calls, "level0", first))
+    level = _after(calls, "level1", CodebookRecord.of_codes(z - book[codes], book, codes))
+    other = _after(calls, "other", CodebookRecord.of_codes(scale * torch.randn(64, 4), book, codes))
+    assert (level.before, other.before) == ((calls[0],), ())
