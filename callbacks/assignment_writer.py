@@ -27,6 +27,7 @@ from ddcl_lightning.callbacks._id_table import (
 )
 from ddcl_lightning.checkpoints.codebook_files import check_codebook_path, save_codebooks
 from ddcl_lightning.datamodules._origin import check_names, listing, writable
+from ddcl_lightning.nn.quantizer_base import require_started
 
 
 class AssignmentWriter(BasePredictionWriter):
@@ -58,7 +59,8 @@ class AssignmentWriter(BasePredictionWriter):
 
     Raises:
         ImportError: Before prediction starts, if codebooks are to be written and safetensors is missing.
-        ValueError: If an argument is out of its range. Path and format are checked before prediction starts.
+        ValueError: If an argument is out of its range; before prediction starts, if a path or format does not do, or
+            the codes of a quantizer have not started.
         TypeError: During prediction, if ``predict_step`` returns something else.
     """
 
@@ -83,6 +85,8 @@ class AssignmentWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the file can be written, before the work and not after it."""
         self._tables, self._counted = [], {}
+        for name, child in pl_module.named_modules():
+            require_started(child, f"{name or 'the module'} of a prediction")
         if self.codebooks is not None:
             check_codebook_path(self.codebooks, "codebooks")
             check_place(self.codebooks, "codebooks", compat.current_datamodule(trainer))

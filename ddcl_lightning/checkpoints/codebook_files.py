@@ -11,6 +11,7 @@ from ddcl_lightning._utils.files import whole_file
 from ddcl_lightning.functional import nearest_prototype
 from ddcl_lightning.functional.id_collisions import check_ids
 from ddcl_lightning.nn.balanced_ids import LevelQuantizer
+from ddcl_lightning.nn.quantizer_base import require_started
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -34,15 +35,17 @@ class Codebooks(NamedTuple):
         """IDs of vectors: at each level the code that is nearest to what the levels before have left.
 
         Args:
-            vectors: ``(N, d)``, as the quantizer reads them: what an encoder makes of an item.
+            vectors: ``(N, d)``, as the quantizer reads them: what an encoder makes of an item. Half precisions are
+                computed in float32.
 
         Returns:
-            ``(N, L)`` int64.
+            ``(N, L)`` int64, as the quantizer gives them: both leave residuals in float32 or wider. Only ties within
+            rounding may differ, as on another device.
         """
-        rest, ids = vectors.to(self.codebook.dtype), []
+        rest, ids = vectors.to(torch.promote_types(vectors.dtype, self.codebook.dtype)), []
         for codes in self.codebook:
             ids.append(nearest_prototype(rest, codes))
-            rest = rest - codes[ids[-1]]
+            rest = rest - codes[ids[-1]].to(rest.dtype)
         return torch.stack(ids, 1)
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -62,8 +65,10 @@ def codebooks_of(quantizer: LevelQuantizer) -> Codebooks:
     """A copy of the codes of a residual quantizer.
 
     Raises:
-        ValueError: If it does something else than its codes alone, as one of tokens that are projected or scaled.
+        ValueError: If its codes have not started, or it does something else than its codes alone, as one of tokens
+            that are projected or scaled.
     """
+    require_started(quantizer, "quantizer")
     codebook = quantizer.codebook.detach().float().cpu().clone()
     device = quantizer.codebook.device
     levels, size = codebook.shape[:2]
@@ -102,7 +107,8 @@ def save_codebooks(quantizer: LevelQuantizer, path: str | Path) -> None:
 
     Raises:
         ImportError: Without safetensors (``pip install 'ddcl-lightning[hub]'``).
-        ValueError: If the name ends in something else, or the quantizer does something else than its codes alone.
+        ValueError: If the name ends in something else, the quantizer does something else than its codes alone, or its
+            codes have not started.
         OSError: If the file cannot be written.
     """
     check_codebook_path(path)

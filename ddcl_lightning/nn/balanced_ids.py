@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddcl_lightning._utils.arguments import conform, described, require_at_least
 from ddcl_lightning.functional import assign_balanced, group_tuples
+from ddcl_lightning.nn.quantizer_base import require_started
 
 
 class LevelQuantizer(Protocol):
@@ -48,7 +49,8 @@ def encode_balanced(quantizer: LevelQuantizer, vectors: Tensor, capacity: int = 
         ``(N, L)`` int64, on the device of the vectors.
 
     Raises:
-        ValueError: If the shape does not fit, the capacity is below 1 or the quantizer has one level.
+        ValueError: If the shape does not fit, the capacity is below 1, or the quantizer has one level or codes that have not
+            started.
         TypeError: If vectors are no tensor.
     """
     require_at_least(1, capacity=conform("capacity", capacity, int))
@@ -63,6 +65,7 @@ def encode_balanced(quantizer: LevelQuantizer, vectors: Tensor, capacity: int = 
         raise ValueError(
             f"vectors must have shape (N, D), a row for each of all items; got {tuple(vectors.shape)}. Flatten them."
         )
+    require_started(quantizer, "quantizer")
     ids = quantizer.encode(vectors)
     groups = group_tuples(ids)
     prefix = group_tuples(ids[:, :-1]).group

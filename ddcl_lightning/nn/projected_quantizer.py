@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.compat import exporting, recomputing
 from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning._utils.modes import evaluating
-from ddcl_lightning.functional._common import zero_padding
+from ddcl_lightning.functional._common import accumulation_dtype, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.code_start import TOKENS_PER_CODE, CodeStart
 from ddcl_lightning.nn.commitment import Commitment
@@ -43,6 +43,11 @@ class ProjectedQuantizer(Quantizer):
     def moving_banks(self) -> list[MovingBank]:
         """The banks that move their codes themselves, in the order in which they start."""
         return [bank for bank in self.modules() if isinstance(bank, MovingBank)]
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """True if codes that start on tokens have not seen enough of them; frozen codes wait for none."""
+        return any(not bool(bank.initialized) and not bank.is_frozen for bank in self.moving_banks())
 
     def settle(self) -> None:
         """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
@@ -191,6 +196,7 @@ class ProjectedQuantizer(Quantizer):
 
 @torch.no_grad()
 def residual_of(bank: PrototypeBank, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Residual of tokens ``(*, width)``, on any device, after the hard codes of a bank."""
+    """Residual of tokens ``(*, width)``, on any device, after the hard codes of a bank, in float32 or wider."""
+    tokens = tokens.to(accumulation_dtype(tokens))
     vectors: Tensor = bank.vectors(bank.encode(tokens.to(bank.prototypes.device), mask))
     return tokens - vectors.to(tokens)

@@ -88,6 +88,16 @@ def check_indices(indices: Tensor, fits: bool, num_codes: int, shape: str) -> No
     check_code_range("indices", indices, f"num_codes = {num_codes}", num_codes)
 
 
+def require_started(quantizer: Any, argument: str) -> None:
+    """Raise a ValueError if the codes of a quantizer have not started; one that does not say is trusted."""
+    if getattr(quantizer, "waits_for_tokens", False):
+        raise ValueError(
+            f"{argument} must be a quantizer whose codes have started; those of this {type(quantizer).__name__} are "
+            "random: it has seen no tokens in training mode, or fewer than four per code. Train it, load its weights, "
+            "or freeze it with requires_grad_(False) where random codes are meant."
+        )
+
+
 class Quantizer(nn.Module, ABC):
     """Replaces tokens by codes. Subclass it, set ``dim`` and ``num_codes``, and write ``forward``.
 
@@ -107,6 +117,11 @@ class Quantizer(nn.Module, ABC):
     def output_dim(self) -> int:
         """Dimension of the quantized tokens: D unless a quantizer overrides it."""
         return self.dim
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """True while codes that start on tokens of a training run have none yet; such codes mean nothing."""
+        return False
 
     @abstractmethod
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> QuantizerOutput:

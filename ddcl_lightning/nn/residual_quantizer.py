@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.functional._common import require_finite
+from ddcl_lightning.functional._common import accumulation_dtype, require_finite
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.commitment import check_ratio
 from ddcl_lightning.nn.joint_moments import relative_errors
@@ -126,7 +126,8 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         if self.training:
             self._start(embedded, mask)
         used = self._draw_levels()
-        residual, total = embedded.detach(), torch.zeros_like(embedded)
+        residual = embedded.detach().to(accumulation_dtype(embedded))  # half precision would round what levels leave
+        total = torch.zeros_like(residual)
         codes, anchors, terms, residuals = [], [], [], []
         for level in range(self.num_levels):
             bank = self.bank(level)
@@ -166,8 +167,9 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             mask: As for the forward pass; the indices of tokens that are not valid are -1.
         """
         with evaluating(self.scale):
-            residual = self._embed(self.layout.tokens(z, mask), mask)
-        require_finite(residual, mask)
+            embedded = self._embed(self.layout.tokens(z, mask), mask)
+        require_finite(embedded, mask)
+        residual = embedded.to(accumulation_dtype(embedded))
         codes = []
         for level in range(self.num_levels):
             codes.append(self.bank(level).encode(residual, mask))

@@ -78,6 +78,11 @@ class VectorQuantizer(GuardedState, Quantizer):
         """d, dimension of the codes."""
         return self.codebook.shape[1]
 
+    @property
+    def waits_for_tokens(self) -> bool:
+        """True before a k-means start; frozen codes wait for none."""
+        return self.init == "kmeans" and self.codebook.requires_grad and not bool(self.initialized)
+
     def prototype_parameters(self) -> list[nn.Parameter]:
         """The codebook."""
         return [self.codebook]

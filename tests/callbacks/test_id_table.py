@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ddcl_lightning import DDCLReadoutModule, IdentityBackbone, MLPDecoder, SemanticIDs
+from ddcl_lightning import (
+    DDCLReadoutModule,
+    IdentityBackbone,
+    MLPDecoder,
+    QuantizerReadout,
+    ResidualVectorQuantizer,
+    SemanticIDs,
+    VectorQuantizer,
+)
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary
 from ddcl_lightning.callbacks._id_table import fill_disambiguation, id_lines, with_id_columns
 from ddcl_lightning.checkpoints.codebook_files import load_codebooks
@@ -78,6 +86,18 @@ def test_codebooks_that_cannot_be_written_are_refused_before_the_work(tmp_path: 
     plain = DDCLReadoutModule(IdentityBackbone(2), MeanPooling(), SemanticIDs(MLPDecoder(2, widths=(8,))))
     with pytest.raises(ValueError, match="codebooks are of a residual quantizer; DDCLReadoutModule has none"):
         predict(AssignmentWriter(None, codebooks=str(tmp_path / "codes.safetensors")), module=plain)
+
+
+@pytest.mark.parametrize("kind", ["residual", "kmeans"])
+def test_predictions_of_codes_that_have_not_started_are_refused_before_the_work(kind: str, tmp_path: Path) -> None:
+    quantizer = ResidualVectorQuantizer(2, 3, 2) if kind == "residual" else VectorQuantizer(2, 3, init="kmeans")
+    task = SemanticIDs(MLPDecoder(2, widths=(8,)))
+    module = DDCLReadoutModule(IdentityBackbone(2), QuantizerReadout(quantizer), task)
+    with pytest.raises(
+        ValueError, match=r"head\.quantizer of a prediction must be a quantizer whose codes have started"
+    ):
+        predict(AssignmentWriter(str(tmp_path / "items.csv")), module=module)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_codes_of_an_id_take_the_place_of_assignments() -> None:

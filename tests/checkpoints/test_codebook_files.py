@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddcl_lightning import ResidualVectorQuantizer
+from ddcl_lightning import ResidualVectorQuantizer, encode_balanced
 from ddcl_lightning.checkpoints.codebook_files import Codebooks, codebooks_of, load_codebooks, save_codebooks
 from tests.tiny_ids import CODEBOOK, IDS, ITEMS, GivenCodes
 
@@ -26,6 +26,41 @@ def test_codes_of_a_file_are_those_of_the_quantizer(tmp_path: Path) -> None:
     assert torch.equal(codebooks.encode(vectors), ids)
     for levels in (1, 2, 3):
         torch.testing.assert_close(codebooks.decode(ids[:, :levels]), quantizer.decode(ids[:, :levels]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("whole", [False, True])
+def test_ids_of_a_file_are_those_of_the_quantizer_in_every_dtype(dtype: torch.dtype, whole: bool) -> None:
+    quantizer = ResidualVectorQuantizer(16, 64, 4)
+    for _ in range(10):
+        quantizer(torch.randn(512, 16))
+        quantizer.settle()
+    quantizer.eval()
+    quantizer = quantizer.to(dtype) if whole else quantizer
+    vectors = torch.randn(10_000, 16).to(dtype)
+    ids, codebooks = quantizer.encode(vectors), codebooks_of(quantizer)
+    assert torch.equal(codebooks.encode(vectors), ids)
+    assert torch.equal(quantizer(vectors).indices, ids)
+    if dtype != torch.float64:
+        assert torch.equal(codebooks.encode(vectors.float()), ids)
+
+
+def test_codes_that_have_not_started_are_refused(tmp_path: Path) -> None:
+    quantizer, vectors = ResidualVectorQuantizer(5, 16, 3), torch.randn(400, 5)
+    for act in (
+        lambda: save_codebooks(quantizer, tmp_path / "codes.safetensors"),
+        lambda: encode_balanced(quantizer, vectors),
+    ):
+        with pytest.raises(
+            ValueError, match=r"codes have started; those of this ResidualVectorQuantizer are random: .* Train it"
+        ):
+            act()
+    assert list(tmp_path.iterdir()) == []
+    frozen = ResidualVectorQuantizer(5, 16, 3).requires_grad_(False)
+    save_codebooks(frozen, tmp_path / "codes.safetensors")
+    quantizer(vectors)
+    save_codebooks(quantizer, tmp_path / "codes.safetensors")
+    assert torch.equal(load_codebooks(tmp_path / "codes.safetensors").codebook, quantizer.codebook)
 
 
 def test_codes_by_hand() -> None:
