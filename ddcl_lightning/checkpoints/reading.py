@@ -17,6 +17,7 @@ from ddcl_lightning._utils.files import whole_file
 from ddcl_lightning.nn.guarded_state import DAMAGED
 
 NUM_OPTIMIZER_TENSORS = "ddcl_optimizer_tensors"  # key in a checkpoint
+HYPER_PARAMETERS = ("hparams", "module_arguments", "hyper_parameters")  # the first two: Lightning's of old
 MOST_TRIED = 5  # checkpoints beside a damaged one that are looked into
 _KEYWORDS = ("best", "last", "hpc", "registry")
 
@@ -64,7 +65,10 @@ def read_checkpoint(path: str | Path, to_resume: bool = False) -> dict[str, Any]
     if not file.is_file():
         raise ValueError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}.{_others(file)}")
     status = file.stat()
-    state: dict[str, Any] = _read(file, status.st_ino, status.st_size, status.st_mtime_ns)
+    try:
+        state: dict[str, Any] = _read(file, status.st_ino, status.st_size, status.st_mtime_ns)
+    except ValueError as error:
+        raise ValueError(f"{error}{_others(file, to_resume)}") from error.__cause__
     missing = _missing(state, to_resume)
     if missing:
         raise ValueError(
@@ -81,20 +85,18 @@ def _read(file: Path, *version: int) -> Any:
     """The file as it is in this version; its archive knows a checksum of each entry, which torch passes over."""
     broken = _broken_entry(file)
     if broken is not None:
-        raise ValueError(
-            _damaged(repr(str(file)), f"the checksum of its entry {broken!r} is another one") + _others(file)
-        )
+        raise ValueError(_damaged(repr(str(file)), f"the checksum of its entry {broken!r} is another one"))
     try:
         return torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(file):
             raise ValueError(
                 f"ckpt_path must be a checkpoint of `ddcl fit`; {str(file)!r} holds Python objects, which run code "
-                f"when they are loaded. None was loaded.{_others(file)}"
+                "when they are loaded. None was loaded."
             ) from error
         raise ValueError(
             f"ckpt_path must be a checkpoint of `ddcl fit`; {str(file)!r} cannot be read as one: it is torn, or of "
-            f"another kind.{_others(file)}"
+            "another kind."
         ) from error
 
 
@@ -157,25 +159,50 @@ def _missing(state: Any, to_resume: bool) -> list[str]:
     """Entries that a checkpoint lacks, or has in another form."""
     forms: dict[str, type] = {"state_dict": dict, "pytorch-lightning_version": str}
     if to_resume:
-        forms |= {"loops": dict, "optimizer_states": list}
+        forms |= {"loops": dict, "optimizer_states": list, "lr_schedulers": list}
     entries = state if isinstance(state, dict) else {}
     missing = [name for name, form in forms.items() if not isinstance(entries.get(name), form)]
     # Every run of `ddcl fit` has an optimizer: without its state training would go on from another point.
     return missing or ["optimizer_states"] * (to_resume and not entries["optimizer_states"])
 
 
+def begins_anew(state: Mapping[str, Any]) -> list[str]:
+    """What a run that goes on from a checkpoint begins anew, or cannot compare, since the file lacks it; sentences."""
+    sentences = []
+    if not any(state.get(key) for key in HYPER_PARAMETERS):
+        sentences.append(
+            "It holds no 'hyper_parameters': the model is built as the config says, whatever it was trained with."
+        )
+    if not state.get("callbacks"):
+        sentences.append(
+            "It holds no 'callbacks': the order of the data, best checkpoints, early stopping, schedules of the "
+            "temperature and readings of monitors begin anew."
+        )
+    return sentences
+
+
 def _others(file: Path, to_resume: bool = False) -> str:
-    """The newest checkpoint beside a file that is none."""
+    """The newest checkpoint beside a file that is none, of those that are whole."""
     beside = [other for other in file.parent.glob("*.ckpt") if other != file and other.is_file()]
     beside.sort(key=lambda other: other.stat().st_mtime, reverse=True)
     for other in beside[:MOST_TRIED]:
-        try:
-            state = torch.load(other, map_location="meta", weights_only=True)
-        except Exception:
-            continue
-        if not _missing(state, to_resume):
+        if _is_whole(other, to_resume):
             return f" Beside it lies {str(other)!r}."
     return " Take one that `ddcl fit` wrote, below lightning_logs/ by default."
+
+
+def _is_whole(file: Path, to_resume: bool) -> bool:
+    """True if a file can be read, and no number in its weights is NaN or infinite."""
+    if _broken_entry(file) is not None:
+        return False
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    if _missing(state, to_resume) or _damage(state, to_resume) is not None:
+        return False
+    tensors = [value for value in state["state_dict"].values() if isinstance(value, torch.Tensor)]
+    return all(bool(torch.isfinite(value).all()) for value in tensors)
 
 
 def cannot_be_restored(error: BaseException, path: Any) -> str:

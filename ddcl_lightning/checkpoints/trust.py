@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ddcl_lightning._utils import compat
 from ddcl_lightning.backbones.base import Backbone
-from ddcl_lightning.checkpoints.reading import is_keyword, read_checkpoint
+from ddcl_lightning.checkpoints.reading import HYPER_PARAMETERS, is_keyword, read_checkpoint
 from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.nn.quantizer_base import Quantizer
@@ -30,7 +30,6 @@ from ddcl_lightning.tasks.base import Task
 PLUGINS = (Backbone, Head, Task, Decoder, Quantizer, pl.LightningModule, pl.LightningDataModule)
 GROUP = "ddcl_lightning.plugins"  # entry points of packages whose metadata name no dependency on this one
 OPTIMIZERS = ("prototype_optimizer", "encoder_optimizer")
-HYPER_PARAMETERS = ("hparams", "module_arguments", "hyper_parameters")  # the first two: Lightning's of old
 _OWN = "ddcl-lightning"
 _PLAIN = (str, int, float, bool, complex, bytes, types.NoneType, Path)
 _CONTAINERS = (list, tuple, set, frozenset, dict, Sequence, Mapping)

@@ -22,6 +22,7 @@ from ddcl_lightning._utils.distributed import end_together
 from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
 from ddcl_lightning._utils.seeding import check_seed
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
+from ddcl_lightning.checkpoints.reading import begins_anew, is_keyword, read_checkpoint
 from ddcl_lightning.checkpoints.trust import check_hyper_parameters, stored_hyper_parameters
 from ddcl_lightning.cli.config_files import check_config, check_text, check_words
 from ddcl_lightning.cli.dropped_callbacks import dropped_callbacks
@@ -120,8 +121,12 @@ class DDCLCommandLine(LightningCLI):
         if config.get("weights_only") is None:
             config["weights_only"] = True  # Lightning's default is to run the pickles of a URL
         given = {value for value in vars(config.as_flat()).values() if isinstance(value, str)}
+        resumes = self.config.get("subcommand") == "fit"
         with _refusals(ValueError):
-            stored = stored_hyper_parameters(path, to_resume=self.config.get("subcommand") == "fit")
+            stored = stored_hyper_parameters(path, to_resume=resumes)
+            anew = begins_anew(read_checkpoint(path, to_resume=True)) if resumes and not is_keyword(path) else []
+            if anew:
+                rank_zero_warn(f"ckpt_path {str(path)!r} is not all that a run leaves. {' '.join(anew)}")
             check_hyper_parameters(DDCLReadoutModule, stored, str(path), trusted=given)
 
     def _warn_of_dropped_callbacks(self) -> None:

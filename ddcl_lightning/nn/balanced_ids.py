@@ -49,8 +49,8 @@ def encode_balanced(quantizer: LevelQuantizer, vectors: Tensor, capacity: int = 
         ``(N, L)`` int64, on the device of the vectors.
 
     Raises:
-        ValueError: If the shape does not fit, the capacity is below 1, or the quantizer has one level or codes that have not
-            started.
+        ValueError: If the shape does not fit, the capacity is below 1, or the quantizer has one level or codes
+            that have not started.
         TypeError: If vectors are no tensor.
     """
     require_at_least(1, capacity=conform("capacity", capacity, int))

@@ -64,6 +64,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({**good, "ddcl_class_names": ["cat", "dog"]}, folder / "animals.ckpt")
     torch.save({name: value for name, value in good.items() if name != "optimizer_states"}, folder / "weights.ckpt")
     torch.save({**good, "optimizer_states": []}, folder / "reset.ckpt")
+    lacking = {name: value for name, value in good.items() if name not in ("hyper_parameters", "callbacks")}
+    torch.save(lacking, folder / "lacking.ckpt")
     flipped = bytearray(whole.read_bytes())
     flipped[len(flipped) // 2] ^= 255
     (folder / "flipped.ckpt").write_bytes(flipped)
@@ -117,6 +119,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_with_one_way_out(
 ) -> None:
     words = [*QUIET, "--config", "digits", "--ckpt_path", str(checkpoints / f"{name}.ckpt")]
     line = fails(capsys, command, *words)
+    beside = line.partition("Beside it lies '")[2].partition("'")[0]
+    broken = {Path(file).stem for file in TAMPERED} - {"temperature"} if command == "fit" else {"step", "epoch"}
+    assert Path(beside).stem not in {"flipped", *broken}
     rule = "ckpt_path must be an undamaged checkpoint; "
     assert re.match(rf"{rule}'\S+{name}\.ckpt' is damaged: .*{expected}.*\. Take another\.", line), line
     assert "Use the config" not in line
@@ -128,6 +133,14 @@ def test_weights_alone_are_refused_where_training_is_to_go_on(
 ) -> None:
     for name in ("weights", "reset"):
         assert "'optimizer_states'" in fails(capsys, *FIT, "--ckpt_path", str(checkpoints / f"{name}.ckpt"))
+
+
+def test_what_a_resumed_run_begins_anew_is_one_warning(checkpoints: Path) -> None:
+    with pytest.warns(UserWarning) as caught:  # noqa: PT030 - the texts are compared below
+        main([*FIT, "--ckpt_path", str(checkpoints / "lacking.ckpt"), "--summary.enabled=false"])
+    (text,) = (str(each.message) for each in caught if "lacking.ckpt" in str(each.message))
+    assert "holds no 'hyper_parameters': the model is built as the config says" in text
+    assert "holds no 'callbacks': the order of the data, best checkpoints" in text
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "explain"])
