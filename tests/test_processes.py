@@ -1,6 +1,8 @@
 """What is promised of several processes: nothing hangs, and they see what one process sees."""
 
+import os
 import re
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, Reconstruction
+from ddcl_lightning import ConvBackbone, ConvDecoder, DDCLReadoutModule, DigitsDataModule, Reconstruction
 from ddcl_lightning._utils.distributed import (
     CollectiveError,
     from_first_process,
@@ -257,3 +259,29 @@ def test_an_error_of_one_process_ends_all(failing: int, tmp_path: Path) -> None:
     healthy = outcomes[1 - failing].output
     assert "another process of this run has ended" in healthy
     assert "Traceback" not in healthy
+
+
+def signalled_in_setup(words: list[str], place: str) -> None:
+    """A fit of which the second process is told to end before training."""
+
+    def setup(self: Any, *args: Any, **kwargs: Any) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *args, **kwargs)
+
+    owner = {"data": DigitsDataModule, "module": DDCLReadoutModule, "start": FitSummary}[place]
+    hook = "on_fit_start" if place == "start" else "setup"
+    original: Any = getattr(owner, hook)
+    setattr(owner, hook, setup)
+    main(["fit", *words])
+
+
+@pytest.mark.parametrize("place", ["data", "module", "start"])
+def test_a_signal_to_one_process_before_training_ends_all_alike(place: str, tmp_path: Path) -> None:
+    first, second = run_processes(
+        tmp_path, signalled_in_setup, [*TWO, "--trainer.max_epochs=1", "--data.limit=400"], place, limit=60.0
+    )
+    assert (first.code, second.code) == (143, 143), (first, second)
+    assert "Ended by SIGTERM, which another process of this run got." in first.output
+    assert "error" not in first.output
+    assert "Traceback" not in first.output

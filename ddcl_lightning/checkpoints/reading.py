@@ -167,7 +167,7 @@ def _missing(state: Any, to_resume: bool) -> list[str]:
 
 
 def begins_anew(state: Mapping[str, Any]) -> list[str]:
-    """What a run that goes on from a checkpoint begins anew, or cannot compare, since the file lacks it; sentences."""
+    """Sentences about what a checkpoint lacks, which a run that goes on from it begins anew or cannot compare."""
     sentences = []
     if not any(state.get(key) for key in HYPER_PARAMETERS):
         sentences.append(

@@ -19,7 +19,8 @@ from lightning_utilities.core.enums import StrEnum
 from ddcl_lightning import backbones, datamodules, decoders, heads, tasks  # noqa: F401 - for their short class names
 from ddcl_lightning._utils import compat
 from ddcl_lightning._utils.distributed import end_together
-from ddcl_lightning._utils.interruption import Interrupted, interruptible, signal_name
+from ddcl_lightning._utils.endings import tell_others, told_by_others
+from ddcl_lightning._utils.interruption import INTERRUPTION, Interrupted, interruptible, signal_name
 from ddcl_lightning._utils.seeding import check_seed
 from ddcl_lightning.callbacks import AssignmentWriter, FitSummary, SaveOnSignal
 from ddcl_lightning.checkpoints.reading import begins_anew, is_keyword, read_checkpoint
@@ -36,7 +37,7 @@ from ddcl_lightning.cli.errors import (
     sentence,
     unwritable,
 )
-from ddcl_lightning.cli.output_files import events_unwritten, silent_writers
+from ddcl_lightning.cli.output_files import events_unwritten, silent_writers, whole_hparams
 from ddcl_lightning.cli.overruled import overruled_settings, refusal
 from ddcl_lightning.cli.run_config import SaveRunConfig, add_run_config, next_command
 from ddcl_lightning.explain.trainer import ExplainingTrainer, check_request
@@ -172,6 +173,9 @@ class DDCLCommandLine(LightningCLI):
             if _wants_traceback() or (short is None and not isinstance(error, CHECKED)):
                 raise
             _refuse(short or explain(sentence(error), self.parser))
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None:  # processes that are started from here end with this one
+            INTERRUPTION.forward = launcher.kill
         given = self.config.get(self.subcommand) or {}
         if given.get("ckpt_path") == "last" and not compat.finds_last_checkpoint(self.trainer):
             _refuse(
@@ -193,7 +197,7 @@ def main(args: ArgsType = None) -> None:
         args: Words after ``ddcl``, or a config as a dict; by default those of the process.
     """
     unwritten: list[OSError] = []
-    with interruptible(), silent_writers(unwritten):
+    with interruptible(), silent_writers(unwritten), whole_hparams():
         try:
             _main(args)
             sys.stdout.flush()
@@ -204,6 +208,7 @@ def main(args: ArgsType = None) -> None:
                 raise
             _refuse(str(unwritable(error)))
         except Interrupted as end:
+            tell_others(end.number)
             if not end.reported:
                 print(f"Ended by {signal_name(end.number)}; nothing was written.", file=sys.stderr)
             raise SystemExit(end.code) from None
@@ -272,6 +277,9 @@ def _run(args: ArgsType) -> None:
         end_together()
     except Exception as error:
         lost = lost_process(error)
+        if lost is not None and (number := told_by_others()) is not None:
+            print(f"Ended by {signal_name(number)}, which another process of this run got.", file=sys.stderr)
+            raise SystemExit(128 + number) from None
         short = lost or refused_in_worker(error) or damaged(error) or (None if is_refusal(error) else unwritable(error))
         if short is not None and not _wants_traceback():
             _refuse(short)

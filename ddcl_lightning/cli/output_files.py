@@ -1,4 +1,4 @@
-"""What a command writes beside its results: the config of a run, whole, and events of TensorBoard, by a thread."""
+"""What a command writes beside its results: config and hyperparameters, whole, and events of TensorBoard."""
 
 import threading
 from collections.abc import Iterator
@@ -8,10 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import csv_logs, tensorboard
 
 from ddcl_lightning._utils.files import make_folder, whole_file
 
 WRITERS = "tensorboard"
+LOGGERS: tuple[Any, ...] = (csv_logs, tensorboard)  # those that write hyperparameters
 
 
 class WholeConfig(SaveConfigCallback):
@@ -37,6 +40,27 @@ class WholeConfig(SaveConfigCallback):
         make_folder(self._folder, "trainer.default_root_dir")
         with whole_file(Path(self._folder) / self.config_filename) as draft:
             self.parser.save(self.config, str(draft), **{**form, "overwrite": True})
+
+
+@contextmanager
+def whole_hparams() -> Iterator[None]:
+    """Context manager in which Lightning's loggers write hparams.yaml whole: one that is there is not written again."""
+    before = [module.save_hparams_to_yaml for module in LOGGERS]
+
+    def save(path: Any, hparams: Any, **options: Any) -> None:
+        if "://" in str(path):
+            save_hparams_to_yaml(path, hparams, **options)
+            return
+        with whole_file(path) as draft:
+            save_hparams_to_yaml(draft, hparams, **options)
+
+    try:
+        for module in LOGGERS:
+            vars(module)["save_hparams_to_yaml"] = save
+        yield
+    finally:
+        for module, function in zip(LOGGERS, before, strict=True):
+            vars(module)["save_hparams_to_yaml"] = function
 
 
 @contextmanager

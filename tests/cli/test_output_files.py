@@ -1,6 +1,7 @@
 """What a command writes beside its results, where there is no room for it: one sentence, and nothing torn."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +26,30 @@ def test_the_config_of_a_run_is_written_whole_and_runs_again(tmp_path: Path) -> 
     main(["fit", "--config", str(saved)])
     again = tmp_path / "lightning_logs" / "version_1" / "config.yaml"
     assert yaml.safe_load(again.read_text()) == yaml.safe_load(saved.read_text())
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_hyperparameters_are_written_whole(logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = yaml.dump
+
+    def stops(values: Any, stream: Any = None, **options: Any) -> Any:
+        if stream is None:  # a trial of one value
+            return dump(values, **options)
+        stream.write("rho: ")
+        stream.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning.pytorch.core.saving.yaml.dump", stops)
+    monkeypatch.setattr("lightning.pytorch.core.saving._OMEGACONF_AVAILABLE", False)
+    words = [*BARE, f"--trainer.logger={logger}", f"--trainer.logger.save_dir={tmp_path}"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "digits", *words])
+    assert not list(tmp_path.rglob("*hparams*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "digits", *words, "--trainer.fast_dev_run=false"])
+    (saved,) = tmp_path.rglob("hparams.yaml")
+    assert yaml.safe_load(saved.read_text())["rho"] == 0.01
 
 
 def test_a_config_for_which_there_is_no_room_is_one_sentence(
