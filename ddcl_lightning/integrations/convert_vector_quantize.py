@@ -1,5 +1,7 @@
 """Codebooks that vector-quantize-pytorch has trained, in quantizers of ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ RESIDUAL_REFUSED = {  # numbers above 1 of a ResidualVQ
 }
 PROBES, AGREEMENT = 256, 0.99  # tokens on which a conversion is tried, and the share that must come out the same
 TOLERANCE = 1e-4  # of the largest number, within which vectors are the same
-SIDES = {3: (PROBES,), 4: (16, 16), 5: (4, 8, 8)}  # of inputs with the channels first, by number of dimensions
+CHANNELS_LAST = {"accept_image_fmap": False, "accept_3d_fmap": False, "channel_last": True}  # attributes of layers
 
 
 @torch.no_grad()
@@ -78,7 +80,7 @@ def convert_quantizer(layer: nn.Module, tokens: Tensor | None = None, **options:
         if own is not None and source is not None:
             own.load_state_dict(source.state_dict())
     quantizer.to(codes[0].device).train(layer.training)
-    _require_same_results(layer, quantizer, dim)
+    _require_same_results(layer, quantizer, dim, decided["channels"] == "first")
     if tokens is not None:
         quantizer.revive(tokens)
     return quantizer
@@ -120,27 +122,24 @@ def _require_counterpart(level: Any) -> None:
         )
 
 
-def _require_same_results(layer: Any, quantizer: SoftVectorQuantizer | ResidualVectorQuantizer, dim: int) -> None:
+def _require_same_results(
+    layer: Any, quantizer: SoftVectorQuantizer | ResidualVectorQuantizer, dim: int, has_channels_first: bool
+) -> None:
     """Raise a ValueError if the two make something else of tokens of the codes' own scale, whatever the reason."""
     spread, mean = torch.std_mean(quantizer.codebook.float())
     generator = torch.Generator().manual_seed(0)
     tokens = (torch.randn(PROBES, dim, generator=generator) * spread.cpu() + mean.cpu()).to(quantizer.codebook)
-    rank = 3
-    if _has_channels_first(layer, layer.layers[0] if hasattr(layer, "layers") else layer):
-        maps, volumes = (getattr(layer, name, False) for name in ("accept_image_fmap", "accept_3d_fmap"))
-        rank = 5 if volumes else 4 if maps else 3
-        tokens = tokens.T.reshape(1, dim, *SIDES[rank])
-    else:
-        tokens = tokens.unsqueeze(0)
-    with evaluating(layer), evaluating(quantizer):
-        (vectors, indices), own = layer(tokens)[:2], quantizer(tokens)
-    quantizer.layout.forget(rank)
+    # Each token is quantized by itself, whatever the layout: versions of the library fail on maps of a ResidualVQ.
+    with evaluating(layer), evaluating(quantizer), _channels_last(layer):
+        vectors, indices = _call(layer, tokens.unsqueeze(0))
+        own = quantizer(tokens.T.unsqueeze(0) if has_channels_first else tokens.unsqueeze(0))
+    quantized = own.quantized.mT if has_channels_first else own.quantized
+    quantizer.layout.forget(3)
     if indices.numel() == own.indices.numel():  # theirs have a dimension for one level, too
         indices = indices.reshape(own.indices.shape)
-    same = indices.shape == own.indices.shape and vectors.shape == own.quantized.shape
     agreement = 0.0
-    if same:
-        gap, size = ((vectors - value).abs().amax(1 if rank > 3 else -1) for value in (own.quantized, 0.0))
+    if indices.shape == own.indices.shape and vectors.shape == quantized.shape:
+        gap, size = ((vectors - value).abs().amax(-1) for value in (quantized, 0.0))
         close = gap <= TOLERANCE * size.max()
         agreement = min(float(value.float().mean()) for value in (indices == own.indices, close))
     if agreement < AGREEMENT:
@@ -148,6 +147,36 @@ def _require_same_results(layer: Any, quantizer: SoftVectorQuantizer | ResidualV
             f"layer gives other indices or vectors than its codes in our quantizer to {1 - agreement:.0%} of random "
             f"tokens, so it has an option that ours has no counterpart of; got {layer}."
         )
+
+
+def _call(layer: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors and indices of tokens ``(B, N, D)`` in a layer."""
+    try:
+        vectors, indices = layer(tokens)[:2]
+    except Exception as error:
+        raise ValueError(
+            f"layer must take tokens {tuple(tokens.shape)} in evaluation mode, on which the conversion is tried; its "
+            f"own call ends in {type(error).__name__}: {error}. Set the codes of ours by bank.set_prototypes()."
+        ) from error
+    return vectors, indices
+
+
+@contextmanager
+def _channels_last(layer: nn.Module) -> Iterator[None]:
+    """Context manager in which a layer takes ``(B, N, D)``, whatever the layout of its input."""
+    before = [
+        (module, name, getattr(module, name))
+        for module in layer.modules()
+        for name in CHANNELS_LAST
+        if isinstance(getattr(module, name, None), bool)
+    ]
+    try:
+        for module, name, _ in before:
+            setattr(module, name, CHANNELS_LAST[name])
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _codes(level: Any) -> Tensor:

@@ -63,6 +63,41 @@ def test_feature_maps_keep_their_channels_first() -> None:
     assert torch.equal(vq(maps).indices, layer(maps)[1])
 
 
+@pytest.mark.parametrize(
+    ("option", "shape"),
+    [
+        ({"accept_image_fmap": True}, (4, DIM, 5, 6)),
+        ({"accept_3d_fmap": True}, (4, DIM, 2, 5, 6)),
+        ({"channel_last": False}, (4, DIM, 30)),
+    ],
+)
+@pytest.mark.parametrize("projects", [False, True])
+def test_a_residual_vq_of_maps_is_converted_where_the_library_itself_fails_on_maps(
+    option: dict[str, bool], shape: tuple[int, ...], projects: bool
+) -> None:
+    arguments = {"dim": DIM, "codebook_size": CODES, "num_quantizers": 3, "codebook_dim": 4 if projects else None}
+    torch.manual_seed(0)
+    layer, last = library.ResidualVQ(**arguments, **option).eval(), library.ResidualVQ(**arguments).eval()
+    last.load_state_dict(layer.state_dict())
+    maps = torch.randn(shape)
+    vectors, indices, _ = last(maps.flatten(2).mT)
+    output = convert_quantizer(layer)(maps)
+    assert output.quantized.shape == maps.shape
+    assert torch.equal(output.indices.flatten(1, -2), indices)
+    torch.testing.assert_close(output.quantized.flatten(2).mT, vectors, rtol=1e-4, atol=1e-4)
+    for module in (layer, *layer.layers):  # as it was
+        assert all(getattr(module, name, value) == value for name, value in option.items())
+
+
+def test_a_layer_whose_own_call_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = library.VectorQuantize(dim=DIM, codebook_size=CODES)
+    monkeypatch.setattr(layer, "forward", lambda tokens: tokens @ tokens)
+    with pytest.raises(
+        ValueError, match=r"must take tokens \(1, 256, 8\) in evaluation mode, .* ends in RuntimeError: "
+    ):
+        convert_quantizer(layer)
+
+
 @pytest.mark.parametrize("levels", [1, 3])
 def test_dead_codes_are_revived_and_living_ones_stay(levels: int) -> None:
     layer: nn.Module
