@@ -16,8 +16,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 KEPT_BYTES = 2**27  # that a data set may hold in memory; what is larger is read from a file, row by row
 CHUNK_BYTES = 2**22  # of rows that are looked at together
+MAGIC = (b"\x93NUM", b"PK\x03\x04")  # first bytes of .npy and .npz
 T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Reason for which NumPy cannot read a file, in a few words: what it does not know it takes for a pickle."""
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    if "pickle" not in reason and "Python objects" not in reason:
+        return reason
+    with path.open("rb") as file:
+        known = file.read(4) in MAGIC
+    return "it holds Python objects, not numbers" if known else "it is a file of another kind under that name"
 
 
 class TemporaryFolder:

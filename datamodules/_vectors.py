@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._parquet import ParquetColumn, open_parquet, record_batches
-from ddcl_lightning.datamodules._storage import Floats, StoredVectors, store_vectors
+from ddcl_lightning.datamodules._storage import Floats, StoredVectors, store_vectors, why_unreadable
 from ddcl_lightning.datamodules._tables import Columns, check_names, frame_columns, read_columns, require_column
 
 Source: TypeAlias = str | Path | npt.NDArray[Any] | Tensor | pd.DataFrame
@@ -73,9 +73,6 @@ def is_table(source: Source) -> bool:
     return isinstance(source, pd.DataFrame)
 
 
-MAGIC = (b"\x93NUM", b"PK\x03\x04")  # first bytes of .npy and .npz
-
-
 # Arrays -----------------------------------------------------------------------------------------
 
 
@@ -113,11 +110,7 @@ def _from_npz(path: Path, name: str | Sequence[str] | None) -> StoredVectors:
 
 
 def _unreadable(path: Path, error: Exception, what: str) -> ValueError:
-    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-    if "pickle" in reason or "Python objects" in reason:  # NumPy takes whatever it does not know for a pickle
-        with path.open("rb") as file:
-            known = file.read(4) in MAGIC
-        reason = "it holds Python objects, not numbers" if known else "it is a file of another kind under that name"
+    reason = why_unreadable(path, error)
     return ValueError(f"path must be {what}; {path} cannot be read ({reason}). Save it anew, as numbers (N, F).")
 
 

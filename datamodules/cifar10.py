@@ -10,6 +10,7 @@ import torch
 from ddcl_lightning.datamodules._images import ImageFetch, JpegStore, PixelStore
 from ddcl_lightning.datamodules._optional import require
 from ddcl_lightning.datamodules._partition import Loaded
+from ddcl_lightning.datamodules._storage import why_unreadable
 from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
 
 FOLDER = "cifar-10-batches-py"
@@ -57,7 +58,10 @@ class CIFAR10DataModule(TorchvisionDataModule):
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in ARRAYS}
         except (KeyError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise ValueError(f"path must be an .npz file with {', '.join(ARRAYS)}; {path} is not ({error}).") from None
+            raise ValueError(
+                f"path must be an .npz file with {', '.join(ARRAYS)}; {path} is not ({why_unreadable(path, error)}). "
+                f"Write it anew, or give the folder {FOLDER}."
+            ) from None
         names = tuple(map(str, arrays["classes"]))
         if names != self.class_names:
             raise ValueError(f"classes of {path} must be {', '.join(self.class_names)}; got {', '.join(names)}.")

@@ -1,9 +1,9 @@
 """Signals that ended another process of a run, so that the others end alike and say so."""
 
 from contextlib import suppress
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import Store, distributed_c10d
 
 KEY = "ddcl_ended_by"
 
@@ -28,5 +28,10 @@ def told_by_others() -> int | None:
     return None
 
 
-def _store() -> Store | None:
-    return distributed_c10d._get_default_store() if dist.is_available() and dist.is_initialized() else None
+def _store() -> Any:
+    """Store that the processes have met in, or None outside of a group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    from torch.distributed import distributed_c10d  # not there in a build without it
+
+    return distributed_c10d._get_default_store()

@@ -88,7 +88,7 @@ class Decider:
         logits, all_terms, below = sums
         tokens, mask = self.inputs(readout)
         with torch.autocast(tokens.device.type, enabled=False):
-            without = _without(self.head, self.classifier, tokens, mask)
+            without = self.head.logits_without(tokens, mask, self.classifier)
         chosen = summary.predicted.to(logits.device).long()
         others = logits.scatter(1, chosen.unsqueeze(1), -torch.inf).argmax(1)
         terms = margins(all_terms, chosen, others)[0]
@@ -180,7 +180,7 @@ def prototype_effects(
         if start < most:
             count = most - start
             given = (tokens[:count], None if mask is None else mask[:count])
-            without = _without(head, classifier, *given)
+            without = head.logits_without(*given, classifier)
             if without is not None:
                 whole = readout_logits(head, classifier)(*given).double().softmax(-1)
                 probability, chosen = whole.max(-1)
@@ -192,12 +192,6 @@ def prototype_effects(
     mean = total / len(samples)
     knock_out = torch.cat(falls).mean(0) if falls else None
     return Effects(len(samples), mean - mean.mean(-1, keepdim=True), sum(map(len, falls)), knock_out)
-
-
-def _without(head: Head, classifier: nn.Linear, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Logits without each prototype ``(B, H, K, C)``, where the head says them."""
-    method = getattr(head, "logits_without", None)
-    return None if method is None else method(tokens, mask, classifier)
 
 
 def _numpy(values: Tensor) -> npt.NDArray[np.float64]:

@@ -127,11 +127,11 @@ def area(curves: Tensor) -> Tensor:
 @torch.no_grad()
 def knock_out_falls(
     head: Head, classifier: nn.Linear, tokens: Tensor, mask: Tensor | None, classes: Tensor, others: Tensor | None
-) -> Tensor:
+) -> Tensor | None:
     """Fall of the margin when a prototype is taken out and its tokens go to the others.
 
     Args:
-        head: With ``logits_without``, such as a :class:`~ddcl_lightning.DDCLReadout`.
+        head: The head.
         classifier: Reads ``pooled``.
         tokens: ``(B, T, D)``.
         mask: ``(B, T)`` boolean, or None.
@@ -139,10 +139,12 @@ def knock_out_falls(
         others: Classes to compare with, ``(B,)``; None for the class's logit alone.
 
     Returns:
-        ``(B, H, K)``; NaN for the only prototype of a head.
+        ``(B, H, K)``; NaN for the only prototype of a head. None where the head cannot say (``logits_without``).
     """
+    without = head.logits_without(tokens, mask, classifier)
+    if without is None:
+        return None
     whole = margins(readout_logits(head, classifier)(tokens, mask), classes, others)
-    without: Tensor = head.logits_without(tokens, mask, classifier)  # type: ignore[operator]
     return whole[:, None, None] - margins(without, classes, others)
 
 
@@ -191,11 +193,11 @@ def measure(
                 areas.append(_areas(logits, *given, orders, classes[rows], steps))
                 counts.append(number[rows.cpu()])
         most = min(most, max(1, KNOCK_OUTS // by_prototype[0].numel()))
-        if hasattr(head, "logits_without") and start < most and by_prototype[0].numel() > 1:
+        if start < most and by_prototype[0].numel() > 1:
             rows = torch.arange(min(len(tokens), most - start), device=tokens.device)
             given = (tokens[rows], None if mask is None else mask[rows])
             fall = knock_out_falls(head, classifier, *given, classes[rows], others[rows])
-            falls += _falls(fall, by_prototype[rows])
+            falls += [] if fall is None else _falls(fall, by_prototype[rows])
     deletion, insertion, knock_out = None, None, None
     if areas:
         table = torch.cat(areas)

@@ -73,15 +73,14 @@ def _made_of(view: InputView, number: int, head: HeadView, prefix: str) -> str:
     """Shares in words, with what each prototype stands for, a link to it, and what is left without it."""
     shares = view.shares[number].tolist()
     named, others = ranked(shares)
-    words = []
+    made = ""
     for k in named:
         about = caption(head.prototypes[k])
         meaning = f' <span class="soft">({escape(about)})</span>' if about else ""
         without = knock_out(view.decision, number, k) if view.decision is not None else ""
-        words.append(
-            f'{percent(shares[k])} <a href="#{anchor(prefix, k)}">prototype {k}</a>{meaning} {without}'.rstrip()
-        )
-    return ", ".join([*words, *([others] if others else [])])
+        made += f'{percent(shares[k])} <a href="#{anchor(prefix, k)}">prototype {k}</a>{meaning}'
+        made += f" {without} " if without else ", "  # a chip needs no comma behind it
+    return f"{made}{others}" if others else made.rstrip(", ")
 
 
 def _verdict(view: InputView) -> str:

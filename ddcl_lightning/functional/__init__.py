@@ -34,7 +34,6 @@ from ddcl_lightning.functional.phase_transition import (
     split_margins,
 )
 from ddcl_lightning.functional.quantization import quantize
-from ddcl_lightning.functional.slots import prototype_slots
 from ddcl_lightning.functional.split import SplitTest, split_test
 from ddcl_lightning.functional.stability import descent_violation, free_energy, largest_stable_rate, lyapunov
 from ddcl_lightning.functional.token_statistics import (
@@ -82,7 +81,6 @@ __all__ = [
     "prototype_attention",
     "prototype_attention_reference",
     "prototype_critical_temperatures",
-    "prototype_slots",
     "quantize",
     "repulsion_energy",
     "sample_codes",

@@ -147,6 +147,22 @@ class Head(nn.Module, ABC):
             "DDCLReadout has them, and so have the plain means."
         )
 
+    def logits_without(self, tokens: Tensor, mask: Tensor | None, classifier: nn.Linear) -> Tensor | None:
+        """Logits of a linear classifier with one prototype taken out, whose tokens go to the others of its head.
+
+        Args:
+            tokens: ``(B, T, embed_dim)``.
+            mask: ``(B, T)`` boolean, True for valid tokens.
+            classifier: Reads ``pooled``.
+
+        Returns:
+            ``(B, H, K, C)``, NaN for the only prototype of a head; None from a head that cannot say, as by default.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        return None
+
     @property
     def pools_assignments(self) -> bool:
         """True if ``pooled`` is a function of the readout's ``assignments`` alone; a head that is so overrides it."""

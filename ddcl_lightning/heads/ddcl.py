@@ -46,8 +46,8 @@ class DDCLReadout(Head):
             ``"histogram"``: mean assignment (which prototypes occur, ``H * K`` numbers); ``"both"``: concatenated;
             ``"tokens"``: mean of the tokens themselves; ``"tokens_histogram"``: that and the mean assignment;
             ``"slots"``: for every prototype the mean of the tokens that it is responsible for
-            (:func:`~ddcl_lightning.functional.prototype_slots`, ``H * K * d`` numbers), as projected. All but the first
-            store the assignments while training. See docs/measurements.md for which is good at what.
+            (``H * K * d`` numbers), as projected. All but the first store the assignments while training. See
+            docs/measurements.md for which is good at what.
         residual: Add the tokens themselves to their mixtures (eq. 5).
         embedding_scale: ``"none"``, ``"unit"``, ``"per_dimension"``, ``"total"`` or ``"whiten"``, see
             :class:`~ddcl_lightning.EmbeddingScale`; ``"auto"`` whitens exactly when an encoder is trained without a

@@ -173,7 +173,13 @@ class Tokens(Summary):
 
 
 class Slots(Summary):
-    """For every prototype the mean of the tokens that it is responsible for, H * K * d numbers."""
+    """For every prototype the mean of the tokens that it is responsible for, H * K * d numbers.
+
+    Assignments say which prototypes a token belongs to; normalized over tokens they say which tokens belong to a
+    prototype, whatever its share of the sample. It is the read-out of one iteration of slot attention (Locatello et al.
+    2020, Algorithm 1, lines 7 and 8) with distances to prototypes as its logits, in log space: a prototype that no
+    token is near gets the tokens nearest to it, not 0 / 0.
+    """
 
     def width(self, layer: DDCLAttention) -> int:
         """H * K * d."""

@@ -9,13 +9,15 @@ from torch import Tensor
 def lengths(vectors: Tensor) -> Tensor:
     """Norms ``(...)`` of vectors ``(..., d)``, in their dtype."""
     largest = _largest(vectors)
-    return (vectors / largest).norm(dim=-1) * largest.squeeze(-1)
+    rescaled: Tensor = torch.linalg.vector_norm(vectors / largest, dim=-1)
+    return rescaled * largest.squeeze(-1)
 
 
 def directions(vectors: Tensor) -> Tensor:
     """Vectors ``(..., d)`` of norm 1; zero where they are zero."""
     rescaled = vectors / _largest(vectors)
-    return rescaled / rescaled.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    norms: Tensor = torch.linalg.vector_norm(rescaled, dim=-1, keepdim=True)
+    return rescaled / norms.clamp(min=torch.finfo(vectors.dtype).tiny)
 
 
 def power_of_two(values: Tensor) -> float:

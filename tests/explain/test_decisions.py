@@ -129,6 +129,7 @@ def test_shares_stand_beside_a_prediction_only_where_it_reads_them(case: Any) ->
     assert explanation.reads_shares is reads
     assert ("Shares, which the prediction reads" in cards) is reads
     assert ('class="bar"' in cards) is reads
+    assert not re.search(r'class="without">[^<]*</span>\s*,', cards)  # it would stand apart from the chip
     if not reads:
         assert not re.search(r"\d+\xa0% <a[^>]*>prototype", cards)
 
@@ -143,7 +144,7 @@ def test_knock_outs_are_those_of_the_head(case: Any) -> None:
     for view in explanation.inputs[:3]:
         batch = next(iter(DataLoader([text_data().rows[view.sample.index]])))
         tokens, mask = module.backbone(batch)
-        without = module.head.logits_without(tokens, mask, module.task.classifier)  # type: ignore[operator]
+        without = module.head.logits_without(tokens, mask, module.task.classifier)
         chosen = int(logits_of(module, view.sample.index).argmax())
         expected = without.softmax(-1)[0, ..., chosen]
         torch.testing.assert_close(torch.tensor(view.decision.without).float(), expected.detach(), atol=1e-4, rtol=0)

@@ -88,12 +88,18 @@ def test_token_weights_are_their_definition(weights: Any) -> None:
         assert not bool(readout.token_weights[i, ~mask[i]].any())
 
 
+def test_heads_that_cannot_take_a_prototype_out_say_none() -> None:
+    head = MeanPooling(embed_dim=DIM).eval()
+    assert head.logits_without(*batch(), nn.Linear(head.pooled_dim, 3)) is None
+
+
 @pytest.mark.parametrize("pooling", ["centroid", "histogram", "both", "slots", "tokens_histogram"])
 def test_a_prototype_that_is_left_out_gives_its_tokens_to_the_others(pooling: Any) -> None:
     head = DDCLReadout(5, 2, 3, pooling=pooling, embed_dim=DIM).eval()
     tokens, mask = batch()
     classifier = nn.Linear(head.pooled_dim, 3)
     without = head.logits_without(tokens, mask, classifier)
+    assert without is not None
     assert without.shape == (4, 2, 5, 3)
     far = DDCLReadout(5, 2, 3, pooling=pooling, embed_dim=DIM).eval()
     far.load_state_dict(head.state_dict())

@@ -6,7 +6,7 @@ from tiny import absolute
 from torch import Tensor
 
 from ddcl_lightning import DDCLReadout, ReadoutOutput, Temperature
-from ddcl_lightning.functional import Decomposition, prototype_slots, repulsion_energy
+from ddcl_lightning.functional import Decomposition, repulsion_energy, soft_assign
 from ddcl_lightning.heads.ddcl import Pooling
 
 
@@ -134,14 +134,25 @@ def test_slots_are_one_summary_per_prototype() -> None:
     assert pooled.shape == (2, head.pooled_dim) == (2, 2 * 3 * 5)
     bank, projection = head.attention.bank, head.attention.input_projection
     assert projection is not None
-    expected = prototype_slots(projection(tokens[1:, :4])[..., 5:], bank.prototypes[1], 2.0)
-    torch.testing.assert_close(pooled[1, 15:], expected[0].flatten())
+    embedded = projection(tokens[1, :4])[:, 5:]
+    q = soft_assign(embedded, bank.prototypes[1], 2.0)  # (T, K)
+    torch.testing.assert_close(pooled[1, 15:], ((q / q.sum(0)).T @ embedded).flatten())
     pooled.square().sum().backward()
     assert bank.prototypes.grad is not None
     assert bank.prototypes.grad.abs().max() > 0
     assert head(tokens, mask).assignments is None
     assert head.eval()(tokens, mask).assignments.shape == (2, 2, 3)
     torch.testing.assert_close(head(tokens, mask).pooled, pooled)
+
+
+def test_the_slot_of_a_prototype_far_from_every_token_is_the_nearest_token() -> None:
+    """Its assignments underflow to zero, where a plain quotient is 0 / 0."""
+    head = DDCLReadout(2, pooling="slots", embed_dim=3, temperature=absolute(0.01))
+    head.attention.bank.set_prototypes(torch.stack([torch.zeros(3), torch.full((3,), 1e2)]).unsqueeze(0))
+    tokens = torch.randn(1, 7, 3)
+    slot = head(tokens).pooled.unflatten(-1, (2, 3))[0, 1]
+    nearest = torch.cdist(tokens[0], torch.full((1, 3), 1e2)).argmin()
+    torch.testing.assert_close(slot, tokens[0, nearest])
 
 
 def test_slots_find_a_token_that_a_mean_drowns() -> None:
