@@ -199,6 +199,18 @@ def train_head(
     options: Options,
 ) -> Run:
     """Accuracy after the last epoch on the evaluation data, and what the head is made of."""
+    module, scores = fit_head(backbone, data, config, rate, seed, 1 if options.quick else config["epochs"])
+    return {
+        **{name: scores[f"val/{name}"] for name in ("acc", "f1")},
+        "parameters": module.head.num_parameters(),
+        "classifier": sum(parameter.numel() for parameter in module.task.parameters()),
+    }
+
+
+def fit_head(
+    backbone: TransformersBackbone, data: TextDataModule, config: Config, rate: float, seed: int, epochs: int
+) -> tuple[DDCLReadoutModule, dict[str, float]]:
+    """The trained head with its classifier, and its metrics after the last epoch on the evaluation data."""
     pl.seed_everything(seed, verbose=False)
     module = DDCLReadoutModule(
         backbone,
@@ -213,14 +225,9 @@ def train_head(
         TemperatureAnnealing(start=config["temperature"], end=config["temperature"], schedule="linear"),
         KMeansInitialization(num_restarts=1, max_tokens=8192, progress=False),
     ]
-    epochs = 1 if options.quick else config["epochs"]
     trainer = quiet_trainer(epochs, callbacks, check_val_every_n_epoch=epochs)
     trainer.fit(module, datamodule=data)
-    return {
-        **{name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("acc", "f1")},
-        "parameters": module.head.num_parameters(),
-        "classifier": sum(parameter.numel() for parameter in module.task.parameters()),
-    }
+    return module, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 @cache

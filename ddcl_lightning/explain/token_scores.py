@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ddcl_lightning.heads.base import Head
 from ddcl_lightning.heads.hierarchical import HierarchicalReadout
+from ddcl_lightning.heads.pooling import PoolingHead
 
 Logits = Callable[[Tensor, Tensor | None], Tensor]  # of tokens (B, T, D) and their mask (B, T), (B, C)
 MAX_ELEMENTS = 1 << 24  # numbers of one intermediate tensor
@@ -108,6 +109,28 @@ def contribution_scores(
     return torch.cat(rows)
 
 
+@torch.no_grad()
+def prototype_scores(
+    head: Head,
+    classifier: nn.Linear,
+    tokens: Tensor,
+    mask: Tensor | None,
+    classes: Tensor,
+    others: Tensor | None = None,
+) -> Tensor:
+    """Sum over tokens of the terms that each prototype adds to the margin of a class, ``(B, H, K)``.
+
+    Arguments are those of :func:`contribution_scores`.
+
+    Raises:
+        ValueError: If the head has no exact contributions.
+    """
+    chunks = contribution_chunks(head, classifier, tokens, mask)
+    return torch.cat(
+        [margins(terms.sum(1), classes[chunk], None if others is None else others[chunk]) for chunk, terms in chunks]
+    )
+
+
 def gradient_times_input(
     logits: Logits, tokens: Tensor, mask: Tensor | None, classes: Tensor, others: Tensor | None = None
 ) -> Tensor:
@@ -140,16 +163,20 @@ def leave_one_out(
 
 @torch.no_grad()
 def weight_scores(head: Head, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights of the tokens in the summary of a head, ``(B, T)``.
+    """Weights of the tokens in the summary of a head, ``(B, T)``; the mean over queries where it has several.
 
     Raises:
-        ValueError: If the head does not return them.
+        ValueError: If the head has none.
     """
-    weights: Tensor | None = head(tokens, mask).token_weights
+    if isinstance(head, PoolingHead):
+        by_query = head.weights(tokens, mask)
+        weights = None if by_query is None else by_query.mean(1)
+    else:
+        weights = head(tokens, mask).token_weights
     if weights is None or weights.shape != tokens.shape[:2]:
         raise ValueError(
             f"head must return one weight per token; {type(head).__name__} does not. Use a DDCLReadout that reads all "
-            "tokens (tokens='all'), in evaluation mode."
+            "tokens (tokens='all'), in evaluation mode, or attention pooling."
         )
     return weights
 
