@@ -46,8 +46,8 @@ from ddcl_lightning.heads import DDCLReadout
 from ddcl_lightning.heads.base import Head
 
 SEEDS = range(5)
-INPUTS = 200  # sentences of the validation split
-STEPS = 8  # of a curve
+INPUTS = 120  # sentences of the validation split
+STEPS = 6  # of a curve
 DRAWS = 5  # random orders
 SAMPLE = 8192  # tokens of training phrases that k-means clusters, as many as a head starts from
 HEADS = {  # label, and the rate that text_readouts finds on held-out phrases

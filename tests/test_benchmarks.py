@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.scripts import Finished, run_script
 from tests.tiny_data import text_file
@@ -126,6 +127,18 @@ def test_quality_alone_says_whether_a_run_has_collapsed(monkeypatch: pytest.Monk
     assert verdict(falling, 0.8) == ("collapsed", 0.0, 3)  # at step 2 the quality came back
     assert verdict(rising, 1.2) == ("collapsed", pytest.approx(0.8 / 1.2), 0)  # there was none to lose
     assert verdict([(0, -2.0), (1, -3.0)], 0.0) == ("collapsed", 0.0, 0)
+
+
+def test_members_are_matched_whatever_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measures = importlib.import_module("_faithfulness_measures")
+    codes = torch.tensor([[0, 1], [0, 0], [1, 0], [1, 1]])  # (N, H)
+    assert measures.matched_members(codes, codes.flip(1).sub(1).abs(), 2) == pytest.approx(1.0)
+    # {0, 1} and {2, 3} against {0} and {1, 2, 3}: 1/2 and 2/3.
+    first, second = torch.tensor([[0], [0], [1], [1]]), torch.tensor([[1], [0], [0], [0]])
+    assert measures.matched_members(first, second, 2) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert measures.purity(second, torch.tensor([0, 0, 1, 1]), 2) == pytest.approx((1 + 2) / 4)
+    assert measures.purity(codes, torch.tensor([0, 0, 1, 1]), 2) == pytest.approx((1.0 + 0.5) / 2)
 
 
 def render(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,9 +13,11 @@ from ddcl_lightning.explain.token_scores import (
     gradient_times_input,
     leave_one_out,
     margins,
+    prototype_scores,
     readout_logits,
     weight_scores,
 )
+from ddcl_lightning.heads import AttentionPooling, PMAPooling
 from tests.tiny import absolute
 
 
@@ -97,12 +99,24 @@ def test_contributions_weights_and_knock_outs_of_a_toy() -> None:
     tokens = torch.tensor([[[0.0], [0.0], [10.0], [20.0]]])
     scores = contribution_scores(head, classifier, tokens, None, CLASS, torch.tensor([1]))
     torch.testing.assert_close(scores, torch.tensor([[2.0, 2.0, -1.0, 0.0]]))
+    by_prototype = prototype_scores(head, classifier, tokens, None, CLASS, torch.tensor([1]))
+    torch.testing.assert_close(by_prototype, torch.tensor([[[4.0, -1.0, 0.0]]]))
     torch.testing.assert_close(weight_scores(head, tokens, None), torch.full((1, 4), 0.25))
     falls = knock_out_falls(head, classifier, tokens, None, CLASS, torch.tensor([1]))
     # Margin 4 - 1; without the first its two tokens count for the second, 0 - 3; without the second for a neighbour.
     assert float(falls[0, 0, 0]) == pytest.approx(3 - (0 - 3))
     assert float(falls[0, 0, 2]) == pytest.approx(3 - (4 - 2))
     assert float(margins(readout_logits(head, classifier)(tokens, None), CLASS).detach()) == pytest.approx(4.0)
+
+
+def test_weights_of_attention_are_the_mean_over_its_queries() -> None:
+    head = AttentionPooling(num_heads=2, embed_dim=1).eval()
+    weights = weight_scores(head, TOKENS, MASK)
+    torch.testing.assert_close(weights, head.weights(TOKENS, MASK).mean(1))
+    torch.testing.assert_close(weights.sum(1), torch.ones(1))
+    assert float(weights[0, 3]) == 0.0
+    with pytest.raises(ValueError, match="head must return one weight per token; PMAPooling does not"):
+        weight_scores(PMAPooling(num_heads=1, embed_dim=1), TOKENS, MASK)
 
 
 def test_measure_agrees_with_its_pieces() -> None:
