@@ -1,7 +1,7 @@
 """Are explanations faithful and stable: word pieces and prototypes taken out of sentences of SST-2.
 
-The heads are those of text_readouts, trained with five seeds, each on the 20,000 phrases that the seed draws: as many as
-text_readouts has chosen their rates on (other phrases held out). On the same validation sentences for all:
+The heads are those of text_readouts, with five seeds, each trained on the 20,000 phrases that it draws: as many as the
+search for their rates there took, which judges on held-out phrases. On the same validation sentences for all:
 
 - word pieces are cut out of the text (deletion) or put in (insertion) in the order of a score, and the encoder reads
   what is left anew: area under the probability of the predicted class;
@@ -256,8 +256,8 @@ def orders_table(results: Results) -> Table:
     rows = [["word pieces in the order of", *(results.labels[name] for name in heads)]]
     accuracy = mean("acc", deviation=False)
     for order, label in ORDERS.items():
-        cells = [joined(*(mean(f"orders.{order}.{kind}", deviation=False) for kind in KINDS)) for _ in heads]
-        rows.append([label, *(cell(results.of(name)) for cell, name in zip(cells, heads, strict=True))])
+        cell = joined(*(mean(f"orders.{order}.{kind}", deviation=False) for kind in KINDS))
+        rows.append([label, *(cell(results.of(name)) for name in heads)])
     return [*rows, ["accuracy of the head", *(accuracy(results.of(name)) for name in heads)]]
 
 
@@ -269,9 +269,8 @@ def comparison_table(results: Results) -> Table:
         if order != "contribution":
             cell = joined(*(difference("orders.contribution", f"orders.{order}", kind) for kind in KINDS))
             rows.append([label, *(cell(results.of(name)) for name in heads)])
-    largest = [extreme(max, lambda run: max(each["error"] for each in run["orders"].values())) for _ in heads]
-    errors = [cell(results.of(name)) for cell, name in zip(largest, heads, strict=True)]
-    return [*rows, ["largest standard error over sentences", *errors]]
+    largest = extreme(max, lambda run: max(each["error"] for each in run["orders"].values()))
+    return [*rows, ["largest standard error over sentences", *(largest(results.of(name)) for name in heads)]]
 
 
 def knock_out_table(results: Results) -> Table:
