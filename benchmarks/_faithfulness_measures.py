@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from ddcl_lightning.backbones import Tokens, TransformersBackbone
 from ddcl_lightning.explain.faithfulness import area, deletion_curves, insertion_curves, pad_samples
@@ -29,6 +30,7 @@ KEPT = 150_000  # sequences whose tokens stay in memory
 BATCH = 64  # sequences that are encoded together
 NAMED = 5  # prototypes that the card of an input names
 Numbers = dict[str, float]
+Assigned = tuple[Tensor, Tensor]  # codes of tokens (B, T, H), and shares of samples (B, H, K)
 
 
 class Encoder:
@@ -245,6 +247,21 @@ def jaccard(first: Tensor, second: Tensor) -> Tensor:
 # Members -----------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def read_out(head: DDCLReadout, tokens: Tensor, mask: Tensor) -> Assigned:
+    """Tokens and samples as a head assigns them."""
+    weights, shares = head.attention(tokens, mask, need_weights=True).weights, head(tokens, mask).assignments
+    assert weights is not None
+    assert shares is not None
+    return weights.argmax(-1).transpose(1, 2), shares
+
+
+def nearest(centers: Tensor, tokens: Tensor, mask: Tensor) -> Assigned:
+    """Tokens at their nearest centers; the shares of a sample are those of its tokens."""
+    codes = torch.cdist(tokens, centers).argmin(-1)
+    return codes.unsqueeze(-1), (one_hot(codes, len(centers)) * mask.unsqueeze(-1)).sum(1, keepdim=True)
+
+
 def matched_members(first: Tensor, second: Tensor, sizes: int) -> float:
     """Mean Jaccard index of the members of prototypes, matched by the Hungarian method.
 
@@ -253,9 +270,9 @@ def matched_members(first: Tensor, second: Tensor, sizes: int) -> float:
         second: Codes of the same tokens by another one.
         sizes: K, prototypes of every codebook.
     """
-    one_hot = [nn.functional.one_hot(codes, sizes).flatten(1).double() for codes in (first, second)]
-    both = one_hot[0].T @ one_hot[1]
-    union = one_hot[0].sum(0).unsqueeze(1) + one_hot[1].sum(0) - both
+    marks = [one_hot(codes, sizes).flatten(1).double() for codes in (first, second)]
+    both = marks[0].T @ marks[1]
+    union = marks[0].sum(0).unsqueeze(1) + marks[1].sum(0) - both
     overlap = (both / union.clamp(min=1)).numpy()
     rows, columns = linear_sum_assignment(overlap, maximize=True)
     return float(overlap[rows, columns].mean())
@@ -269,6 +286,6 @@ def purity(codes: Tensor, labels: Tensor, sizes: int) -> float:
         labels: ``(N,)`` int64.
         sizes: K.
     """
-    classes = nn.functional.one_hot(labels).double()
-    counts = [nn.functional.one_hot(column, sizes).double().T @ classes for column in codes.T]  # (K, C) each
+    classes = one_hot(labels).double()
+    counts = [one_hot(column, sizes).double().T @ classes for column in codes.T]  # (K, C) each
     return float(np.mean([float(table.max(1).values.sum()) / len(codes) for table in counts]))

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from _faithfulness_measures import (
     EDITS,
+    Assigned,
     Encoder,
     Inputs,
     Numbers,
@@ -29,15 +30,16 @@ from _faithfulness_measures import (
     knock_outs,
     matched_members,
     named_overlap,
+    nearest,
     piece_overlap,
     purity,
+    read_out,
 )
 from _study import Case, Options, Study
 from _tables import Cell, Config, Results, Run, Table, extreme, joined, mean, read
 from sklearn.cluster import KMeans
 from text_readouts import READOUTS, TASKS, create_backbone, data_module, encoder_settings, fit_head
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from ddcl_lightning.backbones import TransformersBackbone
 from ddcl_lightning.explain.reencoding import word_pieces
@@ -50,7 +52,7 @@ INPUTS = 100  # sentences of the validation split
 STEPS = 6  # of a curve
 DRAWS = 5  # random orders
 SAMPLE = 8192  # tokens of training phrases that k-means clusters, as many as a head starts from
-HEADS = {  # label, and the rate that text_readouts finds on held-out phrases
+HEADS = {  # label, and the rate that the search of text_readouts finds on held-out phrases
     "ours-salience": ("histogram, salience", 0.03),
     "ours-mass": ("tokens + histogram, mass", 0.03),
     "ours-slots": ("slots", 0.03),
@@ -93,8 +95,6 @@ KNOCK_OUT_COLUMNS = (
 )
 CHOICES = {"contribution": "largest contribution", "share": "largest share", "random": "random"}
 
-Assigned = tuple[Tensor, Tensor]  # codes of tokens (B, T, H), and shares of samples (B, H, K)
-
 
 @dataclass(frozen=True)
 class Sentences:
@@ -113,7 +113,7 @@ class Sentences:
     @classmethod
     @cache
     def of(cls, max_length: int, options: Options) -> "Sentences":
-        """Those of the data, encoded."""
+        """Sentences of the data, encoded."""
         texts, labels = validation(options)
         pieces, kept = word_pieces(backbone_of(max_length, options), texts)
         mask = kept | (pieces[..., 1] == 1)
@@ -160,7 +160,7 @@ def backbone_of(max_length: int, options: Options) -> TransformersBackbone:
 
 @cache
 def encoder(max_length: int, options: Options) -> Encoder:
-    """The same for sequences of ids, which keeps their tokens in memory."""
+    """Encoder of sequences of ids, which keeps their tokens in memory."""
     return Encoder(backbone_of(max_length, options))
 
 
@@ -193,21 +193,6 @@ def cluster(case: str, seed: int, options: Options) -> Tensor:
     restarts = 1 if options.quick else config["restarts"]
     kmeans = KMeans(config["prototypes"], n_init=restarts, random_state=seed).fit(sample)
     return torch.from_numpy(kmeans.cluster_centers_)
-
-
-@torch.no_grad()
-def read_out(head: DDCLReadout, tokens: Tensor, mask: Tensor) -> Assigned:
-    """Tokens and samples as a head assigns them."""
-    weights, shares = head.attention(tokens, mask, need_weights=True).weights, head(tokens, mask).assignments
-    assert weights is not None
-    assert shares is not None
-    return weights.argmax(-1).transpose(1, 2), shares
-
-
-def nearest(centers: Tensor, tokens: Tensor, mask: Tensor) -> Assigned:
-    """Tokens at their nearest centers; the shares of a sample are those of its tokens."""
-    codes = torch.cdist(tokens, centers).argmin(-1)
-    return codes.unsqueeze(-1), (one_hot(codes, len(centers)) * mask.unsqueeze(-1)).sum(1, keepdim=True)
 
 
 def members(assigned: Sequence[Assigned], sentences: Sentences) -> Numbers:
@@ -274,7 +259,7 @@ def comparison_table(results: Results) -> Table:
 
 
 def knock_out_table(results: Results) -> Table:
-    """What is lost without a prototype, a row per head and choice."""
+    """Losses without a prototype, a row per head and choice."""
     rows = [["head, prototype by", *KNOCK_OUT_COLUMNS]]
     for name in OURS:
         for choice, label in CHOICES.items():
@@ -289,7 +274,7 @@ def knock_out_table(results: Results) -> Table:
 
 
 def stability_table(results: Results) -> Table:
-    """What stays after an edit and with another seed, and the purity."""
+    """Overlap after an edit and with another seed, and the purity."""
     columns = {
         "named after: a word less": mean("edits.word", ".2f"),
         "full stop": mean("edits.stop", ".2f"),
@@ -303,18 +288,35 @@ def stability_table(results: Results) -> Table:
     return results.table("prototypes", [name for name in CASES if name != "pma"], columns)
 
 
-def difference(first: str, second: str, key: str, form: str = ".3f") -> Cell:
+def kmeans_table(results: Results) -> Table:
+    """Members and purity less those of k-means with the same K, paired by seed."""
+    columns = {"members": "members", "purity, word pieces": "purity_pieces", "purity, sentences": "purity_texts"}
+    rows = [["less k-means of the same K", *columns]]
+    for name in OURS:
+        if runs := results.of(name):
+            baseline = {
+                run["seed"]: run for run in results.of(f"kmeans-{CASES[name].config['arguments']['num_prototypes']}")
+            }
+            pairs = [(run, baseline[run["seed"]]) for run in runs if run["seed"] in baseline]
+            rows.append(
+                [results.labels[name], *(paired([a[key] - b[key] for a, b in pairs]) for key in columns.values())]
+            )
+    return rows
+
+
+def difference(first: str, second: str, key: str) -> Cell:
     """Mean difference of two numbers of the same run, and its standard error over seeds."""
+    return lambda runs: paired(
+        [a - b for a, b in zip(read(runs, f"{first}.{key}"), read(runs, f"{second}.{key}"), strict=False)]
+    )
 
-    def cell(runs: list[Run]) -> str:
-        pairs = zip(read(runs, f"{first}.{key}"), read(runs, f"{second}.{key}"), strict=False)
-        values = [a - b for a, b in pairs]
-        if not values:
-            return ""
-        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):+{form}}{error}"
 
-    return cell
+def paired(differences: list[float]) -> str:
+    """Mean and its standard error."""
+    if not differences:
+        return ""
+    error = f" ± {statistics.stdev(differences) / len(differences) ** 0.5:.3f}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):+.3f}{error}"
 
 
 STUDY = Study(
@@ -326,6 +328,7 @@ STUDY = Study(
         "comparison": comparison_table,
         "knock_out": knock_out_table,
         "stability": stability_table,
+        "kmeans": kmeans_table,
     },
     seeds=SEEDS,
     settings=lambda options: {
