@@ -186,7 +186,7 @@ class CodeStart(GuardedState):
         return max(MOST_PER_CODE * self.num_codes, FEWEST)
 
     def _have_been_left(self, calls: StepCalls) -> bool:
-        """Whether the tokens of a step are far from the codes."""
+        """True if the tokens of a step are far from the codes."""
         cells, moments = calls.statistics.cells, calls.statistics.moments
         if cells is None or moments is None:
             return False

@@ -158,7 +158,7 @@ class MovingBank(PrototypeBank, SettledState):
         return 0 if self._statistics is None else self._statistics.next_number
 
     def resets(self) -> int:
-        """How often gradients were set to None since their calls: what those calls have measured counts for nothing."""
+        """Number of times that gradients of calls were set to None: what those calls measured counts for nothing."""
         return 0 if self._statistics is None else self._statistics.resets(self.marker)
 
     def begin_from_state(self) -> None:

@@ -114,7 +114,7 @@ class StepStatistics(BankObserver):
         (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
 
     def resets(self, marker: Tensor) -> int:
-        """How often the gradients of counted calls of a bank were set to None."""
+        """Number of times that the gradients of counted calls of a bank were set to None."""
         return self._resets[marker] + self._reset(marker)
 
     def close(self) -> None:
