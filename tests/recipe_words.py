@@ -1,10 +1,14 @@
 """Words after ``ddcl fit --config NAME`` under which every shipped recipe runs on a machine without a network."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 
+from ddcl_lightning.heads import PoolingHead
+from ddcl_lightning.recipes import recipe_paths
 from tests.tiny_data import idx_folder, jpeg_file, text_file
 from tests.tiny_models import tiny_bert
 
@@ -63,3 +67,10 @@ def short_words(recipe: str, folder: Path) -> list[str]:
 def local_words(recipe: str, folder: Path) -> list[str]:
     """The words for a recipe, and the files that they name, in ``folder``; none where the recipe needs none."""
     return LOCAL[recipe](folder) if recipe in LOCAL else []
+
+
+def has_prototypes(recipe: str) -> bool:
+    """True if the head of a recipe has prototypes or codes, of which a fit prints a table."""
+    config = yaml.safe_load(recipe_paths()[recipe].read_text(encoding="utf-8"))
+    module, _, name = config["model"]["head"]["class_path"].rpartition(".")
+    return not issubclass(getattr(importlib.import_module(module), name), PoolingHead)

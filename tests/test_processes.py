@@ -27,7 +27,7 @@ from ddcl_lightning.heads import SoftVQ
 from ddcl_lightning.recipes import recipe_paths
 from tests.equal_runs import CODES, SGD, ends, relative_differences
 from tests.processes import join_group, run_processes
-from tests.recipe_words import local_words, short_words
+from tests.recipe_words import has_prototypes, local_words, short_words
 from tests.tiny import quiet_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -52,7 +52,8 @@ def test_recipe_in_two_processes_ends_with_its_table(name: str, tmp_path: Path) 
     assert (first.code, second.code) == (0, 0), first.output[-3000:] + second.output[-3000:]
     assert " skipped its " not in first.output
     assert "sync_dist" not in first.output + second.output
-    assert re.search(r"^prototypes \(last step\)", first.output, re.MULTILINE)
+    table = re.search(r"^prototypes \(last step\)", first.output, re.MULTILINE)
+    assert bool(table) == has_prototypes(name)
     assert "prototypes (last step)" not in second.output
     # Once for the run, not for each process.
     assert len(list(tmp_path.rglob("config.yaml"))) == len(list(tmp_path.rglob("events.out.tfevents*"))) == 1

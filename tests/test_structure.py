@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Callback
 from registry import classes, module_names, needed
+from torchmetrics import Metric
 
 import ddcl_lightning
 from ddcl_lightning import Backbone, Decoder, Head, Quantizer, SplitDataModule, Task
+from ddcl_lightning.monitoring import Signal
 
 ROOT = Path(__file__).parents[1]
 MODULES = [name for name in module_names(ddcl_lightning) if "." in name]
@@ -151,6 +153,13 @@ def test_every_callback_is_exported_from_its_folder() -> None:
     ours = [kind for kind in classes(Callback) if kind.__module__.startswith(package.__name__)]
     assert ours
     assert [kind.__name__ for kind in ours if kind.__name__ not in package.__all__] == []
+
+
+@pytest.mark.parametrize(("base", "folder"), [(Metric, "metrics"), (Signal, "monitoring")])
+def test_every_metric_and_signal_is_exported_from_its_folder(base: type, folder: str) -> None:
+    package = importlib.import_module(f"ddcl_lightning.{folder}")
+    ours = [kind.__name__ for kind in classes(base) if kind.__module__.startswith(f"{package.__name__}.")]
+    assert [name for name in ours if name not in package.__all__] == []
 
 
 def test_a_class_that_the_tests_cannot_make_says_where_to_say_how() -> None:

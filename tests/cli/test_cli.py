@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddcl_lightning import DDCLReadoutModule, PCABackbone, heads
 from ddcl_lightning.cli.commands import main, resolve_configs
 from ddcl_lightning.recipes import recipe_paths
-from tests.recipe_words import LOCAL, SHORT_ROWS, short_words
+from tests.recipe_words import LOCAL, SHORT_ROWS, has_prototypes, short_words
 from tests.scripts import run_module
 from tests.tiny_data import text_file
 from tests.tiny_models import tiny_bert
@@ -77,6 +77,8 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_every_recipe_fits_and_prints_its_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", name, *QUICK, *short_words(name, tmp_path)])
     printed = capsys.readouterr().out
+    if not has_prototypes(name):
+        return
     assert "k-means, " in printed
     if "tasks.Reconstruction" in recipe_paths()[name].read_text():
         line = next(line for line in printed.splitlines() if line.startswith("reconstruction (val): "))

@@ -7,6 +7,7 @@ from pathlib import Path
 import jsonargparse
 import lightning.pytorch as pl
 import pytest
+import torch
 from registry import classes, make, needed
 
 from ddcl_lightning import SplitDataModule, TensorDataModule, datamodules
@@ -24,11 +25,12 @@ def test_all_of_them_are_found() -> None:
 def test_a_config_can_construct_it(module: type[SplitDataModule]) -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
-    options = {"batch_size": 3, "limit": 5, "evaluate_on": "train", "seed": 1, "val_fraction": 0.0}
+    given = {"batch_size": 3, "eval_batch_size": 7, "limit": 5, "evaluate_on": "train", "seed": 1, "num_workers": 0}
+    options = {**given, "val_fraction": 0.0}
     config = {"class_path": f"{module.__module__}.{module.__name__}", "init_args": options | needed(module)}
     data = parser.instantiate(parser.parse_object({"data": config})).data
     assert type(data) is module
-    assert (data.batch_size, data.limit, data.evaluate_on, data.num_workers) == (3, 5, "train", 0)
+    assert {name: getattr(data, name) for name in given} == given
     with pytest.raises((jsonargparse.ArgumentError, ValueError), match="evaluate_on"):
         parser.instantiate(
             parser.parse_object({"data": {**config, "init_args": {**needed(module), "evaluate_on": "x"}}})
@@ -59,6 +61,11 @@ def test_splits_batches_and_examples(module: type[TensorDataModule]) -> None:
     again = make(module, batch_size=16, val_fraction=0.25, limit=100, seed=0)
     again.setup()
     assert [row for batch in again.train_dataloader() for row in batch["index"].tolist()] == train
+    samples = [next(iter(each.val_dataloader()))["x"] for each in (data, again)]
+    assert torch.equal(*samples), "tensors() gives other values at every call"
+    other = make(module, batch_size=16, val_fraction=0.25, limit=100, seed=1)
+    other.setup()
+    assert [row for batch in other.val_dataloader() for row in batch["index"].tolist()] != validation
 
 
 @pytest.mark.parametrize("file", sorted(Path(datamodules.__file__).parent.glob("*.py")), ids=lambda file: file.stem)

@@ -93,9 +93,11 @@ def built(name: str) -> Head:
 
 
 def batch(samples: int = 4, length: int = 6) -> tuple[Tensor, Tensor]:
+    """Samples of one token, of two, and of most."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(samples, length, generator=generator) < 0.6
     mask[:, 0] = True
+    mask[0, 1:], mask[1, 2:] = False, False
     return torch.randn(samples, length, DIM, generator=generator), mask
 
 
