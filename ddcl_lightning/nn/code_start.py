@@ -102,7 +102,10 @@ class CodeStart(GuardedState):
         processes = gather_objects((len(rows), bool(torch.isfinite(rows.square().sum(-1)).all())))
         if not all(finite for _, finite in processes) or not any(size for size, _ in processes):
             return False
-        self._calls = [call for call in self._calls if call.number is not None]
+        if number is not None and any(call.number is None for call in self._calls):
+            self._calls = [call for call in self._calls if call.number is not None]
+            # Nothing depends on codes that have started on a call without gradients.
+            self._unfounded |= self._basis is not None
         if sum(call.total for call in self._calls) < self._capacity():
             self._calls.append(_Call(number, rows, sum(size for size, _ in processes)))
         return True

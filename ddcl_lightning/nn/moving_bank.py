@@ -13,6 +13,7 @@ from ddcl_lightning._utils.compat import exporting
 from ddcl_lightning._utils.distributed import from_first_process, warn, world_size
 from ddcl_lightning.functional import BankOutput
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.gradient_watch import GradientWatch
 from ddcl_lightning.nn.guarded_state import NOT_NEGATIVE, Rules, running_dtype
 from ddcl_lightning.nn.initialization import first_codes
 from ddcl_lightning.nn.settled_state import SettledState
@@ -100,6 +101,7 @@ class MovingBank(PrototypeBank, SettledState):
         self.register_buffer("loads", torch.zeros(self.num_heads, num_prototypes, 2, dtype=running_dtype()))
         self._statistics: StepStatistics | None = None
         self.look: StepLook | None = None
+        self.gradient_watch: GradientWatch | None = None  # on the gradients of what made the tokens
         self._calls = 0
         self.num_steps = 0
 
@@ -198,13 +200,16 @@ class MovingBank(PrototypeBank, SettledState):
         """Have the tokens of training calls counted."""
         if self._statistics is None:
             own = weakref.ref(self)  # a copy has its own
-            self._statistics = StepStatistics({"": self}, lambda: _needs_cells(own()), lambda: _needs_moments(own()))
+            self._statistics = StepStatistics(
+                {"": self}, lambda: _needs_cells(own()), lambda: _needs_moments(own()), self.gradient_watch
+            )
         self._calls += 1
         if self._calls == CALLS_WITHOUT_STEP and not self.is_frozen:
             warn(
                 f"codes have not moved in {CALLS_WITHOUT_STEP} calls in training mode: they move when an optimizer of "
                 "torch steps after a backward pass through the quantizer. In a loop without one call settle() of the "
-                "quantizer after each batch; to keep the codes where they are call requires_grad_(False) or eval()."
+                "quantizer after each batch, with gradients enabled and before they are set to None; to keep the codes "
+                "where they are call requires_grad_(False) or eval()."
             )
 
     def _make_room(self, num_prototypes: int) -> None:

@@ -11,6 +11,7 @@ from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.code_start import TOKENS_PER_CODE, CodeStart
 from ddcl_lightning.nn.commitment import Commitment
 from ddcl_lightning.nn.discovery import find_banks
+from ddcl_lightning.nn.gradient_watch import GradientWatch
 from ddcl_lightning.nn.joint_moments import unbiased_error
 from ddcl_lightning.nn.layout import ChannelLayout, Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank, StepLook
@@ -39,6 +40,7 @@ class ProjectedQuantizer(Quantizer):
         self.scale = EmbeddingScale(width, embedding_scale)
         self.code_start: CodeStart | None = None
         self.commitment: Commitment | None = None
+        self._gradient_watch: GradientWatch | None = None
 
     def moving_banks(self) -> list[MovingBank]:
         """The banks that move their codes themselves, in the order in which they start."""
@@ -49,6 +51,11 @@ class ProjectedQuantizer(Quantizer):
         """True if codes that start on tokens have not seen enough of them; frozen codes wait for none."""
         return any(not bool(bank.initialized) and not bank.is_frozen for bank in self.moving_banks())
 
+    def _watch_gradients(self, z: Tensor, quantized: Tensor) -> None:
+        """Learn of the encoder whether the gradients of a call are dropped before a step."""
+        if self._gradient_watch is not None and self.training and quantized.requires_grad:
+            self._gradient_watch.follow(z, quantized)
+
     def settle(self) -> None:
         """Move codes and temperature by the calls since the last step, for loops in which no optimizer steps."""
         for child in self.moving_banks():
@@ -58,6 +65,9 @@ class ProjectedQuantizer(Quantizer):
 
     def _start_in_training(self, num_codes: int) -> None:
         """Have the codes start on the first tokens of a training run; once the banks exist."""
+        self._gradient_watch = GradientWatch()
+        for bank in self.moving_banks():
+            bank.gradient_watch = self._gradient_watch
         first = self.moving_banks()[0]
         self.code_start = CodeStart(num_codes, first.num_heads * first.dim)
         first.look = StepLook(self.code_start.is_due, self._after_calls)

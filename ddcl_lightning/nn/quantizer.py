@@ -179,6 +179,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             quantized = self.commitment(value, embedded, output.anchor, mask)
         else:
             quantized = straight_through(value, embedded if straight else output.centroids, output.anchor)
+        self._watch_gradients(z, quantized)
         terms = self._terms(output, hard.detach(), mask)
         return QuantizerOutput(self._restore(quantized, mask).to(z.dtype), self._squeeze(output.codes), terms)
 

@@ -150,6 +150,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             quantized = self.commitment(total, embedded, anchor, mask, errors.spread)
         else:
             quantized = straight_through(total, embedded, anchor)
+        self._watch_gradients(z, quantized)
         loss = terms[0].loss.new_zeros(()) if anchor is None else anchor
         decomposition = Decomposition(*(torch.cat(values) for values in zip(*terms, strict=True)))
         return QuantizerOutput(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import joint_order
 from ddcl_lightning.functional import BankOutput, TokenStatistics, cells_of, moments_of, nearest_prototype, token_means
 from ddcl_lightning.nn.bank import PrototypeBank
+from ddcl_lightning.nn.gradient_watch import GradientWatch
 from ddcl_lightning.nn.observer import BankObserver
 from ddcl_lightning.nn.straight_through import anchor_of
 
@@ -43,6 +45,7 @@ class StepStatistics(BankObserver):
         banks: The banks by name.
         need_cells: Called at every call: whether statistics of the cells are needed.
         need_moments: Called at every call: whether moments of the tokens are needed.
+        watch: Tells of gradients that were set to None elsewhere.
     """
 
     breaks_graphs = True
@@ -52,7 +55,9 @@ class StepStatistics(BankObserver):
         banks: Mapping[str, PrototypeBank],
         need_cells: Callable[[], bool],
         need_moments: Callable[[], bool] = lambda: False,
+        watch: GradientWatch | None = None,
     ) -> None:
+        self._watch = watch
         self._need_cells, self._need_moments = need_cells, need_moments
         self._forwarded: dict[Tensor, StepCalls] = {}  # in case that no backward pass comes
         self._backpropagated: dict[Tensor, StepCalls] = {}
@@ -60,6 +65,8 @@ class StepStatistics(BankObserver):
         self._graded: set[Tensor] = set()  # prototypes that got a gradient since
         self._dropped: set[Tensor] = set()
         self._resets: Counter[Tensor] = Counter()
+        self._resets_elsewhere: Counter[Tensor] = Counter()
+        self._hooked: list[weakref.ref[Tensor]] = []  # tokens whose gradients count their calls
         self.next_number = 0  # of the next call with gradients in training mode
         self._banks = list(banks.values())
         for bank in self._banks:
@@ -94,7 +101,6 @@ class StepStatistics(BankObserver):
             need_backward: Leave calls that no backward pass went through, also where there are no others.
         """
         if self.is_dropped(marker):
-            self._note_reset(marker)
             self.drop(marker)
             return None
         calls = self._backpropagated.get(marker) or (None if need_backward else self._forwarded.get(marker))
@@ -104,18 +110,22 @@ class StepStatistics(BankObserver):
 
     def is_dropped(self, marker: Tensor) -> bool:
         """True if what was seen was dropped, by its gradients or on purpose, or the bank is frozen."""
-        return marker in self._dropped or self._reset(marker) or not marker.requires_grad
+        return marker in self._dropped or self._new_resets(marker) > 0 or not marker.requires_grad
 
     def drop(self, prototypes: Tensor, *, on_purpose: bool = False) -> None:
         """Drop the calls of a bank; with ``on_purpose`` a step without new ones is no error."""
+        self._resets[prototypes] += self._new_resets(prototypes)
         for kept in (self._forwarded, self._backpropagated, self._numbers):
             kept.pop(prototypes, None)
         self._graded.discard(prototypes)
+        if self._watch is not None:
+            self._resets_elsewhere[prototypes] = self._watch.resets()
+            self._watch.forget()
         (self._dropped.add if on_purpose else self._dropped.discard)(prototypes)
 
     def resets(self, marker: Tensor) -> int:
         """Number of times that the gradients of counted calls of a bank were set to None."""
-        return self._resets[marker] + self._reset(marker)
+        return self._resets[marker] + self._new_resets(marker)
 
     def close(self) -> None:
         """Follow no further calls; an object that no longer exists follows none either."""
@@ -129,6 +139,8 @@ class StepStatistics(BankObserver):
         marker = bank.marker
         if not (bank.training and torch.is_grad_enabled() and marker.requires_grad):
             return output
+        if recomputing() and any(known() is tokens for known in self._hooked):
+            return output  # the call itself hangs on these tokens
         number, self.next_number = self.next_number, self.next_number + 1
         call = StepCalls((number,), self._read(bank, tokens, mask, output, number))
         _add(self._forwarded, marker, call)
@@ -147,6 +159,7 @@ class StepStatistics(BankObserver):
                 value.register_hook(passes)  # type: ignore[no-untyped-call]
         if tokens.grad_fn is not None:  # a hook on a leaf would outlive its graph
             tokens.register_hook(passes)  # type: ignore[no-untyped-call]
+            self._hooked = [known for known in self._hooked if known() is not None] + [weakref.ref(tokens)]
         return output
 
     @torch.no_grad()
@@ -175,7 +188,7 @@ class StepStatistics(BankObserver):
     def _pass(self, bank: PrototypeBank, call: StepCalls, gradient: Tensor) -> None:
         """Count a call that a gradient passes through."""
         marker = bank.marker
-        if self._note_reset(marker):
+        if self._new_resets(marker):
             self.drop(marker)
         numbers = self._numbers.setdefault(marker, set())
         # The prototypes may have changed their number since the call.
@@ -187,15 +200,11 @@ class StepStatistics(BankObserver):
         if marker in self._numbers and marker.grad is not None:
             self._graded.add(marker)
 
-    def _note_reset(self, marker: Tensor) -> bool:
-        """:meth:`_reset`, before the calls are dropped for it."""
-        reset = self._reset(marker)
-        self._resets[marker] += reset
-        return reset
-
-    def _reset(self, marker: Tensor) -> bool:
-        """True if the gradient of the counted calls was set to None since."""
-        return marker in self._graded and marker.grad is None
+    def _new_resets(self, marker: Tensor) -> int:
+        """Number of times that gradients of the counted calls were set to None since the calls before were dropped."""
+        own = marker in self._graded and marker.grad is None
+        elsewhere = 0 if self._watch is None else self._watch.resets() - self._resets_elsewhere[marker]
+        return int(own) + elsewhere
 
 
 def _add(kept: dict[Tensor, StepCalls], marker: Tensor, call: StepCalls) -> None:

@@ -248,7 +248,9 @@ class BankTemperature(SettledState):
 
     def begin_from_state(self) -> None:
         """Set the variance from the loaded covariance; T was loaded itself."""
-        if self.covariance is not None:
+        if self.covariance is not None and not self.variance.is_meta:
+            self.variance.copy_(self.covariance.total_variance())
+        elif self.covariance is not None:
             self.variance = self.covariance.total_variance()
         elif self.variance.is_meta:
             self.variance = torch.zeros_like(self.value)

@@ -205,6 +205,51 @@ def test_codes_start_on_the_tokens_of_steps(passes: Callable[..., None], size: i
     assert errors[1] < 1.1 * errors[0]
 
 
+@pytest.mark.parametrize("kind", ["plain", "residual", "frozen"])
+def test_batches_skipped_by_an_optimizer_of_the_encoder_alone_change_nothing(kind: str) -> None:
+    """Its ``zero_grad`` leaves the quantizer's own gradients; also what the commitment measures of frozen codes."""
+    results = []
+    for extra in (False, True):
+        model, _ = started()
+        if kind == "residual":
+            model.vq = ResidualVectorQuantizer(DIM, CODES, 2)
+        optimizer = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=1e-3)
+        for number in range(6):
+            if kind == "frozen" and number == 2:
+                model.vq.requires_grad_(False)
+            if extra and number:
+                for _ in range(2):
+                    model(far()).backward()
+                    optimizer.zero_grad()
+            step(model, optimizer, number)
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_codes_that_a_pass_without_gradients_has_started_start_again_in_the_first_call_with_them() -> None:
+    results = []
+    for extra in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if extra is not torch.enable_grad:
+            with extra():
+                model(far())
+        for number in range(4):
+            step(model, optimizer, number)
+        results.append(model.state_dict())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_states_that_were_loaded_in_inference_mode_train(temperature: Any) -> None:
+    model, optimizer = started(temperature=temperature)
+    with torch.inference_mode():
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    step(model, optimizer, 1)
+    assert bool(torch.isfinite(model.vq.codebook).all())
+
+
 def test_passes_without_a_step_leave_residual_codes_alone() -> None:
     results = []
     for extra in (False, True):
@@ -236,19 +281,21 @@ def test_accumulated_batches_move_codes_like_the_joint_one(temperature: Any) -> 
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_counts_tokens_once(reentrant: bool) -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_activation_checkpointing_counts_tokens_once(reentrant: bool, weight: float) -> None:
     results = []
     for checkpointed in (False, True):
-        model, optimizer = started(temperature=Temperature(0.5, "absolute"))
+        model, optimizer = started(temperature=Temperature(0.5, "absolute"), commitment_weight=weight)
         z = model.encoder(batch(1))
 
         def run(z: Tensor, vq: SoftVectorQuantizer = model.vq) -> Tensor:
-            return vq(z).quantized
+            output = vq(z)
+            return output.quantized + output.terms.loss
 
         quantized = checkpoint(run, z, use_reentrant=reentrant) if checkpointed else run(z)
         (model.decoder(quantized) - batch(1)).square().mean().backward()
         optimizer.step()
-        results.append(model.vq.codebook.clone())
+        results.append(torch.cat([model.vq.codebook.flatten(), model.vq.bank.loads.flatten()]))
     torch.testing.assert_close(*results)
 
 
