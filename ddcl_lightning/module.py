@@ -18,7 +18,7 @@ from ddcl_lightning.callbacks._compatibility import refuse_callbacks, refuse_idl
 from ddcl_lightning.checkpoints.load_checks import check_loading, loading
 from ddcl_lightning.checkpoints.reading import NUM_OPTIMIZER_TENSORS, num_optimizer_tensors
 from ddcl_lightning.heads.base import Head
-from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension
+from ddcl_lightning.heads.contracts import check_built, check_columns, check_dimension, check_plug_in
 from ddcl_lightning.metrics.evaluation_pass import EvaluationPass
 from ddcl_lightning.metrics.stages import StageMetrics, check_new
 from ddcl_lightning.nn.discovery import find_banks, prototypes_of
@@ -114,6 +114,8 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         self.save_hyperparameters(ignore=modules)
         self.check_finite = check_finite
 
+        for plug_in in (backbone, head, task):
+            check_plug_in(plug_in)
         self.backbone, self.head, self.task = backbone, head, task
         embed_dim = check_dimension(backbone, "embed_dim", "the dimension of its tokens", "__init__()")
         head.build(embed_dim)

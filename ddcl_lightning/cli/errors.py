@@ -24,7 +24,14 @@ from ddcl_lightning._utils.old_names import renamed_argument
 from ddcl_lightning.backbones import Backbone
 from ddcl_lightning.checkpoints.reading import cannot_be_restored, other_model
 from ddcl_lightning.cli.output_files import WRITERS, events_unwritten
-from ddcl_lightning.cli.wrong_values import find_class, innermost_key, missing_class, missing_value, wrong_value
+from ddcl_lightning.cli.wrong_values import (
+    find_class,
+    innermost_key,
+    missing_class,
+    missing_init,
+    missing_value,
+    wrong_value,
+)
 from ddcl_lightning.decoders import Decoder
 from ddcl_lightning.heads import Head
 from ddcl_lightning.module import DDCLReadoutModule
@@ -55,8 +62,9 @@ _OF_PARSER = (
 _KEY_OF_NO_TEXT = re.compile(r"Key must be a string, got: (.+)\.$")
 # What argument and data checks raise.
 CHECKED = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
-# ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite.
-_CHECKED_IN_RUN = (*CHECKED, RuntimeError, FloatingPointError)
+# ... and what checks raise during the run: a backbone that is not fitted, a collapse, a loss that is not finite, a
+# data module that is not set up.
+_CHECKED_IN_RUN = (*CHECKED, RuntimeError, FloatingPointError, AttributeError)
 _REFUSED_BY_LIGHTNING = (ValueError, MisconfigurationException, FileNotFoundError)
 # ... and where it raises plain RuntimeErrors for callbacks that cannot work as they are set.
 _CALLBACKS = ("lightning.pytorch.callbacks", "lightning.pytorch.trainer.connectors.callback_connector")
@@ -114,8 +122,10 @@ def explain(message: str, parser: ArgumentParser) -> str:
         inner = innermost_key(message) or key
         base = _BASES.get(inner, Callback)
         key = key if inner == key else f"{key}.init_args.{inner}"
-        return f"unknown class {name!r} for {key}{nearest(name, (c.__name__ for c in _subclasses(base)))}"
-    wrong = missing_value(message) or missing_class(message) or wrong_value(message)
+        near = nearest(name, (c.__name__ for c in _subclasses(base)))
+        own = "" if "." in name else f" One of your own is named with its module: MODULE.{name}."
+        return f"unknown class {name!r} for {key}{near}{own}"
+    wrong = missing_value(message) or missing_class(message) or missing_init(message) or wrong_value(message)
     if wrong:
         return wrong
     if match := _KEY_OF_NO_TEXT.search(message):

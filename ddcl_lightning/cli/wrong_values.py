@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import inspect
 import re
+import sys
+from pathlib import Path
 
 from ddcl_lightning._utils.arguments import nearest
 from ddcl_lightning._utils.old_names import renamed_value
@@ -21,6 +23,8 @@ _GIVEN = re.compile(r"^\s*Given value: (.*)$")
 _LITERAL = re.compile(r"typing\.Literal\[(.*)\]$")
 _REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 _ABSTRACT = re.compile(r"but ([\w.]+) is abstract|class_path '([\w.]+\.LightningDataModule)'")
+_NAMED_ABSTRACT = re.compile(r"but is abstract\b.*^\s*Given value: ([\w.]+)$", re.DOTALL | re.MULTILINE)
+_NO_INIT = re.compile(r"class_path '([\w.]+)':\s+cannot assign \w+ before Module.__init__\(\) call")
 # What the parser stumbles over where null stands in the place of a name, of arguments or of settings.
 _NO_CLASS = re.compile(r"argument of type 'NoneType' is not")
 _NO_ARGUMENTS = re.compile(r"'NoneType' object has no attribute 'keys'")
@@ -63,8 +67,26 @@ def missing_value(message: str) -> str | None:
         return f"{key}.init_args must hold arguments by name; got null. Leave it out, or write them below it."
     if keys and _NO_SETTINGS.search(message):
         return f"{key} must hold settings by name; got null. Leave it out, or write them below it."
-    match = _ABSTRACT.search(text)
-    return _abstract(key, match[1] or match[2]) if match else None
+    if match := _ABSTRACT.search(text):
+        return _abstract(key, match[1] or match[2])
+    match = _NAMED_ABSTRACT.search(text)
+    return _abstract(key, match[1]) if match else None
+
+
+def missing_init(message: str) -> str | None:
+    """The sentence where a class does not call ``super().__init__()``; None where the message is of another kind.
+
+    Args:
+        message: As for :func:`wrong_value`.
+    """
+    match = _NO_INIT.search(message)
+    if match is None:
+        return None
+    name = match[1].rpartition(".")[2]
+    return (
+        f"{name}.__init__() must call super().__init__() before it keeps a layer; got a layer first. Make it the first "
+        f"line of {name}.__init__()."
+    )
 
 
 def missing_class(message: str) -> str | None:
@@ -80,12 +102,22 @@ def missing_class(message: str) -> str | None:
     if moved := _MOVED.search(text):
         return f"{key} must name a class; {moved[0]}"
     if match := _NO_MODULE.search(text):
-        return f"{key} must name a class; there is no module {match[1]!r}."
+        return f"{key} must name a class; there is no module {match[1]!r}.{_way_to_import(match[1])}"
     if match := _NOT_THERE.search(text):
         module = importlib.import_module(match[1])
         known = [name for name, value in vars(module).items() if inspect.isclass(value) and not name.startswith("_")]
         return f"{key} must name a class; {match[1]} has no {match[2]!r}{nearest(match[2], known)}"
     return None
+
+
+def _way_to_import(module: str) -> str:
+    """How a module that is not found comes to be: nothing is imported from the working directory unasked."""
+    package, folder = module.partition(".")[0], Path.cwd()
+    if any(Path(place or ".").resolve() == folder for place in sys.path):
+        return f" Correct the name, or install {package}."
+    if Path(f"{package}.py").exists() or Path(package).is_dir():
+        return f" {package} lies in this folder: run `python -m ddcl_lightning` instead of `ddcl`, or set PYTHONPATH=."
+    return f" Install {package}, or run `python -m ddcl_lightning` from the folder that holds {package}.py."
 
 
 def innermost_key(message: str) -> str | None:

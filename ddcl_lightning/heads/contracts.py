@@ -4,6 +4,7 @@ They look at types and shapes; at values in evaluation only, so that none waits 
 Compiled graphs leave them out.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeGuard
 
@@ -17,6 +18,38 @@ from ddcl_lightning.heads.base import Head, ReadoutOutput
 from ddcl_lightning.nn.quantizer_base import Quantizer, QuantizerOutput, QuantizerTerms
 
 SUM_TOLERANCE = 0.05  # of shares that add up to 1, in half precision
+_PACKAGE = __name__.partition(".")[0]
+
+
+def check_plug_in(owner: nn.Module) -> None:
+    """Raise unless a plug-in was initialized, and its methods take what those of its base are given.
+
+    Raises:
+        TypeError: If it was not, or one does not.
+    """
+    kind = type(owner)
+    if "_modules" not in vars(owner):
+        _refuse(
+            f"{kind.__name__}.__init__() must call super().__init__()",
+            "an object without its layers",
+            f"Make it the first line of {kind.__name__}.__init__()",
+        )
+    for base in kind.__mro__:
+        if not inspect.isabstract(base) or base.__module__.partition(".")[0] != _PACKAGE:
+            continue
+        for name, method in vars(base).items():
+            if name.startswith("_") or not inspect.isfunction(method) or getattr(kind, name) is method:
+                continue
+            named = list(inspect.signature(method).parameters)[1:]
+            try:
+                given = inspect.signature(getattr(owner, name))
+                given.bind(*named)
+            except TypeError:
+                _refuse(
+                    f"{kind.__name__}.{name}() must take ({', '.join(named)}), which it is called with",
+                    f"{name}{given}",
+                    "Correct its arguments",
+                )
 
 
 def check_dimension(owner: nn.Module, name: str, meaning: str, where: str) -> int:
@@ -82,6 +115,7 @@ def check_quantizer(head: Head, quantizer: Any) -> None:
     if not isinstance(quantizer, Quantizer):
         rule = f"{type(head).__name__}.create() must return a Quantizer"
         _refuse(rule, described(quantizer), "End it with return quantizer")
+    check_plug_in(quantizer)
     check_dimension(quantizer, "dim", "the dimension of the tokens that it takes", "__init__()")
     check_dimension(quantizer, "num_codes", "the codes of each codebook", "__init__()")
 
@@ -129,11 +163,15 @@ def check_readout_output(head: Head, tokens: Tensor, output: Any) -> ReadoutOutp
         _refuse(rule, described(output), "Wrap what it returns: ReadoutOutput(tokens, pooled)")
     batch, pooled_dim = tokens.shape[0], head.pooled_dim
     _require_rows(f"{rule} with tokens (B = {batch}, T, ...)", output.tokens, batch, 2)
-    _require_rows(f"{rule} with pooled (B = {batch}, pooled_dim = {pooled_dim})", output.pooled, batch, 2)
+    _require_rows(f"{_pooled_rule(head, rule)} (B = {batch}, pooled_dim = {pooled_dim})", output.pooled, batch, 2)
     if output.pooled.shape != (batch, pooled_dim):
         raise ValueError(
-            f"{rule} with pooled (B = {batch}, pooled_dim = {pooled_dim}); got {described(output.pooled)}. Set "
-            "self.pooled_dim in build() to its last dimension, or reduce it over the tokens."
+            f"{_pooled_rule(head, rule)} (B = {batch}, pooled_dim = {pooled_dim}); got {described(output.pooled)}. "
+            f"{_pooled_remedy(head)}"
+        )
+    if not output.pooled.is_floating_point():
+        _refuse(
+            f"{_pooled_rule(head, rule)} of floating-point values", described(output.pooled), "Convert it with .float()"
         )
     terms = output.loss_terms
     if not isinstance(terms, (list, tuple)) or isinstance(terms, Decomposition) or not _all(Decomposition, terms):
@@ -254,6 +292,21 @@ def check_columns(task: nn.Module, columns: Any, size: int) -> Mapping[str, Tens
         if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
             _refuse(rule, f"{described(value)} under {name!r}", "Return one entry per sample")
     return columns
+
+
+def _pooled_rule(head: Head, rule: str) -> str:
+    """Rule for ``pooled``, by the method that its author has written."""
+    return f"{type(head).__name__}.pool() must return a tensor" if _makes_by_create(head) else f"{rule} with pooled"
+
+
+def _pooled_remedy(head: Head) -> str:
+    if _makes_by_create(head):
+        return "Return its last dimension from create(), or reduce it over the tokens."
+    return "Set self.pooled_dim in build() to its last dimension, or reduce it over the tokens."
+
+
+def _makes_by_create(head: Head) -> bool:
+    return all(hasattr(head, name) for name in ("create", "pool"))  # a PoolingHead, which imports this module
 
 
 def _refuse(rule: str, given: str, remedy: str) -> NoReturn:

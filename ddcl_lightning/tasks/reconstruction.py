@@ -13,6 +13,7 @@ from ddcl_lightning._utils.distributed import token_weight
 from ddcl_lightning.decoders.base import Decoder
 from ddcl_lightning.functional._common import accumulation_dtype, masked_mean
 from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.heads.contracts import check_plug_in
 from ddcl_lightning.metrics.codebook_metrics import CodebookMetrics
 from ddcl_lightning.metrics.reconstruction_metrics import ReconstructionMetrics
 from ddcl_lightning.tasks.base import Task, note_unused_weight, with_head_losses
@@ -61,6 +62,7 @@ class Reconstruction(Task):
         data_range: float = 1.0,
     ) -> None:
         super().__init__()
+        check_plug_in(decoder)
         if quantization_weight < 0:
             raise ValueError(f"quantization_weight must be >= 0; got {quantization_weight}.")
         if loss not in get_args(ReconstructionLoss):

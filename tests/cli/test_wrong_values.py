@@ -71,9 +71,44 @@ WORDS = {
     "--model.head=tests.cli.broken.Haedless": "model.head must name a class; tests.cli.broken has no 'Haedless'. Did "
     "you mean 'Headless'?",
     "--model.head=nowhere.Head": "model.head must name a class; there is no module 'nowhere'.",
+    "--data=tests.cli.broken.Rowless": "data must name a class with all of its methods; tests.cli.broken.Rowless is "
+    "abstract: write tensors.",
+    "--model.head=tests.cli.broken.Uninitialized": "Uninitialized.__init__() must call super().__init__() before it "
+    "keeps a layer; got a layer first. Make it the first line of Uninitialized.__init__().",
+    "--data=tests.cli.broken.UninitializedRows": "UninitializedRows.__init__ must call super().__init__(batch_size=...)",
     "--model.task={class_path: Reconstruction, init_args: {decoder: ConvDecodr}}": "unknown class 'ConvDecodr' for "
     "model.task.init_args.decoder. Did you mean 'ConvDecoder'?",
 }
+
+
+def test_an_unknown_short_name_says_how_to_name_a_class_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    line = first_line(capsys, "--config", "digits", "--model.head=Unpooled")
+    assert line.startswith("unknown class 'Unpooled' for model.head. ")
+    assert line.endswith(" One of your own is named with its module: MODULE.Unpooled.")
+
+
+def test_a_plug_in_beside_the_config_is_found_by_the_way_that_the_refusal_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of the working directory is imported unasked."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "digits", "--model.head=slips.Mine"]
+    rule = "model.head must name a class; there is no module 'slips'."
+    assert first_line(capsys, *words) == (
+        f"{rule} Install slips, or run `python -m ddcl_lightning` from the folder that holds slips.py."
+    )
+    source = "from ddcl_lightning import MeanPooling\n\nclass Mine(MeanPooling):\n    pass\n"
+    (tmp_path / "slips.py").write_text(source, encoding="utf-8")
+    assert first_line(capsys, *words) == (
+        f"{rule} slips lies in this folder: run `python -m ddcl_lightning` instead of `ddcl`, or set PYTHONPATH=."
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))  # as both do
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    assert "class_path: slips.Mine" in capsys.readouterr().out
+    rule = "model.head must name a class; there is no module 'slops'."
+    assert first_line(capsys, *words[:2], "--model.head=slops.Mine") == f"{rule} Correct the name, or install slops."
 
 
 ADDED = {

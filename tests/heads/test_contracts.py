@@ -122,6 +122,31 @@ class Pair(Decoder):
         return self.linear(tokens), mask  # type: ignore[return-value]
 
 
+class Rounded(Width):
+    def pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        return tokens.mean(1).long()
+
+
+class Unmasked(Width):
+    def pool(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return tokens.mean(1)
+
+
+class UnmaskedCodes(Codes):
+    def forward(self, tokens: Tensor) -> QuantizerOutput:  # type: ignore[override]
+        return super().forward(tokens)
+
+
+class UnmaskedPair(Pair):
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return tokens
+
+
+class Unbatched(Loss):
+    def update_metrics(self, metrics: Any, readout: ReadoutOutput) -> None:  # type: ignore[override]
+        pass
+
+
 def module(backbone: Backbone | None = None, head: Head | None = None, task: Task | None = None) -> DDCLReadoutModule:
     return DDCLReadoutModule(backbone or LinearBackbone(), head or Nearest(), task or Loss())
 
@@ -230,8 +255,53 @@ SLIPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "create returns another width": (
         lambda: module(head=Width(9), task=Classification(4))(BATCH),
         ValueError,
-        r"pooled_dim = 9\); got a tensor \(2, 3\)",
+        r"Width.pool\(\) must return a tensor \(B = 2, pooled_dim = 9\); got a tensor \(2, 3\) .*from create\(\)",
     ),
+    "pooled of integers": (
+        lambda: module(head=Nearest(lambda output: readout(pooled=output.pooled.long())(output)))(BATCH),
+        TypeError,
+        r"Nearest.forward\(\) must return .* with pooled of floating-point values; got a tensor .* of torch.int64",
+    ),
+    "a pooling of integers": (
+        lambda: module(head=Rounded(3), task=Classification(4))(BATCH),
+        TypeError,
+        r"Rounded.pool\(\) must return a tensor of floating-point values; got .* of torch.int64\. Convert it",
+    ),
+    "a head without mask": (
+        lambda: module(head=Unmasked(3)),
+        TypeError,
+        r"Unmasked.pool\(\) must take \(tokens, mask\), .*; got pool\(tokens.*\)\. Correct its arguments",
+    ),
+    "a quantizer without mask": (
+        lambda: QuantizerReadout(UnmaskedCodes()),
+        TypeError,
+        r"UnmaskedCodes.forward\(\) must take \(tokens, mask\), .*; got forward\(tokens",
+    ),
+    "a decoder without mask": (
+        lambda: Reconstruction(UnmaskedPair()),
+        TypeError,
+        r"UnmaskedPair.forward\(\) must take \(tokens, mask\)",
+    ),
+    "a task that reads no batch": (
+        lambda: module(task=Unbatched()),
+        TypeError,
+        r"Unbatched.update_metrics\(\) must take \(metrics, readout, batch\), .*; got update_metrics\(metrics",
+    ),
+    **{
+        f"{base.__name__} that is not initialized": (
+            lambda base=base, use=use: use(type("Forgetful", (base,), {"__init__": lambda self: None})()),
+            TypeError,
+            r"Forgetful.__init__\(\) must call super\(\).__init__\(\); got an object without its layers\. Make it",
+        )
+        for base, use in (
+            (Strips, module),
+            (Nearest, lambda head: module(head=head)),
+            (Width, lambda head: module(head=head)),
+            (Loss, lambda task: module(task=task)),
+            (Codes, QuantizerReadout),
+            (Pair, Reconstruction),
+        )
+    },
     "a tuple for quantizer output": (
         codes(tuple),
         TypeError,
