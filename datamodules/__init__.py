@@ -2,7 +2,7 @@
 
 from ddcl_lightning.datamodules._images import ImageDataModule
 from ddcl_lightning.datamodules._named_texts import NamedTextDataModule
-from ddcl_lightning.datamodules._partition import Loaded
+from ddcl_lightning.datamodules._partition import EvaluateOn, Loaded
 from ddcl_lightning.datamodules._splits import SplitDataModule
 from ddcl_lightning.datamodules._tensors import TensorDataModule
 from ddcl_lightning.datamodules._torchvision import TorchvisionDataModule
@@ -21,6 +21,7 @@ __all__ = [
     "CIFAR10DataModule",
     "DebrisDataModule",
     "DigitsDataModule",
+    "EvaluateOn",
     "FashionMNISTDataModule",
     "FeaturesDataModule",
     "IMDBDataModule",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from ddcl_lightning._utils.arguments import described
@@ -51,13 +52,22 @@ def _checked(data: "TensorDataModule", returned: Any) -> tuple[Tensor, Tensor]:
             f"{name}.feature_names must name the F = {x.shape[1]} features of tensors(); got {len(feature_names)} "
             "names. Name each column."
         )
+    names = data.class_names
+    invalid = (y < -1) | (y >= len(names)) if isinstance(names, Sequence) and len(names) else torch.tensor(False)
+    if data.origin() is None and bool(invalid.any()):
+        row = int(invalid.nonzero()[0])
+        raise ValueError(
+            f"{rule}, numbers of class_names in [0, {len(names)}), or -1 for unlabelled; got {int(y[row])} in row "
+            f"{row}. Number the classes from 0, in the order of class_names."
+        )
     return x, y.long()
 
 
 class TensorDataModule(SplitDataModule):
     """Data module of features that fit in memory: variants give tensors, this class and its base do the rest.
 
-    Batches hold ``x`` ``(B, F)`` float32. Arguments and splits are those of :class:`SplitDataModule`; without a
+    Batches hold ``x`` ``(B, F)`` float32, or ``(B, T, D)`` and so on where ``tensors`` gives tokens; those need an
+    ``example`` of their own. Arguments and splits are those of :class:`SplitDataModule`; without a
     ``val_fraction`` everything runs over the whole data set.
 
     Attributes:
@@ -84,7 +94,7 @@ class TensorDataModule(SplitDataModule):
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Features ``(N, F)`` and labels ``(N,)`` int64 of the whole data set."""
+        """Features ``(N, F)``, or tokens ``(N, T, D)``, and labels ``(N,)`` int64 in [0, C) of the whole data set."""
 
     def origin(self) -> Origin | None:
         """The file behind the tensors, asked for after them; none unless overridden."""
@@ -109,6 +119,17 @@ class TensorDataModule(SplitDataModule):
         return loaded._replace(fetch=Features(self.scale(self._raw, train_rows)))
 
     def example(self, index: int) -> str | npt.NDArray[np.uint8]:
-        """Names and unscaled values of the features of row ``index``."""
-        values = self._raw[self._check_index(index)].tolist()
+        """Names and unscaled values of the features of row ``index``.
+
+        Raises:
+            TypeError: If a row is no vector of features, of which a person reads names and values.
+        """
+        row = self._raw[self._check_index(index)]
+        if row.dim() > 1:
+            kind = type(self).__name__
+            raise TypeError(
+                f"{kind}.example() must show a row of tensors() to a person; got rows of shape {tuple(row.shape)}, "
+                f"whose features have no names. Override example(index) in {kind}: a text, or an image (H, W) uint8."
+            )
+        values = row.tolist()
         return ", ".join(f"{name} {value:.4g}" for name, value in zip(self._names(), values, strict=True))

@@ -15,6 +15,7 @@ The formulas as pure functions are in ``ddcl_lightning.functional``; classes tha
 
 import ddcl_lightning._utils.at_start  # before the seconds that torch and Lightning take to import
 import ddcl_lightning._utils.checkout  # noqa: F401 - before the rest: refuses a mixture of two copies
+from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning._utils.old_names import refuse_old_names
 from ddcl_lightning.adapters import (
     DDCLFeedForward,
@@ -68,6 +69,7 @@ from ddcl_lightning.datamodules import (
     CIFAR10DataModule,
     DebrisDataModule,
     DigitsDataModule,
+    EvaluateOn,
     FashionMNISTDataModule,
     FeaturesDataModule,
     ImageDataModule,
@@ -187,6 +189,7 @@ __all__ = [
     "DescentViolationError",
     "DigitsDataModule",
     "EmbeddingScale",
+    "EvaluateOn",
     "ExactResume",
     "FashionMNISTDataModule",
     "FeaturesDataModule",
@@ -271,6 +274,7 @@ __all__ = [
     "replace_feedforward",
     "save_codebooks",
     "two_timescale_groups",
+    "typed",
 ]
 
 refuse_old_names()

@@ -28,7 +28,7 @@ from ddcl_lightning.optim.factory import OptimizerConfig
 from ddcl_lightning.optim.schedule import LRSchedule, Shape
 from ddcl_lightning.optim.two_optimizers import TwoOptimizerModule, require_precision
 from ddcl_lightning.optim.two_timescale import parameter_ids, run_length
-from ddcl_lightning.tasks.base import Task, check_updates
+from ddcl_lightning.tasks.base import Task, check_updates, update_stage
 from ddcl_lightning.tasks.class_names import ClassNames
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
             self.manual_backward(loss * scale)
         self._log_step({**readout.signals, **losses}, size)
         self._metrics("train").reserve([*readout.signals, *losses])
-        self.task.update_train_metrics(self._metrics("train").by_name(), readout, batch)
+        update_stage(self.task, self._metrics("train"), readout, batch)
         if self.steps_after(batch_idx):
             self.step_optimizers()
         return loss.detach()
@@ -330,7 +330,7 @@ class DDCLReadoutModule(ClassNames, TwoOptimizerModule):
         losses = self.losses(readout, batch)
         assert self._pass is not None
         for metrics in self._pass.add(losses, readout.pooled.shape[0], loader):
-            self.task.update_metrics(metrics.by_name(), readout, batch)
+            update_stage(self.task, metrics, readout, batch)
 
     def _metrics(self, stage: str) -> StageMetrics:
         held = self.stage_metrics[f"{stage}_metrics"]

@@ -111,7 +111,7 @@ def missing_class(message: str) -> str | None:
 
 
 def _way_to_import(module: str) -> str:
-    """How a module that is not found comes to be: nothing is imported from the working directory unasked."""
+    """Remedy for a module that is not on the path, on which the working directory is not put unasked."""
     package, folder = module.partition(".")[0], Path.cwd()
     if any(Path(place or ".").resolve() == folder for place in sys.path):
         return f" Correct the name, or install {package}."

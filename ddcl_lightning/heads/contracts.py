@@ -22,7 +22,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def check_plug_in(owner: nn.Module) -> None:
-    """Raise unless a plug-in was initialized, and its methods take what those of its base are given.
+    """Raise unless a plug-in was initialized, and methods from outside of this package take what they are given.
 
     Raises:
         TypeError: If it was not, or one does not.
@@ -35,10 +35,11 @@ def check_plug_in(owner: nn.Module) -> None:
             f"Make it the first line of {kind.__name__}.__init__()",
         )
     for base in kind.__mro__:
-        if not inspect.isabstract(base) or base.__module__.partition(".")[0] != _PACKAGE:
+        if not inspect.isabstract(base) or not _is_ours(base):
             continue
         for name, method in vars(base).items():
-            if name.startswith("_") or not inspect.isfunction(method) or getattr(kind, name) is method:
+            own = getattr(kind, name)
+            if name.startswith("_") or not inspect.isfunction(method) or _is_ours(own):
                 continue
             named = list(inspect.signature(method).parameters)[1:]
             try:
@@ -311,6 +312,10 @@ def _makes_by_create(head: Head) -> bool:
 
 def _refuse(rule: str, given: str, remedy: str) -> NoReturn:
     raise TypeError(f"{rule}; got {given}. {remedy}.")
+
+
+def _is_ours(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] == _PACKAGE
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

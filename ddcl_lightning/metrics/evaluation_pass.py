@@ -58,6 +58,7 @@ class EvaluationPass:
         Args:
             anywhere: See :meth:`~ddcl_lightning.metrics.stages.StageMetrics.compute`.
         """
+        self._metrics[""].note_idle(anywhere)
         values: dict[str, Tensor | float] = {}
         for mark, metrics in self._metrics.items():
             size = self._sizes[mark]

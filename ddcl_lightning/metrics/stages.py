@@ -6,12 +6,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import Running
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from ddcl_lightning._utils.arguments import nearest
+
 KEY = "metric_"  # a ModuleDict takes no empty key (nor "train"), and a single head's metrics have no prefix
+
+
+class UnknownMetric(KeyError):
+    """A name under which a stage has no metric."""
+
+
+class NamedMetrics(dict[str, Metric | MetricCollection]):
+    """Metrics under a task's own names; an unknown name is told with those that are there."""
+
+    def __missing__(self, name: object) -> Metric | MetricCollection:
+        raise UnknownMetric(
+            f"must read metrics by the names that the task gives them; got {name!r}{nearest(str(name), self)}"
+        )
 
 
 class StageMetrics(nn.ModuleDict):
@@ -34,6 +50,7 @@ class StageMetrics(nn.ModuleDict):
         super().__init__()
         self.stage = stage
         self._taken: set[str] = set()
+        self._noted = False
         rule = f"a task's metrics (stage {stage!r}) must be a dict of names to torchmetrics metrics or collections"
         if not isinstance(metrics, (Mapping, MetricCollection)):
             raise TypeError(f"{rule}; got {type(metrics).__name__}. Return {{'name': metric}}.")
@@ -49,9 +66,9 @@ class StageMetrics(nn.ModuleDict):
                 raise ValueError(f"the name of a metric must not hold a dot; got {name!r}. Write it without.")
             self[KEY + name] = metric
 
-    def by_name(self) -> dict[str, Metric | MetricCollection]:
+    def by_name(self) -> NamedMetrics:
         """The metrics under the task's own names."""
-        return {key.removeprefix(KEY): metric for key, metric in self.items()}  # type: ignore[misc]
+        return NamedMetrics({key.removeprefix(KEY): metric for key, metric in self.items()})  # type: ignore[misc]
 
     def reserve(self, names: Iterable[str]) -> None:
         """Keep names for what is logged beside the metrics of this stage, its losses."""
@@ -84,6 +101,28 @@ class StageMetrics(nn.ModuleDict):
             metric.reset()
         return values
 
+    def note_idle(self, anywhere: Callable[[bool], bool]) -> None:
+        """Warn, the first time, of metrics that no process has updated in a pass; every process must call it.
+
+        Args:
+            anywhere: As for :meth:`compute`.
+        """
+        if self._noted:
+            return
+        self._noted = True
+        names = [
+            name
+            for name, metric in self.by_name().items()
+            if not anywhere(any(_is_updated(child) for child in metric.modules()))
+        ]
+        if names:
+            listed = ", ".join(map(repr, names))
+            rank_zero_warn(
+                f"the task's update_metrics() must update every metric of metrics(), or it is not logged; in stage "
+                f"{self.stage!r} it has not updated {listed}. Call metrics[{names[0]!r}].update(...) "
+                "there, or leave it out of metrics()."
+            )
+
     def _scalars(self, name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         """One computed value as named scalars."""
         if isinstance(value, Mapping):
@@ -114,11 +153,15 @@ class StageMetrics(nn.ModuleDict):
             yield from ((f"{name}_{i}", entry) for i, entry in enumerate(entries))
 
 
-def _has_data(child: nn.Module) -> bool:
+def _is_updated(child: nn.Module) -> bool:
     if isinstance(child, Running):
         return True  # it does not know: it resets the metric that it is of at every update
     # Other wrappers keep saying yes after a reset; the metrics in them do not.
-    return isinstance(child, Metric) and not isinstance(child, WrapperMetric) and child.update_called and _holds(child)
+    return isinstance(child, Metric) and not isinstance(child, WrapperMetric) and child.update_called
+
+
+def _has_data(child: nn.Module) -> bool:
+    return isinstance(child, Running) or (_is_updated(child) and isinstance(child, Metric) and _holds(child))
 
 
 def _holds(metric: Metric) -> bool:

@@ -9,6 +9,7 @@ from torchmetrics import Metric, MetricCollection
 
 from ddcl_lightning._utils.batch import Batch
 from ddcl_lightning.heads.base import Head, ReadoutOutput
+from ddcl_lightning.metrics.stages import StageMetrics, UnknownMetric
 from ddcl_lightning.nn.discovery import find_banks
 
 
@@ -83,6 +84,19 @@ def check_updates(task: Task, stages: Mapping[str, Sized]) -> None:
                 f"{len(metrics)}; got none, so they would never be logged. Write it, with "
                 f"metrics['name'].update(...), or leave {prefix}metrics() out."
             )
+
+
+def update_stage(task: Task, metrics: StageMetrics, readout: ReadoutOutput, batch: Batch) -> None:
+    """Update the metrics of a stage with one batch, by the method that the task has written for it.
+
+    Raises:
+        ValueError: If it reads a metric under a name that the task has not given.
+    """
+    name = "update_train_metrics" if metrics.stage == "train" else "update_metrics"
+    try:
+        getattr(task, name)(metrics.by_name(), readout, batch)
+    except UnknownMetric as error:
+        raise ValueError(f"{type(task).__name__}.{name}() {error.args[0]}") from error
 
 
 def note_unused_weight(head: Head, quantization_weight: float) -> None:

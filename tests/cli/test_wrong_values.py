@@ -75,7 +75,7 @@ WORDS = {
     "abstract: write tensors.",
     "--model.head=tests.cli.broken.Uninitialized": "Uninitialized.__init__() must call super().__init__() before it "
     "keeps a layer; got a layer first. Make it the first line of Uninitialized.__init__().",
-    "--data=tests.cli.broken.UninitializedRows": "UninitializedRows.__init__ must call super().__init__(batch_size=...)",
+    "--data=tests.cli.broken.UninitializedRows": "UninitializedRows.__init__ must call super()",
     "--model.task={class_path: Reconstruction, init_args: {decoder: ConvDecodr}}": "unknown class 'ConvDecodr' for "
     "model.task.init_args.decoder. Did you mean 'ConvDecoder'?",
 }

@@ -36,6 +36,11 @@ RETURNED: dict[str, tuple[Any, type[Exception], str]] = {
     "fewer rows": ((X[:-1], Y), ValueError, r"one label per row; got shapes \(7, 3\) and \(8,\)"),
     "labels in a column": ((X, Y.unsqueeze(1)), ValueError, r"got shapes \(8, 3\) and \(8, 1\)"),
     "flat features": ((X[:, 0], Y), ValueError, r"got shapes \(8,\) and \(8,\)"),
+    "classes from 1": (
+        (X, Y + 1),
+        ValueError,
+        r"labels .* in \[0, 2\), or -1 for unlabelled; got 2 in row 1\. Number the classes from 0, in the order",
+    ),
     "unnamed features": ((X[:, :2], Y), ValueError, r"feature_names must name the F = 2 features .*; got 3 names"),
 }
 
@@ -45,6 +50,23 @@ def test_tensors_that_do_not_fit_are_refused_at_setup(name: str) -> None:
     returned, error, message = RETURNED[name]
     with pytest.raises(error, match=message):
         Given(returned).setup()
+
+
+def test_tokens_are_served_and_shown_by_an_example_of_their_own() -> None:
+    class Shown(Given):
+        def example(self, index: int) -> str:
+            return f"row {index}"
+
+    tokens = torch.randn(8, 5, 3), Y
+    data, shown = Given(tokens), Shown(tokens)
+    data.setup()
+    shown.setup()
+    assert next(iter(data.val_dataloader()))["x"].shape == (4, 5, 3)
+    assert shown.example(3) == "row 3"
+    with pytest.raises(
+        TypeError, match=r"Given.example\(\) must show .*; got rows of shape \(5, 3\).*Override example"
+    ):
+        data.example(3)
 
 
 def test_narrow_integer_labels_become_int64() -> None:

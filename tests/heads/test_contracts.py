@@ -270,7 +270,7 @@ SLIPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a head without mask": (
         lambda: module(head=Unmasked(3)),
         TypeError,
-        r"Unmasked.pool\(\) must take \(tokens, mask\), .*; got pool\(tokens.*\)\. Correct its arguments",
+        r"Unmasked.pool\(\) must take \(tokens, mask\), .*; got pool\(tokens.*\. Correct its arguments",
     ),
     "a quantizer without mask": (
         lambda: QuantizerReadout(UnmaskedCodes()),

@@ -13,6 +13,7 @@ from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MetricTracker,
 
 from ddcl_lightning import Clustering
 from ddcl_lightning.metrics.stages import StageMetrics, check_new
+from ddcl_lightning.tasks.base import update_stage
 from tests.tiny import clustering_module, loader, quiet_trainer
 
 X = torch.tensor([1.0, 2.0, 6.0])
@@ -232,9 +233,42 @@ class Distance(Clustering):
 def test_a_task_with_scalar_metrics_is_trained_validated_and_tested() -> None:
     module = clustering_module(Distance(4))
     trainer = quiet_trainer(max_epochs=2)
-    trainer.fit(module, loader(), loader())
+    with pytest.warns(UserWarning, match="has not updated 'rare'"):
+        trainer.fit(module, loader(), loader())
     assert {"train/mae", "val/mae", "val/loss"} <= trainer.callback_metrics.keys()
     assert "val/rare" not in trainer.callback_metrics
     assert float(trainer.callback_metrics["val/mae"]) > 0
-    (tested,) = trainer.test(module, loader(), verbose=False)
+    with pytest.warns(UserWarning, match="has not updated 'rare'"):
+        (tested,) = trainer.test(module, loader(), verbose=False)
     assert tested["test/mae"] == pytest.approx(float(trainer.callback_metrics["test/mae"]))
+
+
+class Misspelt(Distance):
+    """A task that updates a metric which it does not have."""
+
+    def update_metrics(self, metrics: Any, readout: Any, batch: Any) -> None:
+        metrics["maee"].update(torch.zeros(2), torch.ones(2))
+
+
+def test_a_name_that_a_task_has_not_given_is_told_with_those_that_it_has() -> None:
+    task = Misspelt(4)
+    metrics = StageMetrics("val", task.metrics())
+    message = r"Misspelt.update_metrics\(\) must read metrics by the names .*; got 'maee'\. Did you mean 'mae'\?"
+    with pytest.raises(ValueError, match=message):
+        update_stage(task, metrics, Any, Any)  # type: ignore[arg-type]
+    assert metrics.by_name().get("maee") is None
+
+
+def test_a_metric_that_nothing_updates_is_told_once() -> None:
+    idle, busy = StageMetrics("val", {"idle": SumMetric(), "busy": SumMetric()}), MeanMetric()
+    idle.by_name()["busy"].update(X)
+    with pytest.warns(
+        UserWarning, match=r"update_metrics\(\) must update every .*stage 'val' .* updated 'idle'\. Call"
+    ):
+        idle.note_idle(lambda has_data: has_data)
+    idle.note_idle(lambda has_data: has_data)  # warnings are errors
+    other = StageMetrics("test", {"busy": busy})
+    other.note_idle(lambda has_data: True)  # another process has updated it
+    nothing = StageMetrics("val", {"cat": CatMetric()})
+    nothing.by_name()["cat"].update(torch.empty(0))
+    nothing.note_idle(lambda has_data: has_data)  # an update with nothing is one

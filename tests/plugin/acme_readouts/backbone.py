@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import Backbone, Tokens, input_sample
+from ddcl_lightning import Backbone, Tokens, input_sample, typed
 
 
 class Strips(Backbone):
     """Rows of an 8 x 8 image as eight tokens, less the mean image of the training data."""
 
+    @typed
     def __init__(self, embed_dim: int = 12) -> None:
         super().__init__()
         self.embed_dim = embed_dim

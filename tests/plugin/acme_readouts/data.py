@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ddcl_lightning import TensorDataModule
+from ddcl_lightning import EvaluateOn, TensorDataModule, typed
 
 
 class StripedDataModule(TensorDataModule):
@@ -12,12 +12,13 @@ class StripedDataModule(TensorDataModule):
     feature_names = tuple(f"pixel_{pixel}" for pixel in range(64))
     class_names = tuple(str(rows) for rows in range(5))
 
+    @typed
     def __init__(
         self,
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         val_fraction: float = 0.2,
-        evaluate_on: str = "auto",
+        evaluate_on: EvaluateOn = "auto",
         limit: int | None = None,
         seed: int | None = None,
         num_workers: int = 0,

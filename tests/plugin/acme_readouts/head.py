@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from ddcl_lightning import Head, PrototypeBank, ReadoutOutput
+from ddcl_lightning import Head, PrototypeBank, ReadoutOutput, typed
 
 
 class FurthestToken(Head):
     """Pools the token that is furthest from its soft centroid, through a bank of its own."""
 
+    @typed
     def __init__(self, num_prototypes: int = 6) -> None:
         super().__init__()
         self.num_prototypes = num_prototypes

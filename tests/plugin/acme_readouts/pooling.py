@@ -2,12 +2,13 @@
 
 from torch import Tensor, nn
 
-from ddcl_lightning import PoolingHead
+from ddcl_lightning import PoolingHead, typed
 
 
 class NormPooling(PoolingHead):
     """The length of the mean token in each of several learned subspaces."""
 
+    @typed
     def __init__(self, dim: int | None = None, max_parameters: int | None = None) -> None:
         super().__init__()
         self.dim, self.max_parameters = dim, max_parameters

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from ddcl_lightning import Quantizer, QuantizerOutput, QuantizerTerms
+from ddcl_lightning import Quantizer, QuantizerOutput, QuantizerTerms, typed
 
 
 class SignQuantizer(Quantizer):
     """The signs of a few projections, one code of two for each, and a vector for each of both."""
 
+    @typed
     def __init__(self, dim: int, num_codebooks: int = 3) -> None:
         super().__init__()
         self.dim, self.num_codes, self.num_codebooks = dim, 2, num_codebooks

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddcl_lightning import BankRecord, Signal
+from ddcl_lightning import BankRecord, Signal, typed
 
 
 class LargestShare(Signal):
@@ -13,6 +13,7 @@ class LargestShare(Signal):
 
     name = "largest_share"
 
+    @typed
     def __init__(self, limit: float = 0.9) -> None:
         self.limit = limit
 
