@@ -277,7 +277,16 @@ def _remedy(value: Any, kinds: list[Any]) -> str:
         return " Round it." if math.isfinite(value) else " Pass a number that can be counted to."
     if isinstance(value, str) and any((get_origin(kind) or kind) in _LISTS for kind in kinds):
         return " Put it in a list."
-    return " Leave it out for the default." if value is None else ""
+    if value is None:
+        return " Leave it out for the default."
+    if str in kinds:
+        return " Put quotes around it."
+    created = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    if created:
+        return f" Pass {created[0].__name__}(...)."
+    if numbers and not _is_real(value):
+        return " Pass a number."
+    return " Pass a finite one." if numbers and not math.isfinite(value) else " Pass one."
 
 
 def _is_number(text: str) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import described
 from ddcl_lightning._utils.files import whole_file
 from ddcl_lightning.functional import nearest_prototype
+from ddcl_lightning.functional._common import check_code_range, require_finite_tokens, require_floating
 from ddcl_lightning.functional.id_collisions import check_ids
 from ddcl_lightning.nn.balanced_ids import LevelQuantizer
 from ddcl_lightning.nn.quantizer_base import require_started
@@ -41,7 +42,18 @@ class Codebooks(NamedTuple):
         Returns:
             ``(N, L)`` int64, as the quantizer gives them: both leave residuals in float32 or wider. Only ties within
             rounding may differ, as on another device.
+
+        Raises:
+            TypeError: If vectors are no floating-point tensor.
+            ValueError: If they have another shape, or one is not finite.
         """
+        require_floating(vectors, "vectors")
+        if vectors.dim() != 2 or vectors.shape[1] != self.codebook.shape[2]:
+            raise ValueError(
+                f"vectors must have shape (N, d = {self.codebook.shape[2]}); got {tuple(vectors.shape)}. Pass what the "
+                "encoder of these codebooks returns, a row per item."
+            )
+        require_finite_tokens(vectors, "vectors")
         rest, ids = vectors.to(torch.promote_types(vectors.dtype, self.codebook.dtype)), []
         for codes in self.codebook:
             ids.append(nearest_prototype(rest, codes))
@@ -52,12 +64,23 @@ class Codebooks(NamedTuple):
         """Sums of codes.
 
         Args:
-            ids: ``(N, l)`` integers, l <= L: the codes of the first l levels.
+            ids: ``(N, l)`` integers in [0, K), 1 <= l <= L: the codes of the first l levels.
 
         Returns:
             ``(N, d)``.
+
+        Raises:
+            TypeError: If IDs are no tensor of integers.
+            ValueError: If they have another shape or, on a CPU, where looking is free, one is out of range.
         """
         check_ids(ids, lowest=0)
+        levels, size = self.codebook.shape[:2]
+        if not 1 <= ids.shape[1] <= levels:
+            raise ValueError(
+                f"ids must have shape (N, 1 to {levels}), a code per level; got {tuple(ids.shape)}. Pass what encode of "
+                "these codebooks returns, or its first columns."
+            )
+        check_code_range("ids", ids, f"num_codes = {size}", size)
         return torch.stack([codes[level] for codes, level in zip(self.codebook, ids.unbind(1), strict=False)]).sum(0)
 
 
@@ -65,9 +88,15 @@ def codebooks_of(quantizer: LevelQuantizer) -> Codebooks:
     """A copy of the codes of a residual quantizer.
 
     Raises:
+        TypeError: If it is no quantizer.
         ValueError: If its codes have not started, or it does something else than its codes alone, as one of tokens
             that are projected or scaled.
     """
+    if not all(hasattr(quantizer, name) for name in ("codebook", "encode", "decode")):
+        raise TypeError(
+            f"quantizer must have codebook, encode and decode; got {described(quantizer)}. Pass a "
+            "ResidualVectorQuantizer, or the quantizer inside of a head."
+        )
     require_started(quantizer, "quantizer")
     codebook = quantizer.codebook.detach().float().cpu().clone()
     device = quantizer.codebook.device
@@ -107,6 +136,7 @@ def save_codebooks(quantizer: LevelQuantizer, path: str | Path) -> None:
 
     Raises:
         ImportError: Without safetensors (``pip install 'ddcl-lightning[hub]'``).
+        TypeError: If it is no quantizer.
         ValueError: If the name ends in something else, the quantizer does something else than its codes alone, or its
             codes have not started.
         OSError: If the file cannot be written.
@@ -152,7 +182,7 @@ def check_codebook_path(path: str | Path, argument: str = "path") -> None:
         ValueError: If the name ends in something else.
     """
     if Path(path).suffix != SUFFIX:
-        raise ValueError(f"{argument} must end in {SUFFIX}; got {str(path)!r}.")
+        raise ValueError(f"{argument} must end in {SUFFIX}; got {str(path)!r}. Name it {Path(path).stem + SUFFIX!r}.")
     _safetensors()
 
 

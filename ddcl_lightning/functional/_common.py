@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ddcl_lightning._utils.arguments import described
+
 CHUNK_ELEMENTS = 1 << 22  # entries of one N x K block in the streamed functions: 32 MiB in float64
 
 
@@ -29,10 +31,20 @@ def require_floating(tokens: Tensor, argument: str = "tokens") -> None:
         raise ValueError(f"{argument} must be vectors, (..., d); got a single number. Give them a last dimension.")
 
 
-def require_finite_tokens(tokens: Tensor) -> None:
+def require_integers(argument: str, values: Tensor) -> None:
+    """Raise a TypeError unless values are a tensor of integers."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{argument} must be a tensor of integers; got {described(values)}. Use torch.as_tensor.")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{argument} must be integers; got {values.dtype}. Take the argmax or use .long().")
+
+
+def require_finite_tokens(tokens: Tensor, argument: str = "tokens") -> None:
     """Raise a ValueError if a value is NaN or infinite; padding must be zero or gone."""
     if not bool(torch.isfinite(tokens).all()):
-        raise ValueError("tokens must be finite; got NaN or infinity among the valid ones. Check data and encoder.")
+        raise ValueError(
+            f"{argument} must be finite; got NaN or infinity among the valid ones. Check data and encoder."
+        )
 
 
 def check_shapes(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> None:
@@ -58,8 +70,11 @@ def check_shapes(tokens: Tensor, prototypes: Tensor, mask: Tensor | None) -> Non
     check_mask(tokens, mask)
 
 
-def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
-    """Raise unless ``mask`` is None or boolean with the shape of ``tokens`` without its last dimension."""
+def check_mask(tokens: Tensor, mask: Tensor | None, owner: str = "tokens without its last dimension") -> None:
+    """Raise unless ``mask`` is None or boolean with the shape of ``tokens`` without its last dimension.
+
+    ``owner`` says in the error whose shape that is.
+    """
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -71,16 +86,15 @@ def check_mask(tokens: Tensor, mask: Tensor | None) -> None:
         )
     if mask.shape != tokens.shape[:-1]:
         raise ValueError(
-            f"mask must have the shape of tokens without its last dimension, {tuple(tokens.shape[:-1])}; "
-            f"got {tuple(mask.shape)}."
+            f"mask must have the shape of {owner}, {tuple(tokens.shape[:-1])}; got {tuple(mask.shape)}. Give one value per token."
         )
 
 
-def require_tokens(tokens: Tensor) -> None:
-    """Raise a ValueError unless there is something to take a mean over."""
+def require_tokens(tokens: Tensor, argument: str = "tokens") -> None:
+    """Raise a ValueError unless there is something to take a mean over; ``argument`` names it in the error."""
     if tokens.numel() == 0:
         raise ValueError(
-            f"tokens must hold at least one token; got an empty batch, of shape {tuple(tokens.shape)}. Drop it from "
+            f"{argument} must hold at least one token; got an empty batch, of shape {tuple(tokens.shape)}. Drop it from "
             "the data."
         )
 

@@ -37,7 +37,9 @@ def check_ids(ids: Tensor, argument: str = "ids", lowest: int = -1) -> None:
         ValueError: If they have another shape or, on a CPU, where looking is free, are below ``lowest``.
     """
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"{argument} must be integers; got {described(ids)}. Pass what encode of a quantizer returns.")
+        raise TypeError(
+            f"{argument} must be a tensor of integers; got {described(ids)}. Pass what encode of a quantizer returns."
+        )
     if ids.dim() != 2:
         raise ValueError(
             f"{argument} must have shape (N, L), a row of L codes per item; got {tuple(ids.shape)}. Flatten all but "

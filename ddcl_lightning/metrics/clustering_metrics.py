@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from ddcl_lightning._utils.arguments import typed
+from ddcl_lightning.functional._common import require_integers
 
 
 def count_matrix(assignments: Tensor, labels: Tensor, num_clusters: int, num_classes: int) -> Tensor:
@@ -241,8 +242,7 @@ class ClusteringMetrics(Metric):
 
 def _check_indices(name: str, values: Tensor, size: int, size_name: str, lowest: int | None) -> None:
     """Refuse anything but a vector of integers in [lowest, size)."""
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers; got {values.dtype}. Take the argmax or use .long().")
+    require_integers(name, values)
     if values.dim() != 1:
         raise ValueError(f"{name} must have one dimension, (N,); got shape {tuple(values.shape)}. Use .flatten().")
     if not len(values):

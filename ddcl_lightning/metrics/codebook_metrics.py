@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from ddcl_lightning._utils.arguments import typed
 from ddcl_lightning.functional import code_counts, effective_number
+from ddcl_lightning.functional._common import require_floating, require_integers
 from ddcl_lightning.metrics.clustering_metrics import perplexity, usage
 
 
@@ -25,11 +26,10 @@ def codebook_counts(codes: Tensor, num_codes: int) -> Tensor:
         Counts, ``(H, K)`` int64, on the device of ``codes``.
 
     Raises:
-        TypeError: If the codes are not integers.
+        TypeError: If the codes are not a tensor of integers.
         ValueError: On a CPU, where looking is free, if a code is out of range.
     """
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise TypeError(f"codes must be integers; got {codes.dtype}. Take the argmax or use .long().")
+    require_integers("codes", codes)
     rows = codes.reshape(-1, codes.shape[-1]).T.long()
     if rows.device.type == "cpu" and rows.numel():
         low, high = (int(value) for value in rows.aminmax())
@@ -83,7 +83,7 @@ class CodebookMetrics(Metric):
         super().__init__(**kwargs)
         for name, value in (("num_codes", num_codes), ("num_codebooks", num_codebooks)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         self.num_codes, self.num_codebooks = num_codes, num_codebooks
         counts = torch.zeros(num_codebooks, num_codes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")
@@ -96,10 +96,17 @@ class CodebookMetrics(Metric):
             codes: ``(..., H)`` integers in [0, K), -1 for padding; of one codebook any shape, as a quantizer returns
                 them.
             assignments: Mean soft assignment of each sample, ``(B, H, K)``, or None.
+
+        Raises:
+            TypeError: If the codes are not a tensor of integers, or the assignments no tensor of floats.
+            ValueError: If a shape does not fit or, on a CPU, a code is out of range.
         """
+        require_integers("codes", codes)
+        if assignments is not None:
+            require_floating(assignments, "assignments")
         if self.num_codebooks == 1:
             codes = codes.reshape(-1, 1)
-        if codes.shape[-1] != self.num_codebooks:
+        if codes.shape[-1:] != (self.num_codebooks,):
             raise ValueError(
                 f"codes must have shape (..., num_codebooks = {self.num_codebooks}); got {tuple(codes.shape)}. Set "
                 "num_codebooks of the head to the number of its codebooks."

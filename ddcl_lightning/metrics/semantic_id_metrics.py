@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from ddcl_lightning._utils.arguments import require_at_least, typed
 from ddcl_lightning.functional import effective_number, group_tuples
+from ddcl_lightning.functional._common import require_integers
 from ddcl_lightning.metrics.codebook_metrics import codebook_counts
 
 
@@ -102,6 +103,7 @@ class SemanticIDMetrics(Metric):
             ValueError: If a shape does not fit, a code is out of range, or one of ``vectors`` and ``decoded`` is
                 missing.
         """
+        require_integers("ids", ids)
         if ids.dim() < 1 or ids.shape[-1] != self.num_levels:
             raise ValueError(
                 f"ids must have shape (..., num_levels = {self.num_levels}); got {tuple(ids.shape)}. Set num_levels "

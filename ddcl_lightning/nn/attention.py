@@ -8,7 +8,7 @@ from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_h
 from ddcl_lightning.functional import Decomposition
 from ddcl_lightning.functional._common import check_mask, require_floating, zero_padding
 from ddcl_lightning.nn.bank import PrototypeBank
-from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode
+from ddcl_lightning.nn.scaling import EmbeddingScale, ScaleMode, check_scale_mode
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, Temperature
 
 
@@ -126,6 +126,7 @@ class DDCLAttention(nn.Module):
         if bank.num_heads > 1 or bank.dim != embed_dim:
             self.input_projection = nn.Linear(embed_dim, width, bias=False)
             nn.init.orthogonal_(self.input_projection.weight)
+        check_scale_mode("embedding_scale", embedding_scale)
         self.scale = EmbeddingScale(width, embedding_scale)
         self.bank = bank
         self.output_projection = nn.Linear(width, embed_dim, bias=False) if output_projection else None

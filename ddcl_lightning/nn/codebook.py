@@ -99,10 +99,11 @@ class Codebook(GuardedState):
         """Copy ``(H, K, d)`` values in and mark the bank initialized."""
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(
-                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}."
+                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}. Build the bank "
+                "for their sizes, or use resize for another number of them."
             )
         if not bool(torch.isfinite(prototypes).all()):
-            raise ValueError("prototypes must be finite; got NaN or infinity.")
+            raise ValueError("prototypes must be finite; got NaN or infinity. Leave out what made them so.")
         self.prototypes.copy_(prototypes)
         self.initialized.fill_(1.0)
 
@@ -116,12 +117,12 @@ class Codebook(GuardedState):
         if prototypes.dim() != 3 or prototypes.shape[1] < 1 or prototypes[:, 0].shape != self.prototypes[:, 0].shape:
             raise ValueError(
                 f"prototypes must have shape ({self.num_heads}, K, {self.dim}) with K >= 1; got "
-                f"{tuple(prototypes.shape)}."
+                f"{tuple(prototypes.shape)}. Build the bank for their heads and dimension."
             )
         if not self.marker.requires_grad:
             raise ValueError("prototypes are frozen, so their number stays; call requires_grad_(True) first.")
         if not bool(torch.isfinite(prototypes).all()):
-            raise ValueError("prototypes must be finite; got NaN or infinity.")
+            raise ValueError("prototypes must be finite; got NaN or infinity. Leave out what made them so.")
         self._make_room(prototypes.shape[1])
         self.prototypes.copy_(prototypes)
 

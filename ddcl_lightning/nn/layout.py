@@ -27,7 +27,10 @@ class ChannelLayout:
 
     def __init__(self, dim: int, channels: Channels | None) -> None:
         if channels is not None and channels not in get_args(Channels):
-            raise ValueError(f"channels must be one of {get_args(Channels)}, or None; got {channels!r}.")
+            raise ValueError(
+                f"channels must be one of {get_args(Channels)}, or None; got {channels!r}. Leave it out where one "
+                "dimension alone has size dim."
+            )
         self.dim, self.channels = dim, channels
         self._known: dict[int, Channels] = {}
 
@@ -44,7 +47,7 @@ class ChannelLayout:
         """
         require_floating(z, "z")
         tokens = z.movedim(1, -1) if self._place(z) == "first" else z
-        check_mask(tokens, mask)
+        check_mask(tokens, mask, "z without its channels")
         return zero_padding(tokens, mask)  # a NaN left in the padding would reach the gradients
 
     def assume(self, rank: int, place: Channels) -> None:
@@ -68,7 +71,10 @@ class ChannelLayout:
     def _place(self, z: Tensor) -> Channels:
         if not isinstance(z, Tensor) or z.dim() < 2 or not z.is_floating_point():
             given = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"z must be a floating-point tensor of two or more dimensions; got {given}.")
+            raise ValueError(
+                f"z must be a floating-point tensor of two or more dimensions; got {given}. Add "
+                "the missing ones with unsqueeze."
+            )
         rank = z.dim()
         place: Channels | None = "last" if rank == 2 else self.channels or self._known.get(rank)
         if place is None:

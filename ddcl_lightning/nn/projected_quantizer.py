@@ -105,8 +105,13 @@ class ProjectedQuantizer(Quantizer):
                 :class:`~ddcl_lightning.CodeUpdate`.
 
         Raises:
-            ValueError: If there are fewer than four valid tokens per code, or one is not finite.
+            ValueError: If there are fewer than four valid tokens per code, one is not finite, or the threshold is out
+                of its range.
         """
+        if not 0 <= threshold < 1:
+            raise ValueError(
+                f"threshold must be in [0, 1), a share of the mean load; got {threshold}. 0.5 suits codebooks."
+            )
         with evaluating(self.scale):
             embedded = self._embed(self.layout.tokens(tokens, mask), mask)
         self._require_sample(embedded.flatten(0, -2) if mask is None else embedded[mask])

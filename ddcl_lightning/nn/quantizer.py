@@ -8,14 +8,14 @@ from torch import Tensor
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import BankOutput
-from ddcl_lightning.functional._common import masked_mean, require_finite
+from ddcl_lightning.functional._common import masked_mean, require_finite, require_tokens
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.commitment import check_ratio
 from ddcl_lightning.nn.layout import Channels
 from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer
 from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, as_indices, check_indices
-from ddcl_lightning.nn.scaling import ScaleMode
+from ddcl_lightning.nn.scaling import ScaleMode, check_scale_mode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DEFAULT_TEMPERATURE, DISTORTION_TEMPERATURE, Temperature
 
@@ -116,7 +116,9 @@ class SoftVectorQuantizer(ProjectedQuantizer):
     ) -> None:
         moves = isinstance(code_update, CodeUpdate)
         if not moves and code_update != "optimizer":
-            raise ValueError(f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}.")
+            raise ValueError(
+                f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}. Pass CodeUpdate(...), or leave it out."
+            )
         if commitment_ratio is None:
             commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
         commitment_weight = (0.0 if moves else 0.01) if commitment_weight is None else commitment_weight
@@ -124,19 +126,24 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         check_ratio(commitment_ratio)
         for name, value in (("commitment_weight", commitment_weight), ("entropy_weight", entropy_weight)):
             if not value >= 0:
-                raise ValueError(f"{name} must be >= 0; got {value}.")
+                raise ValueError(f"{name} must be >= 0; got {value}. Set 0 to leave the term out.")
         if gradient not in get_args(QuantizerGradient):
-            raise ValueError(f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}.")
+            raise ValueError(
+                f"gradient must be one of {get_args(QuantizerGradient)}; got {gradient!r}. Choose one of them."
+            )
         if commitment_ratio and gradient != "straight_through":
             raise ValueError(
                 f"commitment_ratio needs gradient='straight_through', to which it is relative; got {commitment_ratio} "
                 f"and {gradient!r}. Use commitment_weight."
             )
         if training_output not in get_args(TrainingOutput):
-            raise ValueError(f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}.")
+            raise ValueError(
+                f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}. Choose one of them."
+            )
         require_at_least(1, dim=dim, num_codes=num_codes, num_heads=num_heads, code_dim=code_dim)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
+        check_scale_mode("embedding_scale", embedding_scale)
         super().__init__(dim, num_heads * code_dim, channels, embedding_scale)
         self.gradient, self.training_output = gradient, training_output
         self.commitment_ratio, self.commitment_weight = commitment_ratio, commitment_weight
@@ -165,6 +172,7 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             ValueError: If a shape does not fit.
         """
         tokens = self.layout.tokens(z, mask)
+        require_tokens(z, "z")
         embedded = self._embed(tokens, mask)
         if self.training:
             self._start(embedded, mask)

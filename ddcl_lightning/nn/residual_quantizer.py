@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddcl_lightning._utils.arguments import require_at_least, typed, width_per_head
 from ddcl_lightning._utils.modes import evaluating
 from ddcl_lightning.functional import Decomposition
-from ddcl_lightning.functional._common import accumulation_dtype, require_finite
+from ddcl_lightning.functional._common import accumulation_dtype, require_finite, require_tokens
 from ddcl_lightning.nn.bank import PrototypeBank
 from ddcl_lightning.nn.commitment import check_ratio
 from ddcl_lightning.nn.joint_moments import relative_errors
@@ -17,7 +17,7 @@ from ddcl_lightning.nn.moving_bank import CodeUpdate, MovingBank
 from ddcl_lightning.nn.projected_quantizer import ProjectedQuantizer, residual_of
 from ddcl_lightning.nn.quantizer import COMMITMENT_RATIO, DEFAULT_UPDATE
 from ddcl_lightning.nn.quantizer_base import QuantizerOutput, QuantizerTerms, as_indices, check_indices
-from ddcl_lightning.nn.scaling import ScaleMode
+from ddcl_lightning.nn.scaling import ScaleMode, check_scale_mode
 from ddcl_lightning.nn.straight_through import straight_through
 from ddcl_lightning.nn.temperature import DISTORTION_TEMPERATURE, Temperature
 
@@ -81,16 +81,22 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         sizes = {"num_levels": num_levels, "num_heads": num_heads, "code_dim": code_dim}
         require_at_least(1, dim=dim, num_codes=num_codes, **sizes)
         if not 0 <= level_dropout < 1:
-            raise ValueError(f"level_dropout must be a probability in [0, 1); got {level_dropout}.")
+            raise ValueError(
+                f"level_dropout must be a probability in [0, 1); got {level_dropout}. Set 0 to decode from all levels."
+            )
         if level_dropout and num_levels == 1:
-            raise ValueError(f"level_dropout must be 0 with one level, which is never left out; got {level_dropout}.")
+            raise ValueError(
+                f"level_dropout must be 0 with one level, which is never left out; got {level_dropout}. Leave it out, "
+                "or raise num_levels."
+            )
         check_ratio(commitment_ratio)
         if code_dim is None:
             code_dim = width_per_head(num_heads, "code_dim", dim=dim)
         if temperature is None:
             temperature = Temperature(DISTORTION_TEMPERATURE, "distortion")
+        check_scale_mode("embedding_scale", embedding_scale)
         super().__init__(dim, num_heads * code_dim, channels, embedding_scale)
-        self.num_codes, self.num_levels, self.num_heads = num_codes, num_levels, num_heads
+        self.num_levels, self.num_heads = num_levels, num_heads
         self.num_codebooks = num_levels * num_heads
         self.level_dropout, self.commitment_ratio, self.shared_codebook = (
             level_dropout,
@@ -122,6 +128,7 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
             ValueError: If a shape does not fit.
         """
         tokens = self.layout.tokens(z, mask)
+        require_tokens(z, "z")
         embedded = self._embed(tokens, mask)
         if self.training:
             self._start(embedded, mask)
@@ -204,7 +211,16 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
         return self._restore(total, codes[..., 0] >= 0)
 
     def bank(self, level: int) -> MovingBank:
-        """The bank of a level, from 0."""
+        """The bank of a level.
+
+        Args:
+            level: In [0, L).
+
+        Raises:
+            ValueError: If it is another.
+        """
+        if not 0 <= level < self.num_levels:
+            raise ValueError(f"level must be in [0, num_levels = {self.num_levels}); got {level}. Count from 0.")
         bank = self.levels[0 if self.shared_codebook else level]
         assert isinstance(bank, MovingBank)
         return bank
@@ -213,6 +229,11 @@ class ResidualVectorQuantizer(ProjectedQuantizer):
     def codebook(self) -> Tensor:
         """The codes, ``(L * H, K, d)``, detached: those of the first level first."""
         return torch.cat([self.bank(level).prototypes.detach() for level in range(self.num_levels)])
+
+    @property
+    def num_codes(self) -> int:  # type: ignore[override]
+        """K of each level and head."""
+        return self.bank(0).num_prototypes
 
     def start_codes(self, tokens: Tensor, *, final: bool) -> None:
         """Start the levels in order, each on what those before leave of tokens ``(N, width)``."""

@@ -18,6 +18,14 @@ ScaleMode = Literal["none", "unit", "per_dimension", "total", "whiten"]
 SMALLEST_VARIANCE = 1e-24  # tokens below it count as constant; its power -3/2, a gradient, must fit float32
 
 
+def check_scale_mode(argument: str, mode: str) -> None:
+    """Raise a ValueError that names the argument unless there is such a mode."""
+    if mode not in get_args(ScaleMode):
+        raise ValueError(
+            f"{argument} must be one of {get_args(ScaleMode)}; got {mode!r}. Choose one of them, 'none' for no scaling."
+        )
+
+
 class EmbeddingScale(RunningMeans):
     """Centre tokens and fix their scale, with running statistics for evaluation.
 
@@ -57,8 +65,7 @@ class EmbeddingScale(RunningMeans):
     def __init__(self, dim: int, mode: ScaleMode = "per_dimension", momentum: float = 0.1) -> None:
         super().__init__(momentum)
         require_at_least(1, dim=dim)
-        if mode not in get_args(ScaleMode):
-            raise ValueError(f"mode must be one of {get_args(ScaleMode)}, a layer's embedding_scale too; got {mode!r}.")
+        check_scale_mode("mode", mode)
         self.dim, self.mode = dim, mode
         dtype = running_dtype()
         self.register_buffer("mean", torch.zeros(dim, dtype=dtype))

@@ -41,15 +41,16 @@ def move_prototypes(
 def check_step(name: str, step_size: float, relocation_threshold: float, load_exponent: float) -> None:
     """Raise a ValueError if a number is out of its range; ``name`` is that of the step size."""
     if not 0 < step_size <= 1:
-        raise ValueError(f"{name} must be in (0, 1], a step size; got {step_size}.")
+        raise ValueError(f"{name} must be in (0, 1], a step size; got {step_size}. 0.05 is a good value.")
     if not 0 <= relocation_threshold < 1:
         raise ValueError(
-            f"relocation_threshold must be in [0, 1), a share of the mean load; got {relocation_threshold}."
+            f"relocation_threshold must be in [0, 1), a share of the mean load; got {relocation_threshold}. "
+            "0.5 suits codebooks, 0 moves none."
         )
     if not 0 <= load_exponent <= 1:
         raise ValueError(
             f"load_exponent must be in [0, 1], from equal distortion (0) to equal numbers of tokens (1); got "
-            f"{load_exponent}."
+            f"{load_exponent}. 0.75 is a good value."
         )
 
 

@@ -60,9 +60,9 @@ class VectorQuantizer(GuardedState, Quantizer):
         super().__init__()
         require_at_least(1, dim=dim, num_codes=num_codes, code_dim=code_dim)
         if not commitment_weight >= 0:
-            raise ValueError(f"commitment_weight must be >= 0; got {commitment_weight}.")
+            raise ValueError(f"commitment_weight must be >= 0; got {commitment_weight}. Set 0 for none.")
         if init not in get_args(CodebookInit):
-            raise ValueError(f"init must be one of {get_args(CodebookInit)}; got {init!r}.")
+            raise ValueError(f"init must be one of {get_args(CodebookInit)}; got {init!r}. Choose one of them.")
         width = dim if code_dim is None else code_dim
         self.dim, self.num_codes, self.commitment_weight, self.init = dim, num_codes, commitment_weight, init
         self.projection: nn.Linear | None = None

@@ -73,13 +73,24 @@ class TokenNormalized(Optimizer):
         self.__dict__.setdefault("_banks", {})
 
     def watch(self, module: nn.Module) -> "TokenNormalized":
-        """Follow the banks in ``module`` whose prototypes are optimized here, in place of another; returns self."""
+        """Follow the banks in ``module`` whose prototypes are optimized here, in place of another; returns self.
+
+        Raises:
+            ValueError: If a parameter is not the prototypes of a bank, or the bank moves them itself.
+        """
         own = {id(p) for group in self.param_groups for p in group["params"]}
         banks = {name: bank for name, bank in find_banks(module).items() if id(bank.prototypes) in own}
         if len(banks) < len(own):
             raise ValueError(
                 f"TokenNormalized optimizes {len(own)} parameters but only {len(banks)} of them are prototypes "
                 f"of a bank in {type(module).__name__}. Give it prototype parameters only."
+            )
+        moving = [name for name, bank in banks.items() if not bank.is_trainable]
+        if moving:
+            raise ValueError(
+                f"prototypes must be a parameter for TokenNormalized to move them; bank {moving[0]!r} of "
+                f"{type(module).__name__} moves them itself. Build its quantizer with code_update='optimizer', or "
+                "leave TokenNormalized out."
             )
         self.close()
         self._banks = banks

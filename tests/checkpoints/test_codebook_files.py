@@ -91,6 +91,33 @@ def test_quantizers_that_project_are_refused(tmp_path: Path) -> None:
     assert torch.equal(codebooks_of(GivenCodes(CODEBOOK)).codebook, CODEBOOK)
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda books: books.encode(torch.full((3, 2), torch.nan)), ValueError, "vectors must be finite; got NaN"),
+        (lambda books: books.encode(torch.full((3, 2), torch.inf)), ValueError, "vectors must be finite; got NaN"),
+        (lambda books: books.encode(torch.ones(3, 5)), ValueError, r"shape \(N, d = 2\); got \(3, 5\). Pass"),
+        (lambda books: books.encode(torch.ones(2)), ValueError, r"shape \(N, d = 2\); got \(2,\). Pass"),
+        (lambda books: books.encode([[1.0, 2.0]]), TypeError, "vectors must be a tensor; got list"),
+        (lambda books: books.decode(3), TypeError, "ids must be a tensor of integers; got an int. Pass"),
+        (lambda books: books.decode(torch.tensor(1)), ValueError, r"ids must have shape \(N, L\).*; got \(\)"),
+        (lambda books: books.decode(torch.tensor([1])), ValueError, r"ids must have shape \(N, L\).*; got \(1,\)"),
+        (lambda books: books.decode(torch.zeros(2, 3).long()), ValueError, r"\(N, 1 to 2\).*; got \(2, 3\). Pass"),
+        (lambda books: books.decode(torch.zeros(2, 0).long()), ValueError, r"\(N, 1 to 2\).*; got \(2, 0\). Pass"),
+        (lambda books: books.decode(torch.tensor([[3, 0]])), ValueError, r"ids must be in \[0, num_codes = 3\)"),
+        (lambda books: books.decode(torch.tensor([[-1, 0]])), ValueError, "ids must be at least 0; got -1"),
+    ],
+)
+def test_vectors_and_ids_that_do_not_fit_are_refused(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(Codebooks(CODEBOOK))
+
+
+def test_modules_without_codes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="quantizer must have codebook, encode and decode; got a Linear. Pass"):
+        save_codebooks(torch.nn.Linear(2, 2), tmp_path / "codes.safetensors")  # type: ignore[arg-type]
+
+
 def test_files_that_hold_no_codebook_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "codes.safetensors"
     with pytest.raises(FileNotFoundError, match="path must be a file that save_codebooks wrote; there is none at"):

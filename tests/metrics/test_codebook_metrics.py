@@ -70,6 +70,8 @@ def test_batches_add_up_and_reset_forgets() -> None:
         (torch.tensor([[[4]]]), None, ValueError, r"codes must be in \[0, num_codes = 4\).*from 4 to 4.*num_codes"),
         (torch.tensor([[[-2]]]), None, ValueError, "got values from -2 to -2"),
         (torch.zeros(1, 2, 1), None, TypeError, "codes must be integers; got torch.float32"),
+        ([1, 2], None, TypeError, "codes must be a tensor of integers; got a list of 2. Use torch.as_tensor"),
+        (CODES[..., :1], [[0.5]], TypeError, "assignments must be a tensor; got list. Convert"),
         (CODES[..., :1], SHARES, ValueError, r"shape \(B, 1, 4\), .*; got \(2, 2, 4\). Leave"),
     ],
 )

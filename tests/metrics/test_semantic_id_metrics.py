@@ -132,7 +132,7 @@ def test_merged_and_reset_metrics_of_ids() -> None:
     [
         (IDS[:, :1], {}, ValueError, r"ids must have shape \(..., num_levels = 2\); got \(6, 1\)\. Set num_levels"),
         (IDS + 1, {}, ValueError, r"codes must be in \[0, num_codes = 4\)"),
-        (IDS.float(), {}, TypeError, "codes must be integers; got torch.float32"),
+        (IDS.float(), {}, TypeError, "ids must be integers; got torch.float32"),
         (IDS, {"index": torch.arange(5)}, ValueError, r"index must hold one number per item, \(6,\); got \(5,\)"),
         (IDS, {"vectors": torch.zeros(6, 3)}, ValueError, r"both have shape \(6, 'D'\).*; got \(6, 3\) and None"),
         (

@@ -199,6 +199,9 @@ def test_a_sample_too_small_to_judge_codes_by_revives_none() -> None:
         quantizer.revive(torch.randn(63, 8))
     with pytest.raises(ValueError, match="tokens must be finite"):
         quantizer.revive(torch.full((100, 8), torch.nan))
+    for threshold in (2, 1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"threshold must be in \[0, 1\), .*; got {threshold}. 0.5 suits"):
+            quantizer.revive(torch.randn(100, 8), threshold=threshold)
 
 
 def test_shared_codes_that_later_levels_use_are_not_revived() -> None:

@@ -173,3 +173,21 @@ def test_processes_move_the_levels_in_one_order(tmp_path: Path) -> None:
 def test_one_level_is_never_left_out() -> None:
     with pytest.raises(ValueError, match=r"level_dropout must be 0 with one level.* got 0.5"):
         ResidualVectorQuantizer(D, K, 1, level_dropout=0.5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_loaded_state_of_another_size_sets_the_number_of_codes(shared: bool) -> None:
+    small = ResidualVectorQuantizer(D, 16, L, shared_codebook=shared)
+    rvq = ResidualVectorQuantizer(D, 40, L, shared_codebook=shared)
+    rvq.load_state_dict(small.state_dict())
+    assert rvq.num_codes == 16
+    assert "num_codes=16" in repr(rvq)
+    with pytest.raises(ValueError, match=r"indices must be in \[0, num_codes = 16\).*from 30 to 30"):
+        rvq.decode(torch.full((5, L), 30))
+
+
+def test_levels_out_of_range_have_no_bank() -> None:
+    rvq = ResidualVectorQuantizer(D, K, L)
+    for level in (L, -1):
+        with pytest.raises(ValueError, match=rf"level must be in \[0, num_levels = {L}\); got {level}. Count"):
+            rvq.bank(level)

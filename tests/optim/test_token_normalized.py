@@ -8,7 +8,7 @@ import torch
 from tiny import absolute
 from torch import Tensor, nn
 
-from ddcl_lightning import DDCLAttention, PrototypeBank, TokenNormalized
+from ddcl_lightning import DDCLAttention, PrototypeBank, SoftVectorQuantizer, TokenNormalized
 from ddcl_lightning.functional import soft_assign
 
 
@@ -225,6 +225,14 @@ def test_watch_finds_banks_and_replaces_an_earlier_watch() -> None:
     assert len(model[1].bank._observers) == 1
     with pytest.raises(ValueError, match="optimizes 2 parameters but only 1 of them are prototypes"):
         TokenNormalized([model[0].bank.prototypes, nn.Parameter(torch.zeros(2))]).watch(model)
+
+
+def test_codes_that_move_inside_are_refused() -> None:
+    quantizer = SoftVectorQuantizer(4, 3)
+    with pytest.raises(ValueError, match=r"bank 'bank' of SoftVectorQuantizer moves them .*code_update='optimizer'"):
+        TokenNormalized([quantizer.bank.prototypes]).watch(quantizer)
+    quantizer = SoftVectorQuantizer(4, 3, code_update="optimizer")
+    TokenNormalized([quantizer.bank.prototypes]).watch(quantizer)
 
 
 def test_token_normalized_refuses_rates_out_of_range_and_unwatched_banks() -> None:
