@@ -81,7 +81,7 @@ class ValidationFigures(Callback):
     @typed
     def __init__(self, every_n_epochs: int) -> None:
         if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
+            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}. Pass 1 or more.")
         self.every_n_epochs = every_n_epochs
         self._batch: Batch = None
         self._drawn_at = -1

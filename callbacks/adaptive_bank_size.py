@@ -79,13 +79,13 @@ class AdaptiveBankSize(Callback):
         seed: int | None = None,
     ) -> None:
         if frequency < 1:
-            raise ValueError(f"frequency must be at least 1 {interval}; got {frequency}.")
+            raise ValueError(f"frequency must be at least 1 {interval}; got {frequency}. Pass 1 or more.")
         if interval not in ("epoch", "step"):
-            raise ValueError(f"interval must be 'epoch' or 'step'; got {interval!r}.")
+            raise ValueError(f"interval must be 'epoch' or 'step'; got {interval!r}. Choose one of them.")
         if duration is not None and not duration > 0:
-            raise ValueError(f"duration must be > 0 {interval}s; got {duration}.")
+            raise ValueError(f"duration must be > 0 {interval}s; got {duration}. Leave it out to follow the whole run.")
         if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1; got {max_tokens}.")
+            raise ValueError(f"max_tokens must be at least 1; got {max_tokens}. Pass 1 or more.")
         self.rules = rules or SizeRules()
         self.frequency, self.interval, self.duration, self.banks = frequency, interval, duration, banks
         self.max_tokens, self.seed = max_tokens, resolve_seed(seed)
@@ -142,7 +142,8 @@ class AdaptiveBankSize(Callback):
         if not self.rules.min_prototypes <= bank.num_prototypes <= self.rules.max_prototypes:
             raise ValueError(
                 f"num_prototypes must start between min_prototypes = {self.rules.min_prototypes} and max_prototypes = "
-                f"{self.rules.max_prototypes}; got {bank.num_prototypes} in {name!r}."
+                f"{self.rules.max_prototypes}; got {bank.num_prototypes} in {name!r}. Change num_prototypes, or widen "
+                "the bounds."
             )
         path = name.split(".")
         for depth in range(len(path)):

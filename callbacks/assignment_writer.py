@@ -75,9 +75,9 @@ class AssignmentWriter(BasePredictionWriter):
     ) -> None:
         super().__init__("batch")
         if top < 1:
-            raise ValueError(f"top must be at least 1 prototype per row; got {top}.")
+            raise ValueError(f"top must be at least 1 prototype per row; got {top}. Pass 1 or more.")
         if path is not None and Path(path).suffix not in (".csv", ".parquet"):
-            raise ValueError(f"path must end in .csv or .parquet; got {path!r}.")
+            raise ValueError(f"path must end in .csv or .parquet; got {path!r}. Name it assignments.csv, say.")
         self.path, self.top, self.columns, self.dropped, self.codebooks = path, top, columns, dropped, codebooks
         self._tables: list[pd.DataFrame] = []
         self._counted: dict[int, int] = {}  # samples so far, by loader

@@ -72,9 +72,11 @@ class DecompositionCheck(BankCallback):
     ) -> None:
         super().__init__(every_n_batches)
         if on_violation not in ("raise", "warn"):
-            raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}.")
+            raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}. Choose one of them.")
         if tolerance is not None and not 0 < tolerance < 1:
-            raise ValueError(f"tolerance must be in (0, 1), relative to the energy; got {tolerance}.")
+            raise ValueError(
+                f"tolerance must be in (0, 1), relative to the energy; got {tolerance}. Leave it out for the default."
+            )
         self.on_violation, self.tolerance = on_violation, tolerance
         self.checks = self.violations = 0
         self.smallest_variance: dict[str, float] = {}

@@ -75,9 +75,9 @@ class DescentCheck(BankCallback):
     ) -> None:
         super().__init__(every_n_batches)
         if on_violation not in ("warn", "raise"):
-            raise ValueError(f"on_violation must be 'warn' or 'raise'; got {on_violation!r}.")
+            raise ValueError(f"on_violation must be 'warn' or 'raise'; got {on_violation!r}. Choose one of them.")
         if not tolerance >= 0:
-            raise ValueError(f"tolerance must be >= 0, relative to L_q; got {tolerance}.")
+            raise ValueError(f"tolerance must be >= 0, relative to L_q; got {tolerance}. Pass 0 or more.")
         self.on_violation, self.tolerance = on_violation, tolerance
         self._reported: set[str] = set()
         self.checks = self.violations = 0

@@ -46,10 +46,10 @@ class KMeansInitialization(Callback):
         progress: bool = True,
     ) -> None:
         if method not in ("kmeans", "farthest_point"):
-            raise ValueError(f"method must be 'kmeans' or 'farthest_point'; got {method!r}.")
+            raise ValueError(f"method must be 'kmeans' or 'farthest_point'; got {method!r}. Choose one of them.")
         for name, value in (("num_restarts", num_restarts), ("max_tokens", max_tokens)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         self.method, self.num_restarts, self.max_tokens = method, num_restarts, max_tokens
         self.seed, self.progress = resolve_seed(seed), progress
 

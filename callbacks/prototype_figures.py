@@ -36,7 +36,7 @@ class PrototypeFigures(BankCallback):
     def __init__(self, every_n_epochs: int = 10, every_n_batches: int = 10) -> None:
         super().__init__(every_n_batches)
         if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}.")
+            raise ValueError(f"every_n_epochs must be at least 1; got {every_n_epochs}. Pass 1 or more.")
         self.every_n_epochs = every_n_epochs
         self._history: dict[str, list[dict[str, float]]] = {}
         self._latest: dict[str, tuple[BankRecord, list[HeadSignals]]] = {}

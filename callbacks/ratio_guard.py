@@ -44,9 +44,9 @@ class RatioGuard(Callback):
         on_violation: Literal["raise", "warn"] = "warn",
     ) -> None:
         if not 0 < max_ratio <= 1:
-            raise ValueError(f"max_ratio must be in (0, 1]; got {max_ratio}.")
+            raise ValueError(f"max_ratio must be in (0, 1]; got {max_ratio}. Its default is 1.0.")
         if on_violation not in ("raise", "warn"):
-            raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}.")
+            raise ValueError(f"on_violation must be 'raise' or 'warn'; got {on_violation!r}. Choose one of them.")
         self.max_ratio, self.ignore, self.on_violation = max_ratio, tuple(ignore), on_violation
         self._warned = False
         self._fast: set[int] = set()

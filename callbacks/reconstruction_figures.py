@@ -56,7 +56,7 @@ class ReconstructionFigures(ValidationFigures):
     def __init__(self, every_n_epochs: int = 10, num_images: int = 8) -> None:
         super().__init__(every_n_epochs)
         if num_images < 1:
-            raise ValueError(f"num_images must be at least 1; got {num_images}.")
+            raise ValueError(f"num_images must be at least 1; got {num_images}. Pass 1 or more.")
         self.num_images = num_images
         self._history: list[dict[str, float]] = []
         self._counts: Tensor | None = None

@@ -71,7 +71,9 @@ class TemperatureAnnealing(Callback):
     ) -> None:
         first_temperature, last_temperature = _temperature("start", start), _temperature("end", end)
         if first_temperature.unit != last_temperature.unit:
-            raise ValueError(f"start and end must be temperatures of one unit; got {start} and {end}.")
+            raise ValueError(
+                f"start and end must be temperatures of one unit; got {start} and {end}. Give both in the same unit."
+            )
         self._unit = first_temperature.unit
         self._ends = _per_head(first_temperature.value, last_temperature.value)
         for first, last in self._ends:
@@ -81,13 +83,19 @@ class TemperatureAnnealing(Callback):
                     f"got start = {first} and end = {last}. Swap them."
                 )
         if interval not in ("epoch", "step"):
-            raise ValueError(f"interval must be 'epoch' or 'step'; got {interval!r}.")
+            raise ValueError(f"interval must be 'epoch' or 'step'; got {interval!r}. Choose one of them.")
         if not callable(schedule) and schedule not in ("exponential", "linear", "cosine"):
-            raise ValueError(f"schedule must be 'exponential', 'linear', 'cosine' or a callable; got {schedule!r}.")
+            raise ValueError(
+                f"schedule must be 'exponential', 'linear', 'cosine' or a callable; got {schedule!r}. Choose one of "
+                "them."
+            )
         if tau is not None and (schedule != "exponential" or not tau > 0):
-            raise ValueError(f"tau must be > 0 and belongs to schedule='exponential'; got {tau} with {schedule!r}.")
+            raise ValueError(
+                f"tau must be > 0 and belongs to schedule='exponential'; got {tau} with {schedule!r}. Leave tau out, "
+                "or set schedule='exponential'."
+            )
         if duration is not None and not duration > 0:
-            raise ValueError(f"duration must be > 0 {interval}s; got {duration}.")
+            raise ValueError(f"duration must be > 0 {interval}s; got {duration}. Leave it out to follow the whole run.")
         self.start, self.end, self.schedule = start, end, schedule
         self.interval, self.tau, self.duration, self.banks = interval, tau, duration, banks
         self._banks: dict[str, PrototypeBank] = {}
@@ -119,7 +127,7 @@ class TemperatureAnnealing(Callback):
             if len(self._ends) not in (1, bank.num_heads):
                 raise ValueError(
                     f"start and end must be one temperature, or one per head, {bank.num_heads} for bank {name!r}; got "
-                    f"{self.start} and {self.end}."
+                    f"{self.start} and {self.end}. Give one for each head."
                 )
             unit = bank.temperature_state.unit
             if (unit == "absolute") != (self._unit == "absolute"):
@@ -267,7 +275,8 @@ class TemperatureAnnealing(Callback):
             value = float(self.schedule(position))
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(
-                    f"schedule must give finite temperatures > 0; got {value} at {self.interval} {position}."
+                    f"schedule must give finite temperatures > 0; got {value} at {self.interval} {position}. Correct "
+                    "the callable."
                 )
             if value > previous * (1 + 1e-9):
                 raise ValueError(
@@ -299,7 +308,9 @@ def _per_head(start: float | list[float], end: float | list[float]) -> list[tupl
     starts, ends = ([*value] if isinstance(value, Sequence) else [value] for value in (start, end))
     size = max(len(starts), len(ends))
     if any(len(values) not in (1, size) or not values for values in (starts, ends)):
-        raise ValueError(f"start and end must be numbers or lists of the same length; got {start} and {end}.")
+        raise ValueError(
+            f"start and end must be numbers or lists of the same length; got {start} and {end}. Give as many of both."
+        )
     starts, ends = (values * (size if len(values) == 1 else 1) for values in (starts, ends))
     return list(zip(starts, ends, strict=True))
 

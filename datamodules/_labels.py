@@ -74,7 +74,7 @@ def class_numbers(
     integers = all(_INTEGER.fullmatch(cell) for cell in given)
     ordered = sorted(given, key=int) if integers else sorted(given)
     if integers and ordered and int(ordered[0]) < 0:
-        raise ValueError(f"integer labels must be at least 0, or -1 for unlabelled; got {ordered[0]}.")
+        raise ValueError(f"integer labels must be at least 0, or -1 for unlabelled; got {ordered[0]}. Pass 0 or more.")
     if known is None:
         classes = tuple(ordered)
         numbers = {name: number for number, name in enumerate(classes)}

@@ -64,7 +64,9 @@ class CIFAR10DataModule(TorchvisionDataModule):
             ) from None
         names = tuple(map(str, arrays["classes"]))
         if names != self.class_names:
-            raise ValueError(f"classes of {path} must be {', '.join(self.class_names)}; got {', '.join(names)}.")
+            raise ValueError(
+                f"classes of {path} must be {', '.join(self.class_names)}; got {', '.join(names)}. Write the file anew."
+            )
         splits = ("train", "test")
         for split in splits:
             images, labels = len(arrays[f"offset_{split}"]) - 1, len(arrays[f"y_{split}"])
@@ -72,7 +74,7 @@ class CIFAR10DataModule(TorchvisionDataModule):
             if given.dtype.kind not in "iu" and not (given.dtype.kind == "f" and np.array_equal(given, given.round())):
                 raise ValueError(
                     f"y_{split} of {path} must be whole numbers in [0, {len(self.class_names)}); got {given.dtype} "
-                    f"such as {given.ravel()[:3].tolist()}."
+                    f"such as {given.ravel()[:3].tolist()}. Write the file anew."
                 )
             if images != labels or arrays[f"offset_{split}"][-1] != len(arrays[f"jpeg_{split}"]):
                 raise ValueError(f"offset_{split} of {path} does not fit to y_{split} and jpeg_{split}.")

@@ -286,7 +286,11 @@ def _remedy(value: Any, kinds: list[Any]) -> str:
         return f" Pass {created[0].__name__}(...)."
     if numbers and not _is_real(value):
         return " Pass a number."
-    return " Pass a finite one." if numbers and not math.isfinite(value) else " Pass one."
+    if bool in kinds:
+        return " Write True or False."
+    if numbers and not math.isfinite(value):
+        return " Pass a finite one."
+    return " Correct its values." if isinstance(value, (list, tuple)) else " Pass one."
 
 
 def _is_number(text: str) -> bool:

@@ -21,7 +21,7 @@ class Reservoir:
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
         if capacity < 1:
-            raise ValueError(f"capacity must be at least 1 row; got {capacity}.")
+            raise ValueError(f"capacity must be at least 1 row; got {capacity}. Pass 1 or more.")
         check_seed("seed", seed)
         self.capacity = max(1, capacity // world_size())
         self.num_rows = 0

@@ -108,9 +108,9 @@ def distill_feedforward(
     """
     for argument, value in (("steps", steps), ("batch_tokens", batch_tokens), ("max_tokens", max_tokens)):
         if value < 1:
-            raise ValueError(f"{argument} must be at least 1; got {value}.")
+            raise ValueError(f"{argument} must be at least 1; got {value}. Pass 1 or more.")
     if not lr > 0:
-        raise ValueError(f"lr must be > 0; got {lr}.")
+        raise ValueError(f"lr must be > 0; got {lr}. Leave it out for the default.")
     _require_layers(replacement)
     if sequential and len(replacement.layers) > 1 and iter(batches) is batches:
         raise ValueError(
@@ -145,7 +145,7 @@ def _distill(
     tokens = tokens[torch.randperm(len(tokens), generator=generator)]
     held_out = max(1, int(HELD_OUT * len(tokens)))
     if len(tokens) < 2:
-        raise ValueError(f"batches must give at least 2 valid tokens to {name}; got {len(tokens)}.")
+        raise ValueError(f"batches must give at least 2 valid tokens to {name}; got {len(tokens)}. Pass 2 or more.")
     with torch.no_grad():
         targets = replacement._sites[name](tokens)
     x, y = tokens[held_out:], targets[held_out:]

@@ -76,9 +76,14 @@ def insert_prototypes(
         if hasattr(known[name], CHILD):
             raise ValueError(f"block {name!r} has {CHILD} already. Call remove_prototypes(model) first.")
     if len({id(known[name]) for name in names}) < len(names) or not names:
-        raise ValueError(f"blocks must name at least one block, and each once; got {names}.")
+        raise ValueError(
+            f"blocks must name at least one block, and each once; got {names}. Give their numbers, or leave blocks out."
+        )
     if mask is not None and mask not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}.")
+        raise ValueError(
+            f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}. Name one that holds the "
+            "mask, or leave mask out."
+        )
     placed = [create() for _ in names]
     if len({id(adapter) for adapter in placed}) < len(placed):
         raise ValueError(

@@ -50,10 +50,15 @@ def choose_mlps(model: nn.Module, blocks: Blocks) -> list[MLPSite]:
         elif -len(mlps) <= block < len(mlps):
             sites.append(mlps[block])
         else:
-            raise ValueError(f"blocks must be in [{-len(mlps)}, {len(mlps) - 1}] for this model; got {block}.")
+            raise ValueError(
+                f"blocks must be in [{-len(mlps)}, {len(mlps) - 1}] for this model; got {block}. Count from 0."
+            )
     places = [place for site in sites for place in site.places]
     if not sites or len(set(places)) < len(places):
-        raise ValueError(f"blocks must name at least one block, and each once; got {chosen}.")
+        raise ValueError(
+            f"blocks must name at least one block, and each once; got {chosen}. Give their numbers, or leave blocks "
+            "out."
+        )
     modules = {id(module) for site in sites for module in site.modules}
     names = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in modules]
     if len(names) > len(modules):

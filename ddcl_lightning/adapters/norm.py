@@ -49,10 +49,10 @@ class PrototypeNorm(PrototypeAdapter):
     ) -> None:
         super().__init__()
         if not eps > 0:
-            raise ValueError(f"eps must be > 0; got {eps}.")
+            raise ValueError(f"eps must be > 0; got {eps}. Leave it out for the default.")
         if bank is None:
             if num_prototypes is None:
-                raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
+                raise ValueError("num_prototypes must be given, or a bank to share; got neither. Give one of them.")
             bank = PrototypeBank(num_prototypes, dim, temperature=temperature)
         else:
             refuse_bank_arguments(

@@ -119,11 +119,16 @@ def replace_feedforward(
     if mask is None:
         mask = "attention_mask" if "attention_mask" in arguments else None
     elif mask not in arguments:
-        raise ValueError(f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}.")
+        raise ValueError(
+            f"mask must name an argument of {type(model).__name__}.forward; got {mask!r}. Name one that holds the "
+            "mask, or leave mask out."
+        )
     layers = []
     for site in sites:
         like = next(site.modules[0].parameters())
         layers.append(create(site.dim).to(like.device, like.dtype).train(site.modules[0].training))
     if len({id(layer) for layer in layers}) < len(layers):
-        raise ValueError("create must return a new module at each call; got one twice.")
+        raise ValueError(
+            "create must return a new module at each call; got one twice. Build the module inside of create."
+        )
     return FeedForwardReplacement(model, sites, layers, mask)

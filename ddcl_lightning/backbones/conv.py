@@ -31,9 +31,9 @@ class ConvBackbone(Backbone):
     def __init__(self, in_channels: int, embed_dim: int = 64, widths: Sequence[int] = (32, 64)) -> None:
         super().__init__()
         if in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1; got {in_channels}.")
+            raise ValueError(f"in_channels must be at least 1; got {in_channels}. Pass 1 or more.")
         if embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1; got {embed_dim}.")
+            raise ValueError(f"embed_dim must be at least 1; got {embed_dim}. Pass 1 or more.")
         if not widths or min(widths) < 1:
             raise ValueError(
                 f"widths must hold at least one number of channels >= 1; got {tuple(widths)}. "

@@ -155,7 +155,7 @@ class FeatureCache:
             ValueError: If they have another dimension, or do not fit into 16 bits.
         """
         if values.ndim != 2 or values.shape[1] != self.dim:
-            raise ValueError(f"values must have shape (T, {self.dim}); got {values.shape}.")
+            raise ValueError(f"values must have shape (T, {self.dim}); got {values.shape}. Give one vector per token.")
         with np.errstate(over="ignore"):
             rounded = np.ascontiguousarray(values, self.dtype)
         if self.dtype == np.float16 and not np.isfinite(rounded).all() and np.isfinite(values).all():

@@ -43,7 +43,7 @@ class IdentityBackbone(Backbone):
     def __init__(self, in_features: int) -> None:
         super().__init__()
         if in_features < 1:
-            raise ValueError(f"in_features must be at least 1; got {in_features}.")
+            raise ValueError(f"in_features must be at least 1; got {in_features}. Pass 1 or more.")
         self.in_features = self.embed_dim = in_features
 
     def forward(self, batch: Batch) -> Tokens:

@@ -30,7 +30,7 @@ class MLPBackbone(Backbone):
         super().__init__()
         require_at_least(1, in_features=in_features, embed_dim=embed_dim)
         if any(width < 1 for width in widths):
-            raise ValueError(f"widths must be at least 1 each; got {list(widths)}.")
+            raise ValueError(f"widths must be at least 1 each; got {list(widths)}. Pass 1 or more.")
         self.in_features, self.embed_dim = in_features, embed_dim
         self.layers = perceptron([in_features, *widths, embed_dim])
 

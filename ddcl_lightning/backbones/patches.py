@@ -27,7 +27,7 @@ class PatchBackbone(Backbone):
         stride = patch_size if stride is None else stride
         for name, value in (("in_channels", in_channels), ("patch_size", patch_size), ("stride", stride)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         self.in_channels, self.patch_size, self.stride = in_channels, patch_size, stride
         self.embed_dim = in_channels * patch_size * patch_size
 

@@ -91,7 +91,8 @@ class PCABackbone(GuardedState, Backbone):
         components = min(self.num_components, *rows.shape) if self._takes_any else self.num_components
         if len(rows) < components:
             raise ValueError(
-                f"x must hold at least num_components = {self.num_components} rows to fit a PCA; got {len(rows)}."
+                f"x must hold at least num_components = {self.num_components} rows to fit a PCA; got {len(rows)}. "
+                "Lower num_components, or raise the batch size."
             )
         if bool((rows == rows[0]).all()):
             raise ValueError(f"x must vary to fit a PCA; got {len(rows)} equal rows. Check the data.")

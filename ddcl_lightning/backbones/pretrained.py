@@ -65,7 +65,7 @@ class PretrainedBackbone(Backbone):
     ) -> None:
         super().__init__()
         if unfreeze != "all" and (not isinstance(unfreeze, int) or isinstance(unfreeze, bool) or unfreeze < 0):
-            raise ValueError(f"unfreeze must be a number of blocks >= 0, or 'all'; got {unfreeze!r}.")
+            raise ValueError(f"unfreeze must be a number of blocks >= 0, or 'all'; got {unfreeze!r}. Pass 0 or more.")
         if gradient_checkpointing and unfreeze == 0:
             raise ValueError(
                 "gradient_checkpointing saves memory for gradients, of which a frozen encoder has none; leave it "
@@ -77,7 +77,9 @@ class PretrainedBackbone(Backbone):
                 "it out, or set unfreeze=0."
             )
         if cache_dtype not in get_args(CacheDtype):
-            raise ValueError(f"cache_dtype must be one of {get_args(CacheDtype)}; got {cache_dtype!r}.")
+            raise ValueError(
+                f"cache_dtype must be one of {get_args(CacheDtype)}; got {cache_dtype!r}. Choose one of them."
+            )
         if cache_gb is not None and not cache_gb > 0:
             raise ValueError(f"cache_gb must be > 0; got {cache_gb}. Leave out cache_dir to keep nothing.")
         self.cache_gb = cache_gb
@@ -132,7 +134,8 @@ class PretrainedBackbone(Backbone):
             blocks = [block for block in blocks if block]
             if self.unfreeze > len(blocks):
                 raise ValueError(
-                    f"unfreeze must be at most the {len(blocks)} blocks that are used, or 'all'; got {self.unfreeze}."
+                    f"unfreeze must be at most the {len(blocks)} blocks that are used, or 'all'; got {self.unfreeze}. "
+                    "Lower it, or pass 'all'."
                 )
             used = [parameter for block in blocks[-self.unfreeze :] for parameter in block]
         for parameter in used:

@@ -70,9 +70,11 @@ class TimmBackbone(PretrainedBackbone):
     ) -> None:
         super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype, cache_gb)
         if tokens not in get_args(ImageTokens):
-            raise ValueError(f"tokens must be one of {get_args(ImageTokens)}; got {tokens!r}.")
+            raise ValueError(f"tokens must be one of {get_args(ImageTokens)}; got {tokens!r}. Choose one of them.")
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, or None for the model's own; got {image_size}.")
+            raise ValueError(
+                f"image_size must be at least 1 pixel, or None for the model's own; got {image_size}. Pass 1 or more."
+            )
         timm = require("timm", "vision")
         self.model, self.tokens = model, tokens
         encoder = _load(timm, model, checkpoint, pretrained, image_size).eval()
@@ -84,7 +86,10 @@ class TimmBackbone(PretrainedBackbone):
             self.register_buffer(name, torch.tensor(self._data[name]).view(1, 3, 1, 1), persistent=False)
         patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
         if patch is not None and any(side % step for side, step in zip(self.size, patch, strict=True)):
-            raise ValueError(f"image_size must be a multiple of {model!r}'s patches of {patch[0]}; got {image_size}.")
+            raise ValueError(
+                f"image_size must be a multiple of {model!r}'s patches of {patch[0]}; got {image_size}. Round it to "
+                "one."
+            )
         self._prefix = int(getattr(encoder, "num_prefix_tokens", 0) or 0)
         self._has_class_token = self._prefix > 0 and getattr(encoder, "cls_token", None) is not None
         if tokens == "cls" and not self._has_class_token:
@@ -111,7 +116,9 @@ class TimmBackbone(PretrainedBackbone):
                 "second, and drop an alpha channel."
             )
         if x.dtype != torch.uint8 and not x.is_floating_point():
-            raise TypeError(f"batch x must hold floating-point numbers or bytes; got {x.dtype}.")
+            raise TypeError(
+                f"batch x must hold floating-point numbers or bytes; got {x.dtype}. Convert it with x.float()."
+            )
         # Looking at the values on an accelerator would wait for it in every step.
         if x.is_floating_point() and x.device.type == "cpu" and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
@@ -194,11 +201,12 @@ def _load(timm: Any, model: str, checkpoint: str | None, pretrained: bool, image
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f", such as {', '.join(near)}" if near else ""
-        raise ValueError(f"model must be one of timm.list_models(){hint}; got {model!r}.")
+        raise ValueError(f"model must be one of timm.list_models(){hint}; got {model!r}. Choose one of them.")
     if tag and not timm.is_model_pretrained(model):
         known = timm.list_pretrained(f"{architecture}.*")
         raise ValueError(
-            f"model must name weights that timm knows, one of {known}, or {architecture!r}; got {model!r}."
+            f"model must name weights that timm knows, one of {known}, or {architecture!r}; got {model!r}. Choose one "
+            "of them."
         )
     options: dict[str, Any] = {"num_classes": 0}
     if image_size is not None and timm.get_pretrained_cfg(model).fixed_input_size:

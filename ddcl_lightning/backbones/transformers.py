@@ -77,7 +77,7 @@ class TransformersBackbone(PretrainedBackbone):
     ) -> None:
         super().__init__(unfreeze, gradient_checkpointing, cache_dir, cache_dtype, cache_gb)
         if tokens not in get_args(TextTokens):
-            raise ValueError(f"tokens must be one of {get_args(TextTokens)}; got {tokens!r}.")
+            raise ValueError(f"tokens must be one of {get_args(TextTokens)}; got {tokens!r}. Choose one of them.")
         self.model, self.tokens, self.max_length, self.revision = model, tokens, max_length, revision
         self.ragged = tokens == "all"
         self.encoder = load_encoder(model, revision)
@@ -89,7 +89,10 @@ class TransformersBackbone(PretrainedBackbone):
         config: Any = self.encoder.config
         depth = int(config.num_hidden_layers)
         if not -depth - 1 <= layer <= depth:
-            raise ValueError(f"layer must be in [-{depth + 1}, {depth}] for {model!r} of depth {depth}; got {layer}.")
+            raise ValueError(
+                f"layer must be in [-{depth + 1}, {depth}] for {model!r} of depth {depth}; got {layer}. Choose one of "
+                "these layers."
+            )
         self.layer = layer % (depth + 1)  # from the embeddings
         self._inner = self.layer < depth
         blocks = max(
@@ -130,7 +133,10 @@ class TransformersBackbone(PretrainedBackbone):
                 "the batch 'text' to have it tokenized."
             )
         if ids.shape[1] > self.limit:
-            raise ValueError(f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}.")
+            raise ValueError(
+                f"batch x must have at most {self.limit} tokens, as {self.model!r}; got {ids.shape[1]}. Shorten the "
+                "texts."
+            )
         valid = token_mask(batch, ids)
         if valid is None:
             return list(ids)
@@ -189,7 +195,9 @@ class TransformersBackbone(PretrainedBackbone):
             ValueError: If tokens are pooled, or the tokenizer does not tell.
         """
         if self.tokens != "all":
-            raise ValueError(f"spans needs tokens='all', one token for each piece of text; got {self.tokens!r}.")
+            raise ValueError(
+                f"spans needs tokens='all', one token for each piece of text; got {self.tokens!r}. Set tokens='all'."
+            )
         content = _encodable(texts(batch))
         if not self._require_tokenizer().is_fast:
             raise ValueError(f"spans needs a fast tokenizer; that of {self.model!r} does not tell where tokens stand.")
@@ -258,7 +266,8 @@ class TransformersBackbone(PretrainedBackbone):
         shortest = 1 if self.tokenizer is None else 1 + self.tokenizer.num_special_tokens_to_add()
         if not shortest <= self.max_length <= self.limit:
             raise ValueError(
-                f"max_length must be in [{shortest}, {self.limit}] tokens for {self.model!r}; got {self.max_length}."
+                f"max_length must be in [{shortest}, {self.limit}] tokens for {self.model!r}; got {self.max_length}. "
+                "Choose one in this range."
             )
 
     def _require_tokenizer(self) -> Any:

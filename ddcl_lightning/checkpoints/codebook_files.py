@@ -77,8 +77,8 @@ class Codebooks(NamedTuple):
         levels, size = self.codebook.shape[:2]
         if not 1 <= ids.shape[1] <= levels:
             raise ValueError(
-                f"ids must have shape (N, 1 to {levels}), a code per level; got {tuple(ids.shape)}. Pass what encode of "
-                "these codebooks returns, or its first columns."
+                f"ids must have shape (N, 1 to {levels}), a code per level; got {tuple(ids.shape)}. Pass what encode "
+                "of these codebooks returns, or its first columns."
             )
         check_code_range("ids", ids, f"num_codes = {size}", size)
         return torch.stack([codes[level] for codes, level in zip(self.codebook, ids.unbind(1), strict=False)]).sum(0)

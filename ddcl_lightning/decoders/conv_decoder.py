@@ -45,16 +45,16 @@ class ConvDecoder(Decoder):
     ) -> None:
         super().__init__()
         if out_channels < 1:
-            raise ValueError(f"out_channels must be at least 1; got {out_channels}.")
+            raise ValueError(f"out_channels must be at least 1; got {out_channels}. Pass 1 or more.")
         if not widths or min(widths) < 1:
             raise ValueError(
                 f"widths must hold at least one number of channels >= 1; got {tuple(widths)}. "
                 "Pass a list such as [32, 64]."
             )
         if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"size must be (H, W), both at least 1, or None; got {tuple(size)}.")
+            raise ValueError(f"size must be (H, W), both at least 1, or None; got {tuple(size)}. Pass 1 or more.")
         if output not in get_args(Output):
-            raise ValueError(f"output must be one of {get_args(Output)}; got {output!r}.")
+            raise ValueError(f"output must be one of {get_args(Output)}; got {output!r}. Choose one of them.")
         self.out_channels, self.widths, self.size, self.output = out_channels, tuple(widths), size, output
         self.token_dim: int | None = None
 

@@ -26,7 +26,7 @@ class MLPDecoder(Decoder):
         super().__init__()
         require_at_least(1, out_dim=out_dim)
         if any(width < 1 for width in widths):
-            raise ValueError(f"widths must be at least 1 each; got {list(widths)}.")
+            raise ValueError(f"widths must be at least 1 each; got {list(widths)}. Pass 1 or more.")
         self.out_dim, self.widths = out_dim, list(widths)
         self.token_dim: int | None = None
 

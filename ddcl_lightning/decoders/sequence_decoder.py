@@ -27,7 +27,7 @@ class SequenceDecoder(Decoder):
         super().__init__()
         for name, value in (("out_dim", out_dim), ("hidden_dim", hidden_dim)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         self.out_dim, self.hidden_dim = out_dim, hidden_dim
         self.token_dim: int | None = None
 

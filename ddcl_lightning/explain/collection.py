@@ -250,9 +250,9 @@ def check_arguments(
     for name, value in zip(smallest, (examples, inputs, max_samples, evaluated), strict=True):
         minimum = smallest[name]
         if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}; got {value}.")
+            raise ValueError(f"{name} must be at least {minimum}; got {value}. Raise it.")
     if indices is not None and any(place < 0 for place in indices):
-        raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}.")
+        raise ValueError(f"indices must be places in the data, >= 0; got {min(indices)}. Pass 0 or more.")
 
 
 def progress_bar(items: Iterable[Any], what: str, progress: bool) -> Iterable[Any]:

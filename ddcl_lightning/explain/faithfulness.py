@@ -238,7 +238,7 @@ def _terms(
 def _ranks(tokens: Tensor, mask: Tensor | None, scores: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rank of every token by its score, from 0, ``(B, T)``; number of valid tokens ``(B,)``; the mask ``(B, T)``."""
     if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}.")
+        raise ValueError(f"steps must be at least 1; got {steps}. Pass 1 or more.")
     if scores.shape != tokens.shape[:2]:
         raise ValueError(
             f"scores must have one number per token, shape {tuple(tokens.shape[:2])}; got {tuple(scores.shape)}. Sum "

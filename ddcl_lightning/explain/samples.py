@@ -108,7 +108,7 @@ def thumbnail(image: "np.ndarray[Any, Any]") -> Image:
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(
             "example(index) of the data module must return a str or a uint8 array (H, W) or (H, W, 3); got "
-            f"{image.dtype} of shape {image.shape}."
+            f"{image.dtype} of shape {image.shape}. Convert it there."
         )
     longest = max(image.shape[:2])
     if longest <= MAX_SIDE:

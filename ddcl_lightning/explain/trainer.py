@@ -144,7 +144,7 @@ def check_request(ckpt_path: str | None, output: str) -> None:
     read_checkpoint(ckpt_path)
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"output must end in .html; got {output!r}.")
+        raise ValueError(f"output must end in .html; got {output!r}. Name it report.html, say.")
     if not target.parent.is_dir():
         raise ValueError(f"output must lie in an existing folder; there is no {str(target.parent)!r}. Create it first.")
     if target.is_dir():

@@ -86,7 +86,8 @@ def check_mask(tokens: Tensor, mask: Tensor | None, owner: str = "tokens without
         )
     if mask.shape != tokens.shape[:-1]:
         raise ValueError(
-            f"mask must have the shape of {owner}, {tuple(tokens.shape[:-1])}; got {tuple(mask.shape)}. Give one value per token."
+            f"mask must have the shape of {owner}, {tuple(tokens.shape[:-1])}; got {tuple(mask.shape)}. Give one value "
+            "per token."
         )
 
 
@@ -94,8 +95,8 @@ def require_tokens(tokens: Tensor, argument: str = "tokens") -> None:
     """Raise a ValueError unless there is something to take a mean over; ``argument`` names it in the error."""
     if tokens.numel() == 0:
         raise ValueError(
-            f"{argument} must hold at least one token; got an empty batch, of shape {tuple(tokens.shape)}. Drop it from "
-            "the data."
+            f"{argument} must hold at least one token; got an empty batch, of shape {tuple(tokens.shape)}. Drop it "
+            "from the data."
         )
 
 
@@ -123,7 +124,10 @@ def temperature_like(temperature: float | Tensor, reference: Tensor) -> Tensor:
         value = temperature.to(device=reference.device, dtype=reference.dtype)
         return value.reshape(*value.shape, 1, 1) if value.dim() else value
     if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, in units of squared distance; got {temperature}.")
+        raise ValueError(
+            f"temperature must be > 0, in units of squared distance; got {temperature}. Pass a positive number, or "
+            "critical_temperature of the tokens times a fraction."
+        )
     return torch.as_tensor(temperature, device=reference.device, dtype=reference.dtype)
 
 

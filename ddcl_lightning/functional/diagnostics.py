@@ -166,13 +166,19 @@ def repulsion_energy(prototypes: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """
     size = prototypes.shape[-2]
     if size < 2:
-        raise ValueError(f"prototypes must hold at least 2 prototypes for a repulsion; got K = {size}.")
+        raise ValueError(
+            f"prototypes must hold at least 2 prototypes for a repulsion; got K = {size}. Build the bank with more, or "
+            "leave the repulsion out."
+        )
     if size * size > 64 * CHUNK_ELEMENTS:
         raise ValueError(
             f"repulsion_energy stores K^2 distances; got K = {size}. Use it with at most 16,384 prototypes."
         )
     if not isinstance(scale, Tensor) and not scale >= 0:
-        raise ValueError(f"scale must be >= 0, a length such as the spread of the tokens; got {scale}.")
+        raise ValueError(
+            f"scale must be >= 0, a length such as the spread of the tokens; got {scale}. Pass 1 where tokens are "
+            "standardized."
+        )
     p = prototypes.to(accumulation_dtype(prototypes))
     first, second = torch.triu_indices(size, size, offset=1, device=p.device)
     distances = torch.cdist(p, p, compute_mode="donot_use_mm_for_euclid_dist")[..., first, second]

@@ -53,7 +53,7 @@ def split_test(tokens: Tensor, *, min_tokens: int = 8, seed: int = 0, num_nulls:
     if min_tokens < 1 or num_nulls < 2:
         raise ValueError(
             f"min_tokens must be at least 1 and num_nulls at least 2; got min_tokens = {min_tokens}, num_nulls = "
-            f"{num_nulls}."
+            f"{num_nulls}. Raise them."
         )
     check_seed("seed", seed)
     size, dim = tokens.shape

@@ -91,6 +91,8 @@ def descent_violation(before: Tensor, after: Tensor, scale: Tensor, tolerance: f
         ValueError: If the tolerance is negative or not finite.
     """
     if not 0 <= tolerance < float("inf"):
-        raise ValueError(f"tolerance must be finite and >= 0, relative to L_q; got {tolerance}.")
+        raise ValueError(
+            f"tolerance must be finite and >= 0, relative to L_q; got {tolerance}. Leave it out for the default."
+        )
     # A NaN is a violation.
     return torch.logical_not(after - before <= tolerance * scale)

@@ -40,7 +40,7 @@ class AttentionPooling(PoolingHead):
         super().__init__()
         check_width("dim", dim, max_parameters)
         if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1; got {num_heads}.")
+            raise ValueError(f"num_heads must be at least 1; got {num_heads}. Pass 1 or more.")
         self.num_heads, self.dim, self.max_parameters = num_heads, dim, max_parameters
         if embed_dim is not None:
             self.build(embed_dim)

@@ -272,7 +272,10 @@ def check_rebuild(head: Head, embed_dim: int) -> bool:
 def check_classifier(head: Head, classifier: nn.Linear) -> None:
     """Raise a ValueError unless a classifier is linear and reads what the head has pooled."""
     if not isinstance(classifier, nn.Linear):
-        raise ValueError(f"classifier must be an nn.Linear, or its logits are no sum; got {type(classifier).__name__}.")
+        raise ValueError(
+            f"classifier must be an nn.Linear, or its logits are no sum; got {type(classifier).__name__}. Replace it "
+            "by one."
+        )
     if head.input_dim is not None and classifier.in_features != head.pooled_dim:
         raise ValueError(
             f"classifier must read pooled_dim = {head.pooled_dim} numbers; got in_features = {classifier.in_features}. "

@@ -98,20 +98,27 @@ class DDCLReadout(Head):
         Temperature.of(temperature).per_head(num_heads)  # refuse early
         check_width("prototype_dim", prototype_dim, max_parameters)
         if tokens not in get_args(TokenChoice):
-            raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}.")
+            raise ValueError(f"tokens must be one of {get_args(TokenChoice)}; got {tokens!r}. Choose one of them.")
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}.")
+            raise ValueError(f"pooling must be one of {get_args(Pooling)}; got {pooling!r}. Choose one of them.")
         if token_weights not in get_args(TokenWeighting):
-            raise ValueError(f"token_weights must be one of {get_args(TokenWeighting)}; got {token_weights!r}.")
+            raise ValueError(
+                f"token_weights must be one of {get_args(TokenWeighting)}; got {token_weights!r}. Choose one of them."
+            )
         if pooling not in ("centroid", "both") and residual:
             raise ValueError(f"residual must be False with pooling={pooling!r}, which does not read the mixtures.")
         if token_weights != "uniform" and (pooling == "slots" or tokens != "all"):
             reason = "slots, which weigh tokens themselves" if pooling == "slots" else f"tokens={tokens!r}"
-            raise ValueError(f"token_weights must be 'uniform' with {reason}; got {token_weights!r}.")
+            raise ValueError(
+                f"token_weights must be 'uniform' with {reason}; got {token_weights!r}. Leave token_weights out, or "
+                "choose another pooling."
+            )
         if repulsion < 0:
-            raise ValueError(f"repulsion must be >= 0; got {repulsion}.")
+            raise ValueError(f"repulsion must be >= 0; got {repulsion}. Pass 0 or more.")
         if repulsion > 0 and num_prototypes < 2:
-            raise ValueError(f"repulsion needs at least 2 prototypes; got num_prototypes = {num_prototypes}.")
+            raise ValueError(
+                f"repulsion needs at least 2 prototypes; got num_prototypes = {num_prototypes}. Pass 2 or more."
+            )
         self._num_prototypes, self.num_heads, self.prototype_dim = num_prototypes, num_heads, prototype_dim
         self.temperature, self.pooling, self.residual = temperature, pooling, residual
         self.embedding_scale, self.detach_assignments, self.repulsion = (

@@ -20,7 +20,7 @@ def per_level(num_prototypes: Sequence[int], name: str, value: Any) -> list[Any]
     if len(value) != len(num_prototypes):
         raise ValueError(
             f"{name} must be one value for all levels or a list with one per level, {len(num_prototypes)} as in "
-            f"num_prototypes = {list(num_prototypes)}; got {list(value)}."
+            f"num_prototypes = {list(num_prototypes)}; got {list(value)}. Give one per level."
         )
     return list(value)
 
@@ -50,10 +50,10 @@ def check_reads(reads: Sequence[LevelTokens], num_tokens: int | None) -> None:
     if ("joined" in reads) != (num_tokens is not None):
         raise ValueError(
             f"num_tokens belongs to tokens 'joined', which needs it; got num_tokens = {num_tokens} with tokens "
-            f"{list(reads)}."
+            f"{list(reads)}. Give both, or leave num_tokens out."
         )
     if num_tokens is not None and num_tokens < 1:
-        raise ValueError(f"num_tokens must be at least 1, the tokens of a sample; got {num_tokens}.")
+        raise ValueError(f"num_tokens must be at least 1, the tokens of a sample; got {num_tokens}. Pass 1 or more.")
     single = next((level for level, of_level in enumerate(reads) if of_level != "all"), len(reads))
     for of_level in reads[single + 1 :]:
         if of_level in ("joined", *IDF_READS):

@@ -80,7 +80,7 @@ class PerceiverPooling(PoolingHead):
             ("num_blocks", num_blocks, 0),
         ):
             if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}.")
+                raise ValueError(f"{name} must be at least {least}; got {value}. Raise it.")
         self.num_latents, self.num_heads, self.num_blocks = num_latents, num_heads, num_blocks
         self.dim, self.max_parameters, self.width_step = dim, max_parameters, num_heads
         if embed_dim is not None:

@@ -74,9 +74,9 @@ class PMAPooling(PoolingHead):
         check_width("dim", dim, max_parameters)
         for name, value in (("num_seeds", num_seeds), ("num_heads", num_heads)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         if pooling not in get_args(SeedPooling):
-            raise ValueError(f"pooling must be one of {get_args(SeedPooling)}; got {pooling!r}.")
+            raise ValueError(f"pooling must be one of {get_args(SeedPooling)}; got {pooling!r}. Choose one of them.")
         self.num_seeds, self.num_heads, self.pooling = num_seeds, num_heads, pooling
         self.dim, self.max_parameters, self.width_step = dim, max_parameters, num_heads
         if embed_dim is not None:

@@ -122,7 +122,7 @@ class QuantizerReadout(CodebookHead):
     def __init__(self, quantizer: Quantizer, weight: float = 1.0, embed_dim: int | None = None) -> None:
         super().__init__()
         if not weight > 0:
-            raise ValueError(f"weight must be > 0; got {weight}.")
+            raise ValueError(f"weight must be > 0; got {weight}. Leave it out for the default.")
         check_quantizer(self, quantizer)
         self.quantizer, self.weight = quantizer, weight
         self.num_codes, self.num_codebooks = quantizer.num_codes, quantizer.num_codebooks

@@ -47,7 +47,7 @@ class SlotAttentionPooling(PoolingHead):
         check_width("dim", dim, max_parameters)
         for name, value in (("num_slots", num_slots), ("num_iterations", num_iterations)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+                raise ValueError(f"{name} must be at least 1; got {value}. Pass 1 or more.")
         self.num_slots, self.num_iterations = num_slots, num_iterations
         self.dim, self.max_parameters = dim, max_parameters
         if embed_dim is not None:

@@ -53,7 +53,9 @@ class VQPooling(CodebookHead):
         super().__init__()
         check_width("code_dim", code_dim, max_parameters)
         if not weight > 0:
-            raise ValueError(f"weight must be > 0, or the codes would never learn; got {weight}.")
+            raise ValueError(
+                f"weight must be > 0, or the codes would never learn; got {weight}. Leave it out for the default."
+            )
         self.num_codes, self.commitment_weight, self.weight, self.init = num_codes, commitment_weight, weight, init
         self.code_dim, self.max_parameters = code_dim, max_parameters
         with torch.device("meta"):

@@ -45,9 +45,9 @@ def check_width(name: str, width: int | None, max_parameters: int | None) -> Non
     """
     if width is not None and max_parameters is not None:
         raise ValueError(
-            f"max_parameters chooses {name}, so give one of them; got {name} = {width} and "
-            f"max_parameters = {max_parameters}."
+            f"max_parameters chooses {name}, so give one of them; got {name} = {width} and max_parameters = "
+            f"{max_parameters}. Leave the other out."
         )
     for argument, value in ((name, width), ("max_parameters", max_parameters)):
         if value is not None and value < 1:
-            raise ValueError(f"{argument} must be at least 1, or None; got {value}.")
+            raise ValueError(f"{argument} must be at least 1, or None; got {value}. Pass 1 or more.")

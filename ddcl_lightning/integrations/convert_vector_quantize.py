@@ -101,12 +101,15 @@ def _levels(layer: nn.Module) -> list[Any]:
         if levels[0].use_cosine_sim:
             refused.append("use_cosine_sim=True at several levels, where each scales its residual anew")
         if refused:
-            raise ValueError(f"layer has {refused[0]}, of which our quantizers have no counterpart; got {layer}.")
+            raise ValueError(
+                f"layer has {refused[0]}, of which our quantizers have no counterpart; got {layer}. Keep the layer as "
+                "it is."
+            )
     for level in levels:
         _require_counterpart(level)
     sizes = [level.codebook_size for level in levels]
     if len(set(sizes)) > 1:
-        raise ValueError(f"layer must have as many codes at every level; got {sizes}.")
+        raise ValueError(f"layer must have as many codes at every level; got {sizes}. Keep the layer as it is.")
     return levels
 
 
@@ -114,7 +117,10 @@ def _require_counterpart(level: Any) -> None:
     """Raise a ValueError for a layer whose codes ours cannot hold."""
     for name, option in REFUSED.items():
         if getattr(level, name, False) or getattr(level._codebook, name, False):
-            raise ValueError(f"layer has {option}, of which our quantizers have no counterpart; got {level}.")
+            raise ValueError(
+                f"layer has {option}, of which our quantizers have no counterpart; got {level}. Keep the layer as it "
+                "is."
+            )
     if not isinstance(level.project_in, (nn.Linear, nn.Identity)):
         raise ValueError(
             f"layer must project its tokens by a linear layer or not at all; got {level.project_in}. Copy its codes by "
@@ -145,7 +151,7 @@ def _require_same_results(
     if agreement < AGREEMENT:
         raise ValueError(
             f"layer gives other indices or vectors than its codes in our quantizer to {1 - agreement:.0%} of random "
-            f"tokens, so it has an option that ours has no counterpart of; got {layer}."
+            f"tokens, so it has an option that ours has no counterpart of; got {layer}. Keep the layer as it is."
         )
 
 

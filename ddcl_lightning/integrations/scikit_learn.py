@@ -250,20 +250,22 @@ class DDCLClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterM
         for name in ("n_clusters", "n_temperatures", "n_init", "max_iter"):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}. Pass 1 or more.")
         if self.init not in ("kmeans", "mean"):
-            raise ValueError(f"init must be 'kmeans' or 'mean'; got {self.init!r}.")
+            raise ValueError(f"init must be 'kmeans' or 'mean'; got {self.init!r}. Choose one of them.")
         for name in ("start", "end", "tol"):
             value = getattr(self, name)
             if not isinstance(value, Real) and not (name == "end" and value is None):
-                raise ValueError(f"{name} must be a number{', or None' * (name == 'end')}; got {value!r}.")
+                raise ValueError(
+                    f"{name} must be a number{', or None' * (name == 'end')}; got {value!r}. Pass a number."
+                )
         if not 0 < (self.start if self.end is None else self.end) <= self.start < np.inf:
             raise ValueError(
-                "start and end must be finite with 0 < end <= start, fractions of the critical temperature; got "
-                f"start = {self.start!r} and end = {self.end!r}."
+                "start and end must be finite with 0 < end <= start, fractions of the critical temperature; got start "
+                f"= {self.start!r} and end = {self.end!r}. Swap them, or leave both out."
             )
         if not self.tol >= 0:
-            raise ValueError(f"tol must be >= 0; got {self.tol!r}.")
+            raise ValueError(f"tol must be >= 0; got {self.tol!r}. Pass 0 or more.")
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

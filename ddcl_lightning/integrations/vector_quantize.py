@@ -99,7 +99,7 @@ class LibraryVQ(CodebookHead):
         super().__init__()
         _require_known(quantizer)
         if not weight > 0:
-            raise ValueError(f"weight must be > 0; got {weight}.")
+            raise ValueError(f"weight must be > 0; got {weight}. Leave it out for the default.")
         self._name, self.quantizer_args, self.weight = quantizer, dict(quantizer_args or {}), weight
         if embed_dim is not None:
             self.build(embed_dim)

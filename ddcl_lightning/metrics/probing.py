@@ -156,12 +156,16 @@ def linear_probe(
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if len(x) == 0 or len(x) != len(y):
             raise ValueError(
-                f"{name}_x and {name}_y must have the same number of rows, at least 1; got {len(x)}, {len(y)}."
+                f"{name}_x and {name}_y must have the same number of rows, at least 1; got {len(x)}, {len(y)}. Take "
+                "both from the same samples."
             )
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name}_x must be finite; got NaN or infinity. Check the encoder.")
     if len(torch.unique(train_y)) < 2:
-        raise ValueError(f"train_y must hold at least two classes; got {torch.unique(train_y).tolist()}.")
+        raise ValueError(
+            f"train_y must hold at least two classes; got {torch.unique(train_y).tolist()}. Leave the probe out, or "
+            "give samples of another class."
+        )
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=regularization, max_iter=2000))
     classifier.fit(train_x.double().numpy(), train_y.numpy())
     predictions: Any = classifier.predict(test_x.double().numpy())

@@ -53,13 +53,15 @@ class CollapseRules:
             _require_share(name, getattr(self, name))
         _require_share("min_fall", self.min_fall)
         if not 0 <= self.max_dead <= 1:
-            raise ValueError(f"max_dead must be in [0, 1], a share of the codes; got {self.max_dead}.")
+            raise ValueError(
+                f"max_dead must be in [0, 1], a share of the codes; got {self.max_dead}. Pass a share such as 0.1."
+            )
         for name in ("duplicate_distance", "max_extent", "max_growth", "max_regain"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}. Pass 0 or more.")
         require_at_least(1, patience=self.patience)
 
 
 def _require_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1]; got {value}.")
+        raise ValueError(f"{name} must be in (0, 1]; got {value}. Leave it out for the default.")

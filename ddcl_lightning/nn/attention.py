@@ -92,9 +92,7 @@ class DDCLAttention(nn.Module):
         measure_variance: bool = False,
     ) -> None:
         super().__init__()
-        require_at_least(1, embed_dim=embed_dim, prototype_dim=prototype_dim)
-        if context_dim is not None and context_dim < 1:
-            raise ValueError(f"context_dim must be at least 1, or None for no context; got {context_dim}.")
+        require_at_least(1, embed_dim=embed_dim, prototype_dim=prototype_dim, context_dim=context_dim)
         if bank is not None:
             refuse_bank_arguments(
                 num_prototypes=num_prototypes,
@@ -105,7 +103,7 @@ class DDCLAttention(nn.Module):
                 measure_variance=measure_variance or None,
             )
         elif num_prototypes is None:
-            raise ValueError("num_prototypes must be given, or a bank to share; got neither.")
+            raise ValueError("num_prototypes must be given, or a bank to share; got neither. Give one of them.")
         else:
             bank = PrototypeBank(
                 num_prototypes,
@@ -158,7 +156,8 @@ class DDCLAttention(nn.Module):
         require_floating(tokens)
         if tokens.shape[-1] != self.embed_dim:
             raise ValueError(
-                f"tokens must have last dimension embed_dim = {self.embed_dim}; got shape {tuple(tokens.shape)}."
+                f"tokens must have last dimension embed_dim = {self.embed_dim}; got shape {tuple(tokens.shape)}. "
+                "Project them, or build the layer for their dimension."
             )
         check_mask(tokens, mask)
         shift = self._shift(tokens, context)
@@ -208,7 +207,7 @@ class DDCLAttention(nn.Module):
         if context is None or context.shape != expected:
             raise ValueError(
                 f"context must have shape {expected}, one vector of context_dim = {self.context_dim} per sample; got "
-                f"{None if context is None else tuple(context.shape)}."
+                f"{None if context is None else tuple(context.shape)}. Pool the context to one vector per sample."
             )
         shift: Tensor = self.context_projection(context).unsqueeze(-2)
         return shift

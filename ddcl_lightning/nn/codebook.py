@@ -99,8 +99,8 @@ class Codebook(GuardedState):
         """Copy ``(H, K, d)`` values in and mark the bank initialized."""
         if prototypes.shape != self.prototypes.shape:
             raise ValueError(
-                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}. Build the bank "
-                "for their sizes, or use resize for another number of them."
+                f"prototypes must have shape {tuple(self.prototypes.shape)}; got {tuple(prototypes.shape)}. Build the "
+                "bank for their sizes, or use resize for another number of them."
             )
         if not bool(torch.isfinite(prototypes).all()):
             raise ValueError("prototypes must be finite; got NaN or infinity. Leave out what made them so.")

@@ -35,5 +35,8 @@ def require_banks(module: nn.Module, caller: str, pattern: str = "*") -> dict[st
         )
     chosen = {name: bank for name, bank in banks.items() if fnmatchcase(name, pattern)}
     if banks and not chosen:
-        raise ValueError(f"banks must match the name of a bank; got {pattern!r} where there are {', '.join(banks)}.")
+        raise ValueError(
+            f"banks must match the name of a bank; got {pattern!r} where there are {', '.join(banks)}. Name one of "
+            "these, or leave it out for all."
+        )
     return chosen

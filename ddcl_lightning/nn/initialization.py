@@ -49,9 +49,9 @@ def initial_prototypes(
         ValueError: If an argument is out of its range, tokens are not finite, or fewer than K of them are distinct.
     """
     if method not in ("kmeans", "farthest_point"):
-        raise ValueError(f"method must be 'kmeans' or 'farthest_point'; got {method!r}.")
+        raise ValueError(f"method must be 'kmeans' or 'farthest_point'; got {method!r}. Choose one of them.")
     if num_restarts < 1:
-        raise ValueError(f"num_restarts must be at least 1; got {num_restarts}.")
+        raise ValueError(f"num_restarts must be at least 1; got {num_restarts}. Pass 1 or more.")
     check_seed("seed", seed)
     points = tokens.detach().to("cpu", torch.float64).numpy()
     if not np.isfinite(points).all():

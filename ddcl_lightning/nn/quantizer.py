@@ -117,7 +117,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
         moves = isinstance(code_update, CodeUpdate)
         if not moves and code_update != "optimizer":
             raise ValueError(
-                f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}. Pass CodeUpdate(...), or leave it out."
+                f"code_update must be a CodeUpdate or 'optimizer'; got {code_update!r}. Pass CodeUpdate(...), or leave "
+                "it out."
             )
         if commitment_ratio is None:
             commitment_ratio = COMMITMENT_RATIO if moves and gradient == "straight_through" else 0.0
@@ -138,7 +139,8 @@ class SoftVectorQuantizer(ProjectedQuantizer):
             )
         if training_output not in get_args(TrainingOutput):
             raise ValueError(
-                f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}. Choose one of them."
+                f"training_output must be one of {get_args(TrainingOutput)}; got {training_output!r}. Choose one of "
+                "them."
             )
         require_at_least(1, dim=dim, num_codes=num_codes, num_heads=num_heads, code_dim=code_dim)
         if code_dim is None:

@@ -72,7 +72,7 @@ class OptimizerSpec:
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{self.argument}.args must be arguments that {self.optimizer_class.__name__} takes; got "
-                f"{self.arguments} ({error})."
+                f"{self.arguments} ({error}). Correct or leave out what it does not take."
             ) from error
 
 

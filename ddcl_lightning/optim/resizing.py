@@ -46,23 +46,24 @@ class SizeRules:
     def __post_init__(self) -> None:
         if not 1 <= self.min_prototypes <= self.max_prototypes:
             raise ValueError(
-                "min_prototypes must be at least 1 and at most max_prototypes; got "
-                f"{self.min_prototypes} and {self.max_prototypes}."
+                f"min_prototypes must be at least 1 and at most max_prototypes; got {self.min_prototypes} and "
+                f"{self.max_prototypes}. Lower min_prototypes, or raise max_prototypes."
             )
         if self.significance is not None and not 0 < self.significance < 0.5:
             raise ValueError(
                 "significance must be in (0, 0.5), the chance of splitting a Gaussian, or None; got "
-                f"{self.significance}."
+                f"{self.significance}. Its default is 0.01."
             )
         for name in ("split_margin", "merge_distance"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be finite and >= 0; got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be finite and >= 0; got {getattr(self, name)}. Pass 0 or more.")
         if not 0 <= self.prune_fraction < 1:
             raise ValueError(
-                f"prune_fraction must be in [0, 1), a multiple of the even share 1 / K; got {self.prune_fraction}."
+                f"prune_fraction must be in [0, 1), a multiple of the even share 1 / K; got {self.prune_fraction}. "
+                "Pass 0 to prune none."
             )
         if self.patience < 1:
-            raise ValueError(f"patience must be at least 1 check; got {self.patience}.")
+            raise ValueError(f"patience must be at least 1 check; got {self.patience}. Pass 1 or more.")
 
 
 class Resize(NamedTuple):

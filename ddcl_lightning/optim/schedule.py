@@ -24,9 +24,9 @@ class LRSchedule:
 
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
-            raise ValueError(f"lr_schedule must be one of {get_args(Shape)}; got {self.shape!r}.")
+            raise ValueError(f"lr_schedule must be one of {get_args(Shape)}; got {self.shape!r}. Choose one of them.")
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0; got {self.warmup_steps}.")
+            raise ValueError(f"warmup_steps must be >= 0; got {self.warmup_steps}. Pass 0 or more.")
 
     @classmethod
     def of(cls, schedule: "Shape | LRSchedule") -> "LRSchedule":

@@ -55,14 +55,21 @@ class TwoOptimizerModule(pl.LightningModule):
         self.automatic_optimization = False
         for name, value in (("lr_prototypes", lr_prototypes), ("lr_task", lr_task)):
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be finite and > 0; got {value}.")
+                raise ValueError(f"{name} must be finite and > 0; got {value}. Pass a positive rate.")
         check_ratio(rho, allow_unstable=allow_unstable)
         if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise ValueError(f"gradient_clip_val must be > 0, or None not to clip; got {gradient_clip_val}.")
+            raise ValueError(
+                f"gradient_clip_val must be > 0, or None not to clip; got {gradient_clip_val}. Leave it out, or pass a "
+                "norm such as 1.0."
+            )
         if accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches must be at least 1; got {accumulate_grad_batches}.")
+            raise ValueError(
+                f"accumulate_grad_batches must be at least 1; got {accumulate_grad_batches}. Pass 1 or more."
+            )
         if freeze_prototypes_steps < 0:
-            raise ValueError(f"freeze_prototypes_steps must be at least 0 steps; got {freeze_prototypes_steps}.")
+            raise ValueError(
+                f"freeze_prototypes_steps must be at least 0 steps; got {freeze_prototypes_steps}. Pass 0 or more."
+            )
         if rho >= 1:
             pl.utilities.rank_zero_warn(
                 f"rho = {rho} >= 1: prototypes lag behind the encoder, and where nothing bounds the scale of the "

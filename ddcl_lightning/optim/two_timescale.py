@@ -15,7 +15,7 @@ from ddcl_lightning.nn.discovery import find_banks
 def check_ratio(rho: float, *, allow_unstable: bool = False) -> None:
     """Raise unless ``0 <= rho < 1``, or any finite ``rho >= 0`` where ``allow_unstable``."""
     if not rho >= 0 or math.isinf(rho):
-        raise ValueError(f"rho = lr_encoder / lr_prototypes must be finite and >= 0; got {rho}.")
+        raise ValueError(f"rho = lr_encoder / lr_prototypes must be finite and >= 0; got {rho}. Pass 0.1, say.")
     if rho >= 1 and not allow_unstable:
         raise ValueError(
             f"rho = lr_encoder / lr_prototypes must be < 1, so that prototypes are the faster ones; got {rho}. "
@@ -45,7 +45,7 @@ def two_timescale_groups(
         ValueError: If a rate is out of range or the module holds no bank.
     """
     if not lr_prototypes > 0:
-        raise ValueError(f"lr_prototypes must be > 0; got {lr_prototypes}.")
+        raise ValueError(f"lr_prototypes must be > 0; got {lr_prototypes}. Pass a positive rate.")
     check_ratio(rho)
     fast = [bank.prototypes for bank in find_banks(module).values()]
     if not fast:

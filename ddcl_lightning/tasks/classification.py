@@ -40,13 +40,16 @@ class Classification(Task):
     ) -> None:
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2; got {num_classes}.")
+            raise ValueError(f"num_classes must be at least 2; got {num_classes}. Pass 2 or more.")
         if quantization_weight < 0:
-            raise ValueError(f"quantization_weight must be >= 0; got {quantization_weight}.")
+            raise ValueError(f"quantization_weight must be >= 0; got {quantization_weight}. Pass 0 or more.")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}.")
+            raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}. Pass 0 for none.")
         if class_weights is not None and len(class_weights) != num_classes:
-            raise ValueError(f"class_weights must have num_classes = {num_classes} entries; got {len(class_weights)}.")
+            raise ValueError(
+                f"class_weights must have num_classes = {num_classes} entries; got {len(class_weights)}. Give one per "
+                "class."
+            )
         self.num_classes, self.quantization_weight = num_classes, quantization_weight
         self.label_smoothing = label_smoothing
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)

@@ -32,7 +32,9 @@ class Clustering(Task):
     def __init__(self, num_classes: int | None = None) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, or None without labels; got {num_classes}.")
+            raise ValueError(
+                f"num_classes must be at least 1, or None without labels; got {num_classes}. Pass 1 or more."
+            )
         self.num_classes = num_classes
         self._sizes: list[int] = []
 

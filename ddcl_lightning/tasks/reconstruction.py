@@ -64,9 +64,9 @@ class Reconstruction(Task):
         super().__init__()
         check_plug_in(decoder)
         if quantization_weight < 0:
-            raise ValueError(f"quantization_weight must be >= 0; got {quantization_weight}.")
+            raise ValueError(f"quantization_weight must be >= 0; got {quantization_weight}. Pass 0 or more.")
         if loss not in get_args(ReconstructionLoss):
-            raise ValueError(f"loss must be one of {get_args(ReconstructionLoss)}; got {loss!r}.")
+            raise ValueError(f"loss must be one of {get_args(ReconstructionLoss)}; got {loss!r}. Choose one of them.")
         ReconstructionMetrics(data_range)  # refuse early
         self.decoder, self.quantization_weight, self.loss = decoder, quantization_weight, loss
         self.target, self.data_range = target, data_range

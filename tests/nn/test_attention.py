@@ -181,7 +181,7 @@ def test_compile_with_dynamic_batch() -> None:
         ({"num_heads": 3}, "embed_dim must be divisible by num_heads; got 8 and 3"),
         ({"num_heads": 0}, "got 8 and 0"),
         ({"residual": True, "output_projection": False}, "output_projection must not be False with residual=True"),
-        ({"embedding_scale": "batch"}, "mode must be one of"),
+        ({"embedding_scale": "batch"}, "embedding_scale must be one of"),
         ({"prototype_dim": 0}, "must be at least 1; got 0"),
         ({"num_prototypes": None}, "num_prototypes must be given, or a bank to share; got neither"),
         ({"context_dim": 0}, "context_dim must be at least 1, or None for no context; got 0"),

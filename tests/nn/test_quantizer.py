@@ -268,7 +268,7 @@ def test_it_sits_in_a_sequential_model() -> None:
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0; got -1.0"),
         ({"entropy_weight": math.nan}, "entropy_weight must be None or a finite number; got nan"),
         ({"gradient": "rotate"}, r"gradient must be one of \('straight_through', 'soft'\); got 'rotate'"),
-        ({"embedding_scale": "batch"}, "mode must be one of .*, a layer's embedding_scale too; got 'batch'"),
+        ({"embedding_scale": "batch"}, "embedding_scale must be one of .*; got 'batch'"),
     ],
 )
 def test_quantizer_refuses_arguments_out_of_range(kwargs: dict[str, Any], message: str) -> None:
@@ -285,7 +285,7 @@ def test_quantizer_refuses_inputs_that_do_not_fit() -> None:
             vq(z)
     with pytest.raises(TypeError, match=r"z must be floating point; got torch.int64"):
         vq(torch.ones(2, 5, 6, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"mask must have the shape of tokens without its last dimension, \(2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"mask must have the shape of z without its channels, \(2, 3, 3\)"):
         vq(torch.randn(2, 6, 3, 3), torch.ones(2, 9, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"must be in \[0, num_codes = 5\), or -1 for padding; got values from 0 to 5"):
         vq.decode(torch.tensor([[0, 5]]))
