@@ -281,9 +281,9 @@ def _remedy(value: Any, kinds: list[Any]) -> str:
         return " Leave it out for the default."
     if str in kinds:
         return " Put quotes around it."
-    created = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    created = [kind.__name__ for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     if created:
-        return f" Pass {created[0].__name__}(...)."
+        return f" Pass {created[0]}(...)."
     if numbers and not _is_real(value):
         return " Pass a number."
     if bool in kinds:

@@ -184,7 +184,7 @@ def test_compile_with_dynamic_batch() -> None:
         ({"embedding_scale": "batch"}, "embedding_scale must be one of"),
         ({"prototype_dim": 0}, "must be at least 1; got 0"),
         ({"num_prototypes": None}, "num_prototypes must be given, or a bank to share; got neither"),
-        ({"context_dim": 0}, "context_dim must be at least 1, or None for no context; got 0"),
+        ({"context_dim": 0}, "context_dim must be at least 1; got 0"),
         ({"bank": PrototypeBank(5, 8)}, "what makes a bank must be left out; got num_prototypes = 5"),
         (
             {"num_prototypes": None, "bank": PrototypeBank(5, 8), "num_heads": 2, "temperature": 0.3},
