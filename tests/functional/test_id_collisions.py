@@ -114,7 +114,11 @@ def test_balanced_codes_do_not_depend_on_numpy_or_torch_seeds() -> None:
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        (torch.zeros(2, 2), TypeError, r"ids must be integers; got a tensor \(2, 2\) of torch.float32\. Pass what"),
+        (
+            torch.zeros(2, 2),
+            TypeError,
+            r"ids must be a tensor of integers; got a tensor \(2, 2\) of torch.float32\. Pass what",
+        ),
         (torch.zeros(2, dtype=torch.int64), ValueError, r"ids must have shape \(N, L\).*; got \(2,\)\. Flatten"),
         (torch.tensor([[-2]]), ValueError, "ids must be at least -1; got -2"),
     ],

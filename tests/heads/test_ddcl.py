@@ -112,7 +112,7 @@ def test_build_takes_the_dimension_of_the_tokens() -> None:
         ({"repulsion": -1.0}, "repulsion must be >= 0; got -1.0"),
         ({"repulsion": 1.0, "num_prototypes": 1}, "repulsion needs at least 2 prototypes; got num_prototypes = 1"),
         ({"num_heads": 3}, "embed_dim must be divisible by num_heads"),
-        ({"embedding_scale": "batch"}, "mode must be one of"),
+        ({"embedding_scale": "batch"}, "embedding_scale must be one of"),
     ],
 )
 def test_ddcl_readout_refuses_arguments_out_of_range(options: dict[str, object], message: str) -> None:

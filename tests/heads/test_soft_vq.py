@@ -133,7 +133,7 @@ def test_saved_heads_give_the_same_codes(tmp_path: Path) -> None:
         ({"gradient": "hard"}, "gradient must be one of"),
         ({"num_heads": 4}, "dim must be divisible by num_heads; got 6 and 4"),
         ({"temperature": -1.0}, "a temperature must be > 0, one number or one per head; got -1.0"),
-        ({"embedding_scale": "batch"}, "mode must be one of"),
+        ({"embedding_scale": "batch"}, "embedding_scale must be one of"),
     ],
 )
 def test_soft_vq_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
