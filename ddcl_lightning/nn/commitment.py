@@ -148,4 +148,4 @@ class _Pull(torch.autograd.Function):
 def check_ratio(ratio: float) -> None:
     """Raise a ValueError if the strength of a commitment is out of range."""
     if not 0 <= ratio < float("inf"):
-        raise ValueError(f"commitment_ratio must be finite and >= 0; got {ratio}.")
+        raise ValueError(f"commitment_ratio must be finite and >= 0; got {ratio}. Set 0 for none.")

@@ -63,7 +63,9 @@ class Temperature:
                 f"temperature {DEFAULT_TEMPERATURE} is a good start."
             )
         if unit not in get_args(TemperatureUnit):
-            raise ValueError(f"unit of a temperature must be one of {get_args(TemperatureUnit)}; got {unit!r}.")
+            raise ValueError(
+                f"unit of a temperature must be one of {get_args(TemperatureUnit)}; got {unit!r}. Choose one of them."
+            )
         if unit == "distortion" and max(values) >= 1:
             raise ValueError(
                 f"a temperature in units of the distortion must be < 1, or it would raise itself; got {value}. "
@@ -86,7 +88,8 @@ class Temperature:
         values = list(self.value) if isinstance(self.value, Sequence) else [self.value]
         if len(values) not in (1, num_heads):
             raise ValueError(
-                f"a temperature must be one number, or one per head, {num_heads}; got {len(values)}: {self.value}."
+                f"a temperature must be one number, or one per head, {num_heads}; got {len(values)}: {self.value}. "
+                "Give one for each head."
             )
         return values * num_heads if len(values) == 1 else values
 
