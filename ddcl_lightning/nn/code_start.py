@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ddcl_lightning._utils.compat import recomputing
 from ddcl_lightning._utils.distributed import gather_objects, sum_over_processes
 from ddcl_lightning._utils.reservoir import Reservoir
 from ddcl_lightning.nn.guarded_state import COUNT, NOT_NEGATIVE, GuardedState, Rules, running_dtype
@@ -104,8 +105,8 @@ class CodeStart(GuardedState):
             return False
         if number is not None and any(call.number is None for call in self._calls):
             self._calls = [call for call in self._calls if call.number is not None]
-            # Nothing depends on codes that have started on a call without gradients.
-            self._unfounded |= self._basis is not None
+            # Codes that have started on a call without gradients may start anew, unless this is that call again.
+            self._unfounded |= self._basis is not None and not recomputing()
         if sum(call.total for call in self._calls) < self._capacity():
             self._calls.append(_Call(number, rows, sum(size for size, _ in processes)))
         return True

@@ -299,6 +299,22 @@ def test_activation_checkpointing_counts_tokens_once(reentrant: bool, weight: fl
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_codes_start_under_activation_checkpointing_as_without_it(reentrant: bool) -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for number in range(4):
+            x = batch(number).requires_grad_()
+            loss = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results)
+
+
 def test_frozen_codes_stay() -> None:
     for freeze in (
         lambda model: model.vq.requires_grad_(False),
