@@ -98,9 +98,9 @@ def relative_errors(residuals: Sequence[Tensor], tokens: Tensor, mask: Tensor | 
     return RelativeErrors(rest / spread.clamp(min=torch.finfo(spread.dtype).tiny), spread, number)
 
 
-def unbiased_error(residual: Tensor, tokens: Tensor, mask: Tensor | None, *, joint: bool) -> Tensor:
+def unbiased_error(residual: Tensor, tokens: Tensor) -> Tensor:
     """Error ``()`` of one residual relative to the unbiased variance: few tokens are close to their own mean."""
-    errors = relative_errors([residual], tokens, mask, joint=joint)
+    errors = relative_errors([residual], tokens, None, joint=False)
     return unbiased(errors.shares[0], errors.number)
 
 

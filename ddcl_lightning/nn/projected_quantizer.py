@@ -176,7 +176,7 @@ class ProjectedQuantizer(Quantizer):
         error = None
         if enough:
             rows, _ = self.tokens_of(first, sample.to(first.prototypes.device), None)
-            error = unbiased_error(residual_of(first, rows), rows, None, joint=False)
+            error = unbiased_error(residual_of(first, rows), rows)
         start.started(error, len(sample), first.num_steps)
         return enough
 
