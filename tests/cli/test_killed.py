@@ -133,7 +133,8 @@ def test_workers_of_a_loader_do_not_outlive_the_command(number: int, tmp_path: P
     running.process.join(LIMIT)
     ended = running.outcome()
     assert ended.code == (-number if number == signal.SIGKILL else 128 + number)
-    assert "Traceback" not in ended.output
+    if number != signal.SIGKILL:  # after SIGKILL a worker of torch's that was reading may print its broken pipe
+        assert "Traceback" not in ended.output
     end = time.monotonic() + LIMIT
     while any(is_running(worker) for worker in workers):  # without their parent torch lets them look every few seconds
         assert time.monotonic() < end, [worker.cmdline() for worker in workers if is_running(worker)]
